@@ -1,0 +1,44 @@
+# Two commands on a fresh machine, each doing all that it needs: make demo, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Spinning OpenMP threads starve every other process on a small machine.
+export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 0
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint fix bench wheel revision clean help
+
+help:
+	@echo "make demo   draw phantoms, caption them with the demo model, show the result in demo/"
+	@echo "make test   every test        make lint   ruff and mypy       make fix    ruff's fixes"
+	@echo "make bench  the numbers       make wheel  build the wheel     make clean  remove .venv and the like"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/rococap demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/installed
+	$(BIN)/python -m build --wheel
+
+revision: $(VENV)/installed
+	$(BIN)/alembic revision -m "$(m)"
+
+clean:
+	rm -rf $(VENV) dist build demo .mypy_cache .pytest_cache .ruff_cache

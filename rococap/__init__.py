@@ -1,0 +1,3 @@
+"""rococap captions radiology pictures through a crash-safe work queue."""
+
+__version__ = "0.1.0"

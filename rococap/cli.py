@@ -1,0 +1,604 @@
+"""The command line: options -> call -> echo. Heavy imports stay inside the commands that need them."""
+
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from sqlalchemy import Engine as Database
+from sqlalchemy.exc import DatabaseError as DriverError
+
+from rococap import __version__, db, queue
+from rococap.datasets import SPLITS
+from rococap.errors import RococapError
+from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, Recipe
+
+DEFAULT_DATASET = "eltorio/ROCOv2-radiology"
+LOST_AFTER_MS = 300_000
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Commands(click.Group):
+    """Turns what a user can act on into one line and an exit code: 2 for usage, 1 for the rest."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (RococapError, DriverError, OSError, KeyboardInterrupt) as error:
+            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
+                raise
+            raise click.ClickException(_told(error)) from error
+
+
+def _told(error: BaseException) -> str:
+    match error:
+        case KeyboardInterrupt():
+            return "Stopped. Nothing is half-written: the same command goes on from here."
+        case DriverError():
+            return db.explain(error)
+        case OSError():
+            return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    return str(error)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="rococap")
+@click.option(
+    "--db",
+    "url",
+    envvar="ROCOCAP_DB",
+    default=db.DEFAULT_URL,
+    show_default=True,
+    metavar="URL",
+    help="The queue: sqlite:///FILE, or postgresql+psycopg://… Also from ROCOCAP_DB.",
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
+@click.pass_context
+def cli(ctx: click.Context, url: str, debug: bool) -> None:
+    """Caption radiology pictures with Qwen2-VL through a crash-safe work queue.
+
+    \b
+    rococap enqueue --split train     register every picture of a split
+    rococap worker                    caption them; start as many as you like
+    rococap status                    where it stands
+    rococap export --split train      the captions as CSV
+
+    Captions are made by a machine and are not for clinical use.
+    """
+    ctx.obj = url
+    _set_up_logging(debug)
+
+
+def _set_up_logging(debug: bool) -> None:
+    level = logging.DEBUG if debug else logging.INFO
+    if sys.stderr.isatty():
+        from rich.logging import RichHandler
+
+        logging.basicConfig(
+            level=level, format="%(message)s", handlers=[RichHandler(console=_console(), show_path=False)]
+        )
+    else:
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    for chatty in ("alembic", "httpx", "urllib3", "filelock", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _database() -> Database:
+    return db.connect(click.get_current_context().find_root().obj)
+
+
+def _echo_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns aligned with spaces: numbers to the right, words to the left."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    right = [all(isinstance(row[column], int | float) for row in rows) for column in range(len(header))]
+
+    def line(values: Sequence[str]) -> str:
+        padded = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(line(values) for values in cells)
+
+
+def run_option(help: str) -> Callable[[F], F]:
+    return click.option("--run", "run_name", metavar="NAME", help=help)
+
+
+def splits_option(required: bool = False) -> Callable[[F], F]:
+    def expand(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(split for split in SPLITS if split in value or "all" in value)
+
+    return click.option(
+        "--split",
+        "splits",
+        type=click.Choice([*SPLITS, "all"]),
+        multiple=True,
+        required=required,
+        callback=expand,
+        help="May be repeated.",
+    )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+# --- enqueue ---------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@splits_option(required=True)
+@click.option(
+    "--dataset",
+    envvar="ROCOCAP_DATASET",
+    default=DEFAULT_DATASET,
+    show_default=True,
+    metavar="FOLDER|HUB_ID",
+    help="Parquet shards as on the hub, or pictures and CSVs as on Zenodo. Also from ROCOCAP_DATASET.",
+)
+@click.option(
+    "--dataset-revision", metavar="REV", help="Branch, tag or commit of a data set on the hub. [default: main]"
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N rows of each split.")
+@click.option("--offset", type=click.IntRange(min=0), default=0, metavar="K", help="Leave out the first K rows.")
+@click.option(
+    "--run", "run_name", default="default", show_default=True, metavar="NAME", help="A recipe's own set of captions."
+)
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="FOLDER|HUB_ID")
+@click.option(
+    "--revision", default="main", show_default=True, metavar="REV", help="Branch, tag or commit of the model."
+)
+@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option(
+    "--min-pixels", type=click.IntRange(min=1), default=3_136, show_default=True, help="Smaller pictures are enlarged."
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=1_003_520,
+    show_default=True,
+    help="Larger pictures are reduced; 784 pixels are one visual token.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+def enqueue(
+    splits: tuple[str, ...],
+    dataset: str,
+    dataset_revision: str | None,
+    limit: int | None,
+    offset: int,
+    run_name: str,
+    **recipe: Any,
+) -> None:
+    """Register every picture of a split as pending in a run.
+
+    Again costs almost nothing and changes nothing. Another model, prompt or setting is another run: --run NAME.
+    """
+    from rococap import datasets
+    from rococap import enqueue as registration
+
+    _check_run_name(run_name)
+    recipe["model"] = _absolute_if_folder(recipe["model"])
+    try:
+        wanted = Recipe(**recipe)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    database = _database()
+    located = datasets.locate(dataset, splits, dataset_revision or _pinned_revision(database, run_name, dataset))
+    with _bar() as progress:
+        results = registration.enqueue(
+            database, located, splits, run=run_name, recipe=wanted, limit=limit, offset=offset, progress=progress
+        )
+    for result in results:
+        _echo_enqueued(run_name, result)
+
+
+def _check_run_name(name: str) -> None:
+    """Runs name folders."""
+    if not all(c.isalnum() or c in "._-" for c in name) or name.startswith((".", "-")) or not 0 < len(name) <= 100:
+        raise click.BadParameter(f"{name!r} is no file name. Use letters, digits, dots, dashes.", param_hint="--run")
+
+
+def _absolute_if_folder(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
+
+
+def _pinned_revision(database: Database, run_name: str, dataset: str) -> str | None:
+    """A run stays on the commit of its data set, also when the hub's branch has moved on."""
+    with db.transaction(database) as conn:
+        for run in queue.list_runs(conn):
+            if (run.name, run.dataset) == (run_name, dataset):
+                return run.dataset_revision or None
+    return None
+
+
+def _echo_enqueued(run_name: str, result: Any) -> None:
+    click.echo(f"{run_name} {result.split}: {result.new} new, {result.known} known, {result.changed} changed")
+    if result.duplicates:
+        click.echo(f"  {result.duplicates} rows repeat an image_id that is already there and were left out")
+    for shard in result.altered_shards:
+        click.echo(f"  {shard} was altered since it was registered: places and captions were read anew")
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on a terminal; silence elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = _console()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield progress
+
+
+# --- worker ----------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@run_option("The run to work on. [default: `default`, or the only one that has work]")
+@splits_option()
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:N")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after N pictures.")
+@click.option("--wait", is_flag=True, help="Keep polling for new work instead of ending when all is done.")
+@click.option(
+    "--lease-ttl",
+    type=click.FloatRange(min=2),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A worker that was not heard of for so long loses its pictures to others.",
+)
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(min=0),
+    default=25.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long SIGTERM and Ctrl-C let the running batch finish.",
+)
+@click.option(
+    "--stall-timeout",
+    type=click.FloatRange(min=1),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A model that makes no step for so long hangs: the worker ends.",
+)
+def worker(run_name: str | None, splits: tuple[str, ...], **options: Any) -> None:
+    """Claim pictures in batches, caption them, store them. Start one per GPU; any number may run at once."""
+    from rococap import worker as process
+
+    database = _database()
+    with _worker_progress() as report:
+        outcome = process.work(database, process.Settings(run=run_name, splits=splits, **options), report)
+    _echo_outcome(outcome)
+
+
+def _echo_outcome(outcome: Any) -> None:
+    rate = outcome.done / outcome.seconds if outcome.seconds else 0.0
+    click.echo(
+        f"{outcome.run}: {outcome.done} captioned in {outcome.seconds:.1f} s ({rate:.1f}/s), {outcome.failed} failed"
+    )
+    if outcome.failed:
+        click.echo(f"Why they failed: rococap failures --run {outcome.run}")
+    if outcome.lost:
+        click.echo(f"{outcome.lost} captions came too late: another worker had taken the pictures over.")
+    if outcome.drained:
+        click.echo("Stopped as asked; what was left was given back. Go on with: rococap worker")
+
+
+@contextmanager
+def _worker_progress() -> Iterator[Callable[[Any, Sequence[queue.Counts]], None]]:
+    """One live line on a terminal, a log line every ten seconds elsewhere."""
+    console = _console()
+    last = time.monotonic()
+
+    def line(outcome: Any, counts: Sequence[queue.Counts]) -> str:
+        left = sum(one.unfinished for one in counts)
+        per_minute = sum(one.per_minute for one in counts)
+        eta = _duration(60 * left / per_minute) if per_minute else "?"
+        memory = _gpu_memory()
+        return f"{outcome.done} done here, {left} left, {per_minute:.0f}/min, {eta} to go{memory}"
+
+    if console.is_terminal:
+        with console.status("loading the model") as status:
+            yield lambda outcome, counts: status.update(line(outcome, counts))
+        return
+
+    def log_line(outcome: Any, counts: Sequence[queue.Counts]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            logging.getLogger("rococap.worker").info("%s", line(outcome, counts))
+
+    yield log_line
+
+
+def _gpu_memory() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    return f", GPU memory {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, sec = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {sec:02} s" if minutes else f"{sec} s"
+
+
+# --- status ----------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C.")
+@json_option
+def status(watch: bool, as_json: bool) -> None:
+    """Where every run and split stands, and which workers live."""
+    database = _database()
+    if as_json:
+        _echo_json(_status_json(database))
+    elif watch:
+        _watch(lambda: _status_text(database))
+    else:
+        click.echo(_status_text(database))
+
+
+def _look(database: Database) -> tuple[list[queue.Counts], list[queue.WorkerSeen]]:
+    with db.transaction(database) as conn:
+        return queue.counts(conn), queue.list_workers(conn, lost_after_ms=LOST_AFTER_MS)
+
+
+def _status_json(database: Database) -> dict[str, Any]:
+    counts, workers = _look(database)
+    runs = [{**asdict(one), "total": one.total, "per_minute": round(one.per_minute, 2)} for one in counts]
+    return {"runs": runs, "workers": [asdict(one) for one in workers]}
+
+
+def _status_text(database: Database) -> str:
+    counts, workers = _look(database)
+    if not counts:
+        return "Nothing is registered here yet. Register pictures first: rococap enqueue --split train"
+    states = ("pending", "leased", "waiting", "done", "failed", "cancelled")
+    rows = [
+        [
+            one.run,
+            one.split,
+            *(getattr(one, state) for state in states),
+            one.total,
+            round(one.per_minute, 1),
+            _duration(one.eta_sec) if one.unfinished else "-",
+        ]
+        for one in counts
+    ]
+    text = _table(["run", "split", *states, "total", "per min", "time left"], rows)
+    if workers:
+        seen = [
+            [one.id, f"{one.host}:{one.pid}", one.device, one.state, one.done, f"{one.seen_sec_ago:.0f} s ago"]
+            for one in workers
+        ]
+        text += "\n\n" + _table(["worker", "process", "device", "state", "done", "seen"], seen)
+    else:
+        text += "\n\nNo worker is running. Start one: rococap worker"
+    return text
+
+
+def _watch(text: Callable[[], str]) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    try:
+        with Live(Text(text()), console=Console(), refresh_per_second=2) as live:
+            while True:
+                time.sleep(2)
+                live.update(Text(text()))
+    except KeyboardInterrupt:
+        return
+
+
+# --- export, restore -------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@splits_option(required=True)
+@run_option("The run. [default: `default`, or the only one]")
+@click.option(
+    "--format", type=click.Choice(["csv", "parquet", "jsonl"]), help="[default: by the name of --output, else csv]"
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A folder, or a file (one split only). [default: results_medical, or results_medical/RUN]",
+)
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(min=0),
+    default=25,
+    show_default=True,
+    metavar="N",
+    help="Images per checkpoint segment; 0 for none.",
+)
+@click.option("--follow", is_flag=True, help="Keep writing segments as workers finish them, then export.")
+@click.option("--require-complete", is_flag=True, help="Fail if images of the split are not captioned.")
+def export(
+    splits: tuple[str, ...],
+    run_name: str | None,
+    format: str | None,
+    output: Path | None,
+    checkpoint_every: int,
+    follow: bool,
+    require_complete: bool,
+) -> None:
+    """Write captions next to the originals: one file a split, a manifest, and checkpoint segments beside it."""
+    from rococap import export as files
+
+    if follow and not checkpoint_every:
+        raise click.UsageError("--follow writes checkpoints: give it --checkpoint-every N.")
+    database = _database()
+    with db.transaction(database) as conn:
+        run = queue.find_run(conn, run_name)
+    for split in splits:
+        path = _export_path(run.name, split, format, output, len(splits))
+        if follow:
+            files.follow(database, run, split, path.parent, checkpoint_every, _echo_segments)
+        with _bar() as progress:
+            exported = files.export(
+                database,
+                run,
+                split,
+                path,
+                format=path.suffix.removeprefix("."),
+                require_complete=require_complete,
+                progress=progress,
+            )
+        if checkpoint_every:
+            _echo_segments(files.write_checkpoints(database, run, split, path.parent, checkpoint_every))
+        left = f"; {exported.missing} of the split are not done" if exported.missing else ""
+        click.echo(f"{exported.path}: {exported.rows} captions{left}")
+
+
+def _export_path(run_name: str, split: str, format: str | None, output: Path | None, n_splits: int) -> Path:
+    suffix = output.suffix.removeprefix(".") if output else ""
+    if output and suffix in ("csv", "parquet", "jsonl") and not output.is_dir():
+        if n_splits > 1:
+            raise click.UsageError(f"{output} is one file: name a folder for several splits.")
+        if format not in (None, suffix):
+            raise click.UsageError(f"{output} is no {format} file: name it .{format}, or leave out --format.")
+        return output
+    folder = output or (Path("results_medical") if run_name == "default" else Path("results_medical") / run_name)
+    return folder / f"medical_captions_{split}.{format or 'csv'}"
+
+
+def _echo_segments(paths: list[Path]) -> None:
+    if paths:
+        what = paths[0].name if len(paths) == 1 else f"{paths[0].name} to {paths[-1].name}"
+        click.echo(f"{paths[0].parent / what}: {len(paths)} new checkpoints")
+
+
+@cli.command()
+@click.argument(
+    "paths", metavar="FILE…", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@run_option("The run to restore into. [default: `default`, or the only one]")
+def restore(paths: tuple[Path, ...], run_name: str | None) -> None:
+    """Read exports or checkpoints back into a run whose split is enqueued, so that a lost database costs nothing."""
+    from rococap import export as files
+
+    database = _database()
+    with db.transaction(database) as conn:
+        run = queue.find_run(conn, run_name)
+    results = [files.restore(database, run, path) for path in paths]
+    total = {name: sum(getattr(one, name) for one in results) for name in ("restored", "known", "leased", "unknown")}
+    click.echo(f"{run.name}: {total['restored']} restored, {total['known']} captioned already")
+    if total["leased"]:
+        click.echo(f"  {total['leased']} are being captioned now: restore again when the workers have stopped")
+    if total["unknown"]:
+        click.echo(f"  {total['unknown']} are of images that the run does not have: enqueue their split first")
+
+
+# --- failures, retry, cancel -----------------------------------------------------------------------------------
+
+
+@cli.command()
+@run_option("Only this run.")
+@splits_option()
+@json_option
+def failures(run_name: str | None, splits: tuple[str, ...], as_json: bool) -> None:
+    """What failed and why, grouped by code."""
+    with db.transaction(_database()) as conn:
+        failed = queue.list_failures(conn, run_name, splits)
+    if as_json:
+        _echo_json([asdict(one) for one in failed])
+        return
+    if not failed:
+        click.echo("Nothing has failed.")
+        return
+    for (run, code), n in Counter((one.run, one.code) for one in failed).most_common():
+        click.echo(f"{run}: {n} {code}")
+        for one in failed:
+            if (one.run, one.code) == (run, code):
+                click.echo(f"  {one.split} {one.image_id}: {one.message}")
+    click.echo("Try them again: rococap retry --code CODE, or --image-id ID, or --all")
+
+
+@cli.command()
+@run_option("The run. [default: `default`, or the only one]")
+@splits_option()
+@click.option("--code", "codes", multiple=True, help="Those that failed with this code. May be repeated.")
+@click.option("--image-id", "image_ids", multiple=True, help="This picture, failed or cancelled. May be repeated.")
+@click.option("--cancelled", is_flag=True, help="Those that were cancelled.")
+@click.option("--all", "everything", is_flag=True, help="Everything that failed.")
+def retry(
+    run_name: str | None,
+    splits: tuple[str, ...],
+    codes: tuple[str, ...],
+    image_ids: tuple[str, ...],
+    cancelled: bool,
+    everything: bool,
+) -> None:
+    """Make failed pictures pending again, with a clean record."""
+    if not (codes or image_ids or cancelled or everything):
+        raise click.UsageError("Say what to try again: --code CODE, --image-id ID, --cancelled or --all.")
+    with db.transaction(_database(), write=True) as conn:
+        run = queue.find_run(conn, run_name)
+        n = queue.retry(conn, run, splits=splits, codes=codes, image_ids=image_ids, cancelled=cancelled)
+    click.echo(f"{run.name}: {n} pending again" + (". Caption them: rococap worker" if n else ""))
+
+
+@cli.command()
+@run_option("The run. [default: `default`, or the only one]")
+@splits_option()
+@click.option("--image-id", "image_ids", multiple=True, help="Only this picture. May be repeated.")
+@click.option("--all", "everything", is_flag=True, help="Everything that is pending or waiting.")
+def cancel(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, ...], everything: bool) -> None:
+    """Withdraw pictures that are pending or waiting. What a worker holds is finished."""
+    if not (splits or image_ids or everything):
+        raise click.UsageError("Say what to cancel: --split SPLIT, --image-id ID or --all.")
+    with db.transaction(_database(), write=True) as conn:
+        run = queue.find_run(conn, run_name)
+        n = queue.cancel(conn, run, splits=splits, image_ids=image_ids)
+    click.echo(f"{run.name}: {n} cancelled" + (". Undo: rococap retry --cancelled" if n else ""))
+
+
+@cli.command()
+def migrate() -> None:
+    """Upgrade the database to this rococap's schema, after a backup copy."""
+    url = click.get_current_context().find_root().obj
+    backup = db.migrate(url)
+    click.echo(f"Upgraded. The database as it was: {backup}" if backup else "The schema is up to date.")
+
+
+def main() -> None:
+    cli()

@@ -1,0 +1,367 @@
+"""Engines from URLs, transactions that wait their turn, and the schema's version.
+
+Transactions are begun and committed by name on an autocommit connection: SQLite's drivers otherwise begin deferred
+ones, which ignore the busy timeout when they turn into writers. Both dialects run the same statements.
+"""
+
+import os
+import random
+import re
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
+from sqlalchemy.engine import URL, CursorResult, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import DatabaseError as DriverError
+
+from rococap.errors import DatabaseError
+from rococap.models import SCHEMA
+
+DEFAULT_URL = "sqlite:///rococap.db"
+BUSY_TIMEOUT_MS = 50
+PATIENCE_SEC = 60.0
+"""How long a transaction waits for the write lock before it gives up."""
+
+NETWORK_FILE_SYSTEMS = frozenset(
+    [
+        "9p",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "fuse.glusterfs",
+        "fuse.sshfs",
+        "gfs2",
+        "glusterfs",
+        "gpfs",
+        "lustre",
+        "ncpfs",
+        "nfs",
+        "nfs4",
+        "ocfs2",
+        "smb3",
+        "smbfs",
+    ]
+)
+
+Row = Sequence[Any]
+
+
+def default_url() -> str:
+    return os.environ.get("ROCOCAP_DB", DEFAULT_URL)
+
+
+# --- Opening ---------------------------------------------------------------------------------------------------
+
+
+def connect(url: str, *, create: bool = True) -> Engine:
+    """An engine for `url`, with the schema checked; an empty or absent SQLite file is given its tables.
+
+    With `create=False` the database is opened as it is, whatever its schema. Raises DatabaseError for a URL that
+    cannot be understood, a file system that SQLite cannot lock on, a database that is not ours or has another schema.
+    """
+    engine = _engine(_parse(url))
+    try:
+        if create:
+            _check_schema(engine)
+    except DriverError as error:
+        raise DatabaseError(explain(error, engine.url)) from error
+    return engine
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url if "://" in url else f"sqlite:///{url}")
+        parsed.get_dialect()
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        raise DatabaseError(
+            f"{url!r} is not a database URL that this machine can open ({error}). "
+            "Use sqlite:///FILE, or postgresql+psycopg://USER@HOST/NAME with its driver installed."
+        ) from error
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise DatabaseError(f"rococap runs on SQLite and PostgreSQL, not on {parsed.get_backend_name()}.")
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise DatabaseError("A queue in memory would be lost with its process. Name a file: sqlite:///rococap.db")
+    return parsed
+
+
+def _engine(url: URL) -> Engine:
+    if url.get_backend_name() == "sqlite":
+        _check_place(Path(url.database or ""))
+        engine = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+        event.listen(engine, "connect", _set_pragmas)
+        return engine
+    return create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+
+
+def _check_place(path: Path) -> None:
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise DatabaseError(f"The folder {folder} of the database does not exist. Create it: mkdir -p {folder}")
+    kind = file_system(folder, _mounts())
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise DatabaseError(
+            f"{path} is on a network file system ({kind}), where SQLite's locks do not hold and captions could be "
+            "lost. Put the database on a local disk, or use PostgreSQL: --db postgresql+psycopg://USER@HOST/NAME"
+        )
+
+
+def _mounts() -> str:
+    try:
+        return Path("/proc/mounts").read_text()
+    except OSError:  # not Linux: nothing to go by
+        return ""
+
+
+def file_system(folder: Path, mounts: str) -> str | None:
+    """The type of the file system that `folder` is on, by the longest matching line of `mounts` (/proc/mounts)."""
+    kinds = {_unescape(point): kind for _, point, kind, *_ in (line.split() for line in mounts.splitlines())}
+    resolved = folder.resolve()
+    return next((kinds[str(at)] for at in (resolved, *resolved.parents) if str(at) in kinds), None)
+
+
+def _unescape(mount_point: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount_point)
+
+
+def wal_is_safe(version: tuple[int, ...]) -> bool:
+    """Whether this SQLite has the fix for the WAL corruption of 3.7.0 to 3.51.2 (several writers, checkpointing)."""
+    return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
+
+
+def _set_pragmas(connection: sqlite3.Connection, _record: object) -> None:
+    try:
+        is_new = connection.execute("PRAGMA page_count").fetchone()[0] == 0
+        if is_new and wal_is_safe(sqlite3.sqlite_version_info):
+            connection.execute("PRAGMA journal_mode = WAL")  # may be refused: any journal is safe with FULL
+    except sqlite3.OperationalError as error:
+        if not _is_busy(error):  # else another process is creating the file just now, and decides its journal
+            raise
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def explain(error: DriverError, url: URL | None = None) -> str:
+    """A driver's error as one line that names the next step."""
+    reason = str(error.orig)
+    where = url.render_as_string(hide_password=True) if url else "The database"
+    if "not a database" in reason or "malformed" in reason:
+        return f"{where} is not an SQLite database, or is damaged ({reason}). Name another with --db."
+    if "readonly" in reason or "unable to open" in reason:
+        return f"{where} cannot be written ({reason}). Check its permissions, or name another with --db."
+    if "full" in reason:
+        return f"{where}: the disk is full. Free some space, then run the command again."
+    return f"{where} cannot be used: {reason}"
+
+
+# --- Transactions ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def transaction(engine: Engine, *, write: bool = False) -> Iterator[Connection]:
+    """One transaction, committed when the block ends and rolled back when it raises.
+
+    A writer holds SQLite's write lock from the start (BEGIN IMMEDIATE). Both kinds wait for a busy database in our
+    code, with jitter: SQLite's own waiting starves the unlucky. Raises DatabaseError after PATIENCE_SEC.
+    """
+    is_sqlite = engine.dialect.name == "sqlite"
+    with engine.connect() as conn:
+        _patiently(conn, ("BEGIN IMMEDIATE",) if is_sqlite and write else _reader_begin(is_sqlite, write))
+        try:
+            yield conn
+            _patiently(conn, ("COMMIT",))
+        except BaseException:
+            _roll_back(conn)
+            raise
+
+
+def _reader_begin(is_sqlite: bool, write: bool) -> tuple[str, ...]:
+    if is_sqlite:
+        # The second statement takes the read lock now, inside the waiting, rather than in the caller's first query.
+        return ("BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1")
+    return ("BEGIN",) if write else ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",)
+
+
+def _patiently(conn: Connection, statements: tuple[str, ...]) -> None:
+    deadline = time.monotonic() + PATIENCE_SEC
+    while True:
+        try:
+            for statement in statements:
+                conn.exec_driver_sql(statement)
+            return
+        except OperationalError as error:
+            if not _is_busy(error.orig):
+                raise
+            if statements[0] != "COMMIT":
+                _roll_back(conn)
+            if time.monotonic() > deadline:
+                raise DatabaseError(
+                    f"{conn.engine.url.database} has been locked by another process for {PATIENCE_SEC:.0f} s. "
+                    "Close what holds it (a database browser, a backup), then run the command again."
+                ) from error
+            time.sleep(random.uniform(0.001, 0.02))
+
+
+def _is_busy(error: BaseException | None) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _roll_back(conn: Connection) -> None:
+    # SQLite rolls back by itself after some errors (a full disk); then there is nothing left to do.
+    driver = conn.connection.driver_connection
+    if driver is not None and getattr(driver, "in_transaction", True):
+        conn.exec_driver_sql("ROLLBACK")
+
+
+def execute(conn: Connection, sql: str, params: Row | list[Row] = ()) -> "CursorResult[*tuple[Any, ...]]":
+    """Runs one statement with `?` placeholders; a list of rows runs it for each.
+
+    Straight to the driver: SQLAlchemy's compiled statements cost three times as much per row, and every row of a
+    run passes here.
+    """
+    if conn.dialect.name != "sqlite":
+        sql = sql.replace("?", "%s")
+    return conn.exec_driver_sql(sql, params if isinstance(params, list) else tuple(params))
+
+
+def now(conn: Connection) -> int:
+    """The database's clock, in milliseconds since 1970 (UTC): workers on several machines share it."""
+    if conn.dialect.name == "sqlite":
+        # unixepoch('now', 'subsec') is silently NULL before SQLite 3.42.
+        sql = "SELECT CAST(ROUND((julianday('now') - 2440587.5) * 86400000) AS INTEGER)"
+    else:
+        sql = "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)"
+    return int(execute(conn, sql).scalar_one())
+
+
+# --- Schema ----------------------------------------------------------------------------------------------------
+
+
+def migrations_dir() -> Path:
+    packaged = Path(__file__).parent / "migrations"  # installed wheel
+    return packaged if packaged.is_dir() else packaged.parents[1] / "migrations"  # checkout
+
+
+def _check_schema(engine: Engine) -> None:
+    with transaction(engine) as conn:
+        found = _schema(conn)
+    if found is None:
+        upgrade(engine)
+    elif found != SCHEMA:
+        raise _wrong_schema(engine.url, found)
+
+
+def _schema(conn: Connection) -> str | None:
+    """The schema's revision; None for an empty database. Raises DatabaseError for somebody else's."""
+    tables = set(inspect(conn).get_table_names())
+    if not tables:
+        return None
+    if "alembic_version" not in tables or not ({"jobs", "leases"} <= tables or tables == {"alembic_version"}):
+        raise DatabaseError(
+            f"{conn.engine.url.database} holds other tables ({', '.join(sorted(tables)[:5])}) and is not a rococap "
+            "database. Name another file with --db."
+        )
+    return execute(conn, "SELECT version_num FROM alembic_version").scalar()
+
+
+def _wrong_schema(url: URL, found: str) -> DatabaseError:
+    where = url.render_as_string(hide_password=True)
+    if found in _known_revisions():
+        return DatabaseError(
+            f"{where} has schema {found}; this rococap needs {SCHEMA}. Upgrade it (a backup copy is made): "
+            f"rococap --db {where} migrate"
+        )
+    return DatabaseError(
+        f"{where} has schema {found}, made by a newer rococap than this one ({SCHEMA}). "
+        "Upgrade rococap, or name another database with --db."
+    )
+
+
+def _known_revisions() -> set[str]:
+    from alembic.script import ScriptDirectory
+
+    return {script.revision for script in ScriptDirectory(str(migrations_dir())).walk_revisions()}
+
+
+@contextmanager
+def migration_connection(engine: Engine) -> Iterator[Connection]:
+    """A write transaction with foreign keys off: alembic rebuilds tables, and a cascade would empty their children.
+
+    Raises DatabaseError, and rolls back, if a foreign key is broken at the end.
+    """
+    is_sqlite = engine.dialect.name == "sqlite"
+    with engine.connect() as conn:
+        if is_sqlite:
+            conn.exec_driver_sql("PRAGMA foreign_keys = OFF")  # ignored inside a transaction
+        _patiently(conn, ("BEGIN IMMEDIATE" if is_sqlite else "BEGIN",))
+        try:
+            yield conn
+            if is_sqlite and (broken := execute(conn, "PRAGMA foreign_key_check").fetchall()):
+                raise DatabaseError(f"The migration would break foreign keys of {broken[0][0]}: nothing was changed.")
+            _patiently(conn, ("COMMIT",))
+        except BaseException:
+            _roll_back(conn)
+            raise
+        finally:
+            if is_sqlite:
+                conn.exec_driver_sql("PRAGMA foreign_keys = ON")
+
+
+def upgrade(engine: Engine, revision: str = "head") -> None:
+    """Brings the schema to `revision`, in one transaction; safe when several processes do it at once."""
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(migrations_dir()).replace("%", "%%"))
+    with migration_connection(engine) as conn:
+        config.attributes["connection"] = conn
+        command.upgrade(config, revision)
+
+
+def migrate(url: str) -> Path | None:
+    """Upgrades an older database; returns the backup copy made before (SQLite), or None if nothing was to do.
+
+    Raises DatabaseError while leases are open: a worker's statements must not meet another schema half-way.
+    """
+    engine = connect(url, create=False)
+    try:
+        with transaction(engine) as conn:
+            found = _schema(conn)
+            n_open = 0
+            if found is not None:
+                n_open = execute(conn, "SELECT count(*) FROM leases WHERE state = 'open'").scalar_one()
+    except DriverError as error:
+        raise DatabaseError(explain(error, engine.url)) from error
+    if found == SCHEMA:
+        return None
+    if found is not None and found not in _known_revisions():
+        raise _wrong_schema(engine.url, found)
+    if n_open:
+        raise DatabaseError(
+            f"{n_open} leases are open. Stop the workers (or wait until their leases expire), then migrate."
+        )
+    backup = _back_up(engine.url, found) if found is not None else None
+    upgrade(engine)
+    return backup
+
+
+def _back_up(url: URL, revision: str) -> Path | None:
+    if url.get_backend_name() != "sqlite":
+        return None
+    source = Path(url.database or "")
+    target = source.with_name(f"{source.name}.before-{SCHEMA}-from-{revision}")
+    partial = target.with_name(target.name + ".part")
+    with sqlite3.connect(source) as read, sqlite3.connect(partial) as write:
+        read.backup(write)
+    read.close()
+    write.close()
+    shutil.move(partial, target)
+    return target

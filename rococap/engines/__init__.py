@@ -1,0 +1,113 @@
+"""What an engine is: it pulls prepared pictures from a Source and yields a Completion for each.
+
+An engine knows no database, no data set and no lease. Importing this module imports no torch.
+"""
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL.Image import Image
+
+from rococap.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a worker needs besides the recipe; it decides speed, never text."""
+
+    device: str = "auto"
+    batch_size: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What made the captions, as loaded: `auto` and branch names are resolved here.
+
+    `digest` names the exact weights: the hub's commit, or SHA-256 over a local folder's files.
+    """
+
+    name: str
+    versions: dict[str, str]
+    model: str
+    revision: str
+    dtype: str
+    device: str
+    digest: str
+
+    def resolved(self) -> dict[str, str]:
+        """What a run pins, so that it never mixes: two workers of a run agree in all of it."""
+        return {"engine": self.name, "dtype": self.dtype, "revision": self.revision, "digest": self.digest}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One picture, ready for the model: `inputs` is the engine's own, `n_tokens` the length of its prompt."""
+
+    job_id: int
+    inputs: Any
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why one picture has no caption. A transient failure is tried again later, up to the run's max_attempts."""
+
+    code: str
+    message: str
+    transient: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of one picture: a caption, or a failure.
+
+    `processing_ms` is the picture's share of the model's time: over all steps, step time divided by the rows active
+    in it, so that the column sums to the time spent; `prefill_ms` is its part up to the first token. `latency_ms` is
+    the time from taking the picture to its last token.
+    """
+
+    job_id: int
+    text: str = ""
+    flags: str = ""
+    finish_reason: str = "stop"
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    processing_ms: float = 0.0
+    prefill_ms: float = 0.0
+    latency_ms: float = 0.0
+    batch_size: int = 1
+    failure: Failure | None = None
+
+
+class Source(Protocol):
+    """The worker's side: pictures that are leased, decoded and prepared."""
+
+    def take(self, most: int, wait: float | None) -> list[Prepared]:
+        """What is ready, up to `most`. wait=0 never blocks, None blocks until something is; [] after None: the end."""
+
+    def step(self) -> Set[int]:
+        """Called at every decode step: vouches for progress, and names the jobs whose rows to abandon."""
+
+
+class Engine(Protocol):
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def load(self) -> None:
+        """Loads the model. Raises ModelError if it cannot be had or is not one that captions pictures."""
+
+    def prepare(self, job_id: int, picture: Image) -> Prepared:
+        """CPU only; any thread. Raises PictureError for a picture that the model cannot take."""
+
+    def run(self, source: Source) -> Iterator[Completion]:
+        """Exactly one completion per picture taken and not abandoned, as each finishes, until the source ends."""
+
+    def close(self) -> None: ...
+
+
+def load_engine(recipe: Recipe, options: Options) -> Engine:
+    """The engine for a recipe, not loaded yet."""
+    from rococap.engines.hf import TransformersEngine
+
+    return TransformersEngine(recipe, options)

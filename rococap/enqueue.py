@@ -1,0 +1,229 @@
+"""Registers a data set's rows and a run's jobs. Reads captions and concepts, never a picture.
+
+The whole split is entered in `images`, whatever `limit` says, so that ids follow the data set's order; a run's jobs
+are a selection of them. A shard is one transaction and so is a page of jobs: killed half-way, the next enqueue goes on.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+
+from rococap import datasets, queue
+from rococap.datasets import Dataset, Sample, Shard
+from rococap.db import execute, transaction
+from rococap.errors import RunError
+from rococap.models import JobState
+from rococap.queue import clean_text
+from rococap.recipe import Recipe
+
+PAGE = 20_000
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, how much is done, of how much)."""
+
+
+@dataclass(slots=True)
+class Enqueued:
+    """What an enqueue did to one split: jobs new and known, rows changed and duplicate, shards altered since."""
+
+    split: str
+    new: int = 0
+    known: int = 0
+    changed: int = 0
+    duplicates: int = 0
+    altered_shards: list[str] = field(default_factory=list)
+
+
+def enqueue(
+    engine: Engine,
+    dataset: Dataset,
+    splits: Sequence[str],
+    *,
+    run: str,
+    recipe: Recipe,
+    limit: int | None = None,
+    offset: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> list[Enqueued]:
+    """Makes the rows `offset` to `offset + limit` of each split pending in a run; what is known stays as it is.
+
+    Raises RunError if the run exists with another recipe or data set, DatasetError for data that cannot be read:
+    every shard's footer is read before anything is written.
+    """
+    shards = {split: datasets.find_shards(dataset.root, split) for split in splits}
+    with transaction(engine, write=True) as conn:
+        dataset_id = register_dataset(conn, dataset)
+        target = queue.create_run(conn, run, dataset_id, recipe)
+    results = []
+    for split in splits:
+        result = Enqueued(split)
+        _register_split(engine, dataset, dataset_id, shards[split], result, progress)
+        _register_jobs(engine, target, split, limit, offset, result, progress)
+        results.append(result)
+    return results
+
+
+def register_dataset(conn: Connection, dataset: Dataset) -> int:
+    execute(
+        conn,
+        "INSERT INTO datasets (name, revision) VALUES (?, ?) ON CONFLICT (name, revision) DO NOTHING",
+        (dataset.name, dataset.revision),
+    )
+    row = execute(conn, "SELECT id FROM datasets WHERE name = ? AND revision = ?", (dataset.name, dataset.revision))
+    return int(row.scalar_one())
+
+
+# --- Images ----------------------------------------------------------------------------------------------------
+
+_ADD_IMAGE = (
+    "INSERT INTO images (dataset_id, split, image_id, shard_id, row_group, row_in_group, caption, cui) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (dataset_id, split, image_id) DO NOTHING"
+)
+
+
+def _register_split(
+    engine: Engine, dataset: Dataset, dataset_id: int, shards: list[Shard], result: Enqueued, progress: Progress
+) -> None:
+    total = sum(shard.rows for shard in shards)
+    done = 0
+    for shard in shards:
+        with transaction(engine, write=True) as conn:
+            _register_shard(conn, dataset, dataset_id, shard, {other.path for other in shards}, result)
+        done += shard.rows
+        progress(f"{result.split}: reading captions", done, total)
+
+
+def _register_shard(
+    conn: Connection, dataset: Dataset, dataset_id: int, shard: Shard, present: set[str], result: Enqueued
+) -> None:
+    known = execute(
+        conn, "SELECT id, path, size, digest FROM shards WHERE dataset_id = ? AND split = ?", (dataset_id, shard.split)
+    ).fetchall()
+    mine = next((row for row in known if row[1] == shard.path), None)
+    if mine is not None and (mine[2], mine[3]) == (shard.size, shard.digest):
+        return
+    shard_id = _save_shard(conn, dataset_id, shard)
+    samples = datasets.samples(dataset.root, shard)
+    gone = {row[0] for row in known if row[1] not in present}
+    if mine is None and not gone:
+        added = sum(_add_images(conn, dataset_id, shard, shard_id, page) for page in _pages(samples))
+        result.duplicates += shard.rows - added
+        return
+    if mine is not None:
+        result.altered_shards.append(shard.path)
+    _merge(conn, dataset_id, shard, shard_id, samples, gone | {shard_id}, result)
+
+
+def _save_shard(conn: Connection, dataset_id: int, shard: Shard) -> int:
+    row = execute(
+        conn,
+        "INSERT INTO shards (dataset_id, path, split, n_rows, n_row_groups, size, digest) VALUES (?, ?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT (dataset_id, path) DO UPDATE SET n_rows = excluded.n_rows, n_row_groups = excluded.n_row_groups, "
+        "size = excluded.size, digest = excluded.digest RETURNING id",
+        (dataset_id, shard.path, shard.split, shard.rows, shard.row_groups, shard.size, shard.digest),
+    )
+    return int(row.scalar_one())
+
+
+def _pages(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    rows = iter(samples)
+    while page := list(islice(rows, PAGE)):
+        yield page
+
+
+def _add_images(conn: Connection, dataset_id: int, shard: Shard, shard_id: int, samples: Iterable[Sample]) -> int:
+    rows = [(dataset_id, shard.split, s.image_id, *_place_and_texts(shard_id, s)) for s in samples]
+    return execute(conn, _ADD_IMAGE, rows).rowcount if rows else 0
+
+
+def _place_and_texts(shard_id: int, sample: Sample) -> tuple[int, int, int, str, str]:
+    caption, cui = clean_text(sample.caption), clean_text(";".join(sample.cui))
+    return shard_id, sample.row_group, sample.row_in_group, caption, cui
+
+
+def _merge(
+    conn: Connection,
+    dataset_id: int,
+    shard: Shard,
+    shard_id: int,
+    samples: Iterable[Sample],
+    movable: set[int],
+    result: Enqueued,
+) -> None:
+    """Enters a shard that was altered, or that takes the place of one that is gone.
+
+    Rows that stood in `movable` shards get their new place and texts; rows of other shards keep theirs.
+    """
+    known: dict[str, tuple[Any, ...]] = {
+        row[0]: tuple(row[1:])
+        for row in execute(
+            conn,
+            "SELECT image_id, shard_id, row_group, row_in_group, caption, cui FROM images "
+            "WHERE dataset_id = ? AND split = ?",
+            (dataset_id, shard.split),
+        ).fetchall()
+    }
+    seen: set[str] = set()
+    moved, added = [], []
+    for sample in samples:
+        old, new = known.get(sample.image_id), _place_and_texts(shard_id, sample)
+        if sample.image_id in seen or (old is not None and old[0] not in movable):
+            result.duplicates += 1
+        elif old is None:
+            added.append(sample)
+        elif old != new:
+            moved.append((*new, dataset_id, shard.split, sample.image_id))
+        seen.add(sample.image_id)
+    _add_images(conn, dataset_id, shard, shard_id, added)
+    if moved:
+        execute(
+            conn,
+            "UPDATE images SET shard_id = ?, row_group = ?, row_in_group = ?, caption = ?, cui = ? "
+            "WHERE dataset_id = ? AND split = ? AND image_id = ?",
+            moved,
+        )
+    result.changed += len(moved)
+
+
+# --- Jobs ------------------------------------------------------------------------------------------------------
+
+# Unary plus keeps SQLite off the index by image_id: the rows are wanted in order of id.
+_SPLIT_FROM = "FROM images WHERE id >= ? AND +dataset_id = ? AND split = ? ORDER BY id"
+
+
+def _register_jobs(
+    engine: Engine, run: queue.Run, split: str, limit: int | None, offset: int, result: Enqueued, progress: Progress
+) -> None:
+    with transaction(engine) as conn:
+        n_images = execute(
+            conn, "SELECT count(*) FROM images WHERE dataset_id = ? AND split = ?", (run.dataset_id, split)
+        ).scalar_one()
+        first = execute(
+            conn, f"SELECT id {_SPLIT_FROM} LIMIT 1 OFFSET ?", (0, run.dataset_id, split, offset)
+        ).scalar_one_or_none()
+    if first is None:
+        raise RunError(f"Split {split} has {n_images} rows, so --offset {offset} is past its end.")
+    total = n_images - offset if limit is None else min(limit, n_images - offset)
+    while (done := result.new + result.known) < total:
+        with transaction(engine, write=True) as conn:
+            first = _register_page(conn, run, split, first, min(PAGE, total - done), result)
+        progress(f"{split}: registering", result.new + result.known, total)
+
+
+def _register_page(conn: Connection, run: queue.Run, split: str, first: int, size: int, result: Enqueued) -> int:
+    """Makes the `size` images from id `first` on pending; returns the id to go on from."""
+    page = (first, run.dataset_id, split, size)
+    new = execute(
+        conn,
+        f"INSERT INTO jobs (run_id, image_id, split) SELECT ?, id, split {_SPLIT_FROM} LIMIT ? "
+        "ON CONFLICT (run_id, image_id) DO NOTHING",
+        (run.id, *page),
+    ).rowcount
+    last = execute(conn, f"SELECT max(id) FROM (SELECT id {_SPLIT_FROM} LIMIT ?) AS page", page).scalar_one()
+    queue.tally(conn, run.id, split, 0, {JobState.PENDING: new})
+    result.new += new
+    result.known += size - new
+    return int(last) + 1

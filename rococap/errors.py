@@ -1,0 +1,36 @@
+"""Errors that a user can act on. Every message names the next step."""
+
+
+class RococapError(Exception):
+    """Something a user can act on; the command line prints it in one line and exits with code 1."""
+
+
+class DatasetError(RococapError):
+    """A data set, a shard or a download that cannot be used as it is."""
+
+
+class PictureError(RococapError):
+    """One picture that cannot be captioned, ever: it fails alone, with `code`, and never its batch.
+
+    Codes are stable, since people group and retry by them: see `rococap failures`.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class DatabaseError(RococapError):
+    """A database that cannot be opened, is not ours, or has another schema."""
+
+
+class RunError(RococapError):
+    """A run that does not exist, or that exists with another recipe or data set."""
+
+
+class ModelError(RococapError):
+    """A model that cannot be loaded, or that a run was not made with."""
+
+
+class LeaseLost(RococapError):
+    """The lease is no longer this worker's: nothing was written."""

@@ -1,0 +1,485 @@
+"""Captions -> CSV, Parquet or JSON Lines, checkpoint segments, and back into a database.
+
+Files are derived from the database and can always be made again. A file appears whole or not at all: it is written
+under another name, fsynced and renamed. Done rows never change, so an export is a snapshot although it reads in short
+transactions that stall no worker.
+"""
+
+import csv
+import errno
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sqlalchemy import Connection
+from sqlalchemy import Engine as Database
+
+from rococap import __version__, db, queue
+from rococap.db import execute, transaction
+from rococap.errors import RococapError, RunError
+from rococap.models import JobState
+from rococap.queue import Run, clean_text
+
+FOLDER = Path("results_medical")
+FORMATS = ("csv", "parquet", "jsonl")
+COLUMNS = (
+    "image_id",
+    "original_caption",
+    "generated_caption",
+    "processing_time_sec",
+    "model",
+    "timestamp",
+    "split",
+)
+PAGE = 5_000
+SEGMENTS_AT_ONCE = 200
+FOLLOW_SEC = 2.0
+
+Progress = Callable[[str, int, int], None]
+
+
+class IncompleteError(RococapError):
+    """The split is not captioned to the end, and the caller asked for all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """`missing` counts the jobs of the split that are not done."""
+
+    path: Path
+    rows: int
+    missing: int
+
+
+# --- One file --------------------------------------------------------------------------------------------------
+
+
+def export(
+    database: Database,
+    run: Run,
+    split: str,
+    path: Path,
+    *,
+    format: str = "csv",
+    require_complete: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Exported:
+    """Writes the done images of a split, in data set order, and a manifest `.json` beside it.
+
+    Raises RunError if the run has nothing of the split, IncompleteError if some are not done and all were required,
+    RococapError if the file cannot be written; then an older file stays as it was.
+    """
+    with transaction(database) as conn:
+        counts = _counts(conn, run, split)
+        cutoff = db.now(conn)
+    missing = counts.total - counts.done
+    if require_complete and missing:
+        raise IncompleteError(
+            f"{missing} of {counts.total} images of {split} are not captioned (see rococap status). "
+            "Caption them: rococap worker; or leave out --require-complete."
+        )
+    with replacing(path) as partial:
+        rows = _write(_pages(database, run, split, cutoff, counts.done, progress), partial, format)
+        digest = _sha256(partial)
+    about = {"file": path.name, "rows": rows, "missing": missing, "sha256": digest}
+    _write_json(path.with_suffix(".json"), _manifest(run, split) | about)
+    return Exported(path, rows, missing)
+
+
+def _counts(conn: Connection, run: Run, split: str) -> queue.Counts:
+    for counts in queue.counts(conn):
+        if (counts.run, counts.split) == (run.name, split):
+            return counts
+    raise RunError(
+        f"Run {run.name!r} has no pictures of {split}. Register them: rococap enqueue --run {run.name} --split {split}"
+    )
+
+
+_SELECT = (
+    "SELECT j.image_id, j.checkpoint, i.image_id, i.caption, c.text, c.processing_ms, c.generated_at "
+    "FROM jobs j JOIN captions c ON c.job_id = j.id JOIN images i ON i.id = j.image_id "
+    "WHERE j.run_id = ? AND j.split = ? AND "
+)
+
+
+def _pages(
+    database: Database, run: Run, split: str, cutoff: int, total: int, progress: Progress
+) -> Iterator[pd.DataFrame]:
+    after, done = 0, 0
+    with _short_reads(database) as read:
+        while True:
+            with read() as conn:
+                rows = execute(
+                    conn,
+                    _SELECT + "j.status = 'done' AND j.finished_at <= ? AND j.image_id > ? ORDER BY j.image_id LIMIT ?",
+                    (run.id, split, cutoff, after, PAGE),
+                ).fetchall()
+            if not rows:
+                return
+            after, done = rows[-1][0], done + len(rows)
+            yield _frame(rows, run, split)
+            progress(f"{split}: exporting", done, total)
+
+
+@contextmanager
+def _short_reads(database: Database) -> Iterator[Callable[[], AbstractContextManager[Connection]]]:
+    """Each page is a transaction of its own on SQLite, where a long read blocks every commit under the DELETE
+    journal; on PostgreSQL all pages share one snapshot.
+    """
+    if database.dialect.name == "sqlite":
+        yield lambda: transaction(database)
+    else:
+        with transaction(database) as conn:
+            yield lambda: nullcontext(conn)
+
+
+def _frame(rows: Sequence[Sequence[Any]], run: Run, split: str) -> pd.DataFrame:
+    _, _, image_ids, captions, texts, processing_ms, generated_at = zip(*rows, strict=True)
+    seconds = np.round(np.array(processing_ms, dtype=float) / 1000, 6)
+    times = np.char.add(np.datetime_as_string(np.array(generated_at, dtype="datetime64[ms]")), "Z")
+    columns = (image_ids, captions, texts, seconds, run.recipe.model, times.astype(object), split)
+    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), dtype=None)
+
+
+def _write(frames: Iterator[pd.DataFrame], path: Path, format: str) -> int:
+    match format:
+        case "csv":
+            return _write_csv(frames, path)
+        case "jsonl":
+            return _write_jsonl(frames, path)
+        case "parquet":
+            return _write_parquet(frames, path)
+    raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format}")
+
+
+def _write_csv(frames: Iterator[pd.DataFrame], path: Path) -> int:
+    """RFC 4180 with \\n. Every text is quoted: before Python 3.13 the csv module leaves a bare \\r unquoted."""
+    rows = 0
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(",".join(COLUMNS) + "\n")
+        for frame in frames:
+            frame.to_csv(file, header=False, index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+            rows += len(frame)
+    return rows
+
+
+def _write_jsonl(frames: Iterator[pd.DataFrame], path: Path) -> int:
+    rows = 0
+    with path.open("w", encoding="utf-8", newline="") as file:
+        for frame in frames:
+            file.write(frame.to_json(orient="records", lines=True, force_ascii=False))
+            rows += len(frame)
+    return rows
+
+
+def _write_parquet(frames: Iterator[pd.DataFrame], path: Path) -> int:
+    kinds = {"processing_time_sec": pa.float64()}
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
+    rows = 0
+    with pq.ParquetWriter(path, schema) as writer:
+        for frame in frames:
+            writer.write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False))
+            rows += len(frame)
+    return rows
+
+
+def _manifest(run: Run, split: str | None = None) -> dict[str, Any]:
+    """What made the captions: enough to say so beside them, and to restore them."""
+    return {
+        "run": run.name,
+        **({"split": split} if split else {}),
+        "dataset": run.dataset,
+        "dataset_revision": run.dataset_revision,
+        "recipe": asdict(run.recipe),
+        "recipe_hash": run.recipe.hash,
+        "resolved": run.resolved,
+        "rococap": __version__,
+        "note": "Machine-generated captions, not reviewed by clinicians. Not for clinical use.",
+    }
+
+
+# --- Files that appear whole -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to; what was written there becomes `path` at the end, on disk, or never.
+
+    Raises RococapError, naming the next step, if the disk is full or the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _fsync(partial)
+        partial.replace(path)
+        _fsync(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: OSError) -> RococapError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RococapError(
+            f"No space left for {path}: nothing was changed there. Free some, or write elsewhere with --output."
+        )
+    return RococapError(f"{path} cannot be written ({error.strerror or error}). Write elsewhere with --output.")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Checkpoint segments ---------------------------------------------------------------------------------------
+
+
+def write_checkpoints(database: Database, run: Run, split: str, folder: Path, every: int) -> list[Path]:
+    """Writes the segments that are due: `every` images each, in order of completion, never changed afterwards.
+
+    When the split has nothing left to do, the short tail is a segment too. Which image is in which segment is decided
+    in the database, so that a missing file is written again, the same.
+    """
+    while _assign(database, run, split, every):
+        pass
+    with transaction(database) as conn:
+        last = _last_checkpoint(conn, run, split)
+    missing = [n for n in range(1, last + 1) if not checkpoint_path(folder, split, n).exists()]
+    if missing:
+        _write_json(folder / "run.json", _manifest(run))
+    for start in range(0, len(missing), SEGMENTS_AT_ONCE):
+        _write_segments(database, run, split, folder, missing[start : start + SEGMENTS_AT_ONCE])
+    return [checkpoint_path(folder, split, n) for n in missing]
+
+
+def checkpoint_path(folder: Path, split: str, number: int) -> Path:
+    return folder / f"checkpoint_{split}_{number:06}.csv"
+
+
+def _last_checkpoint(conn: Connection, run: Run, split: str) -> int:
+    row = execute(
+        conn,
+        "SELECT coalesce(max(checkpoint), 0) FROM jobs WHERE run_id = ? AND split = ? AND checkpoint IS NOT NULL",
+        (run.id, split),
+    )
+    return int(row.scalar_one())
+
+
+def _assign(database: Database, run: Run, split: str, every: int) -> int:
+    """Gives done images their segments; returns how many segments were filled."""
+    with transaction(database, write=True) as conn:
+        due = execute(
+            conn,
+            "SELECT id FROM jobs WHERE run_id = ? AND split = ? AND status = 'done' AND checkpoint IS NULL "
+            "ORDER BY finished_at, id LIMIT ?",
+            (run.id, split, every * SEGMENTS_AT_ONCE),
+        ).fetchall()
+        is_finished = not any(queue.unfinished(conn, run, [split]).values())
+        n_segments = -(-len(due) // every) if is_finished else len(due) // every
+        first = _last_checkpoint(conn, run, split) + 1
+        rows = [(first + at // every, row[0]) for at, row in enumerate(due[: n_segments * every])]
+        if rows:
+            execute(conn, "UPDATE jobs SET checkpoint = ? WHERE id = ? AND checkpoint IS NULL", rows)
+    return n_segments
+
+
+def _write_segments(database: Database, run: Run, split: str, folder: Path, numbers: Sequence[int]) -> None:
+    with transaction(database) as conn:
+        rows = execute(
+            conn,
+            _SELECT + "j.checkpoint IS NOT NULL AND j.checkpoint BETWEEN ? AND ? "
+            "ORDER BY j.checkpoint, j.finished_at, j.id",
+            (run.id, split, numbers[0], numbers[-1]),
+        ).fetchall()
+    for number, segment in groupby(rows, key=lambda row: row[1]):
+        if number in numbers:
+            with replacing(checkpoint_path(folder, split, number)) as partial:
+                _write_csv(iter([_frame(list(segment), run, split)]), partial)
+
+
+def follow(
+    database: Database, run: Run, split: str, folder: Path, every: int, written: Callable[[list[Path]], None]
+) -> None:
+    """Keeps writing segments as workers finish them, until the split has nothing left to do."""
+    while True:
+        with transaction(database) as conn:
+            is_finished = not any(queue.unfinished(conn, run, [split]).values())
+        if paths := write_checkpoints(database, run, split, folder, every):
+            written(paths)
+        if is_finished:
+            return
+        time.sleep(FOLLOW_SEC)
+
+
+# --- Restoring -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Restored:
+    """Rows of one file: restored, captioned already, being captioned now, of images that the run does not have."""
+
+    path: Path
+    restored: int = 0
+    known: int = 0
+    leased: int = 0
+    unknown: int = 0
+
+
+def restore(database: Database, run: Run, path: Path) -> Restored:
+    """Reads an export or a segment back: captions that are there win, what a file does not hold stays empty.
+
+    Raises RococapError, changing nothing, for a file that is no export, was altered since, or was made by another
+    model or recipe than the run's.
+    """
+    manifest = _read_manifest(path)
+    _check_manifest(run, path, manifest)
+    for frame in _read(path):
+        _check_frame(run, path, frame)
+    result = Restored(path)
+    for frame in _read(path):
+        with transaction(database, write=True) as conn:
+            for split, rows in frame.groupby("split", sort=False):
+                _restore_page(conn, run, str(split), rows, result)
+    if manifest and manifest.get("resolved") and result.restored:
+        with transaction(database, write=True) as conn:
+            resolved = json.dumps(manifest["resolved"], sort_keys=True)
+            execute(conn, "UPDATE runs SET resolved = ? WHERE id = ? AND resolved IS NULL", (resolved, run.id))
+    return result
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    for candidate in (path.with_suffix(".json"), path.parent / "run.json"):
+        try:
+            manifest = json.loads(candidate.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise RococapError(f"{candidate} is not a manifest ({error}). Remove it to restore without it.") from error
+        return dict(manifest)
+    return None
+
+
+def _check_manifest(run: Run, path: Path, manifest: dict[str, Any] | None) -> None:
+    if manifest is None:
+        return
+    if manifest.get("recipe_hash") != run.recipe.hash:
+        raise RunError(
+            f"{path} was made by another recipe than run {run.name!r}'s (its manifest says: {manifest.get('recipe')}). "
+            "Restore it into a run with that recipe: rococap enqueue --run NAME …, then rococap restore --run NAME"
+        )
+    if manifest.get("file") == path.name and manifest.get("sha256") != _sha256(path):
+        raise RococapError(
+            f"{path} was altered since it was exported (its SHA-256 is another). Use the original, or remove "
+            f"{path.with_suffix('.json')} to restore it as it is."
+        )
+
+
+def _read(path: Path) -> Iterator[pd.DataFrame]:
+    try:
+        match path.suffix:
+            case ".csv":
+                yield from pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=PAGE)
+            case ".jsonl":
+                yield from pd.read_json(path, lines=True, dtype=False, convert_dates=False, chunksize=PAGE)
+            case ".parquet":
+                yield from (batch.to_pandas() for batch in pq.ParquetFile(path).iter_batches(PAGE))
+            case _:
+                raise RococapError(f"{path} is neither .csv, .jsonl nor .parquet: name a file that rococap exported.")
+    except (ValueError, pa.ArrowException) as error:
+        raise RococapError(f"{path} cannot be read ({error}). Name a file that rococap exported.") from error
+
+
+def _check_frame(run: Run, path: Path, frame: pd.DataFrame) -> None:
+    if absent := [name for name in COLUMNS if name not in frame.columns]:
+        raise RococapError(f"{path} lacks the columns {', '.join(absent)}: name a file that rococap exported.")
+    if others := sorted(set(frame["model"]) - {run.recipe.model}):
+        raise RunError(
+            f"{path} holds captions by {', '.join(others)}, and run {run.name!r} is by {run.recipe.model}. "
+            "Restore it into a run of that model: rococap restore --run NAME"
+        )
+    _milliseconds(path, frame)
+
+
+def _milliseconds(path: Path, frame: pd.DataFrame) -> list[int]:
+    try:
+        times = pd.to_datetime(frame["timestamp"], format="ISO8601", utc=True)
+    except ValueError as error:
+        raise RococapError(f"{path} holds a timestamp that is not ISO 8601 ({error}).") from error
+    return [int(time.timestamp() * 1000 + 0.5) for time in times]
+
+
+def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, result: Restored) -> None:
+    at = db.now(conn)
+    jobs = _jobs_by_image_id(conn, run, split, list(rows["image_id"]))
+    moved: Counter[str] = Counter()
+    done, captions = [], []
+    texts = zip(rows["image_id"], rows["generated_caption"], rows["processing_time_sec"], strict=True)
+    for (image_id, text, seconds), generated_at in zip(texts, _milliseconds(result.path, rows), strict=True):
+        job_id, status = jobs.get(image_id, (None, None))
+        if job_id is None:
+            result.unknown += 1
+        elif status == JobState.DONE:
+            result.known += 1
+        elif status == JobState.LEASED:
+            result.leased += 1
+        else:
+            moved[str(status)] += 1
+            jobs[image_id] = (job_id, JobState.DONE)
+            done.append((at, job_id))
+            captions.append((job_id, clean_text(text), _as_ms(seconds), generated_at))
+    if done:
+        execute(
+            conn,
+            "UPDATE jobs SET status = 'done', not_before = NULL, finished_at = ? WHERE id = ?",
+            done,
+        )
+        execute(conn, "INSERT INTO captions (job_id, text, processing_ms, generated_at) VALUES (?, ?, ?, ?)", captions)
+        changes = {status: -n for status, n in moved.items()} | {JobState.DONE: len(done)}
+        queue.tally(conn, run.id, split, 0, changes)
+    result.restored += len(done)
+
+
+def _as_ms(seconds: Any) -> float | None:
+    return None if seconds in ("", None) or seconds != seconds else float(seconds) * 1000
+
+
+def _jobs_by_image_id(conn: Connection, run: Run, split: str, image_ids: list[str]) -> dict[str, tuple[int, str]]:
+    found = {}
+    for start in range(0, len(image_ids), 500):
+        some = image_ids[start : start + 500]
+        rows = execute(
+            conn,
+            "SELECT i.image_id, j.id, j.status FROM images i JOIN jobs j ON j.run_id = ? AND j.image_id = i.id "
+            f"WHERE i.dataset_id = ? AND i.split = ? AND i.image_id IN ({', '.join('?' * len(some))})",
+            (run.id, run.dataset_id, split, *some),
+        ).fetchall()
+        found.update({row[0]: (row[1], row[2]) for row in rows})
+    return found

@@ -1,0 +1,251 @@
+"""The tables. Times are integer milliseconds since 1970 on the database's clock.
+
+Text columns hold no NUL (PostgreSQL refuses it): `queue.clean_text` replaces it at the border.
+"""
+
+from enum import StrEnum
+
+from sqlalchemy import (
+    REAL,
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.types import TypeEngine
+
+SCHEMA = "0001"
+"""The alembic revision that this code reads and writes."""
+
+
+class JobState(StrEnum):
+    """Where a job stands. done is final within a run: doing a picture again is another run."""
+
+    #: may be claimed
+    PENDING = "pending"
+    #: held by an open lease
+    LEASED = "leased"
+    #: failed for now; pending again at `not_before`
+    WAITING = "waiting"
+    #: captioned and stored
+    DONE = "done"
+    #: given up, for the reason in `failures`; `retry` makes it pending
+    FAILED = "failed"
+    #: withdrawn by hand; `retry` makes it pending
+    CANCELLED = "cancelled"
+
+
+# SQLite's STRICT tables know INTEGER, REAL and TEXT only; PostgreSQL needs 64 bits named.
+Int64 = BigInteger().with_variant(Integer(), "sqlite")
+Real: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _id() -> Column[int]:
+    return Column("id", Int64, primary_key=True)
+
+
+def _to(name: str, target: str, *, nullable: bool = False, primary_key: bool = False) -> Column[int]:
+    return Column(name, Int64, ForeignKey(target), nullable=nullable, primary_key=primary_key)
+
+
+datasets = Table(
+    "datasets",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False),  # absolute path of a folder, or a hub id
+    Column("revision", Text, nullable=False),  # the hub's commit; empty for a folder
+    UniqueConstraint("name", "revision"),
+    sqlite_strict=True,
+)
+
+shards = Table(
+    "shards",
+    metadata,
+    _id(),
+    _to("dataset_id", "datasets.id"),
+    Column("path", Text, nullable=False),
+    Column("split", Text, nullable=False),
+    Column("n_rows", Int64, nullable=False),
+    Column("n_row_groups", Int64, nullable=False),
+    Column("size", Int64, nullable=False),
+    Column("digest", Text, nullable=False),
+    UniqueConstraint("dataset_id", "path"),
+    sqlite_strict=True,
+)
+
+images = Table(
+    "images",
+    metadata,
+    _id(),
+    _to("dataset_id", "datasets.id"),
+    Column("split", Text, nullable=False),
+    Column("image_id", Text, nullable=False),
+    _to("shard_id", "shards.id"),
+    Column("row_group", Int64, nullable=False),
+    Column("row_in_group", Int64, nullable=False),
+    Column("caption", Text, nullable=False),
+    Column("cui", Text, nullable=False),  # joined by ";" as in ImageCLEF's files
+    UniqueConstraint("dataset_id", "split", "image_id"),
+    sqlite_strict=True,
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    _to("dataset_id", "datasets.id"),
+    Column("recipe", Text, nullable=False),
+    Column("recipe_hash", Text, nullable=False),
+    Column("resolved", Text),  # what `auto` and a branch name came to: set once, by the run's first worker
+    Column("max_attempts", Int64, nullable=False, server_default="5"),
+    Column("paused", Int64, nullable=False, server_default="0"),
+    Column("created_at", Int64, nullable=False),
+    sqlite_strict=True,
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    _id(),
+    Column("uuid", Text, nullable=False, unique=True),  # a new one per process start
+    Column("host", Text, nullable=False),
+    Column("pid", Int64, nullable=False),
+    Column("device", Text, nullable=False),
+    Column("engine", Text, nullable=False),
+    Column("versions", Text, nullable=False),
+    Column("self_check", Text),
+    Column("n_done", Int64, nullable=False, server_default="0"),
+    Column("started_at", Int64, nullable=False),
+    Column("seen_at", Int64, nullable=False),
+    Column("stopped_at", Int64),
+    Index(None, "seen_at"),
+    sqlite_strict=True,
+)
+
+# One row per claim is at once lease, fencing token and timing record; an id is never used twice.
+leases = Table(
+    "leases",
+    metadata,
+    _id(),
+    _to("worker_id", "workers.id"),
+    _to("run_id", "runs.id"),
+    Column("split", Text, nullable=False),
+    Column("lane", Int64, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("n_jobs", Int64, nullable=False),
+    Column("n_done", Int64, nullable=False, server_default="0"),
+    Column("claimed_at", Int64, nullable=False),
+    Column("beat_at", Int64, nullable=False),
+    Column("expires_at", Int64, nullable=False),
+    Column("closed_at", Int64),
+    Column("load_ms", Real, nullable=False, server_default="0"),
+    Column("prepare_ms", Real, nullable=False, server_default="0"),
+    Column("prefill_ms", Real, nullable=False, server_default="0"),
+    Column("decode_ms", Real, nullable=False, server_default="0"),
+    Column("store_ms", Real, nullable=False, server_default="0"),
+    CheckConstraint("state IN ('open', 'closed', 'released', 'expired')", name="state"),
+    CheckConstraint("(state = 'open') = (closed_at IS NULL)", name="closed"),
+    Index(None, "expires_at", sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
+    Index(None, "closed_at"),
+    sqlite_autoincrement=True,
+    sqlite_strict=True,
+)
+
+
+def _partial(name: str, *columns: str, where: str) -> Index:
+    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+
+
+# Narrow and hot. The partial indexes are what keeps a claim at microseconds with ten million rows; they are
+# used only where the status stands in the SQL as a literal.
+jobs = Table(
+    "jobs",
+    metadata,
+    _id(),
+    _to("run_id", "runs.id"),
+    _to("image_id", "images.id"),
+    Column("split", Text, nullable=False),
+    Column("status", Text, nullable=False, server_default="pending"),
+    Column("attempts", Int64, nullable=False, server_default="0"),
+    Column("crashes", Int64, nullable=False, server_default="0"),
+    Column("solo_crashes", Int64, nullable=False, server_default="0"),
+    _to("lease_id", "leases.id", nullable=True),
+    Column("not_before", Int64),
+    Column("finished_at", Int64),
+    Column("checkpoint", Int64),
+    UniqueConstraint("run_id", "image_id"),
+    CheckConstraint("status IN ('pending', 'leased', 'waiting', 'done', 'failed', 'cancelled')", name="status"),
+    CheckConstraint("(status = 'leased') = (lease_id IS NOT NULL)", name="lease"),
+    CheckConstraint("(status = 'waiting') = (not_before IS NOT NULL)", name="not_before"),
+    CheckConstraint("(status IN ('done', 'failed', 'cancelled')) = (finished_at IS NOT NULL)", name="finished_at"),
+    CheckConstraint("checkpoint IS NULL OR status = 'done'", name="checkpoint"),
+    _partial("ix_jobs_pending", "run_id", "split", "crashes", "id", where="status = 'pending'"),
+    _partial("ix_jobs_leased", "lease_id", where="lease_id IS NOT NULL"),
+    _partial("ix_jobs_waiting", "not_before", where="status = 'waiting'"),
+    _partial("ix_jobs_due", "run_id", "split", "finished_at", where="status = 'done' AND checkpoint IS NULL"),
+    _partial("ix_jobs_checkpoint", "run_id", "split", "checkpoint", where="checkpoint IS NOT NULL"),
+    _partial("ix_jobs_failed", "run_id", "split", where="status = 'failed'"),
+    sqlite_strict=True,
+)
+
+captions = Table(
+    "captions",
+    metadata,
+    _to("job_id", "jobs.id", primary_key=True),
+    _to("lease_id", "leases.id", nullable=True),  # none if restored from a file
+    Column("text", Text, nullable=False),
+    Column("flags", Text, nullable=False, server_default=""),
+    Column("finish_reason", Text),
+    Column("prompt_tokens", Int64),
+    Column("new_tokens", Int64),
+    Column("processing_ms", Real),
+    Column("latency_ms", Real),
+    Column("batch_size", Int64),
+    Column("generated_at", Int64, nullable=False),
+    sqlite_strict=True,
+)
+
+failures = Table(
+    "failures",
+    metadata,
+    _id(),
+    _to("job_id", "jobs.id"),
+    _to("lease_id", "leases.id", nullable=True),
+    Column("code", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("at", Int64, nullable=False),
+    Index(None, "job_id"),
+    sqlite_strict=True,
+)
+
+# How many jobs of a run and split are in a state, kept in the transaction of every transition, so that status
+# costs the same at any size. Spread over slots, so that workers on PostgreSQL do not wait for one row.
+tallies = Table(
+    "tallies",
+    metadata,
+    _to("run_id", "runs.id", primary_key=True),
+    Column("split", Text, primary_key=True),
+    Column("status", Text, primary_key=True),
+    Column("slot", Int64, primary_key=True, autoincrement=False),
+    Column("n", Int64, nullable=False),
+    sqlite_strict=True,
+)

@@ -1,0 +1,305 @@
+"""Claims ahead, reads, decodes and prepares: the Source that an engine pulls from, and the books on what is leased.
+
+One fetcher thread works ahead of the engine. What is leased stays bounded: the rows that are running and one claim
+ahead. Jobs that were in a crash are claimed only while nothing else is held, so that a killer takes no neighbour along.
+"""
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import Engine as Database
+
+from rococap import queue
+from rococap.datasets import PictureReader
+from rococap.db import transaction
+from rococap.engines import Completion, Engine, Failure, Prepared
+from rococap.errors import PictureError
+from rococap.images import open_picture
+from rococap.queue import NORMAL, SOLO, SUSPECTS, Job, Lease, Run, Timing
+
+POLL_SEC = 1.0
+"""How often an idle worker looks for work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a worker claims. `limit` bounds the jobs over its whole life; `wait` keeps it polling for new work."""
+
+    worker_id: int
+    run: Run
+    splits: Sequence[str]
+    size: int
+    ttl_ms: int
+    limit: int | None = None
+    wait: bool = False
+
+
+@dataclass(slots=True)
+class _Held:
+    lease: Lease
+    outstanding: set[int]
+    load_ms: float = 0.0
+    prepare_ms: float = 0.0
+
+
+@dataclass(slots=True)
+class _State:
+    """What the threads share, under the pipeline's condition."""
+
+    held: dict[int, _Held] = field(default_factory=dict)
+    lease_of: dict[int, int] = field(default_factory=dict)
+    ready: deque[Prepared] = field(default_factory=deque)
+    running: set[int] = field(default_factory=set)
+    abandoned: set[int] = field(default_factory=set)
+    stopping: bool = False
+    ended: bool = False
+    error: BaseException | None = None
+
+
+class Pipeline:
+    """Prepared pictures of leased jobs, for one engine. `report` is given the failures met before the engine."""
+
+    def __init__(
+        self,
+        database: Database,
+        claims: Claims,
+        root: Path,
+        engine: Engine,
+        report: Callable[[Completion], None],
+    ) -> None:
+        self._database = database
+        self._claims = claims
+        self._root = root
+        self._engine = engine
+        self._report = report
+        self._changed = threading.Condition()
+        self._state = _State()
+        self._left = claims.limit
+        self._stepped_at = time.monotonic()
+        self._waiting = False
+        self._contact_since = time.monotonic()
+        self._fetcher = threading.Thread(target=self._fetch, name="fetcher", daemon=True)
+
+    def start(self) -> None:
+        self._fetcher.start()
+
+    # --- the engine's side: Source ---
+
+    def take(self, most: int, wait: float | None) -> list[Prepared]:
+        state = self._state
+        with self._changed:
+            self._waiting = True
+            self._changed.wait_for(lambda: state.ready or state.ended or state.error, timeout=wait)
+            self._waiting = False
+            self._stepped_at = time.monotonic()
+            if state.error is not None:
+                raise state.error
+            batch: list[Prepared] = []
+            while state.ready and len(batch) < most:
+                picture = state.ready.popleft()
+                if picture.job_id not in state.abandoned:
+                    batch.append(picture)
+            state.running |= {picture.job_id for picture in batch}
+            self._changed.notify_all()
+            if not batch and wait is None and not state.ended:
+                return self.take(most, wait)  # all that was ready had been lost
+            return batch
+
+    def step(self) -> Set[int]:
+        self._stepped_at = time.monotonic()
+        return self._state.abandoned
+
+    def stalled_sec(self) -> float:
+        """How long the engine has held rows without a step; 0 while it waits for pictures."""
+        return 0.0 if self._waiting or not self._state.running else time.monotonic() - self._stepped_at
+
+    # --- the books ---
+
+    def open_leases(self) -> list[Lease]:
+        with self._changed:
+            return [held.lease for held in self._state.held.values()]
+
+    def lease_of(self, job_id: int) -> Lease | None:
+        """The lease that a job is held under; None if it was lost."""
+        with self._changed:
+            lease_id = self._state.lease_of.get(job_id)
+            return None if lease_id is None else self._state.held[lease_id].lease
+
+    def take_timing(self, lease: Lease) -> Timing:
+        """What reading and preparing took since the last call."""
+        with self._changed:
+            held = self._state.held.get(lease.id)
+            if held is None:
+                return Timing()
+            timing = Timing(load_ms=held.load_ms, prepare_ms=held.prepare_ms)
+            held.load_ms = held.prepare_ms = 0.0
+            return timing
+
+    def settle(self, lease: Lease, job_ids: Iterable[int]) -> None:
+        """These jobs left the lease: stored, failed or given back."""
+        with self._changed:
+            held = self._state.held.get(lease.id)
+            for job_id in job_ids:
+                self._state.lease_of.pop(job_id, None)
+                self._state.running.discard(job_id)
+                if held is not None:
+                    held.outstanding.discard(job_id)
+            if held is not None and not held.outstanding:
+                del self._state.held[lease.id]
+            self._changed.notify_all()
+
+    def lose(self, lease_ids: Iterable[int]) -> None:
+        """Another worker has these now: their rows are abandoned where they are."""
+        with self._changed:
+            for lease_id in lease_ids:
+                held = self._state.held.pop(lease_id, None)
+                if held is not None:
+                    self._state.abandoned |= held.outstanding
+                    self._state.running -= held.outstanding
+                    for job_id in held.outstanding:
+                        self._state.lease_of.pop(job_id, None)
+            self._changed.notify_all()
+
+    def withdraw(self, *, running: bool) -> list[tuple[Lease, list[int]]]:
+        """Abandons what is held and not started, and, if `running`, the rows under way; returns it for release."""
+        state = self._state
+        with self._changed:
+            found = [
+                (held.lease, sorted(held.outstanding - (set() if running else state.running)))
+                for held in state.held.values()
+            ]
+            state.abandoned.update(*(job_ids for _, job_ids in found))
+            return [(lease, job_ids) for lease, job_ids in found if job_ids]
+
+    def stop(self) -> None:
+        """No more claims; the source ends with what is ready."""
+        with self._changed:
+            self._state.stopping = True
+            self._changed.notify_all()
+
+    def join(self, timeout: float) -> None:
+        self._fetcher.join(timeout)
+
+    def break_off(self, error: BaseException) -> None:
+        """Makes the engine's next `take` raise."""
+        with self._changed:
+            self._state.error = self._state.error or error
+            self._changed.notify_all()
+
+    # --- the fetcher ---
+
+    def _fetch(self) -> None:
+        try:
+            with PictureReader(self._root) as reader:
+                while (lease := self._next_lease()) is not None:
+                    self._load(lease, reader)
+        except BaseException as error:
+            self.break_off(error)
+        else:
+            with self._changed:
+                self._state.ended = True
+                self._changed.notify_all()
+
+    def _next_lease(self) -> Lease | None:
+        """Blocks until there is something to claim. None: stopping, the limit is reached, or all work is done."""
+        while self._wait_until(self._may_claim):
+            if self._left == 0:
+                return None
+            self._tidy()
+            if lease := self._claim(NORMAL):
+                return lease
+            if not self._wait_until(lambda: not self._state.held):
+                return None
+            if lease := self._claim(SUSPECTS) or self._claim(SOLO):
+                return lease
+            if not (self._claims.wait or self._any_unfinished()):
+                return None
+            self._pause()
+        return None
+
+    def _may_claim(self) -> bool:
+        held = self._state.held.values()
+        return not self._state.ready and all(one.lease.lane == NORMAL for one in held)
+
+    def _wait_until(self, condition: Callable[[], bool]) -> bool:
+        """False if the pipeline is stopping."""
+        with self._changed:
+            self._changed.wait_for(lambda: condition() or self._state.stopping)
+            return not self._state.stopping
+
+    def _pause(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._state.stopping, timeout=POLL_SEC * random.uniform(0.5, 1.0))
+
+    def _any_unfinished(self) -> bool:
+        with transaction(self._database) as conn:
+            return any(queue.unfinished(conn, self._claims.run, self._claims.splits).values())
+
+    def _tidy(self) -> None:
+        """Wakes what has waited long enough and reaps dead workers' leases.
+
+        Others are judged only after a lease time of our own contact with the database: after an outage every lease
+        looks expired, and its worker is alive.
+        """
+        with transaction(self._database) as conn:
+            if not queue.overdue(conn):
+                return
+        with transaction(self._database, write=True) as conn:
+            queue.wake(conn)
+            if (time.monotonic() - self._contact_since) * 1000 >= self._claims.ttl_ms:
+                queue.reap(conn)
+
+    def _claim(self, lane: int) -> Lease | None:
+        """A claim of the first split that has work in the lane, entered in the books before anyone sees it."""
+        claims = self._claims
+        most = claims.size if self._left is None else min(claims.size, self._left)
+        for split in claims.splits:
+            with transaction(self._database, write=True) as conn:
+                lease = queue.claim(conn, claims.worker_id, claims.run.id, split, most, ttl_ms=claims.ttl_ms, lane=lane)
+            if lease is not None:
+                self._enter(lease)
+                return lease
+        return None
+
+    def _enter(self, lease: Lease) -> None:
+        if self._left is not None:
+            self._left -= len(lease.jobs)
+        job_ids = {job.id for job in lease.jobs}
+        with self._changed:
+            self._state.held[lease.id] = _Held(lease, set(job_ids))
+            self._state.lease_of.update(dict.fromkeys(job_ids, lease.id))
+            self._state.abandoned -= job_ids  # lost once, and claimed again
+
+    def _load(self, lease: Lease, reader: PictureReader) -> None:
+        pictures = reader.read([job.place for job in lease.jobs])
+        for job in lease.jobs:
+            started = time.perf_counter()
+            _, data = next(pictures)
+            if self._state.stopping:
+                return
+            if job.id in self._state.abandoned:
+                continue
+            try:
+                if isinstance(data, PictureError):
+                    raise data
+                picture = open_picture(data)
+                loaded = time.perf_counter()
+                prepared = self._engine.prepare(job.id, picture)
+            except PictureError as error:
+                self._report(Completion(job.id, failure=Failure(error.code, str(error))))
+                continue
+            self._offer(job, prepared, loaded - started, time.perf_counter() - loaded)
+
+    def _offer(self, job: Job, prepared: Prepared, load_sec: float, prepare_sec: float) -> None:
+        with self._changed:
+            held = self._state.held.get(job.lease_id)
+            if held is not None:
+                held.load_ms += load_sec * 1000
+                held.prepare_ms += prepare_sec * 1000
+                self._state.ready.append(prepared)
+                self._changed.notify_all()

@@ -1,0 +1,697 @@
+"""The state machine: every transition of a job, each a function over a connection inside the caller's transaction.
+
+    pending -> leased -> done            waiting -> pending when its time has come
+               leased -> waiting         failed, cancelled -> pending by retry
+               leased -> failed          pending, waiting -> cancelled
+               leased -> pending         (released, or its worker died)
+
+Knows no torch and reads no picture. Every write of a worker carries lease, worker and state in its WHERE, so that one
+who lost its lease changes nothing. Rows are locked in one order: lease, jobs by id, captions, tallies. `now` is the
+database's clock unless a test passes its own. The status stands in the SQL as a literal: as a bound value it would miss
+the partial indexes (11 microseconds become 32 milliseconds).
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from sqlalchemy import Connection
+
+from rococap import db
+from rococap.datasets import Place
+from rococap.db import execute
+from rococap.engines import Completion, EngineInfo, Failure
+from rococap.errors import LeaseLost, RunError
+from rococap.models import JobState
+from rococap.recipe import Recipe
+
+SLOTS = 16
+MAX_TEXT = 65_536
+MAX_MESSAGE = 2_000
+MAX_BACKOFF_MS = 15 * 60_000
+RATE_WINDOW_MS = 5 * 60_000
+
+NORMAL, SUSPECTS, SOLO = 0, 4, 1
+"""Lanes. A job that was in a crash is claimed by fours, after a second crash alone; the value bounds the claim."""
+
+_CRASHES = {NORMAL: (0, 0), SUSPECTS: (1, 1), SOLO: (2, 1 << 30)}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    id: int
+    name: str
+    dataset_id: int
+    dataset: str
+    dataset_revision: str
+    recipe: Recipe
+    resolved: dict[str, str] | None
+    max_attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One picture of one run, leased to a worker."""
+
+    id: int
+    lease_id: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What one claim took. `lane` is NORMAL, SUSPECTS or SOLO."""
+
+    id: int
+    worker_id: int
+    run_id: int
+    split: str
+    lane: int
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds that a lease's pictures took in each stage."""
+
+    load_ms: float = 0.0
+    prepare_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    store_ms: float = 0.0
+
+
+def clean_text(text: str, most: int = MAX_TEXT) -> str:
+    """Text as the database can hold it: NUL becomes U+FFFD, lone surrogates too, and the length is bounded."""
+    if not text.isascii():
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")[:most]
+
+
+def _at(conn: Connection, now: int | None) -> int:
+    return db.now(conn) if now is None else now
+
+
+def tally(conn: Connection, run_id: int, split: str, slot: int, changes: Mapping[str, int]) -> None:
+    rows = [(run_id, split, status, slot % SLOTS, n) for status, n in sorted(changes.items()) if n]
+    if rows:
+        execute(
+            conn,
+            "INSERT INTO tallies (run_id, split, status, slot, n) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (run_id, split, status, slot) DO UPDATE SET n = tallies.n + excluded.n",
+            rows,
+        )
+
+
+# --- Runs ------------------------------------------------------------------------------------------------------
+
+_RUNS = (
+    "SELECT r.id, r.name, r.dataset_id, d.name, d.revision, r.recipe, r.resolved, r.max_attempts "
+    "FROM runs r JOIN datasets d ON d.id = r.dataset_id "
+)
+
+
+def _run(row: Sequence[Any]) -> Run:
+    run_id, name, dataset_id, dataset, revision, recipe, resolved, max_attempts = row
+    parsed = json.loads(resolved) if resolved else None
+    return Run(run_id, name, dataset_id, dataset, revision, Recipe.from_json(recipe), parsed, max_attempts)
+
+
+def list_runs(conn: Connection) -> list[Run]:
+    return [_run(row) for row in execute(conn, _RUNS + "ORDER BY r.id").fetchall()]
+
+
+def get_run(conn: Connection, name: str) -> Run:
+    """The run of that name. Raises RunError, naming those that exist."""
+    row = execute(conn, _RUNS + "WHERE r.name = ?", (name,)).one_or_none()
+    if row is None:
+        names = ", ".join(run.name for run in list_runs(conn))
+        raise RunError(
+            f"There is no run {name!r}. "
+            + (f"Runs here: {names}." if names else "Register one: rococap enqueue --split train")
+        )
+    return _run(row)
+
+
+def find_run(conn: Connection, name: str | None) -> Run:
+    """The run of that name; without one, `default`, or the only run. Raises RunError, naming them."""
+    if name is not None:
+        return get_run(conn, name)
+    runs = list_runs(conn)
+    if len(runs) == 1:
+        return runs[0]
+    return get_run(conn, "default")
+
+
+def create_run(conn: Connection, name: str, dataset_id: int, recipe: Recipe, now: int | None = None) -> Run:
+    """The run of that name, made if it is new. Raises RunError if it exists with another recipe or data set."""
+    execute(
+        conn,
+        "INSERT INTO runs (name, dataset_id, recipe, recipe_hash, created_at) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT (name) DO NOTHING",
+        (name, dataset_id, recipe.to_json(), recipe.hash, _at(conn, now)),
+    )
+    run = get_run(conn, name)
+    if differences := run.recipe.differences(recipe):
+        told = "; ".join(f"{field}: {mine!r}, not {asked!r}" for field, (mine, asked) in differences.items())
+        raise RunError(f"Run {name!r} has another recipe ({told}). Give this one a name of its own: --run NAME")
+    if run.dataset_id != dataset_id:
+        raise RunError(
+            f"Run {name!r} is on another data set ({run.dataset}). Give this one a name of its own: --run NAME"
+        )
+    return run
+
+
+def pin(conn: Connection, run: Run, info: EngineInfo) -> None:
+    """Fixes what the run's recipe came to on its first worker. Raises RunError for a worker that differs."""
+    mine = info.resolved()
+    execute(
+        conn,
+        "UPDATE runs SET resolved = ? WHERE id = ? AND resolved IS NULL",
+        (json.dumps(mine, sort_keys=True), run.id),
+    )
+    pinned = get_run(conn, run.name).resolved or {}
+    if differing := [key for key in mine if mine[key] != pinned.get(key)]:
+        told = "; ".join(f"{key}: {pinned.get(key)}, here {mine[key]}" for key in differing)
+        raise RunError(
+            f"Run {run.name!r} was started with another model state ({told}), and a run never mixes. "
+            "Use the same model and dtype, or enqueue a new run: rococap enqueue --run NAME"
+        )
+
+
+# --- Workers ---------------------------------------------------------------------------------------------------
+
+
+def register_worker(conn: Connection, uuid: str, host: str, pid: int, info: EngineInfo, now: int | None = None) -> int:
+    at = _at(conn, now)
+    row = execute(
+        conn,
+        "INSERT INTO workers (uuid, host, pid, device, engine, versions, started_at, seen_at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+        (uuid, host, pid, info.device, info.name, json.dumps(info.versions, sort_keys=True), at, at),
+    )
+    return int(row.scalar_one())
+
+
+def stop_worker(conn: Connection, worker_id: int, now: int | None = None) -> None:
+    at = _at(conn, now)
+    execute(conn, "UPDATE workers SET stopped_at = ?, seen_at = ? WHERE id = ?", (at, at, worker_id))
+
+
+# --- A lease's life --------------------------------------------------------------------------------------------
+
+_PENDING = (
+    "SELECT j.id, s.path, i.row_group, i.row_in_group, i.image_id "
+    "FROM jobs j JOIN images i ON i.id = j.image_id JOIN shards s ON s.id = i.shard_id "
+    "WHERE j.run_id = ? AND j.split = ? AND j.status = 'pending' AND j.crashes BETWEEN ? AND ? "
+    "ORDER BY j.crashes, j.id LIMIT ?"
+)
+_PENDING_FOR_UPDATE = {"sqlite": _PENDING, "postgresql": _PENDING + " FOR UPDATE OF j SKIP LOCKED"}
+
+
+def claim(
+    conn: Connection,
+    worker_id: int,
+    run_id: int,
+    split: str,
+    most: int,
+    *,
+    ttl_ms: int,
+    lane: int = NORMAL,
+    now: int | None = None,
+) -> Lease | None:
+    """Leases up to `most` pending jobs of one split to a worker, in order of id; None if there are none.
+
+    Neighbours in a claim are neighbours on disk. The lanes SUSPECTS and SOLO bound the claim by 4 and 1.
+    """
+    bound = min(most, lane) if lane else most
+    rows = execute(conn, _PENDING_FOR_UPDATE[conn.dialect.name], (run_id, split, *_CRASHES[lane], bound)).fetchall()
+    if not rows:
+        return None
+    at = _at(conn, now)
+    lease_id = execute(
+        conn,
+        "INSERT INTO leases (worker_id, run_id, split, lane, state, n_jobs, claimed_at, beat_at, expires_at) "
+        "VALUES (?, ?, ?, ?, 'open', ?, ?, ?, ?) RETURNING id",
+        (worker_id, run_id, split, lane, len(rows), at, at, at + ttl_ms),
+    ).scalar_one()
+    execute(
+        conn,
+        "UPDATE jobs SET status = 'leased', lease_id = ?, attempts = attempts + 1 WHERE id = ? AND status = 'pending'",
+        [(lease_id, row[0]) for row in rows],
+    )
+    tally(conn, run_id, split, lease_id, {JobState.PENDING: -len(rows), JobState.LEASED: len(rows)})
+    jobs = tuple(Job(row[0], lease_id, Place(row[1], split, row[2], row[3], row[4])) for row in rows)
+    return Lease(lease_id, worker_id, run_id, split, lane, jobs)
+
+
+def heartbeat(
+    conn: Connection, worker_id: int, lease_ids: Iterable[int], *, ttl_ms: int, now: int | None = None
+) -> set[int]:
+    """Extends the leases that are still this worker's; returns those. The others are lost: abandon their rows."""
+    at = _at(conn, now)
+    execute(conn, "UPDATE workers SET seen_at = ? WHERE id = ?", (at, worker_id))
+    return {
+        lease_id
+        for lease_id in sorted(lease_ids)
+        if execute(
+            conn,
+            "UPDATE leases SET beat_at = ?, expires_at = ? WHERE id = ? AND worker_id = ? AND state = 'open'",
+            (at, at + ttl_ms, lease_id, worker_id),
+        ).rowcount
+    }
+
+
+def _hold(conn: Connection, lease: Lease, at: int, n_done: int, timing: Timing) -> None:
+    """Locks the lease and proves that it is still ours, adding what its jobs took."""
+    t = timing
+    held = execute(
+        conn,
+        "UPDATE leases SET n_done = n_done + ?, beat_at = ?, load_ms = load_ms + ?, prepare_ms = prepare_ms + ?, "
+        "prefill_ms = prefill_ms + ?, decode_ms = decode_ms + ?, store_ms = store_ms + ? "
+        "WHERE id = ? AND worker_id = ? AND state = 'open'",
+        (n_done, at, t.load_ms, t.prepare_ms, t.prefill_ms, t.decode_ms, t.store_ms, lease.id, lease.worker_id),
+    )
+    if held.rowcount != 1:
+        raise LeaseLost(f"Lease {lease.id} has expired and its pictures went to another worker: nothing was stored.")
+
+
+def _leave(conn: Connection, lease: Lease, sql: str, rows: list[tuple[Any, ...]]) -> None:
+    """Moves jobs out of the lease; every one of them must still be in it."""
+    if rows and execute(conn, sql, rows).rowcount != len(rows):
+        raise LeaseLost(f"Lease {lease.id} does not hold all of {[row[-2] for row in rows]}: nothing was stored.")
+
+
+def _close_if_empty(conn: Connection, lease: Lease, state: str, at: int) -> None:
+    execute(
+        conn,
+        "UPDATE leases SET state = ?, closed_at = ? WHERE id = ? AND state = 'open' "
+        "AND NOT EXISTS (SELECT 1 FROM jobs WHERE lease_id = ?)",
+        (state, at, lease.id, lease.id),
+    )
+
+
+def complete(
+    conn: Connection,
+    lease: Lease,
+    completions: Sequence[Completion],
+    *,
+    timing: Timing = Timing(),
+    now: int | None = None,
+) -> None:
+    """Stores captions and makes their jobs done, all or nothing. Raises LeaseLost if the lease is no longer ours.
+
+    A lease may be completed in parts, also after its time ran out as long as nobody reaped it: no GPU work is thrown
+    away. It closes with its last job.
+    """
+    at = _at(conn, now)
+    done = sorted(completions, key=lambda completion: completion.job_id)
+    _hold(conn, lease, at, len(done), timing)
+    _leave(
+        conn,
+        lease,
+        "UPDATE jobs SET status = 'done', lease_id = NULL, finished_at = ? "
+        "WHERE id = ? AND lease_id = ? AND status = 'leased'",
+        [(at, c.job_id, lease.id) for c in done],
+    )
+    execute(
+        conn,
+        "INSERT INTO captions (job_id, lease_id, text, flags, finish_reason, prompt_tokens, new_tokens, processing_ms, "
+        "latency_ms, batch_size, generated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (
+                *(c.job_id, lease.id, clean_text(c.text), c.flags, c.finish_reason, c.prompt_tokens, c.new_tokens),
+                *(c.processing_ms, c.latency_ms, c.batch_size, at),
+            )
+            for c in done
+        ],
+    )
+    tally(conn, lease.run_id, lease.split, lease.id, {JobState.LEASED: -len(done), JobState.DONE: len(done)})
+    execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", (len(done), at, lease.worker_id))
+    _close_if_empty(conn, lease, "closed", at)
+
+
+def backoff_ms(attempts: int, jitter: float | None = None) -> int:
+    """How long to wait after the nth attempt failed: min(15 min, 5 s * 4^n), up to a quarter less by jitter."""
+    full = min(MAX_BACKOFF_MS, 5_000 * 4 ** min(attempts - 1, 10))
+    return int(full * (1 - 0.25 * (random.random() if jitter is None else jitter)))
+
+
+def fail(conn: Connection, lease: Lease, failed: Mapping[int, Failure], *, now: int | None = None) -> None:
+    """Ends jobs (id -> failure) without a caption: for good, or, if the failure is transient and attempts are left,
+    to be tried again later. Raises LeaseLost if the lease is no longer ours.
+    """
+    at = _at(conn, now)
+    _hold(conn, lease, at, 0, Timing())
+    attempts = {
+        row[0]: row[1] for row in execute(conn, "SELECT id, attempts FROM jobs WHERE lease_id = ?", (lease.id,))
+    }
+    most = execute(conn, "SELECT max_attempts FROM runs WHERE id = ?", (lease.run_id,)).scalar_one()
+    again = {id for id, failure in failed.items() if failure.transient and attempts.get(id, most) < most}
+    _leave(
+        conn,
+        lease,
+        "UPDATE jobs SET status = 'waiting', lease_id = NULL, not_before = ? "
+        "WHERE id = ? AND lease_id = ? AND status = 'leased'",
+        [(at + backoff_ms(attempts[id]), id, lease.id) for id in sorted(again)],
+    )
+    _leave(
+        conn,
+        lease,
+        "UPDATE jobs SET status = 'failed', lease_id = NULL, finished_at = ? "
+        "WHERE id = ? AND lease_id = ? AND status = 'leased'",
+        [(at, id, lease.id) for id in sorted(failed.keys() - again)],
+    )
+    _record(conn, lease.id, at, failed)
+    changes: dict[str, int] = {
+        JobState.WAITING: len(again),
+        JobState.FAILED: len(failed) - len(again),
+        JobState.LEASED: -len(failed),
+    }
+    tally(conn, lease.run_id, lease.split, lease.id, changes)
+    _close_if_empty(conn, lease, "closed", at)
+
+
+def _record(conn: Connection, lease_id: int, at: int, failed: Mapping[int, Failure]) -> None:
+    execute(
+        conn,
+        "INSERT INTO failures (job_id, lease_id, code, message, at) VALUES (?, ?, ?, ?, ?)",
+        [(id, lease_id, f.code, clean_text(f.message, MAX_MESSAGE), at) for id, f in sorted(failed.items())],
+    )
+
+
+def release(conn: Connection, lease: Lease, job_ids: Iterable[int], *, now: int | None = None) -> int:
+    """Gives jobs back as they were before the claim, the attempt refunded; returns how many.
+
+    Jobs that left the lease meanwhile stay as they are. Raises LeaseLost if the lease is not ours any more.
+    """
+    at = _at(conn, now)
+    _hold(conn, lease, at, 0, Timing())
+    released = execute(
+        conn,
+        "UPDATE jobs SET status = 'pending', lease_id = NULL, attempts = attempts - 1 "
+        "WHERE id = ? AND lease_id = ? AND status = 'leased'",
+        [(id, lease.id) for id in sorted(job_ids)],
+    ).rowcount
+    tally(conn, lease.run_id, lease.split, lease.id, {JobState.LEASED: -released, JobState.PENDING: released})
+    _close_if_empty(conn, lease, "released", at)
+    return released
+
+
+# --- Crashes and time ------------------------------------------------------------------------------------------
+
+
+def reap(conn: Connection, *, now: int | None = None) -> list[int]:
+    """Frees the jobs of leases whose time ran out; returns the leases. Their workers are taken for dead."""
+    at = _at(conn, now)
+    expired = execute(
+        conn, "SELECT id FROM leases WHERE state = 'open' AND expires_at <= ? ORDER BY id", (at,)
+    ).scalars()
+    return [lease_id for lease_id in expired.fetchall() if crash(conn, lease_id, now=at, expired_by=at)]
+
+
+def crash(conn: Connection, lease_id: int, *, now: int | None = None, expired_by: int = 1 << 62) -> bool:
+    """Ends a lease whose worker died, or is about to: its jobs are suspects, the attempt refunded.
+
+    A job that was alone in two such leases fails. Returns False, changing nothing, if the lease was not open, or was
+    extended beyond `expired_by` meanwhile.
+    """
+    at = _at(conn, now)
+    row = execute(
+        conn,
+        "UPDATE leases SET state = 'expired', closed_at = ? WHERE id = ? AND state = 'open' AND expires_at <= ? "
+        "RETURNING run_id, split, lane",
+        (at, lease_id, expired_by),
+    ).one_or_none()
+    if row is None:
+        return False
+    run_id, split, lane = row
+    solo = int(lane == SOLO)
+    jobs = execute(conn, "SELECT id, solo_crashes FROM jobs WHERE lease_id = ? ORDER BY id", (lease_id,)).fetchall()
+    killers = [id for id, solo_crashes in jobs if solo and solo_crashes >= 1]
+    execute(
+        conn,
+        "UPDATE jobs SET status = 'pending', lease_id = NULL, attempts = attempts - 1, crashes = crashes + 1, "
+        "solo_crashes = solo_crashes + ? WHERE lease_id = ? AND status = 'leased'",
+        (solo, lease_id),
+    )
+    if killers:
+        failing = "UPDATE jobs SET status = 'failed', finished_at = ? WHERE id = ? AND status = 'pending'"
+        execute(conn, failing, [(at, id) for id in killers])
+        reason = Failure("crashed", "Two workers died while they captioned this picture alone.")
+        _record(conn, lease_id, at, dict.fromkeys(killers, reason))
+    freed = len(jobs) - len(killers)
+    tally(
+        conn,
+        run_id,
+        split,
+        lease_id,
+        {JobState.LEASED: -len(jobs), JobState.PENDING: freed, JobState.FAILED: len(killers)},
+    )
+    return True
+
+
+def wake(conn: Connection, *, now: int | None = None) -> int:
+    """Makes waiting jobs pending whose time has come; returns how many."""
+    rows = execute(
+        conn,
+        "UPDATE jobs SET status = 'pending', not_before = NULL WHERE status = 'waiting' AND not_before <= ? "
+        "RETURNING run_id, split",
+        (_at(conn, now),),
+    ).fetchall()
+    for (run_id, split), n in sorted(Counter((row[0], row[1]) for row in rows).items()):
+        tally(conn, run_id, split, 0, {JobState.WAITING: -n, JobState.PENDING: n})
+    return len(rows)
+
+
+def overdue(conn: Connection, *, now: int | None = None) -> bool:
+    """Whether `reap` or `wake` would do anything: a read, so that idle workers need no write lock."""
+    at = _at(conn, now)
+    row = execute(
+        conn,
+        "SELECT EXISTS (SELECT 1 FROM leases WHERE state = 'open' AND expires_at <= ?) "
+        "OR EXISTS (SELECT 1 FROM jobs WHERE status = 'waiting' AND not_before <= ?)",
+        (at, at),
+    )
+    return bool(row.scalar_one())
+
+
+# --- By hand ---------------------------------------------------------------------------------------------------
+
+
+def _selected(
+    conn: Connection, run: Run, statuses: str, splits: Sequence[str], image_ids: Sequence[str], codes: Sequence[str]
+) -> list[tuple[int, str, str]]:
+    """(id, split, status) of the run's jobs in these statuses (a literal list), narrowed by what is not empty."""
+
+    def within(column: str, values: Sequence[str]) -> str:
+        return f"AND {column} IN ({', '.join('?' * len(values))}) " if values else ""
+
+    latest = "(SELECT f.code FROM failures f WHERE f.job_id = j.id ORDER BY f.id DESC LIMIT 1)"
+    sql = (
+        "SELECT j.id, j.split, j.status FROM jobs j JOIN images i ON i.id = j.image_id "
+        f"WHERE j.run_id = ? AND j.status IN ({statuses}) "
+        + within("j.split", splits)
+        + within("i.image_id", image_ids)
+        + within(latest, codes)
+        + "ORDER BY j.id"
+    )
+    return [(row[0], row[1], row[2]) for row in execute(conn, sql, (run.id, *splits, *image_ids, *codes)).fetchall()]
+
+
+def _move(conn: Connection, run: Run, sql: str, jobs: list[tuple[int, str, str]], to: str) -> int:
+    if jobs:
+        execute(conn, sql, [(id,) for id, _, _ in jobs])
+    for split, group in groupby(sorted(jobs, key=lambda job: job[1]), key=lambda job: job[1]):
+        changes = Counter({status: -n for status, n in Counter(status for _, _, status in group).items()})
+        changes[to] -= sum(changes.values())
+        tally(conn, run.id, split, 0, changes)
+    return len(jobs)
+
+
+def retry(
+    conn: Connection,
+    run: Run,
+    *,
+    splits: Sequence[str] = (),
+    image_ids: Sequence[str] = (),
+    codes: Sequence[str] = (),
+    cancelled: bool = False,
+) -> int:
+    """Makes failed (or, if `cancelled`, cancelled) jobs pending with a clean record; returns how many.
+
+    Named image_ids are retried in either state.
+    """
+    statuses = "'failed', 'cancelled'" if image_ids else "'cancelled'" if cancelled else "'failed'"
+    return _move(
+        conn,
+        run,
+        "UPDATE jobs SET status = 'pending', attempts = 0, crashes = 0, solo_crashes = 0, finished_at = NULL "
+        "WHERE id = ?",
+        _selected(conn, run, statuses, splits, image_ids, codes),
+        JobState.PENDING,
+    )
+
+
+def cancel(
+    conn: Connection,
+    run: Run,
+    *,
+    splits: Sequence[str] = (),
+    image_ids: Sequence[str] = (),
+    now: int | None = None,
+) -> int:
+    """Withdraws pending and waiting jobs; returns how many. What is leased is finished by its worker."""
+    at = int(_at(conn, now))
+    return _move(
+        conn,
+        run,
+        f"UPDATE jobs SET status = 'cancelled', not_before = NULL, finished_at = {at} WHERE id = ?",
+        _selected(conn, run, "'pending', 'waiting'", splits, image_ids, ()),
+        JobState.CANCELLED,
+    )
+
+
+# --- Looking ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """One run and split. `per_minute` is over the last five minutes at most; `eta_sec` is None while it is 0."""
+
+    run: str
+    split: str
+    pending: int
+    leased: int
+    waiting: int
+    done: int
+    failed: int
+    cancelled: int
+    per_minute: float
+    eta_sec: float | None
+
+    @property
+    def total(self) -> int:
+        return self.pending + self.leased + self.waiting + self.done + self.failed + self.cancelled
+
+    @property
+    def unfinished(self) -> int:
+        return self.pending + self.leased + self.waiting
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSeen:
+    """A worker process. `state`: running, stopped, or lost (not seen for a while, and never said goodbye)."""
+
+    id: int
+    host: str
+    pid: int
+    device: str
+    state: str
+    done: int
+    seen_sec_ago: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    run: str
+    split: str
+    image_id: str
+    code: str
+    message: str
+    attempts: int
+
+
+def counts(conn: Connection, *, now: int | None = None) -> list[Counts]:
+    """Every run and split, in constant time: from the tallies, and the rate from the last minutes' leases."""
+    at = _at(conn, now)
+    per_minute = _rates(conn, at)
+    rows = execute(
+        conn,
+        "SELECT r.id, r.name, t.split, t.status, sum(t.n) FROM tallies t JOIN runs r ON r.id = t.run_id "
+        "GROUP BY r.id, r.name, t.split, t.status",
+    ).fetchall()
+    order = ("train", "validation", "test")
+    keys = sorted({(row[0], row[1], row[2]) for row in rows}, key=lambda key: (key[0], order.index(key[2])))
+    n = {(row[0], row[2], row[3]): int(row[4]) for row in rows}
+    return [_counts(run_id, name, split, n, per_minute.get((run_id, split), 0.0)) for run_id, name, split in keys]
+
+
+def _counts(run_id: int, name: str, split: str, n: Mapping[tuple[int, str, str], int], per_minute: float) -> Counts:
+    in_state = {state.value: n.get((run_id, split, state.value), 0) for state in JobState}
+    left = in_state["pending"] + in_state["leased"] + in_state["waiting"]
+    eta = 60 * left / per_minute if per_minute else (0.0 if not left else None)
+    return Counts(name, split, **in_state, per_minute=per_minute, eta_sec=eta)
+
+
+def _rates(conn: Connection, at: int) -> dict[tuple[int, str], float]:
+    """Captions per minute of each (run, split), over the last five minutes or since the first lease in them."""
+    start = at - RATE_WINDOW_MS
+    rows = execute(
+        conn,
+        "SELECT run_id, split, sum(n_done), min(claimed_at) FROM ("
+        "SELECT run_id, split, n_done, claimed_at FROM leases WHERE closed_at >= ? UNION ALL "
+        "SELECT run_id, split, n_done, claimed_at FROM leases WHERE state = 'open') AS recent GROUP BY run_id, split",
+        (start,),
+    ).fetchall()
+    return {
+        (run_id, split): float(n_done) * 60_000 / max(at - max(first, start), 1_000)
+        for run_id, split, n_done, first in rows
+        if n_done
+    }
+
+
+def unfinished(conn: Connection, run: Run, splits: Sequence[str]) -> dict[str, int]:
+    """How many jobs of these splits are pending, leased and waiting."""
+    rows = execute(
+        conn,
+        "SELECT split, status, n FROM tallies WHERE run_id = ? AND status IN ('pending', 'leased', 'waiting')",
+        (run.id,),
+    ).fetchall()
+    total = Counter({"pending": 0, "leased": 0, "waiting": 0})
+    for split, status, n in rows:
+        if split in splits:
+            total[status] += n
+    return dict(total)
+
+
+def list_workers(conn: Connection, *, lost_after_ms: int, now: int | None = None) -> list[WorkerSeen]:
+    """Workers of the last day that have not stopped, and those that stopped in the last five minutes."""
+    at = _at(conn, now)
+    rows = execute(
+        conn,
+        "SELECT id, host, pid, device, stopped_at, n_done, seen_at FROM workers "
+        "WHERE seen_at >= ? AND (stopped_at IS NULL OR stopped_at >= ?) ORDER BY id",
+        (at - 86_400_000, at - RATE_WINDOW_MS),
+    ).fetchall()
+
+    def state(stopped_at: int | None, seen_at: int) -> str:
+        if stopped_at is not None:
+            return "stopped"
+        return "lost" if at - seen_at > lost_after_ms else "running"
+
+    return [
+        WorkerSeen(id, host, pid, device, state(stopped, seen), done, max(0, at - seen) / 1000)
+        for id, host, pid, device, stopped, done, seen in rows
+    ]
+
+
+def list_failures(conn: Connection, run: str | None = None, splits: Sequence[str] = ()) -> list[Failed]:
+    """What failed, with its latest reason, in order of job."""
+    wanted = [get_run(conn, run)] if run else list_runs(conn)
+    found = []
+    for one in wanted:
+        rows = execute(
+            conn,
+            "SELECT j.split, i.image_id, f.code, f.message, j.attempts FROM jobs j "
+            "JOIN images i ON i.id = j.image_id "
+            "JOIN failures f ON f.id = (SELECT max(id) FROM failures WHERE job_id = j.id) "
+            "WHERE j.run_id = ? AND j.status = 'failed' ORDER BY j.id",
+            (one.id,),
+        ).fetchall()
+        found += [Failed(one.name, *row) for row in rows if not splits or row[0] in splits]
+    return found

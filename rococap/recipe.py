@@ -1,0 +1,67 @@
+"""What decides a caption's text. A run has one recipe; a worker that would caption otherwise is refused."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
+DEFAULT_PROMPT = "Describe this medical image in detail."
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Model, prompt, decoding and pixel bounds of a run.
+
+    `min_pixels` and `max_pixels` are areas in pixels; one visual token of Qwen2-VL is 28 x 28 = 784 of them.
+    Every decoding field is stated, since a checkpoint's own generation_config applies wherever one is not.
+    Raises ValueError, naming the field, for values that no model could follow.
+    """
+
+    model: str = DEFAULT_MODEL
+    revision: str = "main"
+    adapter: str | None = None
+    prompt: str = DEFAULT_PROMPT
+    max_new_tokens: int = 256
+    min_pixels: int = 3_136
+    max_pixels: int = 1_003_520
+    dtype: Dtype = "auto"
+    do_sample: bool = False
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("prompt is empty")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ValueError(
+                f"min_pixels ({self.min_pixels}) must be positive and at most max_pixels ({self.max_pixels})"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
+
+    def to_json(self) -> str:
+        """The recipe as JSON with sorted keys: equal recipes give equal text."""
+        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls(**json.loads(text))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of `to_json()`, in hex."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
+        """The fields in which the two differ: name -> (mine, the other's)."""
+        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return {name: (mine, theirs) for name, mine, theirs in pairs if mine != theirs}

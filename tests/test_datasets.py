@@ -1,0 +1,690 @@
+import csv
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rococap.datasets import (
+    Dataset,
+    PictureReader,
+    Place,
+    Sample,
+    Shard,
+    find_shards,
+    locate,
+    samples,
+)
+from rococap.errors import DatasetError, PictureError
+
+CAPTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def row(number, caption="A caption.", cui=("C0040405",), data=None, path=None):
+    picture = f"picture {number}".encode() if data is None else data
+    return {
+        "image": {"bytes": picture, "path": path},
+        "image_id": f"ROCOv2_2023_train_{number:06d}",
+        "caption": caption,
+        "cui": None if cui is None else list(cui),
+    }
+
+
+def write_shard(path, rows, row_group_size=100, text=None, listed=None, columns=None, **options):
+    text = text or pa.string()
+    schema = pa.schema([("image", IMAGE), ("image_id", text), ("caption", text), ("cui", (listed or pa.list_)(text))])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema=schema)
+    pq.write_table(table.select(columns or schema.names), path, row_group_size=row_group_size, **options)
+
+
+def write_csv(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def all_samples(root, split="train"):
+    return [sample for shard in find_shards(root, split) for sample in samples(root, shard)]
+
+
+def place(number, row_group=0, row_in_group=None, shard="train-00000-of-00001.parquet", split="train"):
+    return Place(
+        shard, split, row_group, number if row_in_group is None else row_in_group, f"ROCOv2_2023_train_{number:06d}"
+    )
+
+
+def read(reader, places):
+    """What was read for each place: bytes, or the code of the error."""
+    read = list(reader.read(places))
+    assert [there for there, _ in read] == list(places)
+    return [item.code if isinstance(item, PictureError) else item for _, item in read]
+
+
+def message(call, *args):
+    with pytest.raises(DatasetError) as caught:
+        call(*args)
+    return str(caught.value)
+
+
+# ---- Parquet: shards
+
+
+def test_a_shard_says_what_its_file_holds(tmp_path):
+    path = tmp_path / "data" / "train-00000-of-00001.parquet"
+    write_shard(path, [row(n) for n in range(250)])
+    data = path.read_bytes()
+    footer = data[-8 - int.from_bytes(data[-8:-4], "little") : -8]
+    assert find_shards(tmp_path, "train") == [
+        Shard(
+            path="data/train-00000-of-00001.parquet",
+            split="train",
+            rows=250,
+            row_groups=3,
+            size=len(data),
+            digest=hashlib.sha256(footer).hexdigest(),
+        )
+    ]
+
+
+def test_another_caption_gives_another_digest(tmp_path):
+    digests = set()
+    for caption in ("left", "right"):
+        write_shard(tmp_path / "train-00000-of-00001.parquet", [row(1, caption=caption)])
+        digests.add(find_shards(tmp_path, "train")[0].digest)
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("folder", ["data", "."])
+def test_shards_come_in_the_order_of_their_numbers(tmp_path, folder):
+    numbers = [10, 2, 0, 11, 1, 3, 9, 4, 8, 5, 7, 6]
+    for number in numbers:
+        write_shard(tmp_path / folder / f"train-{number:05d}-of-00012.parquet", [row(number)])
+    assert [sample.image_id[-2:] for sample in all_samples(tmp_path)] == [f"{n:02d}" for n in range(12)]
+
+
+def test_only_the_split_asked_for_is_read(tmp_path):
+    for number, split in enumerate(("train", "validation", "test")):
+        write_shard(tmp_path / "data" / f"{split}-00000-of-00001.parquet", [row(number)])
+    assert [sample.image_id[-1] for sample in all_samples(tmp_path, "validation")] == ["1"]
+
+
+def test_shards_with_a_hash_in_their_name_are_found(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00001-3f2a9c0b1d.parquet", [row(0)])
+    assert len(find_shards(tmp_path, "train")) == 1
+
+
+def test_missing_shards_are_named(tmp_path):
+    for number in (0, 2):
+        write_shard(tmp_path / f"train-{number:05d}-of-00004.parquet", [row(number)])
+    assert message(find_shards, tmp_path, "train") == (
+        f"{tmp_path} lacks 2 of the 4 shards of the split 'train': train-00001-of-00004.parquet, "
+        "train-00003-of-00004.parquet. Download them, then run this again."
+    )
+
+
+def test_of_many_missing_shards_five_are_named(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00027.parquet", [row(0)])
+    assert message(find_shards, tmp_path, "train").endswith(
+        "train-00004-of-00027.parquet, train-00005-of-00027.parquet and 21 more. Download them, then run this again."
+    )
+
+
+def test_shards_of_two_sets_are_refused(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00001.parquet", [row(0)])
+    write_shard(tmp_path / "train-00000-of-00002.parquet", [row(0)])
+    assert message(find_shards, tmp_path, "train") == (
+        f"{tmp_path} holds shards of more than one set for the split 'train' (of 00001, of 00002): "
+        "keep one set and move the others away."
+    )
+
+
+def test_one_shard_twice_is_refused(tmp_path):
+    for end in ("", "-0a1b2c"):
+        write_shard(tmp_path / f"train-00000-of-00001{end}.parquet", [row(0)])
+    assert "more than one set" in message(find_shards, tmp_path, "train")
+
+
+def test_a_missing_split_names_those_that_are_there(tmp_path):
+    write_shard(tmp_path / "data" / "test-00000-of-00001.parquet", [row(0)])
+    write_csv(tmp_path / "valid_captions.csv", ["ID", "Caption"], [])
+    assert message(find_shards, tmp_path, "train") == (
+        f"{tmp_path} holds no split 'train', neither train-00000-of-000NN.parquet nor train_captions.csv. "
+        "It holds: validation, test. Choose one of these."
+    )
+
+
+def test_a_folder_without_splits_says_so(tmp_path):
+    assert message(find_shards, tmp_path, "validation") == (
+        f"{tmp_path} holds no split 'validation', neither validation-00000-of-000NN.parquet nor "
+        "valid_captions.csv. It holds no split: choose another folder."
+    )
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    assert message(find_shards, tmp_path / "nowhere", "train") == (
+        f"There is no folder {tmp_path / 'nowhere'}: check the path."
+    )
+
+
+@pytest.mark.parametrize("kept", [0, 3, 11, 2000])
+def test_a_truncated_shard_is_named(tmp_path, kept):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(n, caption=str(n) * 40) for n in range(100)])
+    whole = path.read_bytes()
+    assert len(whole) > 2000
+    path.write_bytes(whole[:kept])
+    assert message(find_shards, tmp_path, "train") == (
+        f"{path} is not a Parquet file, or it is truncated or damaged: download it again."
+    )
+
+
+def test_a_page_that_is_not_parquet_is_named(tmp_path):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    path.write_text("<!DOCTYPE html><title>Too many requests</title>")
+    assert message(find_shards, tmp_path, "train") == (
+        f"{path} is not a Parquet file, or it is truncated or damaged: download it again."
+    )
+
+
+def test_missing_columns_are_named_with_those_found(tmp_path):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0)], columns=["image", "cui"])
+    assert message(find_shards, tmp_path, "train") == (
+        f"{path} lacks the columns image_id, caption; it has the columns image, cui. "
+        "Rename its columns to image, image_id, caption and cui."
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "complaint"),
+    [
+        ("image", pa.array([b"x"]), "the column image is binary, not a struct with bytes"),
+        ("image_id", pa.array([7]), "the column image_id is int64, not text"),
+        ("caption", pa.array([b"x"]), "the column caption is binary, not text"),
+        ("cui", pa.array(["C1;C2"]), "the column cui is string, not a list of text"),
+    ],
+)
+def test_a_column_of_another_type_is_named(tmp_path, column, values, complaint):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0)])
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.schema.get_field_index(column), column, values), path)
+    assert message(find_shards, tmp_path, "train") == f"{path}: {complaint}. Write the file again."
+
+
+# ---- Parquet: samples
+
+
+@pytest.mark.parametrize("row_group_size", [1, 7, 100, 10_000])
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+@pytest.mark.parametrize("listed", [pa.list_, pa.large_list])
+def test_every_row_comes_once_in_order_with_its_place(tmp_path, row_group_size, text, listed):
+    rows = [row(n, caption=f"Caption {n}", cui=[f"C{n}", f"D{n}"][: n % 3]) for n in range(250)]
+    write_shard(tmp_path / "train-00000-of-00001.parquet", rows, row_group_size, text, listed)
+    assert all_samples(tmp_path) == [
+        Sample(
+            image_id=f"ROCOv2_2023_train_{n:06d}",
+            caption=f"Caption {n}",
+            cui=(f"C{n}", f"D{n}")[: n % 3],
+            row_group=n // row_group_size,
+            row_in_group=n % row_group_size,
+        )
+        for n in range(250)
+    ]
+
+
+def test_places_are_right_beyond_one_batch_of_rows(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00001.parquet", [row(n) for n in range(20_000)], row_group_size=9000)
+    found = [(sample.image_id, sample.row_group, sample.row_in_group) for sample in all_samples(tmp_path)]
+    assert found == [(f"ROCOv2_2023_train_{n:06d}", n // 9000, n % 9000) for n in range(20_000)]
+
+
+def test_the_concept_nan_is_dropped(tmp_path):
+    rows = [
+        row(0, cui=["nan"]),
+        row(1, cui=None),
+        row(2, cui=[]),
+        row(3, cui=["C1", None, "nan", "", "C2"]),
+    ]
+    write_shard(tmp_path / "train-00000-of-00001.parquet", rows)
+    assert [sample.cui for sample in all_samples(tmp_path)] == [(), (), (), ("C1", "C2")]
+
+
+def test_no_concepts_column_means_no_concepts(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00001.parquet", [row(0), row(1)], columns=["image_id", "image", "caption"])
+    assert [sample.cui for sample in all_samples(tmp_path)] == [(), ()]
+
+
+def test_a_caption_that_is_null_is_empty(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00001.parquet", [row(0, caption=None), row(1, caption=" kept \n")])
+    assert [sample.caption for sample in all_samples(tmp_path)] == ["", " kept \n"]
+
+
+def test_rows_without_an_id_are_refused(tmp_path):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0), row(1) | {"image_id": None}])
+    assert message(all_samples, tmp_path) == f"{path}: 1 rows have no image_id. Write the file again."
+
+
+def test_a_shard_that_breaks_after_it_was_found_is_named(tmp_path):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0)])
+    (shard,) = find_shards(tmp_path, "train")
+    path.write_bytes(b"PAR1")
+    assert message(lambda: list(samples(tmp_path, shard))) == (
+        f"{path} is not a Parquet file, or it is truncated or damaged: download it again."
+    )
+    path.unlink()
+    assert message(lambda: list(samples(tmp_path, shard))) == (f"{path} is gone: restore it or download it again.")
+
+
+def test_samples_read_no_picture(tmp_path):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(n, data=b"PICTURE" * 999) for n in range(40)], 10, compression="none", use_dictionary=False)
+    expected = all_samples(tmp_path)
+    data = path.read_bytes()
+    assert data.count(b"PICTURE") == 999 * 40
+    meta = pq.read_metadata(path)
+    broken = bytearray(data)
+    for group in range(4):
+        column = meta.row_group(group).column(0)
+        assert column.path_in_schema == "image.bytes"
+        start = column.data_page_offset
+        broken[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(broken)
+    assert all_samples(tmp_path) == expected
+
+
+# ---- folders of pictures: shards and samples
+
+
+def test_a_captions_csv_is_one_shard(tmp_path):
+    path = tmp_path / "train_captions.csv"
+    write_csv(path, ["ID", "Caption"], [["a", "one"], ["b", "two\nlines"], ["c", ""]])
+    assert find_shards(tmp_path, "train") == [
+        Shard(
+            path="train_captions.csv",
+            split="train",
+            rows=3,
+            row_groups=1,
+            size=path.stat().st_size,
+            digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+    ]
+    assert all_samples(tmp_path) == [
+        Sample("a", "one", (), 0, 0),
+        Sample("b", "two\nlines", (), 0, 1),
+        Sample("c", "", (), 0, 2),
+    ]
+
+
+@pytest.mark.parametrize("infix", ["valid", "validation"])
+def test_the_split_validation_is_called_valid_in_files(tmp_path, infix):
+    write_csv(tmp_path / f"{infix}_captions.csv", ["ID", "Caption"], [["a", "one"]])
+    write_csv(tmp_path / f"{infix}_concepts.csv", ["ID", "CUIs"], [["a", "C1;C2"]])
+    (tmp_path / infix).mkdir()
+    (tmp_path / infix / "a.jpg").write_bytes(b"picture")
+    (shard,) = find_shards(tmp_path, "validation")
+    assert (shard.path, shard.split) == (f"{infix}_captions.csv", "validation")
+    assert all_samples(tmp_path, "validation") == [Sample("a", "one", ("C1", "C2"), 0, 0)]
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, [Place(shard.path, "validation", 0, 0, "a")]) == [b"picture"]
+
+
+def test_manual_concepts_are_preferred(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [["a", "one"], ["b", "two"], ["c", "three"]])
+    write_csv(tmp_path / "train_concepts.csv", ["ID", "CUIs"], [["a", "C1;C2;C3"]])
+    assert [sample.cui for sample in all_samples(tmp_path)] == [("C1", "C2", "C3"), (), ()]
+    write_csv(tmp_path / "train_concepts_manual.csv", ["ID", "CUIs"], [["a", "C9"], ["b", ""], ["c", "nan"]])
+    assert [sample.cui for sample in all_samples(tmp_path)] == [("C9",), (), ()]
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_data(tmp_path):
+    (tmp_path / "train_captions.csv").write_bytes(b"\xef\xbb\xbfID,Caption\r\na,one\r\n\r\nb,two\r\n")
+    assert [(s.image_id, s.caption, s.row_in_group) for s in all_samples(tmp_path)] == [
+        ("a", "one", 0),
+        ("b", "two", 1),
+    ]
+
+
+def test_parquet_goes_before_csv(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00001.parquet", [row(0)])
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [["a", "one"]])
+    assert [shard.path for shard in find_shards(tmp_path, "train")] == ["train-00000-of-00001.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (b"ID;Caption\na;one\n", " lacks the columns ID, Caption; it has the column ID;Caption. "),
+        (b"ID,Text\na,one\n", " lacks the column Caption; it has the columns ID, Text. "),
+        (b"", " lacks the columns ID, Caption; it has no columns. "),
+    ],
+)
+def test_missing_csv_columns_are_named(tmp_path, data, complaint):
+    path = tmp_path / "train_captions.csv"
+    path.write_bytes(data)
+    assert message(find_shards, tmp_path, "train") == f"{path}{complaint}Rename its columns to ID and Caption."
+
+
+def test_missing_columns_of_concepts_are_named(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [["a", "one"]])
+    write_csv(tmp_path / "train_concepts.csv", ["ID", "Concepts"], [["a", "C1"]])
+    assert message(all_samples, tmp_path) == (
+        f"{tmp_path / 'train_concepts.csv'} lacks the column CUIs; it has the columns ID, Concepts. "
+        "Rename its columns to ID and CUIs."
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"ID,Caption\na,caf\xe9\n", "'utf-8' codec can't decode byte 0xe9 in position 16: invalid continuation byte"),
+        (b'ID,Caption\na,"cut in the middle', "unexpected end of data"),
+    ],
+)
+def test_a_csv_that_cannot_be_read_is_named(tmp_path, data, reason):
+    path = tmp_path / "train_captions.csv"
+    path.write_bytes(data)
+    assert message(find_shards, tmp_path, "train") == (
+        f"{path} cannot be read as UTF-8 CSV ({reason}): download it again."
+    )
+
+
+@pytest.mark.parametrize(("line", "cells"), [("b", 1), ("b,two,three", 3)])
+def test_a_line_with_another_number_of_cells_is_named(tmp_path, line, cells):
+    path = tmp_path / "train_captions.csv"
+    path.write_text(f"ID,Caption\na,one\n{line}\n")
+    assert message(find_shards, tmp_path, "train") == (
+        f"{path}, line 3: {cells} cells where the header has 2. Correct the line, or download the file again."
+    )
+
+
+# ---- real captions
+
+
+def real(name):
+    path = CAPTIONS / name
+    if not path.is_file():
+        pytest.skip("the collection of real captions is not beside the checkout")
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(("name", "count"), [("roco_v1_2000.csv", 2000), ("roco_v1_awkward_200.csv", 200)])
+def test_real_captions_come_through_both_layouts_unchanged(tmp_path, name, count):
+    originals = real(name)
+    assert len(originals) == count
+    expected = [(o["roco_id"], o["caption"], tuple(c for c in o["cuis"].split(";") if c)) for o in originals]
+    write_shard(
+        tmp_path / "hub" / "data" / "train-00000-of-00001.parquet",
+        [row(0, caption=caption, cui=cui) | {"image_id": image_id} for image_id, caption, cui in expected],
+    )
+    write_csv(tmp_path / "folder" / "train_captions.csv", ["ID", "Caption"], [e[:2] for e in expected])
+    write_csv(tmp_path / "folder" / "train_concepts.csv", ["ID", "CUIs"], [[e[0], ";".join(e[2])] for e in expected])
+    for root in (tmp_path / "hub", tmp_path / "folder"):
+        assert [(s.image_id, s.caption, s.cui) for s in all_samples(root)] == expected
+
+
+def test_real_rocov2_rows_come_through_unchanged(tmp_path):
+    originals = real("rocov2_test_sample_39.csv")
+    assert len(originals) == 39
+    write_csv(tmp_path / "test_captions.csv", ["ID", "Caption"], [[o["ID"], o["Caption"]] for o in originals])
+    write_csv(tmp_path / "test_concepts_manual.csv", ["ID", "CUIs"], [[o["ID"], o["CUIs_manual"]] for o in originals])
+    found = all_samples(tmp_path, "test")
+    assert [(s.image_id, s.caption, ";".join(s.cui)) for s in found] == [
+        (o["ID"], o["Caption"], o["CUIs_manual"]) for o in originals
+    ]
+    assert [s.cui for s in found].count(()) == 1
+
+
+# ---- pictures in shards
+
+
+@pytest.fixture
+def shard(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00001.parquet", [row(n) for n in range(250)])
+    return tmp_path
+
+
+def test_pictures_are_read_by_their_place(shard):
+    numbers = (0, 1, 99, 100, 149, 249)
+    places = [place(n, n // 100, n % 100) for n in numbers]
+    with PictureReader(shard) as reader:
+        assert read(reader, places) == [f"picture {n}".encode() for n in numbers]
+
+
+def test_samples_and_pictures_agree_on_every_place(tmp_path):
+    for number in range(3):
+        rows = [row(number * 100 + n) for n in range(70)]
+        write_shard(tmp_path / "data" / f"train-{number:05d}-of-00003.parquet", rows, row_group_size=33)
+    places = [
+        Place(shard.path, "train", s.row_group, s.row_in_group, s.image_id)
+        for shard in find_shards(tmp_path, "train")
+        for s in samples(tmp_path, shard)
+    ]
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, places) == [f"picture {n * 100 + k}".encode() for n in range(3) for k in range(70)]
+
+
+def test_a_row_group_is_opened_once_for_consecutive_claims(shard):
+    places = [place(n, n // 100, n % 100) for n in range(250)]
+    with PictureReader(shard) as reader:
+        for start in range(0, 250, 8):
+            claim = places[start : start + 8]
+            assert read(reader, claim) == [f"picture {start + n}".encode() for n in range(len(claim))]
+        assert reader.row_groups_opened == 3
+
+
+def test_a_place_further_back_opens_the_row_group_again(shard):
+    with PictureReader(shard) as reader:
+        assert read(reader, [place(90)]) == [b"picture 90"]
+        assert read(reader, [place(70)]) == [b"picture 70"]
+        assert read(reader, [place(3)]) == [b"picture 3"]
+        assert reader.row_groups_opened == 2
+
+
+def test_one_place_may_be_read_twice(shard):
+    with PictureReader(shard) as reader:
+        assert read(reader, [place(5), place(5)]) == [b"picture 5", b"picture 5"]
+        assert reader.row_groups_opened == 1
+
+
+def test_memory_does_not_grow_with_the_row_group(tmp_path):
+    rows = [row(n, data=os.urandom(50_000)) for n in range(1600)]
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, rows, row_group_size=1600, write_batch_size=8)
+    assert path.stat().st_size > 80_000_000
+    del rows
+    before, most = pa.total_allocated_bytes(), 0
+    with PictureReader(tmp_path) as reader:
+        for item in reader.read([place(n) for n in range(0, 1600, 5)]):
+            assert isinstance(item[1], bytes)
+            most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 8_000_000
+
+
+def test_an_id_that_is_not_the_one_enqueued_means_moved(shard):
+    with PictureReader(shard) as reader:
+        ((_, error),) = reader.read([place(7, row_in_group=8)])
+    assert error.code == "moved"
+    assert str(error) == (
+        "train-00000-of-00001.parquet holds 'ROCOv2_2023_train_000008' in row group 0, row 8, where "
+        "'ROCOv2_2023_train_000007' was enqueued: the file was changed, enqueue the data set again."
+    )
+
+
+@pytest.mark.parametrize(("row_group", "row_in_group"), [(0, 100), (2, 50), (3, 0), (99, 0)])
+def test_a_row_that_is_not_there_means_moved(shard, row_group, row_in_group):
+    with PictureReader(shard) as reader:
+        assert read(reader, [place(7, row_group, row_in_group), place(7)]) == ["moved", b"picture 7"]
+
+
+def test_a_row_without_a_picture_fails_alone(tmp_path):
+    rows = [row(0), row(1), row(2), row(3, data=b"")]
+    rows[1]["image"] = {"bytes": None, "path": None}
+    rows[2]["image"] = None
+    write_shard(tmp_path / "train-00000-of-00001.parquet", rows)
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, [place(n) for n in range(4)]) == [b"picture 0", "no_picture", "no_picture", b""]
+
+
+def test_a_picture_given_by_its_path_is_read_from_there(tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"outside")
+    root = tmp_path / "set"
+    paths = ["pictures/a.png", "pictures/gone.png", "../secret.png", str(tmp_path / "secret.png")]
+    rows = [row(n) | {"image": {"bytes": None, "path": path}} for n, path in enumerate(paths)]
+    write_shard(root / "train-00000-of-00001.parquet", rows)
+    (root / "pictures").mkdir()
+    (root / "pictures" / "a.png").write_bytes(b"picture a")
+    with PictureReader(root) as reader:
+        assert read(reader, [place(n) for n in range(4)]) == [b"picture a"] + ["missing_file"] * 3
+
+
+def test_bytes_go_before_the_path(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"by path")
+    write_shard(tmp_path / "train-00000-of-00001.parquet", [row(0, data=b"by bytes", path="a.png")])
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, [place(0)]) == [b"by bytes"]
+
+
+def test_a_shard_that_is_gone_is_an_error_of_the_data_set(shard):
+    path = shard / "train-00000-of-00001.parquet"
+    path.rename(shard / "away")
+    with PictureReader(shard) as reader:
+        assert message(lambda: list(reader.read([place(0)]))) == f"{path} is gone: restore it or download it again."
+        (shard / "away").rename(path)
+        assert read(reader, [place(0)]) == [b"picture 0"]
+
+
+def test_a_damaged_row_group_is_an_error_of_the_data_set(shard):
+    path = shard / "train-00000-of-00001.parquet"
+    whole = path.read_bytes()
+    column = pq.read_metadata(path).row_group(1).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    with PictureReader(shard) as reader:
+        path.write_bytes(whole[:start] + b"\xff" * 64 + whole[start + 64 :])
+        assert read(reader, [place(99)]) == [b"picture 99"]
+        assert message(lambda: list(reader.read([place(100, 1, 0)]))) == (
+            f"{path} is not a Parquet file, or it is truncated or damaged: download it again."
+        )
+        path.write_bytes(whole)
+        assert read(reader, [place(100, 1, 0)]) == [b"picture 100"]
+
+
+# ---- pictures in folders
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "train/a.jpg",
+        "train/a.jpeg",
+        "train/a.png",
+        "train/train/a.jpg",
+        "train_images/a.jpg",
+        "train_images/train/a.png",
+    ],
+)
+def test_a_picture_is_found_where_unzipping_puts_it(tmp_path, path):
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [["a", "one"]])
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_bytes(b"picture a")
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, [Place("train_captions.csv", "train", 0, 0, "a")]) == [b"picture a"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [["a", "one"], ["b", "two"]])
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.jpg").write_bytes(b"picture a")
+    return tmp_path
+
+
+def folder_places(*ids):
+    return [Place("train_captions.csv", "train", 0, n, image_id) for n, image_id in enumerate(ids)]
+
+
+def test_a_missing_picture_file_fails_alone(folder):
+    with PictureReader(folder) as reader:
+        (_, error), (_, data) = reader.read(folder_places("b", "a"))
+    assert (error.code, data) == ("missing_file", b"picture a")
+    assert str(error) == "There is no file train/b.jpg for b: restore it, then retry."
+
+
+def test_a_picture_file_that_cannot_be_read_fails_alone(folder):
+    (folder / "train" / "b.jpg").mkdir()
+    with PictureReader(folder) as reader:
+        (_, error), (_, data) = reader.read(folder_places("b", "a"))
+    assert (error.code, data) == ("unreadable_file", b"picture a")
+    assert str(error) == (f"{folder / 'train' / 'b.jpg'} cannot be read (Is a directory): check the file, then retry.")
+
+
+def test_an_id_does_not_lead_out_of_the_folder(folder):
+    (folder / "secret.jpg").write_bytes(b"outside")
+    with PictureReader(folder) as reader:
+        assert read(reader, folder_places("../secret", "a")) == ["missing_file", b"picture a"]
+
+
+def test_a_disk_that_is_gone_is_not_blamed_on_the_picture(folder):
+    with PictureReader(folder) as reader:
+        assert read(reader, folder_places("a")) == [b"picture a"]
+        folder.rename(folder.with_name("away"))
+        assert message(lambda: list(reader.read(folder_places("a")))) == (
+            f"{folder / 'train_captions.csv'} cannot be read (No such file or directory): "
+            "check that the disk is mounted, then run this again."
+        )
+
+
+def test_a_split_without_a_picture_folder_is_an_error_of_the_data_set(tmp_path):
+    write_csv(tmp_path / "valid_captions.csv", ["ID", "Caption"], [["a", "one"]])
+    place = Place("valid_captions.csv", "validation", 0, 0, "a")
+    with PictureReader(tmp_path) as reader:
+        assert message(lambda: list(reader.read([place]))) == (
+            f"{tmp_path} holds no pictures of the split 'validation': unpack them as valid/ID.jpg or "
+            "valid_images/ID.jpg."
+        )
+
+
+# ---- locate
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path)
+    root = (tmp_path / "set").resolve()
+    assert locate("set", ["train"]) == Dataset(name=str(root), root=root, revision="")
+    assert locate(f"{tmp_path}/./set/", ["train"]) == Dataset(name=str(root), root=root, revision="")
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    assert message(locate, str(tmp_path), ["train"], "main") == (
+        f"{tmp_path} is a folder, and folders have no revisions: leave the revision out."
+    )
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./roco", "../roco", "~/no such folder", "a/b/c", "roco"])
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message(locate, name, ["train"]) == (
+        f"There is no folder {name}: check the path, or name a data set of the hub as owner/name."
+    )
+
+
+def test_a_file_is_not_a_data_set(tmp_path):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0)])
+    assert message(locate, str(path), ["train"]) == f"{path} is a file: give the folder that holds it."
+
+
+def test_reading_a_folder_imports_neither_the_hub_nor_torch():
+    script = "import sys, rococap.datasets; print({'huggingface_hub', 'torch', 'sqlalchemy'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
