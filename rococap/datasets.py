@@ -552,10 +552,16 @@ def _why(error: Exception, name: str, revision: str | None) -> str:
                 f"HF_HUB_OFFLINE is set, and the data set {name} is not whole in the cache {constants.HF_HUB_CACHE}: "
                 "unset it and run this again, or give a folder."
             )
+        case _ if _refused(error):
+            return (
+                f"The hub refuses access to the data set {name} ({_reason(error)}): "
+                "log in with `hf auth login`, with a token that may read it."
+            )
         case errors.LocalEntryNotFoundError():
             return (
-                f"The hub at {constants.ENDPOINT} cannot be reached, and the data set {name} is not whole in the "
-                f"cache {constants.HF_HUB_CACHE}: check the network, then run this again; whole files are kept."
+                f"The hub at {constants.ENDPOINT} cannot be used ({_reason(error)}), and the data set {name} is not "
+                f"whole in the cache {constants.HF_HUB_CACHE}: check the network, then run this again; "
+                "whole files are kept."
             )
         case OSError(errno=int(number)):
             full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -564,8 +570,19 @@ def _why(error: Exception, name: str, revision: str | None) -> str:
                 f"({os.strerror(number)}): {'free some space' if full else 'check the folder'}, or set HF_HOME to "
                 "another disk, then run this again; whole files are kept."
             )
-    return f"The download of {name} broke off ({_first_line(error)}): run this again; whole files are kept."
+    return f"The download of {name} broke off ({_reason(error)}): run this again; whole files are kept."
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _refused(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return any(
+        isinstance(each, HfHubHTTPError) and each.response.status_code in (401, 403)
+        for each in (error, error.__cause__)
+    )
+
+
+def _reason(error: Exception) -> str:
+    """One line, from where the trouble began."""
+    origin = error.__cause__ or error
+    return next(iter(str(origin).strip().splitlines()), type(origin).__name__)

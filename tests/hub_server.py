@@ -32,6 +32,7 @@ class Repo:
     files: dict[str, bytes]
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    status: int = 200
 
     def __post_init__(self) -> None:
         digest = sha1(repr(sorted((path, sha1(data).hexdigest()) for path, data in self.files.items())).encode())
@@ -103,6 +104,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if repo is None:
                 # The hub does not tell a missing repository from one that is private.
                 self.refuse(401, "RepoNotFound")
+            elif repo.status != 200:
+                self.refuse(repo.status, "")
+                return None
             return repo
 
         def commit(self, repo: Repo, revision: str) -> str | None:

@@ -10,6 +10,8 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hub_server import Hub, Repo
 
@@ -29,23 +31,29 @@ except DatasetError as error:
 """
 
 
-def shard_bytes(tmp_path, number, size=200_000):
-    from test_datasets import row, write_shard
-
-    path = tmp_path / "shard.parquet"
-    write_shard(path, [row(number, data=os.urandom(size))])
-    return path.read_bytes()
+def shard_bytes(number, size=200_000):
+    table = pa.table(
+        {
+            "image": [{"bytes": os.urandom(size), "path": None}],
+            "image_id": [f"ROCOv2_2023_train_{number:06d}"],
+            "caption": ["A caption."],
+            "cui": [["C0040405"]],
+        }
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
 
 
 @pytest.fixture
-def files(tmp_path):
+def files():
     names = [
         "data/train-00000-of-00002.parquet",
         "data/train-00001-of-00002.parquet",
         "data/validation-00000-of-00001.parquet",
         "data/test-00000-of-00001.parquet",
     ]
-    parquet = {name: shard_bytes(tmp_path, number) for number, name in enumerate(names)}
+    parquet = {name: shard_bytes(number) for number, name in enumerate(names)}
     return {
         "README.md": b"# ROCO",
         ".gitattributes": b"* lfs",
@@ -129,7 +137,7 @@ def test_what_is_cached_is_not_fetched_again(hub, tmp_path):
 def test_a_connection_cut_in_the_middle_goes_on_where_it_was(hub, files, tmp_path):
     # huggingface_hub writes in chunks of 10 MiB, so that the start of a chunk is what it goes on from.
     chunk, path = 10 << 20, "data/test-00000-of-00001.parquet"
-    files[path] = shard_bytes(tmp_path, 3, size=3 * chunk)
+    files[path] = shard_bytes(3, size=3 * chunk)
     hub.cut[path] = [chunk + 50_000, chunk + 70_000]
     found = located(hub, tmp_path / "home", ["test"])
     whole = (Path(found["root"]) / path).read_bytes()
@@ -203,9 +211,23 @@ def test_a_hub_that_is_gone_is_an_error(tmp_path):
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     assert located(url, tmp_path / "home") == {
-        "error": f"The hub at {url} cannot be reached, and the data set {NAME} is not whole in the cache "
-        f"{tmp_path}/home/hub: check the network, then run this again; whole files are kept."
+        "error": f"The hub at {url} cannot be used ([Errno 111] Connection refused), and the data set {NAME} is not "
+        f"whole in the cache {tmp_path}/home/hub: check the network, then run this again; whole files are kept."
     }
+
+
+def test_a_hub_in_trouble_is_an_error(hub, tmp_path):
+    hub.repos[NAME].status = 503
+    error = located(hub, tmp_path / "home")["error"]
+    assert error.startswith(f"The hub at {hub.url} cannot be used (Server error '503 Service Unavailable' for url ")
+    assert error.endswith("check the network, then run this again; whole files are kept.")
+
+
+def test_a_token_that_may_not_read_the_data_set_is_an_error(hub, tmp_path):
+    hub.repos[NAME].status = 403
+    error = located(hub, tmp_path / "home")["error"]
+    assert error.startswith(f"The hub refuses access to the data set {NAME} (")
+    assert error.endswith("): log in with `hf auth login`, with a token that may read it.")
 
 
 def test_without_the_hub_a_whole_cache_is_enough(hub, tmp_path):

@@ -1,0 +1,166 @@
+"""The whole job on drawings: phantoms, the queue, two workers, the small model that captions them, an export.
+
+Everything is what a user of ROCOv2 runs; only the pictures and the model are small. The pictures are drawn from seeds
+that the model was never trained on.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from sqlalchemy import Engine as Database
+
+from rococap import datasets, db, export, queue
+from rococap.datasets import SPLITS, Place
+from rococap.enqueue import enqueue
+from rococap.errors import RococapError
+from rococap.images import open_picture
+from rococap.recipe import Recipe
+
+MODEL = Path(__file__).parent / "model"
+SHOWN = 12
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    image_id: str
+    original: str
+    generated: str
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """What the demo made: how many captions equal the original to the letter, some of them, and the files."""
+
+    captioned: int
+    exact: int
+    seconds: float
+    examples: list[Shown]
+    sheet: Path
+    exports: list[Path]
+
+
+def recipe() -> Recipe:
+    # float32 wherever it runs: the captions are then the same on every machine.
+    return Recipe(model=str(MODEL), max_new_tokens=64, dtype="float32")
+
+
+def run(folder: Path, n_images: int, n_workers: int, progress: Progress) -> Demo:
+    """Draws `n_images` phantoms into `folder`, captions and exports them. Again, it goes on where it was.
+
+    Raises RococapError with the log's last lines if a worker fails.
+    """
+    from rococap.demo.phantoms import write_dataset
+
+    counts = _counts(n_images)
+    folder.mkdir(parents=True, exist_ok=True)
+    progress("drawing phantoms", 0, n_images)
+    write_dataset(folder / "dataset", counts)
+    url = f"sqlite:///{folder.resolve() / 'rococap.db'}"
+    database = db.connect(url)
+    enqueue(database, datasets.locate(str(folder / "dataset"), SPLITS), SPLITS, run="default", recipe=recipe())
+    started = time.monotonic()
+    _run_workers(database, url, folder, n_workers, progress)
+    seconds = time.monotonic() - started
+    paths = _export(database, folder)
+    rows = [row for path in paths for row in _rows(path)]
+    sheet = _contact_sheet(database, folder, rows[-SHOWN:])
+    exact = sum(row.original == row.generated for row in rows)
+    return Demo(len(rows), exact, seconds, rows[-SHOWN:], sheet, paths)
+
+
+def _counts(n_images: int) -> Mapping[str, int]:
+    held_back = max(1, n_images // 5)
+    return {"train": max(1, n_images - 2 * held_back), "validation": held_back, "test": held_back}
+
+
+# --- Workers ---------------------------------------------------------------------------------------------------
+
+
+def _run_workers(database: Database, url: str, folder: Path, n_workers: int, progress: Progress) -> None:
+    # Spinning OpenMP threads of two workers on two cores make each other many times slower.
+    threads = str(max(1, (os.cpu_count() or 1) // n_workers))
+    environment = os.environ | {
+        "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-m", "rococap", "--db", url, "worker", "--batch-size", "32"]
+    logs = [folder / f"worker-{number}.log" for number in range(1, n_workers + 1)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(log.open("w")) for log in logs]
+        workers = [subprocess.Popen(command, env=environment, stdout=file, stderr=file) for file in files]
+        try:
+            while any(worker.poll() is None for worker in workers):
+                _show(database, progress)
+                time.sleep(0.2)
+        finally:
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.terminate()
+            codes = [worker.wait() for worker in workers]
+    _show(database, progress)
+    for code, log in zip(codes, logs, strict=True):
+        if code:
+            tail = "\n".join(log.read_text().splitlines()[-5:])
+            raise RococapError(f"A worker ended with code {code}. Its log {log} ends with:\n{tail}")
+
+
+def _show(database: Database, progress: Progress) -> None:
+    with db.transaction(database) as conn:
+        counts = queue.counts(conn)
+    done, total = sum(one.done for one in counts), sum(one.total for one in counts)
+    progress("captioning" if done else "loading the model", done, total)
+
+
+# --- Results ---------------------------------------------------------------------------------------------------
+
+
+def _export(database: Database, folder: Path) -> list[Path]:
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, "default")
+    paths = []
+    for split in SPLITS:
+        path = folder / export.FOLDER / f"medical_captions_{split}.csv"
+        export.export(database, run, split, path)
+        export.write_checkpoints(database, run, split, path.parent, every=25)
+        paths.append(path)
+    return paths
+
+
+def _rows(path: Path) -> list[Shown]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            Shown(row["image_id"], row["original_caption"], row["generated_caption"]) for row in csv.DictReader(file)
+        ]
+
+
+def _contact_sheet(database: Database, folder: Path, rows: list[Shown]) -> Path:
+    from rococap.demo.sheet import contact_sheet
+
+    path = folder / "captions.png"
+    pictures = _pictures(database, folder, [row.image_id for row in rows])
+    contact_sheet([(pictures[row.image_id], row.original, row.generated) for row in rows], path)
+    return path
+
+
+def _pictures(database: Database, folder: Path, image_ids: list[str]) -> dict[str, Image.Image]:
+    with db.transaction(database) as conn:
+        found = db.execute(
+            conn,
+            "SELECT s.path, i.split, i.row_group, i.row_in_group, i.image_id FROM images i "
+            "JOIN shards s ON s.id = i.shard_id ORDER BY i.id",
+        ).fetchall()
+    places = [Place(*row) for row in found if row[4] in image_ids]
+    with datasets.PictureReader(folder / "dataset") as reader:
+        return {place.image_id: open_picture(data) for place, data in reader.read(places) if isinstance(data, bytes)}

@@ -1,0 +1,77 @@
+"""Small real data sets for tests, in the hub's Parquet layout."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from sqlalchemy import Engine
+
+from rococap import datasets, db, queue
+from rococap.enqueue import Enqueued, enqueue
+from rococap.queue import Run
+from rococap.recipe import Recipe
+
+SCHEMA = pa.schema(
+    [
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("image_id", pa.string()),
+        ("caption", pa.string()),
+        ("cui", pa.list_(pa.string())),
+    ]
+)
+
+
+def picture(number: int) -> bytes:
+    """A PNG whose size and grey tell its number."""
+    file = BytesIO()
+    Image.new("L", (28 + number % 7, 28 + number % 5), number % 256).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shard(
+    root: Path,
+    split: str,
+    numbers: Sequence[int],
+    name: str = "00000-of-00001",
+    pictures: dict[int, bytes] | None = None,
+) -> Path:
+    """One shard of rows `{split}_00007` …, of ten rows a group; `pictures` replaces the bytes of some."""
+    (root / "data").mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "image": {"bytes": (pictures or {}).get(n) or picture(n), "path": None},
+            "image_id": f"{split}_{n:05}",
+            "caption": f"Original caption {n}.",
+            "cui": ["C0040405"],
+        }
+        for n in numbers
+    ]
+    path = root / "data" / f"{split}-{name}.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path, row_group_size=10)
+    return path
+
+
+def fill(
+    engine: Engine, root: Path, n: int, *, split: str = "train", run: str = "default", recipe: Recipe | None = None
+) -> Run:
+    """A run with `n` pending jobs of one split."""
+    write_shard(root, split, range(n))
+    register(engine, root, [split], run=run, recipe=recipe)
+    with db.transaction(engine) as conn:
+        return queue.get_run(conn, run)
+
+
+def register(
+    engine: Engine,
+    root: Path,
+    splits: Sequence[str],
+    *,
+    run: str = "default",
+    recipe: Recipe | None = None,
+    **window: int,
+) -> list[Enqueued]:
+    located = datasets.locate(str(root), splits)
+    return enqueue(engine, located, splits, run=run, recipe=recipe or Recipe(model="tests/small"), **window)

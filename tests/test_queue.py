@@ -1,0 +1,526 @@
+"""The state machine. Every test passes the time in; the database fixture recounts the tallies at the end of each."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from samples import fill
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import IntegrityError
+
+from rococap import db, queue
+from rococap.engines import Completion, EngineInfo, Failure
+from rococap.errors import LeaseLost, RunError
+from rococap.queue import NORMAL, SOLO, SUSPECTS, Lease, Run
+from rococap.recipe import Recipe
+
+TTL = 60_000
+INFO = EngineInfo("small", {"rococap": "0"}, "tests/small", "", "float32", "cpu", "digest")
+
+
+@pytest.fixture
+def run(database: Engine, tmp_path: Path) -> Run:
+    return fill(database, tmp_path / "set", 20)
+
+
+def writing(database: Engine):
+    return db.transaction(database, write=True)
+
+
+def new_worker(database: Engine, name: str = "one") -> int:
+    with writing(database) as conn:
+        return queue.register_worker(conn, name, "host", 1, INFO, now=0)
+
+
+def claim(database: Engine, worker: int, run: Run, most: int = 4, *, lane: int = NORMAL, now: int = 0) -> Lease | None:
+    with writing(database) as conn:
+        return queue.claim(conn, worker, run.id, "train", most, ttl_ms=TTL, lane=lane, now=now)
+
+
+def claimed(database: Engine, worker: int, run: Run, most: int = 4, *, lane: int = NORMAL, now: int = 0) -> Lease:
+    lease = claim(database, worker, run, most, lane=lane, now=now)
+    assert lease is not None
+    return lease
+
+
+def caption(job_id: int, text: str = "A caption.") -> Completion:
+    return Completion(job_id, text, prompt_tokens=10, new_tokens=3, processing_ms=12.5, latency_ms=50.0, batch_size=4)
+
+
+def complete(
+    database: Engine, lease: Lease, job_ids: Sequence[int] | None = None, *, now: int = 0, text: str = "A caption."
+) -> None:
+    ids = [job.id for job in lease.jobs] if job_ids is None else job_ids
+    with writing(database) as conn:
+        queue.complete(conn, lease, [caption(id, text) for id in ids], now=now)
+
+
+def reap(database: Engine, now: int) -> list[int]:
+    with writing(database) as conn:
+        return queue.reap(conn, now=now)
+
+
+def column(database: Engine, sql: str) -> list:
+    with db.transaction(database) as conn:
+        return [row[0] for row in db.execute(conn, sql).fetchall()]
+
+
+def ids(lease: Lease) -> list[int]:
+    return [job.id for job in lease.jobs]
+
+
+# --- claim -----------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_takes_jobs_in_order_and_the_next_claim_others(database, run):
+    worker = new_worker(database)
+    first, second = claimed(database, worker, run), claimed(database, worker, run)
+    assert ids(first) == [1, 2, 3, 4]
+    assert ids(second) == [5, 6, 7, 8]
+    assert second.id > first.id
+
+
+def test_a_claim_names_the_place_of_each_picture(database, run):
+    lease = claimed(database, new_worker(database), run, 12)
+    place = lease.jobs[11].place
+    assert (place.shard, place.split) == ("data/train-00000-of-00001.parquet", "train")
+    assert (place.row_group, place.row_in_group, place.image_id) == (1, 1, "train_00011")
+
+
+def test_a_claim_of_nothing_is_none_and_leaves_no_lease(database, run):
+    worker = new_worker(database)
+    claimed(database, worker, run, 20)
+    assert claim(database, worker, run) is None
+    assert column(database, "SELECT count(*) FROM leases") == [1]
+
+
+def test_a_claim_that_is_rolled_back_leaves_nothing(database, run):
+    worker = new_worker(database)
+
+    def claim_and_break() -> None:
+        with writing(database) as conn:
+            queue.claim(conn, worker, run.id, "train", 4, ttl_ms=TTL)
+            raise RuntimeError("after the claim")
+
+    with pytest.raises(RuntimeError, match="after the claim"):
+        claim_and_break()
+    assert column(database, "SELECT count(*) FROM jobs WHERE status = 'pending'") == [20]
+    assert column(database, "SELECT count(*) FROM leases") == [0]
+
+
+# --- complete --------------------------------------------------------------------------------------------------
+
+
+def test_a_caption_and_its_jobs_done_are_stored_together(database, run):
+    lease = claimed(database, new_worker(database), run)
+    complete(database, lease, now=7_000)
+    with db.transaction(database) as conn:
+        row = db.execute(conn, "SELECT * FROM captions WHERE job_id = 1").mappings().one()
+    assert dict(row) == {
+        "job_id": 1,
+        "lease_id": lease.id,
+        "text": "A caption.",
+        "flags": "",
+        "finish_reason": "stop",
+        "prompt_tokens": 10,
+        "new_tokens": 3,
+        "processing_ms": 12.5,
+        "latency_ms": 50.0,
+        "batch_size": 4,
+        "generated_at": 7_000,
+    }
+    assert column(database, "SELECT DISTINCT finished_at FROM jobs WHERE status = 'done'") == [7_000]
+    assert column(database, "SELECT n_done FROM workers") == [4]
+
+
+def test_a_lease_is_completed_in_parts_and_closes_with_its_last_job(database, run):
+    lease = claimed(database, new_worker(database), run)
+    complete(database, lease, [3, 1])
+    assert column(database, "SELECT state FROM leases") == ["open"]
+    complete(database, lease, [2, 4], now=9)
+    assert column(database, "SELECT state FROM leases") == ["closed"]
+    assert column(database, "SELECT closed_at FROM leases") == [9]
+    assert column(database, "SELECT n_done FROM leases") == [4]
+
+
+def test_completing_is_all_or_nothing(database, run):
+    lease = claimed(database, new_worker(database), run)
+    with writing(database) as conn:  # a caption that stands in the way of the last insert
+        db.execute(conn, "INSERT INTO captions (job_id, text, generated_at) VALUES (4, 'in the way', 0)")
+    with pytest.raises(IntegrityError):
+        complete(database, lease)
+    assert column(database, "SELECT status FROM jobs WHERE id <= 4") == ["leased"] * 4
+    assert column(database, "SELECT job_id FROM captions") == [4]
+    assert column(database, "SELECT n_done FROM leases") == [0]
+
+
+def test_an_expired_lease_that_nobody_reaped_still_completes(database, run):
+    lease = claimed(database, new_worker(database), run)
+    complete(database, lease, now=TTL * 10)
+    assert column(database, "SELECT count(*) FROM captions") == [4]
+
+
+def test_a_job_cannot_be_completed_twice(database, run):
+    lease = claimed(database, new_worker(database), run)
+    complete(database, lease, [1])
+    with pytest.raises(LeaseLost):
+        complete(database, lease, [1, 2], text="Again.")
+    assert column(database, "SELECT text FROM captions") == ["A caption."]
+    assert column(database, "SELECT status FROM jobs WHERE id = 2") == ["leased"]
+
+
+# --- a lost lease ----------------------------------------------------------------------------------------------
+
+
+def lose(database: Engine, run: Run) -> tuple[Lease, Lease]:
+    """A lease that expired, and the one under which another worker has the same jobs now."""
+    lease = claimed(database, new_worker(database, "slow"), run)
+    assert reap(database, TTL) == [lease.id]
+    other = claimed(database, new_worker(database, "quick"), run, lane=SUSPECTS, now=TTL)
+    assert ids(other) == ids(lease)
+    return lease, other
+
+
+def stale_writes(conn: Connection, lease: Lease):
+    yield lambda: queue.complete(conn, lease, [caption(id, "Stale.") for id in ids(lease)])
+    yield lambda: queue.fail(conn, lease, {ids(lease)[0]: Failure("stale", "stale")})
+    yield lambda: queue.release(conn, lease, ids(lease))
+
+
+def test_a_worker_that_lost_its_lease_changes_nothing(database, run):
+    lease, other = lose(database, run)
+    with writing(database) as conn:
+        for write in stale_writes(conn, lease):
+            with pytest.raises(LeaseLost):
+                write()
+        assert queue.heartbeat(conn, lease.worker_id, [lease.id], ttl_ms=TTL, now=TTL) == set()
+    complete(database, other, text="The other's.")
+    assert column(database, "SELECT DISTINCT text FROM captions") == ["The other's."]
+    assert column(database, "SELECT count(*) FROM failures") == [0]
+
+
+def test_a_worker_that_lost_its_lease_overwrites_nothing_that_is_done(database, run):
+    lease, other = lose(database, run)
+    complete(database, other, text="The other's.")
+    with writing(database) as conn:
+        for write in stale_writes(conn, lease):
+            with pytest.raises(LeaseLost):
+                write()
+    assert column(database, "SELECT DISTINCT text FROM captions") == ["The other's."]
+    assert column(database, "SELECT DISTINCT status FROM jobs WHERE id <= 4") == ["done"]
+
+
+def test_a_lease_is_of_no_use_to_another_worker(database, run):
+    lease = claimed(database, new_worker(database), run)
+    thief = Lease(lease.id, new_worker(database, "thief"), lease.run_id, lease.split, lease.lane, lease.jobs)
+    with writing(database) as conn:
+        for write in stale_writes(conn, thief):
+            with pytest.raises(LeaseLost):
+                write()
+        assert queue.heartbeat(conn, thief.worker_id, [lease.id], ttl_ms=TTL, now=1) == set()
+
+
+def test_a_retried_job_is_not_completed_under_its_old_lease(database, run):
+    # attempts is no fence: retry sets it back to what the old lease saw
+    lease = claimed(database, new_worker(database), run, 1)
+    with writing(database) as conn:
+        queue.fail(conn, lease, {1: Failure("unreadable", "no")})
+        assert queue.retry(conn, run, image_ids=["train_00000"]) == 1
+    again = claimed(database, new_worker(database, "two"), run, 1)
+    with pytest.raises(LeaseLost):
+        complete(database, lease)
+    complete(database, again)
+
+
+# --- time ------------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_is_reaped_when_its_time_has_run_out_and_not_before(database, run):
+    lease = claimed(database, new_worker(database), run, now=1_000)
+    assert reap(database, 1_000 + TTL - 1) == []
+    assert reap(database, 1_000 + TTL) == [lease.id]
+    assert reap(database, 1_000 + TTL) == []
+    assert column(database, "SELECT state FROM leases") == ["expired"]
+
+
+def test_a_heartbeat_extends_a_lease(database, run):
+    worker = new_worker(database)
+    lease = claimed(database, worker, run)
+    with writing(database) as conn:
+        assert queue.heartbeat(conn, worker, [lease.id], ttl_ms=TTL, now=TTL - 1) == {lease.id}
+    assert reap(database, TTL) == []
+    assert reap(database, 2 * TTL - 1) == [lease.id]
+
+
+def test_a_dead_workers_jobs_are_pending_with_the_attempt_refunded_and_the_crash_counted(database, run):
+    claimed(database, new_worker(database), run)
+    reap(database, TTL)
+    with db.transaction(database) as conn:
+        rows = db.execute(conn, "SELECT status, attempts, crashes, solo_crashes FROM jobs WHERE id <= 4").fetchall()
+    assert [tuple(row) for row in rows] == [("pending", 0, 1, 0)] * 4
+
+
+def test_what_a_lease_stored_before_its_worker_died_stays_done(database, run):
+    lease = claimed(database, new_worker(database), run)
+    complete(database, lease, [2])
+    reap(database, TTL)
+    assert column(database, "SELECT status FROM jobs WHERE id <= 4") == ["pending", "done", "pending", "pending"]
+
+
+def test_overdue_tells_whether_reap_or_wake_would_do_anything(database, run):
+    lease = claimed(database, new_worker(database), run, 2)
+    with writing(database) as conn:
+        assert not queue.overdue(conn, now=TTL - 1)
+        assert queue.overdue(conn, now=TTL)
+        queue.fail(conn, lease, {1: Failure("network", "slow", transient=True)}, now=0)
+        queue.complete(conn, lease, [caption(2)], now=0)
+        assert not queue.overdue(conn, now=3_000)
+        assert queue.overdue(conn, now=5_000)
+
+
+# --- lanes -----------------------------------------------------------------------------------------------------
+
+
+def test_suspects_are_not_in_the_normal_lane_and_are_claimed_by_fours(database, run):
+    claimed(database, new_worker(database), run, 6)
+    reap(database, TTL)
+    worker = new_worker(database, "two")
+    assert ids(claimed(database, worker, run, 16, now=TTL)) == list(range(7, 21))
+    assert ids(claimed(database, worker, run, 16, lane=SUSPECTS, now=TTL)) == [1, 2, 3, 4]
+
+
+def test_a_picture_that_crashed_two_workers_is_claimed_alone_and_fails_after_two_more(database, run):
+    claimed(database, new_worker(database), run)
+    reap(database, TTL)
+    claimed(database, new_worker(database, "two"), run, lane=SUSPECTS, now=TTL)
+    reap(database, 2 * TTL)
+    for n, now in enumerate((2 * TTL, 3 * TTL)):
+        assert ids(claimed(database, new_worker(database, f"solo {n}"), run, lane=SOLO, now=now)) == [1]
+        reap(database, now + TTL)
+        # the others have crashed less often, so the suspect of both rounds comes last
+        with writing(database) as conn:
+            db.execute(conn, "UPDATE jobs SET crashes = 9 WHERE id BETWEEN 2 AND 4")
+    assert column(database, "SELECT status FROM jobs WHERE id <= 4") == ["failed", "pending", "pending", "pending"]
+    with db.transaction(database) as conn:
+        (failed,) = queue.list_failures(conn)
+    assert (failed.image_id, failed.code) == ("train_00000", "crashed")
+    assert failed.message == "Two workers died while they captioned this picture alone."
+
+
+def test_a_worker_that_gives_up_marks_its_own_lease_as_crashed(database, run):
+    lease = claimed(database, new_worker(database), run)
+    with writing(database) as conn:
+        assert queue.crash(conn, lease.id, now=1)
+        assert not queue.crash(conn, lease.id, now=2)
+    assert column(database, "SELECT crashes FROM jobs WHERE id <= 4") == [1, 1, 1, 1]
+
+
+# --- failures --------------------------------------------------------------------------------------------------
+
+
+def test_a_permanent_failure_fails_at_once_with_its_reason(database, run):
+    lease = claimed(database, new_worker(database), run, 2)
+    with writing(database) as conn:
+        queue.fail(conn, lease, {1: Failure("truncated", "The file ends early.")}, now=5)
+    complete(database, lease, [2])
+    assert column(database, "SELECT status FROM jobs WHERE id <= 2") == ["failed", "done"]
+    assert column(database, "SELECT state FROM leases") == ["closed"]
+    with db.transaction(database) as conn:
+        assert queue.list_failures(conn) == [
+            queue.Failed("default", "train", "train_00000", "truncated", "The file ends early.", 1)
+        ]
+
+
+def test_a_transient_failure_waits_and_is_claimable_when_its_time_has_come(database, run):
+    lease = claimed(database, new_worker(database), run, 1)
+    with writing(database) as conn:
+        queue.fail(conn, lease, {1: Failure("network", "slow", transient=True)}, now=0)
+    (not_before,) = column(database, "SELECT not_before FROM jobs WHERE status = 'waiting'")
+    assert 3_750 <= not_before <= 5_000
+    with writing(database) as conn:
+        assert queue.wake(conn, now=not_before - 1) == 0
+        assert queue.wake(conn, now=not_before) == 1
+    assert ids(claimed(database, new_worker(database, "two"), run, 1)) == [1]
+
+
+def test_a_transient_failure_is_final_after_max_attempts(database, run):
+    worker = new_worker(database)
+    for attempt in range(1, run.max_attempts + 1):
+        lease = claimed(database, worker, run, 1)
+        with writing(database) as conn:
+            queue.fail(conn, lease, {1: Failure("network", f"attempt {attempt}", transient=True)}, now=0)
+            queue.wake(conn, now=1 << 50)
+    assert column(database, "SELECT status FROM jobs WHERE id = 1") == ["failed"]
+    assert column(database, "SELECT message FROM failures") == [f"attempt {n}" for n in range(1, 6)]
+
+
+def test_backoff_grows_fourfold_to_a_quarter_of_an_hour():
+    waits = [queue.backoff_ms(attempts, jitter=0) for attempts in (1, 2, 3, 4, 5, 50)]
+    assert waits == [5_000, 20_000, 80_000, 320_000, 900_000, 900_000]
+    assert queue.backoff_ms(1, jitter=1) == 3_750
+
+
+def test_released_jobs_are_as_before_the_claim(database, run):
+    lease = claimed(database, new_worker(database), run)
+    with writing(database) as conn:
+        assert queue.release(conn, lease, [1, 2]) == 2
+    assert column(database, "SELECT attempts FROM jobs WHERE id <= 2") == [0, 0]
+    complete(database, lease, [3, 4])
+    assert ids(claimed(database, new_worker(database, "two"), run, 2)) == [1, 2]
+
+
+def test_releasing_leaves_alone_what_was_completed_meanwhile(database, run):
+    lease = claimed(database, new_worker(database), run)
+    complete(database, lease, [1, 2])
+    with writing(database) as conn:
+        assert queue.release(conn, lease, ids(lease)) == 2
+    assert column(database, "SELECT status FROM jobs WHERE id <= 4") == ["done", "done", "pending", "pending"]
+    assert column(database, "SELECT state FROM leases") == ["released"]
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------
+
+
+def failed_and_cancelled(database: Engine, run: Run) -> None:
+    lease = claimed(database, new_worker(database), run, 3)
+    with writing(database) as conn:
+        queue.fail(conn, lease, {1: Failure("truncated", ""), 2: Failure("empty", ""), 3: Failure("empty", "")}, now=0)
+        assert queue.cancel(conn, run, image_ids=["train_00003", "train_00004"], now=0) == 2
+
+
+def test_retry_takes_what_failed_with_a_code(database, run):
+    failed_and_cancelled(database, run)
+    with writing(database) as conn:
+        assert queue.retry(conn, run, codes=["empty"]) == 2
+    assert column(database, "SELECT id FROM jobs WHERE status = 'failed'") == [1]
+    assert column(database, "SELECT attempts FROM jobs WHERE id = 2") == [0]
+
+
+def test_retry_of_everything_leaves_what_was_cancelled(database, run):
+    failed_and_cancelled(database, run)
+    with writing(database) as conn:
+        assert queue.retry(conn, run) == 3
+        assert queue.retry(conn, run, cancelled=True) == 2
+    assert column(database, "SELECT count(*) FROM jobs WHERE status = 'pending'") == [20]
+
+
+def test_retry_of_a_done_picture_does_nothing(database, run):
+    complete(database, claimed(database, new_worker(database), run, 1))
+    with writing(database) as conn:
+        assert queue.retry(conn, run, image_ids=["train_00000"]) == 0
+
+
+def test_cancel_leaves_leased_and_done_jobs(database, run):
+    worker = new_worker(database)
+    complete(database, claimed(database, worker, run, 2))
+    lease = claimed(database, worker, run, 2)
+    with writing(database) as conn:
+        assert queue.cancel(conn, run, splits=["train"], now=0) == 16
+        assert queue.cancel(conn, run, splits=["test"], now=0) == 0
+    assert claim(database, worker, run) is None
+    complete(database, lease)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_another_recipe_is_refused_and_the_differences_named(database, run):
+    with pytest.raises(RunError) as error, writing(database) as conn:
+        queue.create_run(conn, "default", run.dataset_id, Recipe(model="tests/small", prompt="What?", max_new_tokens=9))
+    assert str(error.value) == (
+        "Run 'default' has another recipe (prompt: 'Describe this medical image in detail.', not 'What?'; "
+        "max_new_tokens: 256, not 9). Give this one a name of its own: --run NAME"
+    )
+
+
+def test_the_first_worker_pins_what_the_recipe_came_to_and_another_is_refused(database, run):
+    with writing(database) as conn:
+        queue.pin(conn, run, INFO)
+        queue.pin(conn, run, INFO)
+    other = EngineInfo("small", {}, "tests/small", "", "bfloat16", "cuda:0", "other")
+    with pytest.raises(RunError) as error, writing(database) as conn:
+        queue.pin(conn, run, other)
+    assert "dtype: float32, here bfloat16; digest: digest, here other" in str(error.value)
+
+
+def test_an_unknown_run_is_named_with_those_that_exist(database, run):
+    with pytest.raises(RunError, match=r"There is no run 'x'\. Runs here: default\."), db.transaction(database) as conn:
+        queue.get_run(conn, "x")
+
+
+# --- looking ---------------------------------------------------------------------------------------------------
+
+
+def test_counts_tell_every_state_and_the_rate_of_the_last_minutes(database, run):
+    worker = new_worker(database)
+    complete(database, claimed(database, worker, run, 4, now=0), now=30_000)
+    claimed(database, worker, run, 6, now=30_000)
+    with db.transaction(database) as conn:
+        (counts,) = queue.counts(conn, now=60_000)
+    assert (counts.pending, counts.leased, counts.done, counts.total) == (10, 6, 4, 20)
+    assert counts.per_minute == 4.0
+    assert counts.eta_sec == 240.0
+    with db.transaction(database) as conn:
+        (later,) = queue.counts(conn, now=3_600_000)
+    assert (later.per_minute, later.eta_sec) == (0.0, None)
+
+
+def test_unfinished_counts_the_splits_that_are_asked_for(database, run):
+    claimed(database, new_worker(database), run, 5)
+    with db.transaction(database) as conn:
+        assert queue.unfinished(conn, run, ["train"]) == {"pending": 15, "leased": 5, "waiting": 0}
+        assert queue.unfinished(conn, run, ["test"]) == {"pending": 0, "leased": 0, "waiting": 0}
+
+
+def test_a_worker_is_running_then_lost_or_stopped(database, run):
+    one, two = new_worker(database, "one"), new_worker(database, "two")
+    with writing(database) as conn:
+        queue.heartbeat(conn, two, [], ttl_ms=TTL, now=500_000)
+        states = {w.id: w.state for w in queue.list_workers(conn, lost_after_ms=300_000, now=500_001)}
+        assert states == {one: "lost", two: "running"}
+        queue.stop_worker(conn, two, now=500_002)
+        states = {w.id: w.state for w in queue.list_workers(conn, lost_after_ms=300_000, now=500_003)}
+    assert states == {one: "lost", two: "stopped"}
+
+
+def test_text_keeps_everything_but_nul_lone_surrogates_and_endless_length():
+    assert queue.clean_text("a\0b →\r\n “x”") == "a\ufffdb →\r\n “x”"
+    assert queue.clean_text("x\ud800y\U0001f9b4") == "x\ufffdy\U0001f9b4"
+    assert queue.clean_text("abc", 2) == "ab"
+
+
+# --- plans -----------------------------------------------------------------------------------------------------
+
+
+def plan(conn: Connection, sql: str, params: Sequence = ()) -> str:
+    return "\n".join(row[3] for row in db.execute(conn, "EXPLAIN QUERY PLAN " + sql, params).fetchall())
+
+
+@pytest.mark.parametrize("lane", [NORMAL, SUSPECTS, SOLO])
+def test_the_claim_reads_its_partial_index_in_order(database, run, lane):
+    with db.transaction(database) as conn:
+        steps = plan(conn, queue._PENDING, (run.id, "train", *queue._CRASHES[lane], 32))
+    assert "USING INDEX ix_jobs_pending" in steps
+    assert "TEMP B-TREE" not in steps
+
+
+@pytest.mark.parametrize(
+    ("index", "sql"),
+    [
+        ("ix_leases_expires_at", queue._EXPIRED.replace("?", "9")),
+        ("ix_jobs_waiting", "UPDATE jobs SET status = 'pending' WHERE status = 'waiting' AND not_before <= 9"),
+        ("ix_jobs_leased", "SELECT 1 FROM jobs WHERE lease_id = 9"),
+        (
+            "ix_jobs_due",
+            "SELECT id FROM jobs WHERE run_id = 1 AND split = 'train' AND status = 'done' AND checkpoint IS NULL "
+            "ORDER BY finished_at, id LIMIT 25",
+        ),
+        (
+            "ix_jobs_checkpoint",
+            "SELECT max(checkpoint) FROM jobs WHERE run_id = 1 AND split = 'train' AND checkpoint IS NOT NULL",
+        ),
+    ],
+)
+def test_each_hot_statement_uses_its_index(database, run, index, sql):
+    with db.transaction(database) as conn:
+        assert index in plan(conn, sql)
