@@ -27,6 +27,7 @@ from rococap.engines import Completion, Engine, Options, load_engine
 from rococap.errors import LeaseLost, RococapError, RunError
 from rococap.pipeline import Claims, Pipeline
 from rococap.queue import Lease, Run
+from rococap.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -66,19 +67,25 @@ Report = Callable[[Outcome, Sequence[queue.Counts]], None]
 """Called after each group of stored captions, from the store thread."""
 
 
-def work(database: Database, settings: Settings, report: Report = lambda outcome, counts: None) -> Outcome:
+def work(
+    database: Database,
+    settings: Settings,
+    report: Report = lambda outcome, counts: None,
+    load: Callable[[Recipe, Options], Engine] = load_engine,
+) -> Outcome:
     """Captions until nothing is left (or for ever, with `wait`), or until SIGTERM or SIGINT asks to stop.
 
     Raises RunError if there is nothing to work on, ModelError or DatasetError if the run's cannot be had.
     """
     with transaction(database) as conn:
         run = choose_run(conn, settings.run, settings.splits)
-        splits = _splits_with_jobs(conn, run, settings.splits or datasets.SPLITS)
+        splits = settings.splits or datasets.SPLITS
+        present = _splits_with_jobs(conn, run, splits)
         left = queue.unfinished(conn, run, splits)
     if not (settings.wait or any(left.values())):
         return Outcome(run.name)
-    dataset = datasets.locate(run.dataset, splits, run.dataset_revision or None)
-    engine = load_engine(run.recipe, Options(settings.device, settings.batch_size))
+    dataset = datasets.locate(run.dataset, present, run.dataset_revision or None)
+    engine = load(run.recipe, Options(settings.device, settings.batch_size))
     engine.load()
     with transaction(database, write=True) as conn:
         queue.pin(conn, run, engine.info)

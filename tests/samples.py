@@ -42,7 +42,7 @@ def write_shard(
     (root / "data").mkdir(parents=True, exist_ok=True)
     rows = [
         {
-            "image": {"bytes": (pictures or {}).get(n) or picture(n), "path": None},
+            "image": {"bytes": (pictures or {}).get(n, picture(n)), "path": None},
             "image_id": f"{split}_{n:05}",
             "caption": f"Original caption {n}.",
             "cui": ["C0040405"],

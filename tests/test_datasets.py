@@ -136,10 +136,10 @@ def test_of_many_missing_shards_five_are_named(tmp_path):
 
 
 def test_shards_of_two_sets_are_refused(tmp_path):
-    write_shard(tmp_path / "train-00000-of-00001.parquet", [row(0)])
-    write_shard(tmp_path / "train-00000-of-00002.parquet", [row(0)])
+    write_shard(tmp_path / "train-00000-of-00003.parquet", [row(0)])
+    write_shard(tmp_path / "train-00001-of-00002.parquet", [row(1)])
     assert message(find_shards, tmp_path, "train") == (
-        f"{tmp_path} holds shards of more than one set for the split 'train' (of 00001, of 00002): "
+        f"{tmp_path} holds shards of more than one set for the split 'train' (of 00002, of 00003): "
         "keep one set and move the others away."
     )
 
@@ -662,6 +662,12 @@ def test_a_folder_is_taken_as_it_is(tmp_path, monkeypatch):
     root = (tmp_path / "set").resolve()
     assert locate("set", ["train"]) == Dataset(name=str(root), root=root, revision="")
     assert locate(f"{tmp_path}/./set/", ["train"]) == Dataset(name=str(root), root=root, revision="")
+
+
+def test_a_link_to_a_folder_is_the_folder_itself(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "link").symlink_to("set")
+    assert locate(str(tmp_path / "link"), ["train"]) == locate(str(tmp_path / "set"), ["train"])
 
 
 def test_a_folder_has_no_revision(tmp_path):

@@ -106,6 +106,21 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+LINGER_SEC = 0.2
+"""How long a batch that is not full waits for the next picture before it starts."""
+
+
+def gather(source: Source, most: int) -> list[Prepared]:
+    """A static batch: full, or all that came until nothing did for a moment. Empty at the source's end."""
+    batch = source.take(most, None)
+    while batch and len(batch) < most:
+        more = source.take(most - len(batch), LINGER_SEC)
+        if not more:
+            break
+        batch += more
+    return batch
+
+
 def load_engine(recipe: Recipe, options: Options) -> Engine:
     """The engine for a recipe, not loaded yet."""
     from rococap.engines.hf import TransformersEngine

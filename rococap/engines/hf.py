@@ -30,16 +30,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source
+from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source, gather
 from rococap.errors import ModelError, PictureError
 from rococap.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 MODEL_FILES = frozenset({".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".txt"})
-
-LINGER_SEC = 0.2
-"""How long a batch that is not full waits for the next picture before it starts."""
 
 
 class TransformersEngine:
@@ -79,22 +76,12 @@ class TransformersEngine:
         return Prepared(job_id, dict(inputs), inputs["input_ids"].shape[1])
 
     def run(self, source: Source) -> Iterator[Completion]:
-        while batch := self._gather(source):
+        while batch := gather(source, self.batch_size):
             yield from self._caption(batch, source)
 
     def close(self) -> None:
         del self.model, self.processor
         self._free_memory()
-
-    def _gather(self, source: Source) -> list[Prepared]:
-        """A batch: full, or all that came until nothing did for a moment. Empty at the source's end."""
-        batch = source.take(self.batch_size, None)
-        while batch and len(batch) < self.batch_size:
-            more = source.take(self.batch_size - len(batch), LINGER_SEC)
-            if not more:
-                break
-            batch += more
-        return batch
 
     def _caption(self, batch: list[Prepared], source: Source) -> Iterator[Completion]:
         taken = time.perf_counter()
@@ -271,13 +258,13 @@ def _quieten() -> None:
 
 
 def _missing(name: str, revision: str, error: Exception) -> ModelError:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".") + "."
     if Path(name).is_dir():
-        return ModelError(f"The folder {name} holds no model that can be loaded: {first_line}")
+        return ModelError(f"The folder {name} holds no model that can be loaded: {reason}")
     if name.startswith((".", "/", "~")):
         return ModelError(f"There is no model folder {name}. Name an existing folder or a hub id with --model.")
     return ModelError(
-        f"The model {name} (revision {revision}) cannot be had: {first_line} "
+        f"The model {name} (revision {revision}) cannot be had: {reason} "
         "Check the name and the network, or download it where there is one: hf download " + name
     )
 

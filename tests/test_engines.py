@@ -1,0 +1,286 @@
+"""The transformers engine, with the real demonstration model on real and drawn pictures."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from rococap.demo import MODEL
+from rococap.demo.phantoms import HELD_OUT_SEEDS, draw
+from rococap.engines import Completion, Options, Prepared, load_engine
+from rococap.engines.hf import TransformersEngine, _dtype, collate, folder_digest
+from rococap.errors import ModelError
+from rococap.recipe import Recipe
+
+RECIPE = Recipe(model=str(MODEL), max_new_tokens=64, dtype="float32")
+PHANTOMS = [draw(seed) for seed in HELD_OUT_SEEDS["validation"][:12]]
+
+
+class Pictures:
+    """A Source over pictures that are there from the start."""
+
+    def __init__(self, engine: TransformersEngine, images: Sequence[Image.Image]) -> None:
+        self.prepared = [engine.prepare(job_id, image) for job_id, image in enumerate(images)]
+        self.steps = 0
+        self.lost: set[int] = set()
+
+    def take(self, most: int, wait: float | None) -> list[Prepared]:
+        taken, self.prepared = self.prepared[:most], self.prepared[most:]
+        return taken
+
+    def step(self) -> set[int]:
+        self.steps += 1
+        return self.lost
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(RECIPE, Options("cpu", 16))
+    engine.load()
+    yield engine
+    engine.close()
+
+
+def captions(engine: TransformersEngine, images: Sequence[Image.Image], batch_size: int = 16) -> list[Completion]:
+    engine.batch_size = batch_size
+    return sorted(engine.run(Pictures(engine, images)), key=lambda completion: completion.job_id)
+
+
+def texts(completions: Sequence[Completion]) -> list[str]:
+    return [completion.text for completion in completions]
+
+
+def loaded(folder: Path, **changes: object) -> TransformersEngine:
+    engine = TransformersEngine(
+        Recipe(**{"model": str(folder), "dtype": "float32", "max_new_tokens": 64} | changes), Options("cpu")
+    )
+    engine.load()
+    return engine
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+# --- captions --------------------------------------------------------------------------------------------------
+
+
+def mixed_pictures() -> list[Image.Image]:
+    sizes = [(112, 112), (300, 60), (64, 200), (30, 30), (250, 250), (90, 140)]
+    resized = [p.image.convert("RGB").resize(size) for p, size in zip(PHANTOMS, sizes, strict=False)]
+    return resized + [phantom.image.convert("RGB") for phantom in PHANTOMS[6:]]
+
+
+def test_a_batch_of_mixed_sizes_says_the_same_as_one_picture_at_a_time(engine):
+    images = mixed_pictures()
+    alone, together = captions(engine, images, 1), captions(engine, images, 5)
+    assert texts(together) == texts(alone)
+    assert [c.new_tokens for c in together] == [c.new_tokens for c in alone]
+    assert len(set(texts(alone))) > 6, "a model that says the same of every picture would prove nothing"
+
+
+def test_right_padding_would_be_noticed(engine, monkeypatch):
+    def pad_right(tensor, prompt_shape, width, fill):
+        gap = (0, width - tensor.shape[1])
+        return torch.nn.functional.pad(tensor, gap, value=fill) if tensor.shape == prompt_shape else tensor
+
+    images = mixed_pictures()
+    alone = texts(captions(engine, images, 1))
+    monkeypatch.setattr("rococap.engines.hf._pad_left", pad_right)
+    assert texts(captions(engine, images, 5)) != alone
+
+
+def test_a_collated_batch_is_what_the_processor_makes_of_the_pictures_together(engine):
+    images = mixed_pictures()[:4]
+    ours = collate([engine.prepare(n, image).inputs for n, image in enumerate(images)], engine.pad)
+    theirs = engine.processor(text=[engine.prompt] * 4, images=images, return_tensors="pt", padding=True)
+    assert ours.keys() == theirs.keys()
+    assert {name: torch.equal(ours[name], theirs[name]) for name in ours} == dict.fromkeys(ours, True)
+
+
+def test_every_picture_taken_gets_one_completion_with_its_measures(engine):
+    started = time.perf_counter()
+    completions = captions(engine, [phantom.image.convert("RGB") for phantom in PHANTOMS], 5)
+    elapsed_ms = (time.perf_counter() - started) * 1000
+    assert [c.job_id for c in completions] == list(range(12))
+    assert {c.finish_reason for c in completions} == {"stop"}
+    assert [c.batch_size for c in completions] == [5] * 10 + [2] * 2
+    assert all(0 < c.prefill_ms < c.processing_ms <= c.latency_ms for c in completions)
+    assert sum(c.processing_ms for c in completions) < elapsed_ms
+    ends = [len(engine.processor.tokenizer(c.text)["input_ids"]) + 1 for c in completions]
+    assert [c.new_tokens for c in completions] == ends
+    assert engine.pad not in [engine.processor.tokenizer(c.text)["input_ids"][-1] for c in completions]
+
+
+def test_a_caption_that_is_cut_says_so(folder):
+    engine = loaded(folder, max_new_tokens=5)
+    (completion,) = captions(engine, [PHANTOMS[0].image.convert("RGB")])
+    assert (completion.finish_reason, completion.new_tokens) == ("length", 5)
+
+
+def test_the_processing_times_of_a_batch_sum_to_the_time_of_its_steps(engine):
+    from rococap.engines.hf import _Meter
+
+    source = Pictures(engine, [])
+    meter = _Meter(source, [1, 2, 3], ends=[0])
+    meter.since = 0.0
+    meter._share(0.3)
+    meter.active = {0, 2}
+    meter._share(0.4)
+    meter.active = {2}
+    meter._share(1.0)
+    assert [round(ms) for ms in meter.share_ms] == [150, 100, 750]
+    assert [round(ms) for ms in meter.prefill_ms] == [100, 100, 100]
+
+
+def test_abandoned_rows_end_and_have_no_completion(engine):
+    source = Pictures(engine, [phantom.image.convert("RGB") for phantom in PHANTOMS[:4]])
+    source.lost = {1, 3}
+    assert [c.job_id for c in engine.run(source)] == [0, 2]
+    source = Pictures(engine, [phantom.image.convert("RGB") for phantom in PHANTOMS[:4]])
+    source.lost = {0, 1, 2, 3}
+    assert list(engine.run(source)) == []
+    assert source.steps == 1
+
+
+# --- settings --------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoints_own_sampling_and_penalty_do_not_apply(engine, folder):
+    config = json.loads((folder / "generation_config.json").read_text())
+    config |= {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 50, "repetition_penalty": 9.0}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    images = [phantom.image.convert("RGB") for phantom in PHANTOMS]
+    assert texts(captions(loaded(folder), images)) == texts(captions(engine, images))
+
+
+def test_the_recipes_pixel_bounds_hold_for_a_folder_as_qwen2_vl_was_published(folder):
+    # a flat preprocessor_config.json with min_pixels and max_pixels, as in 2024
+    processor = json.loads((folder / "processor_config.json").read_text())
+    old = processor["image_processor"] | {"min_pixels": 3136, "max_pixels": 12845056}
+    old.pop("size", None)
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(old | {"processor_class": "Qwen2VLProcessor"}))
+    picture = Image.new("RGB", (900, 700))
+    grid = loaded(folder, max_pixels=10_000).prepare(1, picture).inputs["image_grid_thw"]
+    assert grid.tolist() == [[1, 6, 8]]
+    grid = (
+        loaded(folder, min_pixels=100_352, max_pixels=200_704)
+        .prepare(1, Image.new("RGB", (56, 56)))
+        .inputs["image_grid_thw"]
+    )
+    assert grid.prod() * 196 >= 100_352
+
+
+def test_dtype_auto_is_float32_on_the_cpu_and_a_named_one_holds():
+    assert _dtype("auto", torch.device("cpu")) == torch.float32
+    assert _dtype("float16", torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)]
+)
+def test_dtype_auto_is_bfloat16_where_the_gpu_has_it_and_float16_else(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _dtype("auto", torch.device("cuda:0")) == dtype
+
+
+def test_the_info_says_what_was_loaded(engine):
+    info = engine.info
+    assert (info.name, info.dtype, info.device, info.revision) == ("transformers", "float32", "cpu", "")
+    assert info.digest == folder_digest(MODEL)
+    assert info.versions["torch"].startswith("2.")
+
+
+def test_the_digest_changes_with_a_weight_and_not_with_a_readme(folder):
+    before = folder_digest(folder)
+    (folder / "README.md").write_text("other words")
+    assert folder_digest(folder) == before
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert folder_digest(folder) != before
+
+
+# --- trouble ---------------------------------------------------------------------------------------------------
+
+
+class Tight(TransformersEngine):
+    """The real engine on a device with room for `room` pictures at once."""
+
+    room = 2
+    refuses: frozenset[int] = frozenset()
+
+    def _generate(self, batch, source):
+        if len(batch) > self.room or any(picture.job_id in self.refuses for picture in batch):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super()._generate(batch, source)
+
+
+def test_out_of_memory_halves_the_batch_and_loses_no_picture(engine):
+    tight = Tight(RECIPE, Options("cpu", 8))
+    tight.load()
+    images = [phantom.image.convert("RGB") for phantom in PHANTOMS]
+    completions = sorted(tight.run(Pictures(tight, images)), key=lambda c: c.job_id)
+    assert texts(completions) == texts(captions(engine, images))
+    assert tight.batch_size == 2
+    assert [c.batch_size for c in completions] == [2] * 12
+
+
+def test_a_picture_too_large_alone_fails_alone():
+    tight = Tight(RECIPE, Options("cpu", 4))
+    tight.room, tight.refuses = 4, frozenset({2})
+    tight.load()
+    completions = {c.job_id: c for c in tight.run(Pictures(tight, [p.image.convert("RGB") for p in PHANTOMS[:4]]))}
+    assert [completions[n].failure is None for n in range(4)] == [True, True, False, True]
+    assert completions[2].failure.code == "out_of_memory"
+
+
+def test_logits_that_are_not_finite_are_a_failure_and_never_a_caption(folder):
+    engine = loaded(folder)
+    with torch.no_grad():
+        engine.model.get_input_embeddings().weight[5] = float("nan")  # tied: one token's logit is NaN
+    (completion,) = captions(engine, [PHANTOMS[0].image.convert("RGB")])
+    assert completion.failure.code == "non_finite"
+    assert "float32" in completion.failure.message
+
+
+def error_of(recipe: Recipe, device: str = "cpu") -> str:
+    with pytest.raises(ModelError) as error:
+        load_engine(recipe, Options(device)).load()
+    return str(error.value)
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    assert error_of(Recipe(model=str(folder))).startswith(f"The folder {folder} holds no model that can be loaded: ")
+
+
+def test_a_folder_that_is_not_there_is_refused():
+    assert error_of(Recipe(model="./nowhere")) == (
+        "There is no model folder ./nowhere. Name an existing folder or a hub id with --model."
+    )
+
+
+def test_an_unknown_hub_model_offline_is_refused():
+    message = error_of(Recipe(model="nobody/no-such-model"))
+    assert message.startswith("The model nobody/no-such-model (revision main) cannot be had: ")
+    assert message.endswith("download it where there is one: hf download nobody/no-such-model")
+
+
+def test_a_model_without_an_image_processor_is_refused(folder):
+    (folder / "processor_config.json").unlink()
+    assert "holds no model that can be loaded: Can't load image processor" in error_of(Recipe(model=str(folder)))
+
+
+def test_a_device_that_this_machine_does_not_have_is_refused():
+    assert error_of(RECIPE, "cuda:99") == (
+        f"This machine has {torch.cuda.device_count()} CUDA devices, so not 'cuda:99'. Use --device auto or cpu."
+    )
+    assert error_of(RECIPE, "gpu") == "There is no device 'gpu'. Use auto, cpu or cuda:0."

@@ -1,0 +1,331 @@
+"""A worker's life, with a small real engine in this process, and in processes that are stopped and killed."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from samples import fill, picture, register, write_shard
+from small_engine import SmallEngine, caption_of
+from sqlalchemy import Engine
+
+from rococap import db, queue
+from rococap.errors import DatasetError, RunError
+from rococap.worker import Outcome, Settings, choose_run, work
+
+SMALL = Path(__file__).with_name("small_engine.py")
+
+
+def run_worker(database: Engine, engine: SmallEngine | None = None, **settings) -> Outcome:
+    chosen = engine or SmallEngine()
+    return work(
+        database, Settings(**{"batch_size": chosen.batch_size, "lease_ttl": 60.0} | settings), load=lambda *_: chosen
+    )
+
+
+def select(database: Engine, sql: str) -> list[tuple]:
+    with db.transaction(database) as conn:
+        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
+
+
+def statuses(database: Engine) -> dict[str, int]:
+    return dict(select(database, "SELECT status, count(*) FROM jobs GROUP BY status"))
+
+
+def captions(database: Engine) -> dict[str, str]:
+    rows = select(
+        database,
+        "SELECT i.image_id, c.text FROM captions c JOIN jobs j ON j.id = c.job_id JOIN images i ON i.id = j.image_id",
+    )
+    assert len(rows) == len(dict(rows))
+    return dict(rows)
+
+
+def expected(n: int, *without: int) -> dict[str, str]:
+    return {f"train_{number:05}": caption_of(number) for number in range(n) if number not in without}
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def start(url: str, *, engine: dict | None = None, **settings) -> subprocess.Popen:
+    options = {"engine": engine or {}, "settings": settings}
+    return subprocess.Popen(
+        [sys.executable, str(SMALL), url, json.dumps(options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> dict:
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    return json.loads(out) if out else {}
+
+
+# --- captioning ------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_captions_every_picture_with_its_own_caption_and_ends(database, tmp_path):
+    fill(database, tmp_path / "set", 45)
+    outcome = run_worker(database)
+    assert (outcome.done, outcome.failed, outcome.lost) == (45, 0, 0)
+    assert captions(database) == expected(45)
+    assert select(database, "SELECT state, count(*) FROM leases GROUP BY state") == [("closed", 12)]
+    assert select(database, "SELECT n_done, stopped_at IS NOT NULL FROM workers") == [(45, 1)]
+
+
+def test_two_workers_at_once_caption_every_picture_once(database, url, tmp_path):
+    fill(database, tmp_path / "set", 200)
+    outcomes = []
+    threads = [threading.Thread(target=lambda: outcomes.append(run_worker(db.connect(url)))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sum(outcome.done for outcome in outcomes) == 200
+    assert captions(database) == expected(200)
+
+
+def test_a_bad_picture_fails_alone_with_its_code(database, tmp_path):
+    bad = {3: b"", 5: b"<html></html>", 8: picture(8)[:60]}
+    write_shard(tmp_path / "set", "train", range(12), pictures=bad)
+    register(database, tmp_path / "set", ["train"])
+    outcome = run_worker(database, SmallEngine(unprepared=(10,)))
+    assert (outcome.done, outcome.failed) == (8, 4)
+    assert captions(database) == expected(12, 3, 5, 8, 10)
+    with db.transaction(database) as conn:
+        codes = {failed.image_id: failed.code for failed in queue.list_failures(conn)}
+    assert codes == {
+        "train_00003": "empty",
+        "train_00005": "not_an_image",
+        "train_00008": "truncated",
+        "train_00010": "unprocessable",
+    }
+
+
+def test_a_picture_that_is_not_where_it_was_is_not_captioned_for_another(database, tmp_path):
+    fill(database, tmp_path / "set", 12)
+    write_shard(tmp_path / "set", "train", [*range(1, 12), 0])  # the shard is replaced after enqueue
+    outcome = run_worker(database)
+    assert (outcome.done, outcome.failed) == (0, 12)
+    with db.transaction(database) as conn:
+        assert {failed.code for failed in queue.list_failures(conn)} == {"moved"}
+    (result,) = register(database, tmp_path / "set", ["train"])
+    assert (result.changed, result.altered_shards) == (12, ["data/train-00000-of-00001.parquet"])
+    with db.transaction(database, write=True) as conn:
+        queue.retry(conn, queue.get_run(conn, "default"))
+    run_worker(database)
+    assert captions(database) == expected(12)
+
+
+def test_a_limit_stops_after_so_many_pictures(database, tmp_path):
+    fill(database, tmp_path / "set", 20)
+    assert run_worker(database, limit=6).done == 6
+    assert statuses(database) == {"done": 6, "pending": 14}
+
+
+def test_what_is_leased_is_at_most_the_running_batch_and_one_claim_ahead(database, tmp_path):
+    fill(database, tmp_path / "set", 60)
+    seen = []
+
+    class Watching(SmallEngine):
+        def _completion(self, taken):
+            seen.append(statuses(database).get("leased", 0))
+            return super()._completion(taken)
+
+    run_worker(database, Watching(steps=2, step_sec=0.05))
+    # what finished and is not stored yet is still leased: one batch more at the most
+    assert max(seen) <= 3 * 4
+    assert captions(database) == expected(60)
+
+
+def test_a_transient_failure_is_put_off(database, tmp_path):
+    fill(database, tmp_path / "set", 8)
+    stop = threading.Timer(1.5, lambda: signal.raise_signal(signal.SIGTERM))
+    stop.start()
+    outcome = run_worker(database, SmallEngine(transient=(2,)))
+    assert statuses(database) == {"done": 7, "waiting": 1}
+    assert (outcome.done, outcome.drained) == (7, True)
+
+
+def test_a_worker_without_work_ends_at_once_and_loads_nothing(database, tmp_path):
+    fill(database, tmp_path / "set", 4)
+    run_worker(database)
+    outcome = work(database, Settings(), load=lambda *_: pytest.fail("loaded a model for nothing"))
+    assert outcome.done == 0
+
+
+# --- which run -------------------------------------------------------------------------------------------------
+
+
+def test_without_a_name_the_worker_takes_default_or_the_only_run_with_work(database, tmp_path):
+    with db.transaction(database) as conn, pytest.raises(RunError, match="Nothing is registered here yet"):
+        choose_run(conn, None, ())
+    fill(database, tmp_path / "set", 4, run="a")
+    with db.transaction(database) as conn:
+        assert choose_run(conn, None, ()).name == "a"
+    register(database, tmp_path / "set", ["train"], run="b")
+    with db.transaction(database) as conn, pytest.raises(RunError) as error:
+        choose_run(conn, None, ())
+    assert str(error.value) == "Several runs have work (a, b). Choose one: rococap worker --run NAME"
+    run_worker(database, run="a")
+    with db.transaction(database) as conn:
+        assert choose_run(conn, None, ()).name == "b"
+    register(database, tmp_path / "set", ["train"], run="default")
+    with db.transaction(database) as conn:
+        assert choose_run(conn, None, ()).name == "default"
+
+
+def test_a_split_that_the_run_does_not_have_is_refused(database, tmp_path):
+    fill(database, tmp_path / "set", 4)
+    with pytest.raises(RunError, match=r"Run 'default' has no pictures of test\. Register them: rococap enqueue"):
+        run_worker(database, splits=("test",))
+
+
+# --- trouble ---------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_breaks_makes_what_ran_suspect_and_gives_the_rest_back(database, tmp_path):
+    fill(database, tmp_path / "set", 12)
+    with pytest.raises(RuntimeError, match="the small engine broke"):
+        run_worker(database, SmallEngine(breaks_on=(5,)))
+    assert statuses(database) == {"done": 4, "pending": 8}
+    assert select(database, "SELECT id FROM jobs WHERE crashes = 1") == [(5,), (6,), (7,), (8,)]
+    assert select(database, "SELECT DISTINCT attempts FROM jobs WHERE status = 'pending'") == [(0,)]
+
+
+def test_one_picture_that_breaks_every_engine_costs_one_failure(database, tmp_path):
+    fill(database, tmp_path / "set", 12)
+    for _ in range(10):
+        try:
+            run_worker(database, SmallEngine(breaks_on=(5,)))
+        except RuntimeError:
+            continue
+        break
+    assert captions(database) == expected(12, 5)
+    with db.transaction(database) as conn:
+        assert [(failed.image_id, failed.code) for failed in queue.list_failures(conn)] == [("train_00005", "crashed")]
+
+
+def test_a_shard_that_is_gone_ends_the_worker_and_charges_no_picture(database, tmp_path):
+    fill(database, tmp_path / "set", 12)
+    (tmp_path / "set" / "data" / "train-00000-of-00001.parquet").unlink()
+    with pytest.raises(DatasetError):
+        run_worker(database)
+    assert select(database, "SELECT DISTINCT status, attempts, crashes FROM jobs") == [("pending", 0, 0)]
+
+
+def test_a_caption_that_comes_after_its_lease_was_lost_is_dropped_and_counted(database, tmp_path):
+    fill(database, tmp_path / "set", 4)
+
+    class Late(SmallEngine):
+        def _completion(self, taken):
+            with db.transaction(database, write=True) as conn:
+                queue.reap(conn, now=db.now(conn) + 3_600_000)
+            return super()._completion(taken)
+
+    outcome = run_worker(database, Late(), limit=4)
+    assert (outcome.done, outcome.lost) == (0, 4)
+    assert statuses(database) == {"pending": 4}
+    assert captions(database) == {}
+
+
+# --- processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_asked_to_stop_finishes_its_batch_gives_the_rest_back_and_exits_0(database, url, tmp_path, signum):
+    fill(database, tmp_path / "set", 80)
+    process = start(url, engine={"step_sec": 0.2}, batch_size=4)
+    until(lambda: statuses(database).get("done", 0) > 0, "a first caption")
+    process.send_signal(signum)
+    outcome = finish(process)
+    assert outcome["drained"]
+    assert outcome["done"] == statuses(database)["done"] < 80
+    assert statuses(database).keys() == {"done", "pending"}
+    assert select(database, "SELECT DISTINCT attempts, crashes FROM jobs WHERE status = 'pending'") == [(0, 0)]
+    run_worker(database)
+    assert captions(database) == expected(80)
+
+
+def test_what_does_not_finish_within_the_drain_timeout_is_given_back(database, url, tmp_path):
+    fill(database, tmp_path / "set", 8)
+    process = start(url, engine={"step_sec": 0.1, "steps": 10_000}, batch_size=4, drain_timeout=0.5)
+    until(lambda: statuses(database).get("leased", 0) == 8, "a running batch and a claim ahead")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)["done"] == 0
+    assert select(database, "SELECT DISTINCT status, attempts, crashes FROM jobs") == [("pending", 0, 0)]
+
+
+def test_a_second_signal_leaves_at_once(database, url, tmp_path):
+    fill(database, tmp_path / "set", 8)
+    process = start(url, engine={"step_sec": 0.1, "steps": 10_000}, batch_size=4)
+    until(lambda: statuses(database).get("leased", 0) == 8, "a running batch and a claim ahead")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=128 + signal.SIGTERM)
+
+
+def test_a_killed_workers_pictures_are_captioned_by_the_next_and_none_is_lost_or_doubled(database, url, tmp_path):
+    fill(database, tmp_path / "set", 60)
+    process = start(url, engine={"step_sec": 0.2}, batch_size=4, lease_ttl=2.0)
+    until(lambda: statuses(database).get("done", 0) >= 8, "some captions")
+    process.kill()
+    process.communicate()
+    before = captions(database)
+    assert statuses(database)["leased"] > 0
+    outcome = run_worker(database, lease_ttl=2.0)
+    assert outcome.done == 60 - len(before)
+    assert captions(database) == expected(60)
+    assert select(database, "SELECT DISTINCT attempts FROM jobs") == [(1,)]
+
+
+def test_heartbeats_keep_a_lease_whose_batch_takes_longer_than_its_time(database, url, tmp_path):
+    fill(database, tmp_path / "set", 4)
+    process = start(url, engine={"step_sec": 0.1, "steps": 35}, batch_size=4, lease_ttl=2.0)
+    until(lambda: statuses(database).get("leased", 0) == 4, "a claim")
+    time.sleep(2.5)
+    with db.transaction(database, write=True) as conn:
+        assert queue.reap(conn) == []
+    assert finish(process)["done"] == 4
+
+
+def test_a_hung_worker_stops_beating_and_ends_hard(database, url, tmp_path):
+    fill(database, tmp_path / "set", 4)
+    process = start(url, engine={"hangs": True}, batch_size=4, lease_ttl=2.0, stall_timeout=1.0)
+    finish(process, code=70)
+    assert statuses(database) == {"leased": 4}
+    assert run_worker(database, lease_ttl=2.0).done == 4
+
+
+def test_a_waiting_worker_takes_up_new_work_until_it_is_stopped(database, url, tmp_path):
+    fill(database, tmp_path / "set", 4)
+    process = start(url, batch_size=4, wait=True)
+    until(lambda: statuses(database) == {"done": 4}, "the first four")
+    write_shard(tmp_path / "set", "test", range(4))
+    register(database, tmp_path / "set", ["test"])
+    until(lambda: statuses(database) == {"done": 8}, "four more, of another split")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)["done"] == 8
+
+
+def test_a_worker_waits_for_what_others_hold_before_it_ends(database, url, tmp_path):
+    fill(database, tmp_path / "set", 8)
+    slow = start(url, engine={"step_sec": 0.1, "steps": 20}, batch_size=4, limit=4)
+    until(lambda: statuses(database).get("leased", 0) == 4, "the slow one's claim")
+    quick = run_worker(database)
+    assert quick.done == 4
+    assert statuses(database) == {"done": 8}
+    assert finish(slow)["done"] == 4
