@@ -408,7 +408,7 @@ def _read(path: Path) -> Iterator[pd.DataFrame]:
             case ".csv":
                 yield from pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=PAGE)
             case ".jsonl":
-                yield from pd.read_json(path, lines=True, dtype=False, convert_dates=False, chunksize=PAGE)
+                yield from pd.read_json(path, lines=True, dtype=False, chunksize=PAGE)
             case ".parquet":
                 yield from (batch.to_pandas() for batch in pq.ParquetFile(path).iter_batches(PAGE))
             case _:

@@ -1,0 +1,176 @@
+"""Registering: what is new, known, changed and left out."""
+
+from pathlib import Path
+
+import pytest
+from samples import register, write_shard
+from sqlalchemy import Engine
+
+from rococap import db, queue
+from rococap.errors import DatasetError, RunError
+from rococap.recipe import Recipe
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "set"
+
+
+def rows(database: Engine, sql: str) -> list[tuple]:
+    with db.transaction(database) as conn:
+        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
+
+
+def image_ids(database: Engine, run: str = "default") -> list[str]:
+    sql = (
+        "SELECT i.image_id FROM jobs j JOIN images i ON i.id = j.image_id JOIN runs r ON r.id = j.run_id "
+        f"WHERE r.name = '{run}' ORDER BY j.id"
+    )
+    return [row[0] for row in rows(database, sql)]
+
+
+def names(*numbers: int) -> list[str]:
+    return [f"train_{n:05}" for n in numbers]
+
+
+def test_every_row_is_registered_as_pending_with_its_place_and_texts(database, root):
+    write_shard(root, "train", range(12), "00000-of-00002")
+    write_shard(root, "train", range(12, 15), "00001-of-00002")
+    (result,) = register(database, root, ["train"])
+    assert (result.split, result.new, result.known, result.changed, result.duplicates) == ("train", 15, 0, 0, 0)
+    assert image_ids(database) == names(*range(15))
+    assert rows(database, "SELECT DISTINCT status FROM jobs") == [("pending",)]
+    place = (
+        "SELECT s.path, i.row_group, i.row_in_group, i.caption, i.cui FROM images i JOIN shards s ON s.id = i.shard_id"
+    )
+    assert rows(database, place)[11] == ("data/train-00000-of-00002.parquet", 1, 1, "Original caption 11.", "C0040405")
+    assert rows(database, place)[14][:3] == ("data/train-00001-of-00002.parquet", 0, 2)
+
+
+def test_enqueuing_again_changes_nothing(database, root):
+    write_shard(root, "train", range(12))
+    register(database, root, ["train"])
+    before = rows(database, "SELECT * FROM images"), rows(database, "SELECT * FROM jobs")
+    (result,) = register(database, root, ["train"])
+    assert (result.new, result.known, result.changed, result.duplicates, result.altered_shards) == (0, 12, 0, 0, [])
+    assert (rows(database, "SELECT * FROM images"), rows(database, "SELECT * FROM jobs")) == before
+
+
+def test_an_unchanged_shard_is_not_read_again(database, root, monkeypatch):
+    write_shard(root, "train", range(12))
+    register(database, root, ["train"])
+    monkeypatch.setattr("rococap.datasets.samples", lambda *_: pytest.fail("read the shard again"))
+    register(database, root, ["train"])
+
+
+def test_limit_and_offset_are_rows_of_the_data_sets_order_and_a_second_call_changes_nothing(database, root):
+    write_shard(root, "train", range(20))
+    for expected in (4, 0):
+        (result,) = register(database, root, ["train"], limit=4, offset=7)
+        assert (result.new, result.known) == (expected, 4 - expected)
+    assert image_ids(database) == names(7, 8, 9, 10)
+    (result,) = register(database, root, ["train"], limit=6, offset=5)
+    assert (result.new, result.known) == (2, 4)
+    assert sorted(image_ids(database)) == names(5, 6, 7, 8, 9, 10)
+    (result,) = register(database, root, ["train"])
+    assert (result.new, result.known) == (14, 6)
+
+
+def test_a_limit_past_the_end_takes_what_there_is_and_an_offset_past_it_is_refused(database, root):
+    write_shard(root, "train", range(5))
+    assert register(database, root, ["train"], limit=99, offset=3)[0].new == 2
+    with pytest.raises(RunError, match="Split train has 5 rows, so --offset 5 is past its end"):
+        register(database, root, ["train"], offset=5)
+
+
+def test_jobs_are_registered_page_by_page(database, root, monkeypatch):
+    monkeypatch.setattr("rococap.enqueue.PAGE", 3)
+    write_shard(root, "train", range(10), "00000-of-00002")
+    write_shard(root, "train", range(10, 14), "00001-of-00002")
+    seen = []
+    register(database, root, ["train"], progress=lambda what, done, total: seen.append((what, done, total)))
+    assert image_ids(database) == names(*range(14))
+    assert seen[:2] == [("train: reading captions", 10, 14), ("train: reading captions", 14, 14)]
+    assert [done for what, done, _ in seen if what == "train: registering"] == [3, 6, 9, 12, 14]
+
+
+def test_a_second_row_of_an_id_is_left_out_and_counted(database, root):
+    write_shard(root, "train", [0, 1, 1, 2], "00000-of-00002")
+    write_shard(root, "train", [2, 3], "00001-of-00002")
+    (result,) = register(database, root, ["train"])
+    assert (result.new, result.duplicates) == (4, 2)
+    assert image_ids(database) == names(0, 1, 2, 3)
+
+
+def test_a_shard_that_was_altered_is_reported_and_its_rows_get_their_new_place(database, root):
+    write_shard(root, "train", range(12))
+    register(database, root, ["train"])
+    write_shard(root, "train", [11, *range(11), 12])
+    (result,) = register(database, root, ["train"])
+    assert (result.new, result.known, result.changed) == (1, 12, 12)
+    assert result.altered_shards == ["data/train-00000-of-00001.parquet"]
+    place = "SELECT row_group, row_in_group FROM images WHERE image_id = 'train_00011'"
+    assert rows(database, place) == [(0, 0)]
+
+
+def test_a_set_that_was_cut_into_other_shards_keeps_its_jobs(database, root):
+    path = write_shard(root, "train", range(12))
+    register(database, root, ["train"])
+    path.unlink()
+    write_shard(root, "train", range(6), "00000-of-00002")
+    write_shard(root, "train", range(6, 12), "00001-of-00002")
+    (result,) = register(database, root, ["train"])
+    assert (result.new, result.known, result.changed, result.duplicates) == (0, 12, 12, 0)
+    shards = "SELECT s.path, count(*) FROM images i JOIN shards s ON s.id = i.shard_id GROUP BY s.path"
+    assert rows(database, shards) == [
+        ("data/train-00000-of-00002.parquet", 6),
+        ("data/train-00001-of-00002.parquet", 6),
+    ]
+
+
+def test_an_enqueue_that_was_killed_goes_on_where_it_stopped(database, root, monkeypatch):
+    write_shard(root, "train", range(10), "00000-of-00002")
+    write_shard(root, "train", range(10, 14), "00001-of-00002")
+
+    def stop_after_the_first_shard(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        register(database, root, ["train"], progress=stop_after_the_first_shard)
+    assert rows(database, "SELECT count(*) FROM images") == [(10,)]
+    assert register(database, root, ["train"])[0].new == 14
+
+
+def test_two_runs_share_the_images_and_have_jobs_of_their_own(database, root):
+    write_shard(root, "train", range(4))
+    register(database, root, ["train"])
+    register(database, root, ["train"], run="other", recipe=Recipe(model="tests/small", prompt="In one word?"), limit=2)
+    assert rows(database, "SELECT count(*) FROM images") == [(4,)]
+    assert image_ids(database, "other") == names(0, 1)
+
+
+def test_a_run_of_another_recipe_is_refused_before_anything_is_registered(database, root):
+    write_shard(root, "train", range(4))
+    register(database, root, ["train"], limit=1)
+    with pytest.raises(RunError, match="prompt: "):
+        register(database, root, ["train"], recipe=Recipe(model="tests/small", prompt="In one word?"))
+    assert image_ids(database) == names(0)
+
+
+def test_a_run_on_another_data_set_is_refused(database, root, tmp_path):
+    write_shard(root, "train", range(4))
+    write_shard(tmp_path / "other", "train", range(4))
+    register(database, root, ["train"])
+    with pytest.raises(RunError, match="Run 'default' is on another data set"):
+        register(database, tmp_path / "other", ["train"])
+
+
+def test_a_broken_shard_stops_the_enqueue_before_anything_is_written(database, root):
+    write_shard(root, "train", range(4), "00000-of-00002")
+    path = write_shard(root, "train", range(4, 8), "00001-of-00002")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DatasetError):
+        register(database, root, ["train"])
+    assert rows(database, "SELECT count(*) FROM runs") == [(0,)]
+    with db.transaction(database) as conn:
+        assert queue.counts(conn) == []

@@ -1,0 +1,381 @@
+"""Files that come out, and back in: round trips with real and awkward captions."""
+
+import csv
+import errno
+import hashlib
+import json
+from io import StringIO
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from samples import fill, register, write_shard
+from sqlalchemy import Engine
+
+from rococap import db, export, queue
+from rococap.engines import Completion, EngineInfo, Failure
+from rococap.errors import RococapError, RunError
+from rococap.export import COLUMNS, IncompleteError, restore, write_checkpoints
+from rococap.queue import Run
+from rococap.recipe import Recipe
+
+INFO = EngineInfo("small", {}, "tests/small", "", "float32", "cpu", "digest")
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
+
+AWKWARD = [
+    'He said "no", twice, and left.',
+    "two\nlines and a tab\t.",
+    "a bare carriage return \r in the middle",
+    "\r\nstarts with one",
+    " leading and trailing spaces ",
+    "=1+1 and -2, +3, @x",
+    "curly “quotes”, dashes – and arrows →, 𝛼 and 🦴",
+    "line separator \u2028 and next line \x85 and form feed \f",
+    "",
+    "NA",
+    "nan",
+    "None",
+    "123",
+]
+
+
+def worker(database: Engine) -> int:
+    with db.transaction(database, write=True) as conn:
+        return queue.register_worker(conn, f"worker {db.now(conn)} {id(conn)}", "host", 1, INFO)
+
+
+def caption(
+    database: Engine, run: Run, texts: list[str], *, split: str = "train", now: int = 1_700_000_000_123
+) -> None:
+    """Captions the next pending jobs with these texts."""
+    with db.transaction(database, write=True) as conn:
+        worker_id = queue.register_worker(conn, f"{now} {len(texts)} {split} {texts[:1]}", "host", 1, INFO, now=now)
+        lease = queue.claim(conn, worker_id, run.id, split, len(texts), ttl_ms=60_000, now=now)
+        done = [
+            Completion(job.id, text, processing_ms=10.5 + n / 7, new_tokens=3)
+            for n, (job, text) in enumerate(zip(lease.jobs, texts, strict=True))
+        ]
+        queue.complete(conn, lease, done, now=now)
+
+
+def read(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+@pytest.fixture
+def run(database: Engine, tmp_path: Path) -> Run:
+    return fill(database, tmp_path / "set", 30)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "results_medical"
+
+
+# --- the main file ---------------------------------------------------------------------------------------------
+
+
+def test_an_export_has_seven_columns_and_a_row_per_captioned_image_in_data_set_order(database, run, out):
+    caption(database, run, [f"Caption {n}." for n in range(20)])
+    exported = export.export(database, run, "train", out / "medical_captions_train.csv")
+    assert (exported.rows, exported.missing) == (20, 10)
+    frame = pd.read_csv(exported.path)
+    assert tuple(frame.columns) == COLUMNS
+    assert list(frame["image_id"]) == [f"train_{n:05}" for n in range(20)]
+    assert frame.iloc[3].to_dict() == {
+        "image_id": "train_00003",
+        "original_caption": "Original caption 3.",
+        "generated_caption": "Caption 3.",
+        "processing_time_sec": 0.010929,
+        "model": "tests/small",
+        "timestamp": "2023-11-14T22:13:20.123Z",
+        "split": "train",
+    }
+
+
+def test_the_file_is_rfc_4180_with_a_plain_header_and_line_feeds(database, run, out):
+    caption(database, run, ['A "quoted", one.'])
+    path = export.export(database, run, "train", out / "x.csv").path
+    assert path.read_bytes() == (
+        b"image_id,original_caption,generated_caption,processing_time_sec,model,timestamp,split\n"
+        b'"train_00000","Original caption 0.","A ""quoted"", one.",0.0105,"tests/small",'
+        b'"2023-11-14T22:13:20.123Z","train"\n'
+    )
+
+
+@pytest.mark.parametrize("format", export.FORMATS)
+def test_awkward_captions_come_out_as_they_went_in(database, run, out, format):
+    caption(database, run, AWKWARD)
+    path = export.export(database, run, "train", out / f"x.{format}", format=format).path
+    frames = list(export._read(path))
+    assert list(pd.concat(frames)["generated_caption"]) == AWKWARD
+    if format == "csv":
+        with path.open(newline="", encoding="utf-8") as file:
+            assert [row["generated_caption"] for row in csv.DictReader(file)] == AWKWARD
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the real captions beside the checkout")
+@pytest.mark.parametrize("name", ["roco_v1_2000.csv", "roco_v1_awkward_200.csv", "rocov2_test_sample_39.csv"])
+def test_real_captions_come_out_as_they_went_in(database, tmp_path, out, name):
+    with (SHARED / name).open(newline="", encoding="utf-8") as file:
+        texts = [row.get("caption") or row.get("Caption") or "" for row in csv.DictReader(file)]
+    run = fill(database, tmp_path / "set", len(texts))
+    caption(database, run, texts)
+    path = export.export(database, run, "train", out / "x.csv").path
+    assert list(read(path)["generated_caption"]) == texts
+
+
+def test_a_long_export_is_the_same_in_pages_of_any_size(database, run, out, monkeypatch):
+    caption(database, run, [f"Caption {n}." for n in range(30)])
+    whole = export.export(database, run, "train", out / "whole.csv").path.read_bytes()
+    monkeypatch.setattr(export, "PAGE", 7)
+    assert export.export(database, run, "train", out / "pages.csv").path.read_bytes() == whole
+
+
+def test_rows_that_are_finished_after_the_start_are_left_to_the_next_export(database, run, out):
+    caption(database, run, ["Early."])
+    caption(database, run, ["Of the future."], now=9_000_000_000_000)
+    assert list(read(export.export(database, run, "train", out / "x.csv").path)["generated_caption"]) == ["Early."]
+
+
+def test_the_manifest_names_what_made_the_captions(database, run, out):
+    caption(database, run, ["A."])
+    with db.transaction(database, write=True) as conn:
+        queue.pin(conn, run, INFO)
+        run = queue.get_run(conn, "default")
+    path = export.export(database, run, "train", out / "x.csv").path
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    assert manifest["recipe"]["model"] == "tests/small"
+    assert manifest["recipe"]["prompt"] == "Describe this medical image in detail."
+    assert manifest["recipe_hash"] == run.recipe.hash
+    assert manifest["resolved"] == INFO.resolved()
+    assert (manifest["run"], manifest["split"], manifest["rows"], manifest["missing"]) == ("default", "train", 1, 29)
+    assert manifest["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "Not for clinical use" in manifest["note"]
+
+
+def test_require_complete_refuses_a_split_with_gaps_and_leaves_the_old_file(database, run, out):
+    caption(database, run, ["A."])
+    path = export.export(database, run, "train", out / "x.csv").path
+    before = path.read_bytes()
+    caption(database, run, ["B."])
+    with pytest.raises(IncompleteError, match="28 of 30 images of train are not captioned"):
+        export.export(database, run, "train", path, require_complete=True)
+    assert path.read_bytes() == before
+
+
+def test_an_export_that_is_broken_off_leaves_the_old_file_whole_and_nothing_else(database, run, out):
+    caption(database, run, ["A."])
+    path = export.export(database, run, "train", out / "x.csv").path
+    before = path.read_bytes()
+    caption(database, run, ["B."])
+
+    def break_off(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export.export(database, run, "train", path, progress=break_off)
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in out.iterdir()) == ["x.csv", "x.json"]
+
+
+def test_a_full_disk_is_a_clear_error_that_changes_nothing(database, run, out, monkeypatch):
+    caption(database, run, ["A."])
+    path = export.export(database, run, "train", out / "x.csv").path
+    before = path.read_bytes()
+
+    def no_space(frames, path):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "_write_csv", no_space)
+    with pytest.raises(RococapError) as error:
+        export.export(database, run, "train", path)
+    assert str(error.value) == (
+        f"No space left for {path}: nothing was changed there. Free some, or write elsewhere with --output."
+    )
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in out.iterdir()) == ["x.csv", "x.json"]
+
+
+def test_a_split_that_the_run_does_not_have_is_refused(database, run, out):
+    with pytest.raises(RunError, match=r"Run 'default' has no pictures of test\. Register them: rococap enqueue"):
+        export.export(database, run, "test", out / "x.csv")
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------
+
+
+def numbers(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def test_segments_hold_so_many_images_each_in_order_of_completion(database, run, out):
+    caption(database, run, ["late"] * 10, now=2_000)
+    caption(database, run, ["early"] * 10, now=1_000)
+    assert numbers(write_checkpoints(database, run, "train", out, 8)) == [
+        "checkpoint_train_000001.csv",
+        "checkpoint_train_000002.csv",
+    ]
+    first = read(out / "checkpoint_train_000001.csv")
+    assert tuple(first.columns) == COLUMNS
+    assert list(first["image_id"]) == [f"train_{n:05}" for n in range(10, 18)]
+    assert list(read(out / "checkpoint_train_000002.csv")["generated_caption"]) == ["early"] * 2 + ["late"] * 6
+
+
+def test_a_segment_never_changes_and_is_written_again_the_same(database, run, out):
+    caption(database, run, [f"{n}" for n in range(20)])
+    paths = write_checkpoints(database, run, "train", out, 5)
+    before = {path: path.read_bytes() for path in paths}
+    caption(database, run, ["later"], now=1)  # finished earlier, committed later
+    paths[1].unlink()
+    assert write_checkpoints(database, run, "train", out, 5) == [paths[1]]
+    assert {path: path.read_bytes() for path in paths} == before
+
+
+def test_the_tail_is_flushed_when_nothing_is_left_and_the_segments_equal_the_export(database, run, out):
+    caption(database, run, [f"{n}" for n in range(22)])
+    assert len(write_checkpoints(database, run, "train", out, 10)) == 2
+    caption(database, run, [f"{n}" for n in range(22, 29)], now=1_700_000_000_999)
+    with db.transaction(database, write=True) as conn:
+        lease = queue.claim(conn, 1, run.id, "train", 1, ttl_ms=1)
+        queue.fail(conn, lease, {30: Failure("empty", "")})
+    assert len(write_checkpoints(database, run, "train", out, 10)) == 1
+    main = export.export(database, run, "train", out / "medical_captions_train.csv").path
+    segments = pd.concat([read(path) for path in sorted(out.glob("checkpoint_*.csv"))])
+    assert segments.sort_values("image_id").to_csv(index=False) == read(main).to_csv(index=False)
+    assert len(segments) == 29
+
+
+def test_many_segments_are_assigned_in_several_transactions(database, run, out, monkeypatch):
+    monkeypatch.setattr(export, "SEGMENTS_AT_ONCE", 2)
+    caption(database, run, [f"{n}" for n in range(30)])
+    assert len(write_checkpoints(database, run, "train", out, 4)) == 8
+    assert [len(read(path)) for path in sorted(out.glob("checkpoint_*.csv"))] == [4] * 7 + [2]
+
+
+def test_following_ends_when_the_split_has_nothing_left(database, run, out, monkeypatch):
+    texts = iter([["a"] * 12, ["b"] * 18])
+
+    def work(_: float) -> None:
+        caption(database, run, next(texts))
+
+    monkeypatch.setattr(export.time, "sleep", work)
+    seen: list[list[str]] = []
+    export.follow(database, run, "train", out, 10, lambda paths: seen.append(numbers(paths)))
+    assert seen == [["checkpoint_train_000001.csv"], ["checkpoint_train_000002.csv", "checkpoint_train_000003.csv"]]
+
+
+# --- restore ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Engine:
+    """A new database: the old one was lost."""
+    engine = db.connect(f"sqlite:///{tmp_path / 'new.db'}")
+    yield engine
+    engine.dispose()
+
+
+@pytest.mark.parametrize("format", export.FORMATS)
+def test_a_lost_database_is_restored_from_an_export_to_the_byte(database, other, run, out, tmp_path, format):
+    caption(database, run, [*AWKWARD, *[f"{n}" for n in range(30 - len(AWKWARD))]])
+    path = export.export(database, run, "train", out / f"x.{format}", format=format).path
+    reference = export.export(database, run, "train", out / "reference.csv").path
+    new = fill(other, tmp_path / "set", 30)
+    result = restore(other, new, path)
+    assert (result.restored, result.known, result.leased, result.unknown) == (30, 0, 0, 0)
+    again = export.export(other, new, "train", out / "again.csv").path
+    assert again.read_bytes() == reference.read_bytes()
+    assert restore(other, new, path).known == 30
+
+
+def test_segments_restore_what_they_hold_and_the_rest_stays_pending(database, other, run, out, tmp_path):
+    caption(database, run, [f"{n}" for n in range(20)])
+    paths = write_checkpoints(database, run, "train", out, 6)
+    new = fill(other, tmp_path / "set", 30)
+    assert sum(restore(other, new, path).restored for path in paths) == 18
+    with db.transaction(other) as conn:
+        (counts,) = queue.counts(conn)
+        rows = db.execute(conn, "SELECT DISTINCT lease_id, finish_reason, new_tokens FROM captions").fetchall()
+    assert (counts.done, counts.pending) == (18, 12)
+    assert [tuple(row) for row in rows] == [(None, None, None)]
+
+
+def test_captions_that_are_there_win_and_what_is_being_captioned_is_left_alone(database, other, run, out, tmp_path):
+    caption(database, run, ["old"] * 30)
+    path = export.export(database, run, "train", out / "x.csv").path
+    new = fill(other, tmp_path / "set", 30)
+    caption(other, new, ["new"] * 2)
+    with db.transaction(other, write=True) as conn:
+        queue.claim(conn, 1, new.id, "train", 3, ttl_ms=60_000)
+    result = restore(other, new, path)
+    assert (result.restored, result.known, result.leased) == (25, 2, 3)
+    with db.transaction(other) as conn:
+        assert db.execute(conn, "SELECT text FROM captions ORDER BY job_id").scalars().all()[:3] == [
+            "new",
+            "new",
+            "old",
+        ]
+
+
+def test_restoring_says_how_many_images_the_run_does_not_have(database, other, run, out, tmp_path):
+    caption(database, run, ["x"] * 30)
+    path = export.export(database, run, "train", out / "x.csv").path
+    write_shard(tmp_path / "set", "train", range(10))
+    register(other, tmp_path / "set", ["train"])
+    with db.transaction(other) as conn:
+        new = queue.get_run(conn, "default")
+    result = restore(other, new, path)
+    assert (result.restored, result.unknown) == (10, 20)
+
+
+def test_the_manifest_pins_what_the_lost_database_had_pinned(database, other, run, out, tmp_path):
+    caption(database, run, ["x"])
+    with db.transaction(database, write=True) as conn:
+        queue.pin(conn, run, INFO)
+        run = queue.get_run(conn, "default")
+    path = export.export(database, run, "train", out / "x.csv").path
+    new = fill(other, tmp_path / "set", 30)
+    restore(other, new, path)
+    with db.transaction(other) as conn:
+        assert queue.get_run(conn, "default").resolved == INFO.resolved()
+
+
+def test_a_file_of_another_recipe_or_model_is_refused(database, other, run, out, tmp_path):
+    caption(database, run, ["x"])
+    path = export.export(database, run, "train", out / "x.csv").path
+    new = fill(other, tmp_path / "set", 30, recipe=Recipe(model="tests/other"))
+    with pytest.raises(RunError, match="was made by another recipe than run 'default'"):
+        restore(other, new, path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(RunError, match="holds captions by tests/small, and run 'default' is by tests/other"):
+        restore(other, new, path)
+    with db.transaction(other) as conn:
+        assert queue.counts(conn)[0].done == 0
+
+
+def test_a_file_that_was_altered_since_or_is_no_export_is_refused(database, run, out):
+    caption(database, run, ["x"])
+    path = export.export(database, run, "train", out / "x.csv").path
+    path.write_text(path.read_text().replace("x", "y"))
+    with pytest.raises(RococapError, match="was altered since it was exported"):
+        restore(database, run, path)
+    (out / "no.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(RococapError, match="lacks the columns image_id, original_caption"):
+        restore(database, run, out / "no.csv")
+    (out / "no.txt").write_text("a,b\n1,2\n")
+    with pytest.raises(RococapError, match=r"is neither \.csv, \.jsonl nor \.parquet"):
+        restore(database, run, out / "no.txt")
+    (out / "empty.csv").write_text("")
+    with pytest.raises(RococapError, match="cannot be read"):
+        restore(database, run, out / "empty.csv")
+
+
+def test_a_caption_with_every_control_character_stays_one_row(database, run, out):
+    text = "".join(chr(code) for code in range(1, 33)) + "\x7f"
+    caption(database, run, [text])
+    path = export.export(database, run, "train", out / "x.csv").path
+    rows = list(csv.reader(StringIO(path.read_text(encoding="utf-8"), newline="")))
+    assert len(rows) == 2
+    assert read(path)["generated_caption"][0] == text
