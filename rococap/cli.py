@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from rococap.errors import RococapError
 from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, Recipe
 
 DEFAULT_DATASET = "eltorio/ROCOv2-radiology"
-LOST_AFTER_MS = 300_000
+LOST_AFTER_MS = 120_000  # workers beat at least every 30 s
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,7 +92,9 @@ def _set_up_logging(debug: bool) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
+@cache
 def _console() -> Any:
+    """Standard error. One object for logs and live lines, which would else write over each other."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -116,6 +119,16 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         return "  ".join(padded).rstrip()
 
     return "\n".join(line(values) for values in cells)
+
+
+def _use(ctx: click.Context, param: click.Parameter, url: str | None) -> None:
+    if url is not None:
+        ctx.find_root().obj = url
+
+
+db_option = click.option(
+    "--db", metavar="URL", expose_value=False, callback=_use, help="The queue, as before the command."
+)
 
 
 def run_option(help: str) -> Callable[[F], F]:
@@ -178,6 +191,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     help="Larger pictures are reduced; 784 pixels are one visual token.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@db_option
 def enqueue(
     splits: tuple[str, ...],
     dataset: str,
@@ -290,6 +304,7 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
     metavar="SECONDS",
     help="A model that makes no step for so long hangs: the worker ends.",
 )
+@db_option
 def worker(run_name: str | None, splits: tuple[str, ...], **options: Any) -> None:
     """Claim pictures in batches, caption them, store them. Start one per GPU; any number may run at once."""
     from rococap import worker as process
@@ -363,6 +378,7 @@ def _duration(seconds: float | None) -> str:
 @cli.command()
 @click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C.")
 @json_option
+@db_option
 def status(watch: bool, as_json: bool) -> None:
     """Where every run and split stands, and which workers live."""
     database = _database()
@@ -452,6 +468,7 @@ def _watch(text: Callable[[], str]) -> None:
 )
 @click.option("--follow", is_flag=True, help="Keep writing segments as workers finish them, then export.")
 @click.option("--require-complete", is_flag=True, help="Fail if images of the split are not captioned.")
+@db_option
 def export(
     splits: tuple[str, ...],
     run_name: str | None,
@@ -512,6 +529,7 @@ def _echo_segments(paths: list[Path]) -> None:
     "paths", metavar="FILE…", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @run_option("The run to restore into. [default: `default`, or the only one]")
+@db_option
 def restore(paths: tuple[Path, ...], run_name: str | None) -> None:
     """Read exports or checkpoints back into a run whose split is enqueued, so that a lost database costs nothing."""
     from rococap import export as files
@@ -535,6 +553,7 @@ def restore(paths: tuple[Path, ...], run_name: str | None) -> None:
 @run_option("Only this run.")
 @splits_option()
 @json_option
+@db_option
 def failures(run_name: str | None, splits: tuple[str, ...], as_json: bool) -> None:
     """What failed and why, grouped by code."""
     with db.transaction(_database()) as conn:
@@ -560,6 +579,7 @@ def failures(run_name: str | None, splits: tuple[str, ...], as_json: bool) -> No
 @click.option("--image-id", "image_ids", multiple=True, help="This picture, failed or cancelled. May be repeated.")
 @click.option("--cancelled", is_flag=True, help="Those that were cancelled.")
 @click.option("--all", "everything", is_flag=True, help="Everything that failed.")
+@db_option
 def retry(
     run_name: str | None,
     splits: tuple[str, ...],
@@ -582,6 +602,7 @@ def retry(
 @splits_option()
 @click.option("--image-id", "image_ids", multiple=True, help="Only this picture. May be repeated.")
 @click.option("--all", "everything", is_flag=True, help="Everything that is pending or waiting.")
+@db_option
 def cancel(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, ...], everything: bool) -> None:
     """Withdraw pictures that are pending or waiting. What a worker holds is finished."""
     if not (splits or image_ids or everything):
@@ -593,6 +614,7 @@ def cancel(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, 
 
 
 @cli.command()
+@db_option
 def migrate() -> None:
     """Upgrade the database to this rococap's schema, after a backup copy."""
     url = click.get_current_context().find_root().obj
@@ -615,8 +637,8 @@ def demo(folder: Path, images: int, workers: int) -> None:
 
     click.echo("Phantoms: drawings made by a program, captioned by a small model that was trained on such drawings.")
     click.echo("They show how rococap works, not what Qwen2-VL sees. Nothing in rococap is for clinical use.\n")
-    with _bar() as progress:
-        result = phantoms.run(folder, images, workers, progress)
+    with _bar() as bar:
+        result = phantoms.run(folder, images, workers, bar if _console().is_terminal else _steps())
     for shown in result.examples[:4]:
         click.echo(f"{shown.image_id}\n  original   {shown.original}\n  generated  {shown.generated}")
     click.echo(
@@ -627,6 +649,18 @@ def demo(folder: Path, images: int, workers: int) -> None:
     for path in result.exports:
         click.echo(f"Read     {path}")
     click.echo(f"Ask      rococap --db sqlite:///{folder}/rococap.db status")
+
+
+def _steps() -> Callable[[str, int, int], None]:
+    """Without a terminal: each step once, as it begins."""
+    seen: set[str] = set()
+
+    def step(what: str, done: int, total: int) -> None:
+        if what not in seen:
+            seen.add(what)
+            click.echo(f"{what} …")
+
+    return step
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from rococap.recipe import Recipe
 log = logging.getLogger(__name__)
 
 STORE_EVERY_SEC = 1.0
-MIN_TTL_SEC = 2.0
+MAX_BEAT_SEC = 30.0
 EXIT_STALLED = 70
 
 
@@ -266,7 +266,7 @@ class Store:
 
 def _beat(database: Database, pipeline: Pipeline, worker_id: int, settings: Settings, done: threading.Event) -> None:
     """Extends the open leases as long as the engine steps; a hung process must lose them, and end."""
-    while not done.wait(settings.lease_ttl / 4):
+    while not done.wait(min(settings.lease_ttl / 4, MAX_BEAT_SEC)):
         if pipeline.stalled_sec() > settings.stall_timeout:
             log.critical(
                 "no step for %.0f s: the model hangs. Ending hard, so that others take over.", settings.stall_timeout

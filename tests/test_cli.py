@@ -1,0 +1,468 @@
+"""The command line, end to end and in trouble: exact messages, exit codes, nothing half-written."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from samples import write_shard
+
+from rococap import db, queue
+from rococap.cli import cli
+from rococap.demo import MODEL
+from rococap.demo.phantoms import write_dataset
+from rococap.engines import EngineInfo, Failure
+
+INFO = EngineInfo("small", {}, "tests/small", "", "float32", "cpu", "digest")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_queue: Path) -> Path:
+    """A folder of the test's own, with an empty queue where the default URL points."""
+    shutil.copy(empty_queue, tmp_path / "rococap.db")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def invoke(*args: str) -> Result:
+    return CliRunner().invoke(cli, args)
+
+
+def said(*args: str) -> str:
+    result = invoke(*args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*args: str, code: int = 1) -> str:
+    result = invoke(*args)
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    return result.stderr.strip().removeprefix("Error: ")
+
+
+def enqueue(*more: str) -> str:
+    return said("enqueue", "--split", "train", "--dataset", "set", "--model", str(MODEL), *more)
+
+
+def lines(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+# --- the main job ----------------------------------------------------------------------------------------------
+
+
+def test_a_split_goes_from_shards_to_csv(here):
+    write_dataset(here / "set", {"train": 12})
+    assert enqueue("--max-new-tokens", "64") == "default train: 12 new, 0 known, 0 changed\n"
+    assert enqueue("--max-new-tokens", "64") == "default train: 0 new, 12 known, 0 changed\n"
+    worked = said("worker", "--batch-size", "8", "--device", "cpu")
+    assert worked.startswith("default: 12 captioned in ")
+    assert worked.rstrip().endswith("0 failed")
+    assert said("export", "--split", "train", "--checkpoint-every", "5") == (
+        "results_medical/checkpoint_train_000001.csv to checkpoint_train_000003.csv: 3 new checkpoints\n"
+        "results_medical/medical_captions_train.csv: 12 captions\n"
+    )
+    with Path("results_medical/medical_captions_train.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image_id"] for row in rows] == [f"PHANTOM_train_{n:06}" for n in range(1, 13)]
+    assert sum(row["original_caption"] == row["generated_caption"] for row in rows) >= 11
+
+
+def test_captions_are_exported_in_another_format_or_place(here):
+    write_shard(here / "set", "train", range(3))
+    enqueue()
+    assert said("export", "--split", "train", "--format", "jsonl") == (
+        "results_medical/medical_captions_train.jsonl: 0 captions; 3 of the split are not done\n"
+    )
+    assert said("export", "--split", "train", "--output", "a/b.parquet").startswith("a/b.parquet: 0 captions")
+    assert said("export", "--split", "train", "--output", "c").startswith("c/medical_captions_train.csv: 0 captions")
+    enqueue("--run", "other", "--prompt", "In one word?")
+    assert said("export", "--split", "train", "--run", "other").startswith(
+        "results_medical/other/medical_captions_train.csv"
+    )
+
+
+def test_status_tells_where_it_stands(here):
+    assert said("status") == "Nothing is registered here yet. Register pictures first: rococap enqueue --split train\n"
+    write_shard(here / "set", "train", range(5))
+    enqueue()
+    header, row = lines(said("status"))[:2]
+    assert header == [
+        "run",
+        "split",
+        "pending",
+        "leased",
+        "waiting",
+        "done",
+        "failed",
+        "cancelled",
+        "total",
+        "per",
+        "min",
+        "time",
+        "left",
+    ]
+    assert row == ["default", "train", "5", "0", "0", "0", "0", "0", "5", "0.0", "?"]
+    assert said("status").endswith("No worker is running. Start one: rococap worker\n")
+
+
+def test_status_as_json_has_the_fields_that_others_build_on(here):
+    write_shard(here / "set", "train", range(5))
+    enqueue()
+    with db.transaction(db.connect("rococap.db"), write=True) as conn:
+        queue.register_worker(conn, "one", "host", 7, INFO)
+    status = json.loads(said("status", "--json"))
+    assert status["runs"] == [
+        {"run": "default", "split": "train", "pending": 5, "leased": 0, "waiting": 0, "done": 0, "failed": 0}
+        | {"cancelled": 0, "total": 5, "per_minute": 0.0, "eta_sec": None}
+    ]
+    (worker,) = status["workers"]
+    assert worker.pop("seen_sec_ago") < 60
+    assert worker == {"id": 1, "host": "host", "pid": 7, "device": "cpu", "state": "running", "done": 0}
+
+
+def fail_two(here: Path) -> None:
+    write_shard(here / "set", "train", range(5))
+    enqueue()
+    with db.transaction(db.connect("rococap.db"), write=True) as conn:
+        worker = queue.register_worker(conn, "one", "host", 7, INFO)
+        lease = queue.claim(conn, worker, 1, "train", 2, ttl_ms=60_000)
+        queue.fail(conn, lease, {1: Failure("truncated", "It ends early."), 2: Failure("empty", "No bytes.")})
+
+
+def test_failures_are_listed_by_code_and_as_json(here):
+    assert said("failures") == "Nothing has failed.\n"
+    fail_two(here)
+    assert said("failures") == (
+        "default: 1 truncated\n  train train_00000: It ends early.\n"
+        "default: 1 empty\n  train train_00001: No bytes.\n"
+        "Try them again: rococap retry --code CODE, or --image-id ID, or --all\n"
+    )
+    assert json.loads(said("failures", "--json"))[1] == {
+        "run": "default",
+        "split": "train",
+        "image_id": "train_00001",
+        "code": "empty",
+        "message": "No bytes.",
+        "attempts": 1,
+    }
+    assert json.loads(said("failures", "--json", "--split", "test")) == []
+
+
+def test_retry_and_cancel_say_how_many(here):
+    fail_two(here)
+    assert said("retry", "--code", "empty") == "default: 1 pending again. Caption them: rococap worker\n"
+    assert said("retry", "--image-id", "train_00004") == "default: 0 pending again\n"
+    assert said("retry", "--all") == "default: 1 pending again. Caption them: rococap worker\n"
+    assert said("cancel", "--image-id", "train_00003") == "default: 1 cancelled. Undo: rococap retry --cancelled\n"
+    assert said("cancel", "--all") == "default: 4 cancelled. Undo: rococap retry --cancelled\n"
+    assert said("retry", "--cancelled") == "default: 5 pending again. Caption them: rococap worker\n"
+    assert "Say what to try again" in refused("retry", code=2)
+    assert "Say what to cancel" in refused("cancel", code=2)
+
+
+def test_the_database_is_named_before_or_after_the_command_or_by_the_environment(here, monkeypatch):
+    write_shard(here / "set", "train", range(5))
+    enqueue("--db", "other.db")
+    assert "default" in said("--db", "sqlite:///other.db", "status")
+    assert "default" in said("status", "--db", "other.db")
+    assert "default" not in said("status")
+    monkeypatch.setenv("ROCOCAP_DB", "sqlite:///other.db")
+    assert "default" in said("status")
+
+
+def test_restore_reads_exports_back(here):
+    write_dataset(here / "set", {"train": 6})
+    enqueue("--max-new-tokens", "8")
+    said("worker", "--device", "cpu")
+    said("export", "--split", "train")
+    before = Path("results_medical/medical_captions_train.csv").read_bytes()
+    Path("rococap.db").unlink()
+    enqueue("--max-new-tokens", "8")
+    assert said(
+        "restore", "results_medical/medical_captions_train.csv", "results_medical/checkpoint_train_000001.csv"
+    ) == ("default: 6 restored, 6 captioned already\n")
+    said("export", "--split", "train")
+    assert Path("results_medical/medical_captions_train.csv").read_bytes() == before
+
+
+def test_limit_and_offset_choose_rows(here):
+    write_shard(here / "set", "train", range(9))
+    assert enqueue("--limit", "4", "--offset", "2") == "default train: 4 new, 0 known, 0 changed\n"
+    assert enqueue("--limit", "4", "--offset", "2") == "default train: 0 new, 4 known, 0 changed\n"
+
+
+def test_all_means_every_split(here):
+    for split in ("train", "validation", "test"):
+        write_shard(here / "set", split, range(2))
+    assert said("enqueue", "--split", "all", "--dataset", "set").splitlines() == [
+        f"default {split}: 2 new, 0 known, 0 changed" for split in ("train", "validation", "test")
+    ]
+
+
+# --- bad input -------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_split_is_a_usage_error():
+    assert "'trian' is not one of 'train', 'validation', 'test', 'all'" in refused(
+        "enqueue", "--split", "trian", code=2
+    )
+
+
+def test_a_missing_split_is_a_usage_error():
+    assert "Missing option '--split'" in refused("enqueue", code=2)
+
+
+def test_pixel_bounds_that_no_model_could_follow_are_a_usage_error(here):
+    assert "min_pixels (9000) must be positive and at most max_pixels (800)" in refused(
+        "enqueue", "--split", "train", "--min-pixels", "9000", "--max-pixels", "800", code=2
+    )
+
+
+def test_a_run_name_that_is_no_file_name_is_a_usage_error():
+    assert "'../x' is no file name" in refused("enqueue", "--split", "train", "--run", "../x", code=2)
+
+
+def test_a_folder_without_parquet_or_csv_is_refused(here):
+    (here / "empty").mkdir()
+    assert refused("enqueue", "--split", "train", "--dataset", "empty") == (
+        f"{here / 'empty'} holds no split 'train', neither train-00000-of-000NN.parquet nor train_captions.csv. "
+        "It holds no split: choose another folder."
+    )
+    assert said("status").startswith("Nothing is registered")
+
+
+def test_a_shard_that_is_truncated_is_refused_and_nothing_is_registered(here):
+    path = write_shard(here / "set", "train", range(5))
+    path.write_bytes(path.read_bytes()[:-20])
+    message = refused("enqueue", "--split", "train", "--dataset", "set")
+    assert "train-00000-of-00001.parquet" in message
+    assert said("status").startswith("Nothing is registered")
+
+
+def test_missing_columns_are_named(here):
+    import pyarrow.parquet as pq
+
+    path = write_shard(here / "set", "train", range(5))
+    pq.write_table(pq.read_table(path).drop_columns(["caption", "cui"]), path)
+    message = refused("enqueue", "--split", "train", "--dataset", "set")
+    assert "caption" in message
+    assert "cui" in message
+
+
+def test_two_recipes_under_one_name_are_refused_with_what_differs(here):
+    write_shard(here / "set", "train", range(5))
+    enqueue()
+    result = invoke("enqueue", "--split", "train", "--dataset", "set", "--model", str(MODEL), "--prompt", "What?")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: Run 'default' has another recipe (prompt: 'Describe this medical image in detail.', not 'What?'). "
+        "Give this one a name of its own: --run NAME\n"
+    )
+
+
+def test_a_model_folder_without_weights_is_refused_by_the_worker(here):
+    write_shard(here / "set", "train", range(5))
+    shutil.copytree(MODEL, here / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    said("enqueue", "--split", "train", "--dataset", "set", "--model", "weightless")
+    message = refused("worker", "--device", "cpu")
+    assert message.startswith(f"The folder {here / 'weightless'} holds no model that can be loaded: ")
+    assert lines(said("status"))[1][2] == "5"
+
+
+def test_an_unknown_hub_model_offline_is_refused_by_the_worker(here):
+    write_shard(here / "set", "train", range(5))
+    said("enqueue", "--split", "train", "--dataset", "set", "--model", "nobody/nothing")
+    message = refused("worker", "--device", "cpu")
+    assert message.startswith("The model nobody/nothing (revision main) cannot be had: ")
+    assert message.endswith("hf download nobody/nothing")
+
+
+def test_a_worker_without_anything_registered_names_enqueue():
+    assert refused("worker") == (
+        "Nothing is registered here yet. Register pictures first: rococap enqueue --split train"
+    )
+
+
+def test_a_run_that_does_not_exist_is_named_with_those_that_do(here):
+    write_shard(here / "set", "train", range(5))
+    enqueue()
+    assert refused("export", "--split", "train", "--run", "nope") == "There is no run 'nope'. Runs here: default."
+
+
+def test_an_incomplete_split_is_refused_where_all_of_it_is_required(here):
+    write_shard(here / "set", "train", range(5))
+    enqueue()
+    assert "5 of 5 images of train are not captioned" in refused("export", "--split", "train", "--require-complete")
+    assert not Path("results_medical").exists()
+
+
+def test_several_splits_do_not_fit_into_one_file(here):
+    write_shard(here / "set", "train", range(5))
+    enqueue()
+    assert "x.csv is one file: name a folder for several splits" in refused(
+        "export", "--split", "all", "--output", "x.csv", code=2
+    )
+    assert "x.csv is no jsonl file" in refused(
+        "export", "--split", "train", "--output", "x.csv", "--format", "jsonl", code=2
+    )
+
+
+def test_a_place_that_cannot_be_written_is_named(here):
+    write_shard(here / "set", "train", range(5))
+    enqueue()
+    (here / "file").write_text("")
+    message = refused("export", "--split", "train", "--output", "file/x.csv")
+    assert message == "file/x.csv cannot be written (File exists). Write elsewhere with --output."
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a small disk needs root")
+def test_a_full_disk_while_exporting_is_one_line_and_leaves_no_half_file(here):
+    write_shard(here / "set", "train", range(400))
+    enqueue()
+    with db.transaction(db.connect("rococap.db"), write=True) as conn:
+        db.execute(conn, "UPDATE jobs SET status = 'done', finished_at = 1")
+        db.execute(conn, "UPDATE tallies SET status = 'done'")
+        db.execute(
+            conn, "INSERT INTO captions (job_id, text, generated_at) SELECT id, hex(randomblob(200)), 1 FROM jobs"
+        )
+    disk = here / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        message = refused("export", "--split", "train", "--output", "disk", "--checkpoint-every", "0")
+        assert message == (
+            "No space left for disk/medical_captions_train.csv: nothing was changed there. "
+            "Free some, or write elsewhere with --output."
+        )
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_database_that_is_not_ours_is_refused(here):
+    with sqlite3.connect("theirs.db") as conn:
+        conn.execute("CREATE TABLE patients (id)")
+    conn.close()
+    assert refused("status", "--db", "theirs.db") == (
+        "theirs.db holds other tables (patients) and is not a rococap database. Name another file with --db."
+    )
+
+
+def test_a_file_that_is_no_database_is_refused(here):
+    Path("notes.db").write_text("not a database at all, but long enough to be read as a page of one" * 20)
+    assert refused("status", "--db", "notes.db") == (
+        "sqlite:///notes.db is not an SQLite database, or is damaged (file is not a database). Name another with --db."
+    )
+
+
+def test_a_newer_and_an_older_database_are_refused_with_what_to_do(here, monkeypatch):
+    with sqlite3.connect("rococap.db") as conn:
+        conn.execute("UPDATE alembic_version SET version_num = '9999'")
+    conn.close()
+    assert refused("status") == (
+        "sqlite:///rococap.db has schema 9999, made by a newer rococap than this one (0001). "
+        "Upgrade rococap, or name another database with --db."
+    )
+    with sqlite3.connect("rococap.db") as conn:
+        conn.execute("UPDATE alembic_version SET version_num = '0001'")
+    conn.close()
+    monkeypatch.setattr(db, "SCHEMA", "0002")
+    assert refused("status") == (
+        "sqlite:///rococap.db has schema 0001; this rococap needs 0002. Upgrade it (a backup copy is made): "
+        "rococap --db sqlite:///rococap.db migrate"
+    )
+
+
+def test_a_database_on_a_network_file_system_is_refused(here, monkeypatch):
+    monkeypatch.setattr(db, "_mounts", lambda: f"server:/home {here} nfs4 rw 0 0\n")
+    message = refused("status")
+    assert "is on a network file system (nfs4)" in message
+    assert message.endswith("or use PostgreSQL: --db postgresql+psycopg://USER@HOST/NAME")
+
+
+def test_migrating_a_current_database_says_so():
+    assert said("migrate") == "The schema is up to date.\n"
+
+
+# --- ctrl-c ----------------------------------------------------------------------------------------------------
+
+COMMANDS = [
+    ["enqueue", "--split", "train", "--dataset", "set"],
+    ["worker"],
+    ["status"],
+    ["failures"],
+    ["retry", "--all"],
+    ["cancel", "--all"],
+    ["export", "--split", "train"],
+    ["restore", "file.csv"],
+    ["migrate"],
+    ["demo"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_ctrl_c_is_one_line_in_every_command(here, monkeypatch, command):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    Path("file.csv").touch()
+    monkeypatch.setattr(db, "connect", interrupt)
+    monkeypatch.setattr(db, "migrate", interrupt)
+    result = invoke(*command)
+    assert result.exit_code == 1
+    assert result.stderr == "Error: Stopped. Nothing is half-written: the same command goes on from here.\n"
+
+
+def test_every_command_is_tried_with_ctrl_c():
+    assert {command[0] for command in COMMANDS} == set(cli.commands)
+
+
+def test_watching_ends_with_ctrl_c(here):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rococap", "status", "--watch"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 0, err
+    assert "Nothing is registered here yet" in out
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_while_the_model_loads_leaves_every_picture_pending(here):
+    write_shard(here / "set", "train", range(5))
+    enqueue()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rococap", "worker"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert "Traceback" not in err
+    assert process.returncode == 1
+    assert lines(said("status"))[1][2] == "5"
+
+
+# --- tracebacks ------------------------------------------------------------------------------------------------
+
+
+def test_a_traceback_is_shown_where_debug_asks_for_it(here):
+    Path("notes.db").write_text("no database" * 100)
+    result = invoke("--debug", "--db", "notes.db", "status")
+    assert result.exit_code == 1
+    assert type(result.exception).__name__ == "DatabaseError"
