@@ -50,7 +50,7 @@ class Shard:
     row_groups: int
     size: int
     digest: str
-    """Of the Parquet footer, or of the whole captions CSV: a file that was changed has another one."""
+    """Of the Parquet footer, or of the captions CSV and its concepts: a file that was changed has another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,9 +431,10 @@ def _splits_there(root: Path) -> list[str]:
 
 def _csv_shard(root: Path, captions: Path, split: str) -> Shard:
     rows = sum(1 for _ in _csv_rows(captions, ("ID", "Caption")))
-    with captions.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(captions.relative_to(root).as_posix(), split, rows, 1, captions.stat().st_size, digest)
+    digest = hashlib.sha256(captions.read_bytes())
+    if concepts := _concepts_file(captions):
+        digest.update(concepts.read_bytes())
+    return Shard(captions.relative_to(root).as_posix(), split, rows, 1, captions.stat().st_size, digest.hexdigest())
 
 
 def _csv_samples(root: Path, shard: Shard) -> Iterator[Sample]:
@@ -443,9 +444,13 @@ def _csv_samples(root: Path, shard: Shard) -> Iterator[Sample]:
         yield Sample(image_id, caption, concepts.get(image_id, ()), 0, row)
 
 
-def _csv_concepts(captions: Path) -> dict[str, tuple[str, ...]]:
+def _concepts_file(captions: Path) -> Path | None:
     infix = captions.name.removesuffix("_captions.csv")
-    path = _first_file(captions.with_name(f"{infix}_{kind}.csv") for kind in ("concepts_manual", "concepts"))
+    return _first_file(captions.with_name(f"{infix}_{kind}.csv") for kind in ("concepts_manual", "concepts"))
+
+
+def _csv_concepts(captions: Path) -> dict[str, tuple[str, ...]]:
+    path = _concepts_file(captions)
     if path is None:
         return {}
     return {image_id: _concepts(cuis.split(";")) for image_id, cuis in _csv_rows(path, ("ID", "CUIs"))}

@@ -324,7 +324,7 @@ def complete(
         "latency_ms, batch_size, generated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [
             (
-                *(c.job_id, lease.id, clean_text(c.text), c.flags, c.finish_reason, c.prompt_tokens, c.new_tokens),
+                *(c.job_id, lease.id, clean_text(c.text), _flags(c), c.finish_reason, c.prompt_tokens, c.new_tokens),
                 *(c.processing_ms, c.latency_ms, c.batch_size, at),
             )
             for c in done
@@ -333,6 +333,12 @@ def complete(
     tally(conn, lease.run_id, lease.split, lease.id, {JobState.LEASED: -len(done), JobState.DONE: len(done)})
     execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", (len(done), at, lease.worker_id))
     _close_if_empty(conn, lease, "closed", at)
+
+
+def _flags(completion: Completion) -> str:
+    """What is odd about a caption; `replaced`: characters that no database can hold were replaced, or it was cut."""
+    is_whole = clean_text(completion.text) == completion.text
+    return completion.flags if is_whole else ",".join(filter(None, (completion.flags, "replaced")))
 
 
 def backoff_ms(attempts: int, jitter: float | None = None) -> int:

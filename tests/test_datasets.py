@@ -337,6 +337,15 @@ def test_the_split_validation_is_called_valid_in_files(tmp_path, infix):
         assert read(reader, [Place(shard.path, "validation", 0, 0, "a")]) == [b"picture"]
 
 
+def test_other_concepts_give_another_digest(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [["a", "A."]])
+    write_csv(tmp_path / "train_concepts.csv", ["ID", "CUIs"], [["a", "C1"]])
+    (before,) = find_shards(tmp_path, "train")
+    write_csv(tmp_path / "train_concepts.csv", ["ID", "CUIs"], [["a", "C2"]])
+    (after,) = find_shards(tmp_path, "train")
+    assert before.digest != after.digest
+
+
 def test_manual_concepts_are_preferred(tmp_path):
     write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [["a", "one"], ["b", "two"], ["c", "three"]])
     write_csv(tmp_path / "train_concepts.csv", ["ID", "CUIs"], [["a", "C1;C2;C3"]])

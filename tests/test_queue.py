@@ -169,6 +169,14 @@ def test_a_job_cannot_be_completed_twice(database, run):
     assert column(database, "SELECT status FROM jobs WHERE id = 2") == ["leased"]
 
 
+def test_a_caption_that_no_database_could_hold_is_mended_and_flagged(database, run):
+    lease = claimed(database, new_worker(database), run, 2)
+    with writing(database) as conn:
+        queue.complete(conn, lease, [caption(1, "a\0b"), caption(2, "whole")], now=0)
+    assert column(database, "SELECT text FROM captions") == ["a\ufffdb", "whole"]
+    assert column(database, "SELECT flags FROM captions") == ["replaced", ""]
+
+
 # --- a lost lease ----------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,89 @@
+"""The whole job as a newcomer runs it, and at once by two workers, one of them killed."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+from sqlalchemy import Engine
+
+from rococap import datasets, db, queue
+from rococap.demo import recipe
+from rococap.demo.phantoms import write_dataset
+from rococap.enqueue import enqueue
+from rococap.export import COLUMNS
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def rococap(*args: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "rococap", *args], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def start_worker(url: str, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "rococap", "--db", url, "worker", "--batch-size", "32", "--device", "cpu", *more]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def exports(folder: Path) -> pd.DataFrame:
+    return pd.concat(pd.read_csv(path) for path in sorted(folder.glob("medical_captions_*.csv")))
+
+
+@pytest.mark.slow
+def test_the_demo_captions_phantoms_and_says_what_they_are(tmp_path):
+    told = rococap("demo", "--images", "40", cwd=tmp_path)
+    assert "drawings made by a program" in told
+    assert "Nothing in rococap is for clinical use" in told
+    frame = exports(tmp_path / "demo" / "results_medical")
+    assert tuple(frame.columns) == COLUMNS
+    assert dict(frame["split"].value_counts()) == {"train": 24, "validation": 8, "test": 8}
+    exact = int((frame["original_caption"] == frame["generated_caption"]).sum())
+    assert exact >= 38
+    assert "40 pictures captioned by 2 workers in " in told
+    assert f"{exact} of them word for word" in told
+    with Image.open(tmp_path / "demo" / "captions.png") as sheet:
+        assert min(sheet.size) > 500
+    again = rococap("demo", "--images", "40", cwd=tmp_path)
+    assert "40 pictures captioned" in again
+    assert exports(tmp_path / "demo" / "results_medical").equals(frame)
+
+
+@pytest.mark.slow
+def test_two_workers_caption_2000_phantoms_once_each_although_one_is_killed(database: Engine, url: str, tmp_path: Path):
+    write_dataset(tmp_path / "set", {"train": 2_000})
+    enqueue(database, datasets.locate(str(tmp_path / "set"), ["train"]), ["train"], run="default", recipe=recipe())
+    workers = [start_worker(url, "--lease-ttl", "5") for _ in range(2)]
+    while done(database) < 300:
+        time.sleep(0.1)
+    workers[0].kill()
+    at_the_kill = done(database)
+    workers.append(start_worker(url, "--lease-ttl", "5"))
+    outputs = [worker.communicate(timeout=600) for worker in workers]
+    assert [worker.returncode for worker in workers[1:]] == [0, 0], outputs
+    assert at_the_kill < 2_000
+
+    told = rococap("--db", url, "export", "--split", "train", "--output", "out", "--require-complete", cwd=tmp_path)
+    assert "2000 captions" in told
+    frame = pd.read_csv(tmp_path / "out" / "medical_captions_train.csv")
+    assert list(frame["image_id"]) == [f"PHANTOM_train_{n:06}" for n in range(1, 2_001)]
+    assert (frame["original_caption"] == frame["generated_caption"]).mean() >= 0.97
+    segments = [pd.read_csv(path) for path in sorted((tmp_path / "out").glob("checkpoint_train_*.csv"))]
+    assert [len(segment) for segment in segments] == [25] * 80
+    together = pd.concat(segments).sort_values("image_id").reset_index(drop=True)
+    pd.testing.assert_frame_equal(together, frame)
+    with db.transaction(database) as conn:
+        assert db.execute(conn, "SELECT count(*), count(DISTINCT job_id) FROM captions").one() == (2_000, 2_000)
+        assert db.execute(conn, "SELECT count(*) FROM leases WHERE state = 'expired'").scalar_one() >= 1
+
+
+def done(database: Engine) -> int:
+    with db.transaction(database) as conn:
+        return sum(counts.done for counts in queue.counts(conn))
