@@ -22,7 +22,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from rococap import db
-from rococap.datasets import Place
+from rococap.datasets import SPLITS, Place
 from rococap.db import execute
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import LeaseLost, RunError
@@ -623,8 +623,7 @@ def counts(conn: Connection, *, now: int | None = None) -> list[Counts]:
         "SELECT r.id, r.name, t.split, t.status, sum(t.n) FROM tallies t JOIN runs r ON r.id = t.run_id "
         "GROUP BY r.id, r.name, t.split, t.status",
     ).fetchall()
-    order = ("train", "validation", "test")
-    keys = sorted({(row[0], row[1], row[2]) for row in rows}, key=lambda key: (key[0], order.index(key[2])))
+    keys = sorted({(row[0], row[1], row[2]) for row in rows}, key=lambda key: (key[0], SPLITS.index(key[2])))
     n = {(row[0], row[2], row[3]): int(row[4]) for row in rows}
     return [_counts(run_id, name, split, n, per_minute.get((run_id, split), 0.0)) for run_id, name, split in keys]
 
@@ -688,18 +687,19 @@ def list_workers(conn: Connection, *, lost_after_ms: int, now: int | None = None
     ]
 
 
+# One split at a time: only then does SQLite prefer the index of what failed to that of the whole run.
+_FAILED = (
+    "SELECT j.split, i.image_id, f.code, f.message, j.attempts FROM jobs j JOIN images i ON i.id = j.image_id "
+    "JOIN failures f ON f.id = (SELECT max(id) FROM failures WHERE job_id = j.id) "
+    "WHERE j.run_id = ? AND j.split = ? AND j.status = 'failed' ORDER BY j.id"
+)
+
+
 def list_failures(conn: Connection, run: str | None = None, splits: Sequence[str] = ()) -> list[Failed]:
-    """What failed, with its latest reason, in order of job."""
-    wanted = [get_run(conn, run)] if run else list_runs(conn)
-    found = []
-    for one in wanted:
-        rows = execute(
-            conn,
-            "SELECT j.split, i.image_id, f.code, f.message, j.attempts FROM jobs j "
-            "JOIN images i ON i.id = j.image_id "
-            "JOIN failures f ON f.id = (SELECT max(id) FROM failures WHERE job_id = j.id) "
-            "WHERE j.run_id = ? AND j.status = 'failed' ORDER BY j.id",
-            (one.id,),
-        ).fetchall()
-        found += [Failed(one.name, *row) for row in rows if not splits or row[0] in splits]
-    return found
+    """What failed, with its latest reason, by run, split and job."""
+    return [
+        Failed(one.name, *row)
+        for one in ([get_run(conn, run)] if run else list_runs(conn))
+        for split in splits or SPLITS
+        for row in execute(conn, _FAILED, (one.id, split)).fetchall()
+    ]

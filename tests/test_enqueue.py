@@ -113,6 +113,17 @@ def test_a_shard_that_was_altered_is_reported_and_its_rows_get_their_new_place(d
     assert rows(database, place) == [(0, 0)]
 
 
+def test_an_altered_shard_takes_no_row_from_another(database, root):
+    write_shard(root, "train", range(5), "00000-of-00002")
+    write_shard(root, "train", range(5, 10), "00001-of-00002")
+    register(database, root, ["train"])
+    write_shard(root, "train", [*range(5, 10), 0], "00001-of-00002")
+    (result,) = register(database, root, ["train"])
+    assert (result.known, result.changed, result.duplicates) == (10, 0, 1)
+    shard = "SELECT s.path FROM images i JOIN shards s ON s.id = i.shard_id WHERE i.image_id = 'train_00000'"
+    assert rows(database, shard) == [("data/train-00000-of-00002.parquet",)]
+
+
 def test_a_set_that_was_cut_into_other_shards_keeps_its_jobs(database, root):
     path = write_shard(root, "train", range(12))
     register(database, root, ["train"])

@@ -228,6 +228,17 @@ def test_a_lease_is_of_no_use_to_another_worker(database, run):
         assert queue.heartbeat(conn, thief.worker_id, [lease.id], ttl_ms=TTL, now=1) == set()
 
 
+def test_a_released_job_is_not_completed_under_the_lease_it_left(database, run):
+    lease = claimed(database, new_worker(database), run, 2)
+    with writing(database) as conn:
+        queue.release(conn, lease, [1])
+    other = claimed(database, new_worker(database, "two"), run, 1)
+    assert (ids(other), column(database, "SELECT state FROM leases")) == ([1], ["open", "open"])
+    with pytest.raises(LeaseLost):
+        complete(database, lease)
+    complete(database, other)
+
+
 def test_a_retried_job_is_not_completed_under_its_old_lease(database, run):
     # attempts is no fence: retry sets it back to what the old lease saw
     lease = claimed(database, new_worker(database), run, 1)
@@ -517,6 +528,7 @@ def test_the_claim_reads_its_partial_index_in_order(database, run, lane):
     [
         ("ix_leases_expires_at", queue._EXPIRED.replace("?", "9")),
         ("ix_jobs_waiting", "UPDATE jobs SET status = 'pending' WHERE status = 'waiting' AND not_before <= 9"),
+        ("ix_jobs_failed", queue._FAILED.replace("?", "1", 1).replace("?", "'train'")),
         ("ix_jobs_leased", "SELECT 1 FROM jobs WHERE lease_id = 9"),
         (
             "ix_jobs_due",

@@ -253,6 +253,7 @@ def test_a_worker_asked_to_stop_finishes_its_batch_gives_the_rest_back_and_exits
     outcome = finish(process)
     assert outcome["drained"]
     assert outcome["done"] == statuses(database)["done"] < 80
+    assert outcome["lost"] == 0, "it captioned what it had given back"
     assert statuses(database).keys() == {"done", "pending"}
     assert select(database, "SELECT DISTINCT attempts, crashes FROM jobs WHERE status = 'pending'") == [(0, 0)]
     run_worker(database)
