@@ -3,6 +3,7 @@
 import argparse
 import gc
 import shutil
+import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def record(path: Path) -> list[Statement]:
     return statements
 
 
-def replay(connection: Any, statements: list[Statement]) -> None:
+def replay(connection: sqlite3.Connection, statements: list[Statement]) -> None:
     for sql, parameters, many in statements:
         if many:
             connection.executemany(sql, parameters)
@@ -93,8 +94,8 @@ def time_peer(path: Path, statements: list[Statement]) -> Took:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=32_000)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=20_480)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, "base.db")
@@ -109,6 +110,7 @@ def main() -> None:
     what = "claim + complete, per row"
     lines = [
         compare(what, rounds, "cpu", "<= 2.0", rows=options.rows),
+        compare(what, rounds, "user", "<= 2.0", rows=options.rows),
         compare(what, rounds, "wall", "<= 2.0", rows=options.rows),
     ]
     show(lines, f"{options.rows} rows, {BATCH} a claim, {len(statements)} statements, {options.rounds} rounds")

@@ -9,18 +9,19 @@ from rococap import db
 from rococap.recipe import Recipe
 
 SPLIT = "train"
-WORDS = (
+TERMS = (
     "axial coronal sagittal computed tomography magnetic resonance contrast-enhanced T2-weighted chest radiograph "
     "ultrasound image of the abdomen pelvis showing a large small hypodense lesion in right left lobe liver kidney "
     "with arrow arrows mass effect pleural effusion and no evidence fracture (white arrow), consistent dilated bowel "
-    "loops; postoperative follow-up at 6 months – “crescent sign” 12×8 mm, patient’s"
-).split()
+    "loops; postoperative follow-up at 6 months"
+)
 
 
 def caption(random: random.Random) -> str:
-    """About 20 words with a long tail, a few of them beyond ASCII, as in ROCOv2."""
+    """About 20 words with a long tail, every tenth beyond ASCII, as in ROCOv2."""
     n_words = min(348, max(3, round(random.lognormvariate(2.8, 0.6))))
-    return " ".join(random.choices(WORDS, k=n_words)).capitalize() + "."
+    end = " – the patient’s “crescent sign”." if random.random() < 0.1 else "."
+    return " ".join(random.choices(TERMS.split(), k=n_words)).capitalize() + end
 
 
 def concepts(random: random.Random) -> list[str]:
@@ -83,6 +84,6 @@ def _images(rows: int) -> Iterator[tuple[object, ...]]:
 def _texts(rows: int) -> Iterator[tuple[object, ...]]:
     source = random.Random(2)
     for n in range(rows):
-        processing_ms = source.uniform(20, 900)
+        processing_ms = source.randint(160, 7_200) / 8  # eighths: seconds come out the same however they are rounded
         generated_at = 1_790_000_000_000 + 37 * n
         yield n + 1, caption(source), 300, source.randint(8, 90), processing_ms, 16 * processing_ms, generated_at

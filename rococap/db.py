@@ -7,11 +7,11 @@ ones, which ignore the busy timeout when they turn into writers. Both dialects r
 import os
 import random
 import re
-import shutil
+import shlex
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +77,23 @@ def connect(url: str, *, create: bool = True) -> Engine:
 
 def _parse(url: str) -> URL:
     try:
-        parsed = make_url(url if "://" in url else f"sqlite:///{url}")
+        parsed = make_url(url) if "://" in url else URL.create("sqlite", database=url)
         parsed.get_dialect()
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-        raise DatabaseError(
-            f"{url!r} is not a database URL that this machine can open ({error}). "
-            "Use sqlite:///FILE, or postgresql+psycopg://USER@HOST/NAME with its driver installed."
-        ) from error
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:
+        raise _cannot_open(url, error) from error
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
         raise DatabaseError(f"rococap runs on SQLite and PostgreSQL, not on {parsed.get_backend_name()}.")
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise DatabaseError("A queue in memory would be lost with its process. Name a file: sqlite:///rococap.db")
     return parsed
+
+
+def _cannot_open(url: str, error: Exception) -> DatabaseError:
+    without_password = re.sub(r"(://[^:@/]*):[^@]*@", r"\1:***@", url)
+    return DatabaseError(
+        f"{without_password!r} is not a database URL that this machine can open ({error}). "
+        "Use sqlite:///FILE, or postgresql+psycopg://USER@HOST/NAME with its driver installed."
+    )
 
 
 def _engine(url: URL) -> Engine:
@@ -97,14 +102,19 @@ def _engine(url: URL) -> Engine:
         engine = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
         event.listen(engine, "connect", _set_pragmas)
         return engine
-    return create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+    try:
+        return create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+    except ModuleNotFoundError as error:
+        raise _cannot_open(url.render_as_string(), error) from error
 
 
 def _check_place(path: Path) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise DatabaseError(f"The folder {folder} of the database does not exist. Create it: mkdir -p {folder}")
-    kind = file_system(folder, _mounts())
+        raise DatabaseError(
+            f"The folder {folder} of the database does not exist. Create it: mkdir -p {shlex.quote(str(folder))}"
+        )
+    kind = file_system(path.resolve().parent, _mounts())
     if kind in NETWORK_FILE_SYSTEMS:
         raise DatabaseError(
             f"{path} is on a network file system ({kind}), where SQLite's locks do not hold and captions could be "
@@ -114,7 +124,7 @@ def _check_place(path: Path) -> None:
 
 def _mounts() -> str:
     try:
-        return Path("/proc/mounts").read_text()
+        return Path("/proc/mounts").read_text(errors="surrogateescape")
     except OSError:  # not Linux: nothing to go by
         return ""
 
@@ -136,15 +146,15 @@ def wal_is_safe(version: tuple[int, ...]) -> bool:
 
 
 def _set_pragmas(connection: sqlite3.Connection, _record: object) -> None:
-    try:
+    def set_up() -> None:
         is_new = connection.execute("PRAGMA page_count").fetchone()[0] == 0
         if is_new and wal_is_safe(sqlite3.sqlite_version_info):
             connection.execute("PRAGMA journal_mode = WAL")  # may be refused: any journal is safe with FULL
-    except sqlite3.OperationalError as error:
-        if not _is_busy(error):  # else another process is creating the file just now, and decides its journal
-            raise
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    path = next(row[2] for row in connection.execute("PRAGMA database_list") if row[1] == "main")
+    _patiently(set_up, path)
 
 
 def explain(error: DriverError, url: URL | None = None) -> str:
@@ -170,46 +180,59 @@ def transaction(engine: Engine, *, write: bool = False) -> Iterator[Connection]:
     A writer holds SQLite's write lock from the start (BEGIN IMMEDIATE). Both kinds wait for a busy database in our
     code, with jitter: SQLite's own waiting starves the unlucky. Raises DatabaseError after PATIENCE_SEC.
     """
-    is_sqlite = engine.dialect.name == "sqlite"
     with engine.connect() as conn:
-        _patiently(conn, ("BEGIN IMMEDIATE",) if is_sqlite and write else _reader_begin(is_sqlite, write))
+        _begin(conn, write)
         try:
             yield conn
-            _patiently(conn, ("COMMIT",))
+            _commit(conn)
         except BaseException:
             _roll_back(conn)
             raise
 
 
-def _reader_begin(is_sqlite: bool, write: bool) -> tuple[str, ...]:
-    if is_sqlite:
-        # The second statement takes the read lock now, inside the waiting, rather than in the caller's first query.
-        return ("BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1")
-    return ("BEGIN",) if write else ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",)
+def _begin(conn: Connection, write: bool) -> None:
+    if conn.dialect.name != "sqlite":
+        conn.exec_driver_sql("BEGIN" if write else "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        return
+    # A reader that writes would turn into a deferred writer. Its SELECT takes the read lock now, while it may wait,
+    # rather than in the caller's first query.
+    first = ("BEGIN IMMEDIATE",) if write else ("BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1")
+
+    def begin() -> None:
+        try:
+            for statement in (f"PRAGMA query_only = {'OFF' if write else 'ON'}", *first):
+                conn.exec_driver_sql(statement)
+        except OperationalError:
+            _roll_back(conn)
+            raise
+
+    _patiently(begin, conn.engine.url.database)
 
 
-def _patiently(conn: Connection, statements: tuple[str, ...]) -> None:
+def _commit(conn: Connection) -> None:
+    _patiently(lambda: conn.exec_driver_sql("COMMIT"), conn.engine.url.database)
+
+
+def _patiently(action: Callable[[], object], database: str | None) -> None:
+    """Does it again, with jitter, while another process has the database locked."""
     deadline = time.monotonic() + PATIENCE_SEC
     while True:
         try:
-            for statement in statements:
-                conn.exec_driver_sql(statement)
+            action()
             return
-        except OperationalError as error:
-            if not _is_busy(error.orig):
+        except (OperationalError, sqlite3.OperationalError) as error:
+            if not _is_busy(error):
                 raise
-            if statements[0] != "COMMIT":
-                _roll_back(conn)
             if time.monotonic() > deadline:
                 raise DatabaseError(
-                    f"{conn.engine.url.database} has been locked by another process for {PATIENCE_SEC:.0f} s. "
+                    f"{database} has been locked by another process for {PATIENCE_SEC:.0f} s. "
                     "Close what holds it (a database browser, a backup), then run the command again."
                 ) from error
             time.sleep(random.uniform(0.001, 0.02))
 
 
-def _is_busy(error: BaseException | None) -> bool:
-    code = getattr(error, "sqlite_errorcode", None)
+def _is_busy(error: Exception) -> bool:
+    code = getattr(getattr(error, "orig", error), "sqlite_errorcode", None)
     return code is not None and code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
@@ -276,7 +299,7 @@ def _wrong_schema(url: URL, found: str) -> DatabaseError:
     if found in _known_revisions():
         return DatabaseError(
             f"{where} has schema {found}; this rococap needs {SCHEMA}. Upgrade it (a backup copy is made): "
-            f"rococap --db {where} migrate"
+            f"rococap --db {shlex.quote(where)} migrate"
         )
     return DatabaseError(
         f"{where} has schema {found}, made by a newer rococap than this one ({SCHEMA}). "
@@ -300,12 +323,12 @@ def migration_connection(engine: Engine) -> Iterator[Connection]:
     with engine.connect() as conn:
         if is_sqlite:
             conn.exec_driver_sql("PRAGMA foreign_keys = OFF")  # ignored inside a transaction
-        _patiently(conn, ("BEGIN IMMEDIATE" if is_sqlite else "BEGIN",))
+        _begin(conn, write=True)
         try:
             yield conn
             if is_sqlite and (broken := execute(conn, "PRAGMA foreign_key_check").fetchall()):
                 raise DatabaseError(f"The migration would break foreign keys of {broken[0][0]}: nothing was changed.")
-            _patiently(conn, ("COMMIT",))
+            _commit(conn)
         except BaseException:
             _roll_back(conn)
             raise
@@ -337,7 +360,9 @@ def migrate(url: str) -> Path | None:
             found = _schema(conn)
             n_open = 0
             if found is not None:
-                n_open = execute(conn, "SELECT count(*) FROM leases WHERE state = 'open'").scalar_one()
+                # An expired one's worker is dead, and no worker of this version could start here to reap it.
+                sql = "SELECT count(*) FROM leases WHERE state = 'open' AND expires_at > ?"
+                n_open = execute(conn, sql, (now(conn),)).scalar_one()
     except DriverError as error:
         raise DatabaseError(explain(error, engine.url)) from error
     if found == SCHEMA:
@@ -359,9 +384,13 @@ def _back_up(url: URL, revision: str) -> Path | None:
     source = Path(url.database or "")
     target = source.with_name(f"{source.name}.before-{SCHEMA}-from-{revision}")
     partial = target.with_name(target.name + ".part")
-    with sqlite3.connect(source) as read, sqlite3.connect(partial) as write:
-        read.backup(write)
-    read.close()
-    write.close()
-    shutil.move(partial, target)
+    try:
+        with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(partial)) as write:
+            read.backup(write)
+    except sqlite3.Error as error:
+        raise DatabaseError(
+            f"The backup copy {partial} cannot be written ({error}): nothing was changed. "
+            "Check the folder's permissions and the disk, then run the command again."
+        ) from error
+    partial.replace(target)
     return target

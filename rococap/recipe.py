@@ -39,6 +39,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise ValueError("prompt is empty")
+        if self.prompt != self.prompt.encode(errors="replace").decode():
+            raise ValueError("prompt is not valid Unicode")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if not 0 < self.min_pixels <= self.max_pixels:

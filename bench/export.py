@@ -1,0 +1,104 @@
+"""Exporting a split as CSV: rococap.export against the csv module on one plain sqlite3 cursor, to the same bytes."""
+
+import argparse
+import csv
+import filecmp
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
+
+from report import Clock, Line, alternate, compare, show, timed
+from rows import SPLIT, connect, fill
+
+from rococap import db, export, queue
+from rococap.recipe import Recipe
+
+# What ours selects and computes, with the conversions left to SQLite, so that the peer runs no Python per row.
+SELECT = """
+    SELECT i.image_id, i.caption, c.text, c.processing_ms / 1000, ?,
+        strftime('%Y-%m-%dT%H:%M:%f', c.generated_at / 1000.0, 'unixepoch') || 'Z', j.split
+    FROM jobs j JOIN captions c ON c.job_id = j.id JOIN images i ON i.id = j.image_id
+    WHERE j.run_id = 1 AND j.split = ? AND j.status = 'done' ORDER BY j.image_id
+"""
+
+
+def write_ours(database: Path, target: Path) -> None:
+    engine = db.connect(f"sqlite:///{database}")
+    with db.transaction(engine) as conn:
+        run = queue.get_run(conn, "bench")
+    export.export(engine, run, SPLIT, target)
+    engine.dispose()
+
+
+def write_peer(database: Path, target: Path) -> None:
+    connection = connect(database)
+    with target.open("w", encoding="utf-8", newline="") as file:
+        file.write(",".join(export.COLUMNS) + "\n")
+        writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        writer.writerows(connection.execute(SELECT, (Recipe().model, SPLIT)))
+        file.flush()
+        os.fsync(file.fileno())
+    connection.close()
+
+
+WRITERS = {"ours": write_ours, "peer": write_peer}
+
+
+def grown(database: Path, name: str) -> float:
+    """Peak of the resident memory above what the imports take, in MB, of a process of its own."""
+    command = [sys.executable, __file__, "--grow", name, str(database)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def grow(name: str, database: Path) -> None:
+    db.connect(f"sqlite:///{database}").dispose()
+    base = _memory("VmRSS")
+    WRITERS[name](database, database.with_name("grown.csv"))
+    print(_memory("VmHWM") - base)
+
+
+def _memory(field: str) -> float:
+    # Not getrusage's ru_maxrss: a process starts with its parent's (exec keeps it), and the parent may be larger.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+
+
+def measure(database: Path, rows: int, n_rounds: int) -> list[Line]:
+    peer, ours = database.with_name("peer.csv"), database.with_name("ours.csv")
+    rounds = alternate(
+        n_rounds, lambda: timed(lambda: write_peer(database, peer)), lambda: timed(lambda: write_ours(database, ours))
+    )
+    if not filecmp.cmp(peer, ours, shallow=False):
+        raise SystemExit("the two wrote different files")
+    memory = {name: grown(database, name) for name in WRITERS}
+    clocks: tuple[Clock, ...] = ("wall", "cpu")
+    return [
+        *(compare("export CSV, per row", rounds, clock, "<= 1.3", rows=rows) for clock in clocks),
+        Line(
+            "memory above the base, MB", f"{memory['peer']:.0f}", f"{memory['ours']:.0f}", (memory["ours"],), "<= 150"
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--grow", nargs=2, metavar=("WHO", "DATABASE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.grow:
+        return grow(options.grow[0], Path(options.grow[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        database = Path(folder, "bench.db")
+        fill(database, options.rows, done=True)
+        lines = measure(database, options.rows, options.rounds)
+        size = (database.with_name("ours.csv").stat().st_size) / 1e6
+    return show(lines, f"{options.rows} rows, a file of {size:.0f} MB, {options.rounds} rounds")
+
+
+if __name__ == "__main__":
+    main()
