@@ -34,6 +34,11 @@ fix: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(VENV)/installed
+	$(BIN)/python bench/queue.py
+	$(BIN)/python bench/enqueue.py
+	$(BIN)/python bench/export.py
+
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel
 

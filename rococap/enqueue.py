@@ -204,9 +204,13 @@ def _register_jobs(
         first = execute(
             conn, f"SELECT id {_SPLIT_FROM} LIMIT 1 OFFSET ?", (0, run.dataset_id, split, offset)
         ).scalar_one_or_none()
+        counts = [one.total for one in queue.counts(conn) if (one.run, one.split) == (run.name, split)]
     if first is None:
         raise RunError(f"Split {split} has {n_images} rows, so --offset {offset} is past its end.")
     total = n_images - offset if limit is None else min(limit, n_images - offset)
+    if counts == [n_images]:  # every image has its job
+        result.known = total
+        return
     while (done := result.new + result.known) < total:
         with transaction(engine, write=True) as conn:
             first = _register_page(conn, run, split, first, min(PAGE, total - done), result)

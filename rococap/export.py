@@ -148,9 +148,10 @@ def _short_reads(database: Database) -> Iterator[Callable[[], AbstractContextMan
 def _frame(rows: Sequence[Sequence[Any]], run: Run, split: str) -> pd.DataFrame:
     _, _, image_ids, captions, texts, processing_ms, generated_at = zip(*rows, strict=True)
     seconds = np.round(np.array(processing_ms, dtype=float) / 1000, 6)
-    times = np.char.add(np.datetime_as_string(np.array(generated_at, dtype="datetime64[ms]")), "Z")
-    columns = (image_ids, captions, texts, seconds, run.recipe.model, times.astype(object), split)
-    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), dtype=None)
+    times = np.datetime_as_string(np.array(generated_at, dtype="datetime64[ms]"), timezone="UTC")
+    columns = (image_ids, captions, texts, seconds, run.recipe.model, times.tolist(), split)
+    # Objects, since pandas would turn every text into its own string type and back.
+    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), dtype=object)
 
 
 def _write(frames: Iterator[pd.DataFrame], path: Path, format: str) -> int:

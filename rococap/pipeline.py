@@ -211,13 +211,14 @@ class Pipeline:
             if self._left == 0:
                 return None
             self._tidy()
-            if lease := self._claim(NORMAL):
+            if self._unfinished()["pending"] and (lease := self._claim(NORMAL)):
                 return lease
             if not self._wait_until(lambda: not self._state.held):
                 return None
-            if lease := self._claim(SUSPECTS) or self._claim(SOLO):
+            left = self._unfinished()
+            if left["pending"] and (lease := self._claim(SUSPECTS) or self._claim(SOLO)):
                 return lease
-            if not (self._claims.wait or self._any_unfinished()):
+            if not (self._claims.wait or any(left.values())):
                 return None
             self._pause()
         return None
@@ -236,9 +237,10 @@ class Pipeline:
         with self._changed:
             self._changed.wait_for(lambda: self._state.stopping, timeout=POLL_SEC * random.uniform(0.5, 1.0))
 
-    def _any_unfinished(self) -> bool:
+    def _unfinished(self) -> dict[str, int]:
+        """A read, so that a worker with nothing to claim takes no write lock."""
         with transaction(self._database) as conn:
-            return any(queue.unfinished(conn, self._claims.run, self._claims.splits).values())
+            return queue.unfinished(conn, self._claims.run, self._claims.splits)
 
     def _tidy(self) -> None:
         """Wakes what has waited long enough and reaps dead workers' leases.
@@ -255,7 +257,7 @@ class Pipeline:
                 queue.reap(conn)
 
     def _claim(self, lane: int) -> Lease | None:
-        """A claim of the first split that has work in the lane, entered in the books before anyone sees it."""
+        """A claim of the first split that has work in the lane."""
         claims = self._claims
         most = claims.size if self._left is None else min(claims.size, self._left)
         for split in claims.splits:

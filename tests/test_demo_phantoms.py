@@ -221,7 +221,7 @@ def test_a_picture_is_shown_twice_its_size_or_as_large_as_its_card_allows(
     with Image.open(tmp_path / "sheet.png") as sheet:
         magenta = np.all(np.asarray(sheet) == (255, 0, 255), axis=2)
     rows, columns = np.nonzero(magenta)
-    assert (np.ptp(columns) + 1, np.ptp(rows) + 1) == shown
+    assert (int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1) == shown
 
 
 def test_drawing_needs_no_torch() -> None:

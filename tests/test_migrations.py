@@ -434,8 +434,10 @@ def test_upgrading_waits_for_a_database_that_is_locked(path, url, next_schema):
         outsider.execute("BEGIN EXCLUSIVE")
         timer = threading.Timer(0.3, outsider.execute, ["COMMIT"])
         timer.start()
-        db.upgrade(engine)
-        timer.join()
+        try:
+            db.upgrade(engine)
+        finally:
+            timer.join()
     engine.dispose()
     assert query(path, "SELECT version_num FROM alembic_version") == [("0002",)]
 
