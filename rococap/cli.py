@@ -1,4 +1,4 @@
-"""The command line: options -> call -> echo. Heavy imports stay inside the commands that need them."""
+"""The command line: options -> call -> echo. torch and pandas are imported inside the commands that need them."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ import click
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
 
-from rococap import __version__, db, queue
+from rococap import __version__, datasets, db, queue
 from rococap.datasets import SPLITS
 from rococap.errors import RococapError
 from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, Recipe
@@ -127,7 +127,7 @@ def _use(ctx: click.Context, param: click.Parameter, url: str | None) -> None:
 
 
 db_option = click.option(
-    "--db", metavar="URL", expose_value=False, callback=_use, help="The queue, as before the command."
+    "--db", metavar="URL", expose_value=False, callback=_use, help="The queue; may stand here or before the command."
 )
 
 
@@ -205,7 +205,6 @@ def enqueue(
 
     Again costs almost nothing and changes nothing. Another model, prompt or setting is another run: --run NAME.
     """
-    from rococap import datasets
     from rococap import enqueue as registration
 
     _check_run_name(run_name)
@@ -338,7 +337,7 @@ def _worker_progress() -> Iterator[Callable[[Any, Sequence[queue.Counts]], None]
         left = sum(one.unfinished for one in counts)
         per_minute = sum(one.per_minute for one in counts)
         eta = _duration(60 * left / per_minute) if per_minute else "?"
-        memory = _gpu_memory()
+        memory = _gpu_memory(outcome.device)
         return f"{outcome.done} done here, {left} left, {per_minute:.0f}/min, {eta} to go{memory}"
 
     if console.is_terminal:
@@ -355,12 +354,12 @@ def _worker_progress() -> Iterator[Callable[[Any, Sequence[queue.Counts]], None]
     yield log_line
 
 
-def _gpu_memory() -> str:
+def _gpu_memory(device: str) -> str:
+    if not device.startswith("cuda"):
+        return ""
     import torch
 
-    if not torch.cuda.is_available():
-        return ""
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info(device)
     return f", GPU memory {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB"
 
 
@@ -486,22 +485,15 @@ def export(
     database = _database()
     with db.transaction(database) as conn:
         run = queue.find_run(conn, run_name)
-    for split in splits:
-        path = _export_path(run.name, split, format, output, len(splits))
-        if follow:
-            files.follow(database, run, split, path.parent, checkpoint_every, _echo_segments)
+    paths = {split: _export_path(run.name, split, format, output, len(splits)) for split in splits}
+    folder = next(iter(paths.values())).parent
+    if follow:
+        files.follow(database, run, splits, folder, checkpoint_every, _echo_segments)
+    for split, path in paths.items():
         with _bar() as progress:
-            exported = files.export(
-                database,
-                run,
-                split,
-                path,
-                format=path.suffix.removeprefix("."),
-                require_complete=require_complete,
-                progress=progress,
-            )
+            exported = files.export(database, run, split, path, require_complete=require_complete, progress=progress)
         if checkpoint_every:
-            _echo_segments(files.write_checkpoints(database, run, split, path.parent, checkpoint_every))
+            _echo_segments(files.write_checkpoints(database, run, split, folder, checkpoint_every))
         left = f"; {exported.missing} of the split are not done" if exported.missing else ""
         click.echo(f"{exported.path}: {exported.rows} captions{left}")
 
@@ -591,6 +583,8 @@ def retry(
     """Make failed pictures pending again, with a clean record."""
     if not (codes or image_ids or cancelled or everything):
         raise click.UsageError("Say what to try again: --code CODE, --image-id ID, --cancelled or --all.")
+    if everything and (codes or image_ids or cancelled):
+        raise click.UsageError("--all is everything that failed: leave the other options out, or --all.")
     with db.transaction(_database(), write=True) as conn:
         run = queue.find_run(conn, run_name)
         n = queue.retry(conn, run, splits=splits, codes=codes, image_ids=image_ids, cancelled=cancelled)
@@ -633,12 +627,12 @@ def migrate() -> None:
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True)
 def demo(folder: Path, images: int, workers: int) -> None:
     """Run the whole job on drawings: phantoms, two workers, the small model in this package, an export."""
-    from rococap import demo as phantoms
+    from rococap.demo import run as run_demo
 
     click.echo("Phantoms: drawings made by a program, captioned by a small model that was trained on such drawings.")
     click.echo("They show how rococap works, not what Qwen2-VL sees. Nothing in rococap is for clinical use.\n")
     with _bar() as bar:
-        result = phantoms.run(folder, images, workers, bar if _console().is_terminal else _steps())
+        result = run_demo(folder, images, workers, bar if _console().is_terminal else _steps())
     for shown in result.examples[:4]:
         click.echo(f"{shown.image_id}\n  original   {shown.original}\n  generated  {shown.generated}")
     click.echo(

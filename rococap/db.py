@@ -178,16 +178,20 @@ def transaction(engine: Engine, *, write: bool = False) -> Iterator[Connection]:
     """One transaction, committed when the block ends and rolled back when it raises.
 
     A writer holds SQLite's write lock from the start (BEGIN IMMEDIATE). Both kinds wait for a busy database in our
-    code, with jitter: SQLite's own waiting starves the unlucky. Raises DatabaseError after PATIENCE_SEC.
+    code, with jitter: SQLite's own waiting starves the unlucky. Raises DatabaseError after PATIENCE_SEC, and where the
+    database cannot be used.
     """
-    with engine.connect() as conn:
-        _begin(conn, write)
-        try:
-            yield conn
-            _commit(conn)
-        except BaseException:
-            _roll_back(conn)
-            raise
+    try:
+        with engine.connect() as conn:
+            _begin(conn, write)
+            try:
+                yield conn
+                _commit(conn)
+            except BaseException:
+                _roll_back(conn)
+                raise
+    except OperationalError as error:  # the disk is full, the server is gone, ...: nobody's mistake in SQL
+        raise DatabaseError(explain(error, engine.url)) from error
 
 
 def _begin(conn: Connection, write: bool) -> None:

@@ -21,7 +21,7 @@ class PictureError(RococapError):
 
 
 class DatabaseError(RococapError):
-    """A database that cannot be opened, is not ours, or has another schema."""
+    """A database that cannot be opened or is locked, is not ours, or has another schema."""
 
 
 class RunError(RococapError):
@@ -29,7 +29,7 @@ class RunError(RococapError):
 
 
 class ModelError(RococapError):
-    """A model that cannot be loaded, or that a run was not made with."""
+    """A model that cannot be loaded, or that does not caption pictures."""
 
 
 class LeaseLost(RococapError):

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ COLUMNS = (
     "timestamp",
     "split",
 )
+CHECKPOINT = re.compile(r"checkpoint_\w+_(?P<number>\d{6,})\.csv")
 PAGE = 5_000
 SEGMENTS_AT_ONCE = 200
 FOLLOW_SEC = 2.0
@@ -72,17 +74,16 @@ def export(
     split: str,
     path: Path,
     *,
-    format: str = "csv",
     require_complete: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Exported:
-    """Writes the done images of a split, in data set order, and a manifest `.json` beside it.
+    """Writes the done images of a split, in data set order, to a .csv, .parquet or .jsonl file, and its manifest.
 
     Raises RunError if the run has nothing of the split, IncompleteError if some are not done and all were required,
     RococapError if the file cannot be written; then an older file stays as it was.
     """
     with transaction(database) as conn:
-        counts = _counts(conn, run, split)
+        (counts,) = queue.counts_of(conn, run, [split])
         cutoff = db.now(conn)
     missing = counts.total - counts.done
     if require_complete and missing:
@@ -91,20 +92,11 @@ def export(
             "Caption them: rococap worker; or leave out --require-complete."
         )
     with replacing(path) as partial:
-        rows = _write(_pages(database, run, split, cutoff, counts.done, progress), partial, format)
+        rows = _write(_pages(database, run, split, cutoff, counts.done, progress), partial, path.suffix)
         digest = _sha256(partial)
-    about = {"file": path.name, "rows": rows, "missing": missing, "sha256": digest}
-    _write_json(path.with_suffix(".json"), _manifest(run, split) | about)
+    about = {"split": split, "file": path.name, "rows": rows, "missing": missing, "sha256": digest}
+    _write_json(path.with_suffix(".json"), _manifest(run) | about)
     return Exported(path, rows, missing)
-
-
-def _counts(conn: Connection, run: Run, split: str) -> queue.Counts:
-    for counts in queue.counts(conn):
-        if (counts.run, counts.split) == (run.name, split):
-            return counts
-    raise RunError(
-        f"Run {run.name!r} has no pictures of {split}. Register them: rococap enqueue --run {run.name} --split {split}"
-    )
 
 
 _SELECT = (
@@ -154,15 +146,15 @@ def _frame(rows: Sequence[Sequence[Any]], run: Run, split: str) -> pd.DataFrame:
     return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), dtype=object)
 
 
-def _write(frames: Iterator[pd.DataFrame], path: Path, format: str) -> int:
-    match format:
-        case "csv":
+def _write(frames: Iterator[pd.DataFrame], path: Path, suffix: str) -> int:
+    match suffix:
+        case ".csv":
             return _write_csv(frames, path)
-        case "jsonl":
+        case ".jsonl":
             return _write_jsonl(frames, path)
-        case "parquet":
+        case ".parquet":
             return _write_parquet(frames, path)
-    raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format}")
+    raise ValueError(f"the file's name must end in one of {', '.join(FORMATS)}, not {suffix}")
 
 
 def _write_csv(frames: Iterator[pd.DataFrame], path: Path) -> int:
@@ -196,11 +188,10 @@ def _write_parquet(frames: Iterator[pd.DataFrame], path: Path) -> int:
     return rows
 
 
-def _manifest(run: Run, split: str | None = None) -> dict[str, Any]:
+def _manifest(run: Run) -> dict[str, Any]:
     """What made the captions: enough to say so beside them, and to restore them."""
     return {
         "run": run.name,
-        **({"split": split} if split else {}),
         "dataset": run.dataset,
         "dataset_revision": run.dataset_revision,
         "recipe": asdict(run.recipe),
@@ -273,12 +264,24 @@ def write_checkpoints(database: Database, run: Run, split: str, folder: Path, ev
         pass
     with transaction(database) as conn:
         last = _last_checkpoint(conn, run, split)
+    if last:
+        _claim_folder(run, folder)
     missing = [n for n in range(1, last + 1) if not checkpoint_path(folder, split, n).exists()]
-    if missing:
-        _write_json(folder / "run.json", _manifest(run))
     for start in range(0, len(missing), SEGMENTS_AT_ONCE):
         _write_segments(database, run, split, folder, missing[start : start + SEGMENTS_AT_ONCE])
     return [checkpoint_path(folder, split, n) for n in missing]
+
+
+def _claim_folder(run: Run, folder: Path) -> None:
+    """Names the run that the segments here are of. Raises RococapError if others are there."""
+    there = _read_json(folder / "run.json")
+    if there is not None and (there.get("run"), there.get("recipe_hash")) != (run.name, run.recipe.hash):
+        raise RococapError(
+            f"{folder} holds checkpoints of another run ({there.get('run')}). Move them away, or write elsewhere with "
+            "--output."
+        )
+    if there is None:
+        _write_json(folder / "run.json", _manifest(run))
 
 
 def checkpoint_path(folder: Path, split: str, number: int) -> Path:
@@ -327,14 +330,15 @@ def _write_segments(database: Database, run: Run, split: str, folder: Path, numb
 
 
 def follow(
-    database: Database, run: Run, split: str, folder: Path, every: int, written: Callable[[list[Path]], None]
+    database: Database, run: Run, splits: Sequence[str], folder: Path, every: int, written: Callable[[list[Path]], None]
 ) -> None:
-    """Keeps writing segments as workers finish them, until the split has nothing left to do."""
+    """Keeps writing segments as workers finish them, until the splits have nothing left to do."""
     while True:
         with transaction(database) as conn:
-            is_finished = not any(queue.unfinished(conn, run, [split]).values())
-        if paths := write_checkpoints(database, run, split, folder, every):
-            written(paths)
+            is_finished = not any(queue.unfinished(conn, run, splits).values())
+        for split in splits:
+            if paths := write_checkpoints(database, run, split, folder, every):
+                written(paths)
         if is_finished:
             return
         time.sleep(FOLLOW_SEC)
@@ -355,7 +359,8 @@ class Restored:
 
 
 def restore(database: Database, run: Run, path: Path) -> Restored:
-    """Reads an export or a segment back: captions that are there win, what a file does not hold stays empty.
+    """Reads an export or a segment back: captions that are there win, what a file does not hold stays empty. What a
+    segment holds counts as written to it.
 
     Raises RococapError, changing nothing, for a file that is no export, was altered since, or was made by another
     model or recipe than the run's.
@@ -371,21 +376,21 @@ def restore(database: Database, run: Run, path: Path) -> Restored:
                 _restore_page(conn, run, str(split), rows, result)
     if manifest and manifest.get("resolved") and result.restored:
         with transaction(database, write=True) as conn:
-            resolved = json.dumps(manifest["resolved"], sort_keys=True)
-            execute(conn, "UPDATE runs SET resolved = ? WHERE id = ? AND resolved IS NULL", (resolved, run.id))
+            queue.pin_first(conn, run, manifest["resolved"])
     return result
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
-    for candidate in (path.with_suffix(".json"), path.parent / "run.json"):
-        try:
-            manifest = json.loads(candidate.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            raise RococapError(f"{candidate} is not a manifest ({error}). Remove it to restore without it.") from error
-        return dict(manifest)
-    return None
+    return _read_json(path.with_suffix(".json")) or _read_json(path.parent / "run.json")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (TypeError, ValueError) as error:
+        raise RococapError(f"{path} is not a manifest ({error}). Move it away to go on without it.") from error
 
 
 def _check_manifest(run: Run, path: Path, manifest: dict[str, Any] | None) -> None:
@@ -439,6 +444,7 @@ def _milliseconds(path: Path, frame: pd.DataFrame) -> list[int]:
 
 def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, result: Restored) -> None:
     at = db.now(conn)
+    segment = _segment(result.path)
     jobs = _jobs_by_image_id(conn, run, split, list(rows["image_id"]))
     moved: Counter[str] = Counter()
     done, captions = [], []
@@ -454,18 +460,24 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
         else:
             moved[str(status)] += 1
             jobs[image_id] = (job_id, JobState.DONE)
-            done.append((at, job_id))
+            done.append((at, segment, job_id))
             captions.append((job_id, clean_text(text), _as_ms(seconds), generated_at))
     if done:
         execute(
             conn,
-            "UPDATE jobs SET status = 'done', not_before = NULL, finished_at = ? WHERE id = ?",
+            "UPDATE jobs SET status = 'done', not_before = NULL, finished_at = ?, checkpoint = ? WHERE id = ?",
             done,
         )
         execute(conn, "INSERT INTO captions (job_id, text, processing_ms, generated_at) VALUES (?, ?, ?, ?)", captions)
         changes = {status: -n for status, n in moved.items()} | {JobState.DONE: len(done)}
         queue.tally(conn, run.id, split, 0, changes)
     result.restored += len(done)
+
+
+def _segment(path: Path) -> int | None:
+    """The number of a checkpoint segment: what it holds is not to be written into another."""
+    name = CHECKPOINT.fullmatch(path.name)
+    return int(name["number"]) if name else None
 
 
 def _as_ms(seconds: Any) -> float | None:

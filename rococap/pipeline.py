@@ -49,7 +49,7 @@ class _Held:
 
 @dataclass(slots=True)
 class _State:
-    """What the threads share, under the pipeline's condition."""
+    """What the threads share: changed under the pipeline's condition; a single look needs no lock."""
 
     held: dict[int, _Held] = field(default_factory=dict)
     lease_of: dict[int, int] = field(default_factory=dict)
@@ -93,22 +93,27 @@ class Pipeline:
     def take(self, most: int, wait: float | None) -> list[Prepared]:
         state = self._state
         with self._changed:
-            self._waiting = True
-            self._changed.wait_for(lambda: state.ready or state.ended or state.error, timeout=wait)
-            self._waiting = False
-            self._stepped_at = time.monotonic()
-            if state.error is not None:
-                raise state.error
-            batch: list[Prepared] = []
-            while state.ready and len(batch) < most:
-                picture = state.ready.popleft()
-                if picture.job_id not in state.abandoned:
-                    batch.append(picture)
-            state.running |= {picture.job_id for picture in batch}
-            self._changed.notify_all()
-            if not batch and wait is None and not state.ended:
-                return self.take(most, wait)  # all that was ready had been lost
-            return batch
+            while True:
+                self._waiting = True
+                self._changed.wait_for(lambda: state.ready or state.ended or state.error, timeout=wait)
+                self._waiting = False
+                self._stepped_at = time.monotonic()
+                if state.error is not None:
+                    raise state.error
+                batch = self._pop(most)
+                if batch or wait is not None or state.ended:  # else all that was ready had been lost
+                    return batch
+
+    def _pop(self, most: int) -> list[Prepared]:
+        state = self._state
+        batch: list[Prepared] = []
+        while state.ready and len(batch) < most:
+            picture = state.ready.popleft()
+            if picture.job_id not in state.abandoned:
+                batch.append(picture)
+        state.running |= {picture.job_id for picture in batch}
+        self._changed.notify_all()
+        return batch
 
     def step(self) -> Set[int]:
         self._stepped_at = time.monotonic()
@@ -175,6 +180,10 @@ class Pipeline:
             ]
             state.abandoned.update(*(job_ids for _, job_ids in found))
             return [(lease, job_ids) for lease, job_ids in found if job_ids]
+
+    def lost_contact(self) -> None:
+        """The database did not answer: others are judged only after a lease time of contact from now on."""
+        self._contact_since = time.monotonic()
 
     def stop(self) -> None:
         """No more claims; the source ends with what is ready."""
@@ -254,7 +263,7 @@ class Pipeline:
         with transaction(self._database, write=True) as conn:
             queue.wake(conn)
             if (time.monotonic() - self._contact_since) * 1000 >= self._claims.ttl_ms:
-                queue.reap(conn)
+                queue.reap(conn, but=self._claims.worker_id)
 
     def _claim(self, lane: int) -> Lease | None:
         """A claim of the first split that has work in the lane."""

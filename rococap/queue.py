@@ -16,7 +16,6 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from sqlalchemy import Connection
@@ -161,7 +160,8 @@ def create_run(conn: Connection, name: str, dataset_id: int, recipe: Recipe, now
         raise RunError(f"Run {name!r} has another recipe ({told}). Give this one a name of its own: --run NAME")
     if run.dataset_id != dataset_id:
         raise RunError(
-            f"Run {name!r} is on another data set ({run.dataset}). Give this one a name of its own: --run NAME"
+            f"Run {name!r} is on another data set ({' at '.join(filter(None, (run.dataset, run.dataset_revision)))}). "
+            "Give this one a name of its own: --run NAME"
         )
     return run
 
@@ -169,11 +169,7 @@ def create_run(conn: Connection, name: str, dataset_id: int, recipe: Recipe, now
 def pin(conn: Connection, run: Run, info: EngineInfo) -> None:
     """Fixes what the run's recipe came to on its first worker. Raises RunError for a worker that differs."""
     mine = info.resolved()
-    execute(
-        conn,
-        "UPDATE runs SET resolved = ? WHERE id = ? AND resolved IS NULL",
-        (json.dumps(mine, sort_keys=True), run.id),
-    )
+    pin_first(conn, run, mine)
     pinned = get_run(conn, run.name).resolved or {}
     if differing := [key for key in mine if mine[key] != pinned.get(key)]:
         told = "; ".join(f"{key}: {pinned.get(key)}, here {mine[key]}" for key in differing)
@@ -181,6 +177,12 @@ def pin(conn: Connection, run: Run, info: EngineInfo) -> None:
             f"Run {run.name!r} was started with another model state ({told}), and a run never mixes. "
             "Use the same model and dtype, or enqueue a new run: rococap enqueue --run NAME"
         )
+
+
+def pin_first(conn: Connection, run: Run, resolved: Mapping[str, str]) -> None:
+    """Pins what a run came to, unless it is pinned already."""
+    pinned = json.dumps(resolved, sort_keys=True)
+    execute(conn, "UPDATE runs SET resolved = ? WHERE id = ? AND resolved IS NULL", (pinned, run.id))
 
 
 # --- Workers ---------------------------------------------------------------------------------------------------
@@ -281,7 +283,7 @@ def _hold(conn: Connection, lease: Lease, at: int, n_done: int, timing: Timing) 
 
 
 def _leave(conn: Connection, lease: Lease, sql: str, rows: list[tuple[Any, ...]]) -> None:
-    """Moves jobs out of the lease; every one of them must still be in it."""
+    """Moves jobs out of the lease; every one of them must still be in it. Rows end in job id and lease id."""
     if rows and execute(conn, sql, rows).rowcount != len(rows):
         raise LeaseLost(f"Lease {lease.id} does not hold all of {[row[-2] for row in rows]}: nothing was stored.")
 
@@ -412,13 +414,16 @@ def release(conn: Connection, lease: Lease, job_ids: Iterable[int], *, now: int 
 
 
 # In order of time: asked for in order of id, SQLite walks the table instead of the index.
-_EXPIRED = "SELECT id FROM leases WHERE state = 'open' AND expires_at <= ? ORDER BY expires_at, id"
+_EXPIRED = "SELECT id FROM leases WHERE state = 'open' AND expires_at <= ? AND worker_id <> ? ORDER BY expires_at, id"
 
 
-def reap(conn: Connection, *, now: int | None = None) -> list[int]:
-    """Frees the jobs of leases whose time ran out; returns the leases. Their workers are taken for dead."""
+def reap(conn: Connection, *, but: int = 0, now: int | None = None) -> list[int]:
+    """Frees the jobs of leases whose time ran out; returns the leases. Their workers are taken for dead.
+
+    A worker passes its own id as `but`: it knows better than the clock that it lives.
+    """
     at = _at(conn, now)
-    expired = sorted(row[0] for row in execute(conn, _EXPIRED, (at,)).fetchall())
+    expired = sorted(row[0] for row in execute(conn, _EXPIRED, (at, but)).fetchall())
     return [lease_id for lease_id in expired if crash(conn, lease_id, now=at, expired_by=at)]
 
 
@@ -514,10 +519,8 @@ def _selected(
 def _move(conn: Connection, run: Run, sql: str, jobs: list[tuple[int, str, str]], to: str) -> int:
     if jobs:
         execute(conn, sql, [(id,) for id, _, _ in jobs])
-    for split, group in groupby(sorted(jobs, key=lambda job: job[1]), key=lambda job: job[1]):
-        changes = Counter({status: -n for status, n in Counter(status for _, _, status in group).items()})
-        changes[to] -= sum(changes.values())
-        tally(conn, run.id, split, 0, changes)
+    for (split, status), n in sorted(Counter((split, status) for _, split, status in jobs).items()):
+        tally(conn, run.id, split, 0, {status: -n, to: n})
     return len(jobs)
 
 
@@ -626,6 +629,17 @@ def counts(conn: Connection, *, now: int | None = None) -> list[Counts]:
     keys = sorted({(row[0], row[1], row[2]) for row in rows}, key=lambda key: (key[0], SPLITS.index(key[2])))
     n = {(row[0], row[2], row[3]): int(row[4]) for row in rows}
     return [_counts(run_id, name, split, n, per_minute.get((run_id, split), 0.0)) for run_id, name, split in keys]
+
+
+def counts_of(conn: Connection, run: Run, splits: Sequence[str] = SPLITS) -> list[Counts]:
+    """Those of one run. Raises RunError if it has nothing of these splits."""
+    mine = [one for one in counts(conn) if one.run == run.name and one.split in splits]
+    if not mine:
+        raise RunError(
+            f"Run {run.name!r} has no pictures of {', '.join(splits)}. Register them: "
+            f"rococap enqueue --run {run.name} --split {splits[0]}"
+        )
+    return mine
 
 
 def _counts(run_id: int, name: str, split: str, n: Mapping[tuple[int, str, str], int], per_minute: float) -> Counts:

@@ -56,12 +56,16 @@ class Outcome:
     """What a worker did. `lost`: captions that came too late, since another worker had the picture by then."""
 
     run: str = ""
+    device: str = ""
     done: int = 0
     failed: int = 0
     lost: int = 0
     seconds: float = 0.0
     drained: bool = False
 
+
+Completions = fifo.SimpleQueue[Completion | None]
+"""What is finished and not stored; None is the end."""
 
 Report = Callable[[Outcome, Sequence[queue.Counts]], None]
 """Called after each group of stored captions, from the store thread."""
@@ -80,7 +84,7 @@ def work(
     with transaction(database) as conn:
         run = choose_run(conn, settings.run, settings.splits)
         splits = settings.splits or datasets.SPLITS
-        present = _splits_with_jobs(conn, run, splits)
+        present = [counts.split for counts in queue.counts_of(conn, run, splits)]
         left = queue.unfinished(conn, run, splits)
     if not (settings.wait or any(left.values())):
         return Outcome(run.name)
@@ -92,12 +96,18 @@ def work(
         worker_id = queue.register_worker(conn, uuid.uuid4().hex, socket.gethostname(), os.getpid(), engine.info)
     log.info("captioning run %s with %s on %s (%s)", run.name, run.recipe.model, engine.info.device, engine.info.dtype)
     claims = Claims(
-        worker_id, run, splits, settings.batch_size, int(settings.lease_ttl * 1000), settings.limit, settings.wait
+        worker_id=worker_id,
+        run=run,
+        splits=splits,
+        size=settings.batch_size,
+        ttl_ms=int(settings.lease_ttl * 1000),
+        limit=settings.limit,
+        wait=settings.wait,
     )
-    outcome = Outcome(run.name)
-    store = Store(database, run, outcome, settings.batch_size, report)
-    pipeline = Pipeline(database, claims, dataset.root, engine, store.put)
-    store.pipeline = pipeline
+    outcome = Outcome(run.name, engine.info.device)
+    completions: Completions = fifo.SimpleQueue()
+    pipeline = Pipeline(database, claims, dataset.root, engine, completions.put)
+    store = Store(database, run, outcome, pipeline, completions, settings.batch_size, report)
     try:
         _caption(database, engine, pipeline, store, worker_id, settings)
     finally:
@@ -122,16 +132,6 @@ def choose_run(conn: Connection, name: str | None, splits: Sequence[str]) -> Run
         names = ", ".join(run.name for run in busy)
         raise RunError(f"Several runs have work ({names}). Choose one: rococap worker --run NAME")
     return busy[0] if busy else runs[-1]
-
-
-def _splits_with_jobs(conn: Connection, run: Run, splits: Sequence[str]) -> list[str]:
-    mine = [counts.split for counts in queue.counts(conn) if counts.run == run.name and counts.split in splits]
-    if not mine:
-        raise RunError(
-            f"Run {run.name!r} has no pictures of {', '.join(splits)}. Register them: "
-            f"rococap enqueue --run {run.name} --split {splits[0]}"
-        )
-    return mine
 
 
 def _caption(
@@ -177,15 +177,23 @@ def _caption(
 class Store:
     """Stores completions in a thread of its own, together: every batch or every second, whichever comes first."""
 
-    pipeline: Pipeline
-
-    def __init__(self, database: Database, run: Run, outcome: Outcome, group: int, report: Report) -> None:
+    def __init__(
+        self,
+        database: Database,
+        run: Run,
+        outcome: Outcome,
+        pipeline: Pipeline,
+        completions: Completions,
+        group_size: int,
+        report: Report,
+    ) -> None:
         self.outcome = outcome
         self._database = database
         self._run = run
-        self._group = group
+        self._pipeline = pipeline
+        self._completions = completions
+        self._group_size = group_size
         self._report = report
-        self._completions: fifo.SimpleQueue[Completion | None] = fifo.SimpleQueue()
         self._thread = threading.Thread(target=self._run_thread, name="store", daemon=True)
 
     def start(self) -> None:
@@ -204,13 +212,13 @@ class Store:
             for group in self._groups():
                 self._store(group)
         except BaseException as error:
-            self.pipeline.break_off(error)
+            self._pipeline.break_off(error)
 
     def _groups(self) -> Iterator[list[Completion]]:
         while (first := self._completions.get()) is not None:
             group = [first]
             deadline = time.monotonic() + STORE_EVERY_SEC
-            while len(group) < self._group and (left := deadline - time.monotonic()) > 0:
+            while len(group) < self._group_size and (left := deadline - time.monotonic()) > 0:
                 try:
                     completion = self._completions.get(timeout=left)
                 except fifo.Empty:
@@ -224,7 +232,7 @@ class Store:
     def _store(self, group: list[Completion]) -> None:
         by_lease: dict[int, tuple[Lease, list[Completion]]] = {}
         for completion in group:
-            lease = self.pipeline.lease_of(completion.job_id)
+            lease = self._pipeline.lease_of(completion.job_id)
             if lease is None:
                 self.outcome.lost += 1
             else:
@@ -232,30 +240,29 @@ class Store:
         for lease, completions in by_lease.values():
             self._store_lease(lease, completions)
         with transaction(self._database) as conn:
-            counts = [one for one in queue.counts(conn) if one.run == self._run.name]
+            counts = queue.counts_of(conn, self._run)
         self._report(self.outcome, counts)
 
     def _store_lease(self, lease: Lease, completions: list[Completion]) -> None:
         captions = [completion for completion in completions if completion.failure is None]
         failed = {c.job_id: c.failure for c in completions if c.failure is not None}
         try:
-            if captions:
-                with transaction(self._database, write=True) as conn:
+            with transaction(self._database, write=True) as conn:
+                if captions:
                     queue.complete(conn, lease, captions, timing=self._timing(lease, captions))
-                self.outcome.done += len(captions)
-            if failed:
-                with transaction(self._database, write=True) as conn:
+                if failed:
                     queue.fail(conn, lease, failed)
-                self.outcome.failed += len(failed)
         except LeaseLost as error:
             log.warning("%s", error)
             self.outcome.lost += len(completions)
-            self.pipeline.lose([lease.id])
+            self._pipeline.lose([lease.id])
         else:
-            self.pipeline.settle(lease, [completion.job_id for completion in completions])
+            self.outcome.done += len(captions)
+            self.outcome.failed += len(failed)
+            self._pipeline.settle(lease, [completion.job_id for completion in completions])
 
     def _timing(self, lease: Lease, captions: Sequence[Completion]) -> queue.Timing:
-        timing = self.pipeline.take_timing(lease)
+        timing = self._pipeline.take_timing(lease)
         prefill = sum(caption.prefill_ms for caption in captions)
         decode = sum(caption.processing_ms for caption in captions) - prefill
         return queue.Timing(timing.load_ms, timing.prepare_ms, prefill, decode)
@@ -278,6 +285,7 @@ def _beat(database: Database, pipeline: Pipeline, worker_id: int, settings: Sett
                 kept = queue.heartbeat(conn, worker_id, leases, ttl_ms=int(settings.lease_ttl * 1000))
         except RococapError as error:
             log.warning("no heartbeat: %s", error)
+            pipeline.lost_contact()
             continue
         still_held = {lease.id for lease in pipeline.open_leases()}
         if lost := set(leases) & still_held - kept:

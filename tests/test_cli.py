@@ -155,6 +155,7 @@ def test_retry_and_cancel_say_how_many(here):
     assert said("cancel", "--all") == "default: 4 cancelled. Undo: rococap retry --cancelled\n"
     assert said("retry", "--cancelled") == "default: 5 pending again. Caption them: rococap worker\n"
     assert "Say what to try again" in refused("retry", code=2)
+    assert "--all is everything that failed" in refused("retry", "--all", "--cancelled", code=2)
     assert "Say what to cancel" in refused("cancel", code=2)
 
 

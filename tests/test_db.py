@@ -650,7 +650,7 @@ def test_without_wal_a_writer_begins_beside_a_reader_and_commits_after_it(engine
 
 
 def test_a_reader_cannot_write(engine):
-    with pytest.raises(DriverError, match="attempt to write a readonly database"), db.transaction(engine) as conn:
+    with pytest.raises(DatabaseError, match="attempt to write a readonly database"), db.transaction(engine) as conn:
         add(conn, "one")
     with db.transaction(engine, write=True) as conn:
         assert names(conn) == []

@@ -106,7 +106,7 @@ def test_the_file_is_rfc_4180_with_a_plain_header_and_line_feeds(database, run, 
 @pytest.mark.parametrize("format", export.FORMATS)
 def test_awkward_captions_come_out_as_they_went_in(database, run, out, format):
     caption(database, run, AWKWARD)
-    path = export.export(database, run, "train", out / f"x.{format}", format=format).path
+    path = export.export(database, run, "train", out / f"x.{format}").path
     frames = list(export._read(path))
     assert list(pd.concat(frames)["generated_caption"]) == AWKWARD
     if format == "csv":
@@ -262,8 +262,22 @@ def test_following_ends_when_the_split_has_nothing_left(database, run, out, monk
 
     monkeypatch.setattr(export.time, "sleep", work)
     seen: list[list[str]] = []
-    export.follow(database, run, "train", out, 10, lambda paths: seen.append(numbers(paths)))
+    export.follow(database, run, ["train"], out, 10, lambda paths: seen.append(numbers(paths)))
     assert seen == [["checkpoint_train_000001.csv"], ["checkpoint_train_000002.csv", "checkpoint_train_000003.csv"]]
+
+
+def test_a_folder_with_segments_of_another_run_is_refused(database, run, out, tmp_path):
+    caption(database, run, ["x"] * 30)
+    write_checkpoints(database, run, "train", out, 10)
+    register(database, tmp_path / "set", ["train"], run="other", recipe=Recipe(model="tests/small", prompt="What?"))
+    with db.transaction(database) as conn:
+        other_run = queue.get_run(conn, "other")
+    caption(database, other_run, ["y"] * 30)
+    with pytest.raises(RococapError) as error:
+        write_checkpoints(database, other_run, "train", out, 10)
+    assert str(error.value) == (
+        f"{out} holds checkpoints of another run (default). Move them away, or write elsewhere with --output."
+    )
 
 
 # --- restore ---------------------------------------------------------------------------------------------------
@@ -280,7 +294,7 @@ def other(tmp_path: Path) -> Engine:
 @pytest.mark.parametrize("format", export.FORMATS)
 def test_a_lost_database_is_restored_from_an_export_to_the_byte(database, other, run, out, tmp_path, format):
     caption(database, run, [*AWKWARD, *[f"{n}" for n in range(30 - len(AWKWARD))]])
-    path = export.export(database, run, "train", out / f"x.{format}", format=format).path
+    path = export.export(database, run, "train", out / f"x.{format}").path
     reference = export.export(database, run, "train", out / "reference.csv").path
     new = fill(other, tmp_path / "set", 30)
     result = restore(other, new, path)
@@ -300,6 +314,23 @@ def test_segments_restore_what_they_hold_and_the_rest_stays_pending(database, ot
         rows = db.execute(conn, "SELECT DISTINCT lease_id, finish_reason, new_tokens FROM captions").fetchall()
     assert (counts.done, counts.pending) == (18, 12)
     assert [tuple(row) for row in rows] == [(None, None, None)]
+
+
+def test_restored_segments_stay_as_they_are_and_later_ones_follow_them(database, other, run, out, tmp_path):
+    caption(database, run, [f"{n}" for n in range(20)])
+    before = {path: path.read_bytes() for path in write_checkpoints(database, run, "train", out, 6)}
+    new = fill(other, tmp_path / "set", 30)
+    for path in before:
+        restore(other, new, path)
+    caption(other, new, [f"again {n}" for n in range(12)], now=1_700_000_000_999)
+    assert numbers(write_checkpoints(other, new, "train", out, 6)) == [
+        "checkpoint_train_000004.csv",
+        "checkpoint_train_000005.csv",
+    ]
+    assert {path: path.read_bytes() for path in before} == before
+    main = export.export(other, new, "train", out / "medical_captions_train.csv").path
+    segments = pd.concat([read(path) for path in sorted(out.glob("checkpoint_*.csv"))])
+    assert segments.sort_values("image_id").to_csv(index=False) == read(main).to_csv(index=False)
 
 
 def test_captions_that_are_there_win_and_what_is_being_captioned_is_left_alone(database, other, run, out, tmp_path):

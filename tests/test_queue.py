@@ -262,6 +262,14 @@ def test_a_lease_is_reaped_when_its_time_has_run_out_and_not_before(database, ru
     assert column(database, "SELECT state FROM leases") == ["expired"]
 
 
+def test_a_worker_never_reaps_itself(database, run):
+    worker = new_worker(database)
+    lease = claimed(database, worker, run)
+    with writing(database) as conn:
+        assert queue.reap(conn, but=worker, now=TTL) == []
+        assert queue.reap(conn, but=worker + 1, now=TTL) == [lease.id]
+
+
 def test_a_heartbeat_extends_a_lease(database, run):
     worker = new_worker(database)
     lease = claimed(database, worker, run)

@@ -50,7 +50,7 @@ class Demo:
 
 
 def recipe() -> Recipe:
-    # float32 wherever it runs: the captions are then the same on every machine.
+    # float32 wherever it runs, so that the captions do not hang on a GPU's precision.
     return Recipe(model=str(MODEL), max_new_tokens=64, dtype="float32")
 
 

@@ -38,9 +38,10 @@ from transformers import (
 
 from rococap.demo.phantoms import HELD_OUT_SEEDS, TRAINING_SEEDS, Finding, Phantom, draw
 from rococap.errors import ModelError
+from rococap.recipe import DEFAULT_PROMPT, Recipe
 
-PROMPT: Final = "Describe this medical image in detail."
-PIXEL_AREAS: Final = {"shortest_edge": 3136, "longest_edge": 1003520}
+PROMPT: Final = DEFAULT_PROMPT
+PIXEL_AREAS: Final = {"shortest_edge": Recipe().min_pixels, "longest_edge": Recipe().max_pixels}
 
 BATCH_SIZE: Final = 32
 MAX_NEW_TOKENS: Final = 48
