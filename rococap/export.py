@@ -5,7 +5,6 @@ under another name, fsynced and renamed. Done rows never change, so an export is
 transactions that stall no worker.
 """
 
-import csv
 import errno
 import hashlib
 import json
@@ -24,6 +23,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.csv import CSVWriter, WriteOptions
 from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
@@ -45,6 +45,7 @@ COLUMNS = (
     "split",
 )
 CHECKPOINT = re.compile(r"checkpoint_\w+_(?P<number>\d{6,})\.csv")
+_SCHEMA = pa.schema([(name, pa.float64() if name == "processing_time_sec" else pa.string()) for name in COLUMNS])
 PAGE = 5_000
 SEGMENTS_AT_ONCE = 200
 FOLLOW_SEC = 2.0
@@ -158,13 +159,16 @@ def _write(frames: Iterator[pd.DataFrame], path: Path, suffix: str) -> int:
 
 
 def _write_csv(frames: Iterator[pd.DataFrame], path: Path) -> int:
-    """RFC 4180 with \\n. Every text is quoted: before Python 3.13 the csv module leaves a bare \\r unquoted."""
+    """RFC 4180 with \\n and a plain header. Arrow quotes every text, where the csv module before Python 3.13 leaves a
+    bare \\r unquoted, and takes half the time of pandas.
+    """
     rows = 0
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(",".join(COLUMNS) + "\n")
-        for frame in frames:
-            frame.to_csv(file, header=False, index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-            rows += len(frame)
+    with path.open("wb") as file:
+        file.write(",".join(COLUMNS).encode() + b"\n")
+        with CSVWriter(file, _SCHEMA, write_options=WriteOptions(include_header=False)) as writer:
+            for frame in frames:
+                writer.write_table(_table(frame))
+                rows += len(frame)
     return rows
 
 
@@ -178,14 +182,16 @@ def _write_jsonl(frames: Iterator[pd.DataFrame], path: Path) -> int:
 
 
 def _write_parquet(frames: Iterator[pd.DataFrame], path: Path) -> int:
-    kinds = {"processing_time_sec": pa.float64()}
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
     rows = 0
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(path, _SCHEMA) as writer:
         for frame in frames:
-            writer.write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False))
+            writer.write_table(_table(frame))
             rows += len(frame)
     return rows
+
+
+def _table(frame: pd.DataFrame) -> pa.Table:
+    return pa.Table.from_pandas(frame, schema=_SCHEMA, preserve_index=False)
 
 
 def _manifest(run: Run) -> dict[str, Any]:
