@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import os
 import sys
 import time
 from collections import Counter
@@ -24,7 +26,18 @@ from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, Recipe
 DEFAULT_DATASET = "eltorio/ROCOv2-radiology"
 LOST_AFTER_MS = 120_000  # workers beat at least every 30 s
 
+MANY = 10**12
+DAY_SEC = 86_400.0
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Seconds(click.FloatRange):
+    """A number within bounds: FloatRange takes nan for one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        return self.fail(f"{value!r} is not a number.", param, ctx) if math.isnan(seconds) else seconds
 
 
 class Commands(click.Group):
@@ -33,7 +46,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (RococapError, DriverError, OSError, KeyboardInterrupt) as error:
+        except (RococapError, DriverError, OSError, UnicodeEncodeError, KeyboardInterrupt) as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
             raise click.ClickException(_told(error)) from error
@@ -45,6 +58,8 @@ def _told(error: BaseException) -> str:
             return "Stopped. Nothing is half-written: the same command goes on from here."
         case DriverError():
             return db.explain(error)
+        case UnicodeEncodeError():
+            return f"{error.object!r} is not valid Unicode. Write it again."
         case OSError():
             return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     return str(error)
@@ -169,8 +184,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option(
     "--dataset-revision", metavar="REV", help="Branch, tag or commit of a data set on the hub. [default: main]"
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N rows of each split.")
-@click.option("--offset", type=click.IntRange(min=0), default=0, metavar="K", help="Leave out the first K rows.")
+@click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Only N rows of each split.")
+@click.option("--offset", type=click.IntRange(0, MANY), default=0, metavar="K", help="Leave out the first K rows.")
 @click.option(
     "--run", "run_name", default="default", show_default=True, metavar="NAME", help="A recipe's own set of captions."
 )
@@ -179,7 +194,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     "--revision", default="main", show_default=True, metavar="REV", help="Branch, tag or commit of the model."
 )
 @click.option("--prompt", default=DEFAULT_PROMPT, show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1, 1_000_000), default=256, show_default=True)
 @click.option(
     "--min-pixels", type=click.IntRange(min=1), default=3_136, show_default=True, help="Smaller pictures are enlarged."
 )
@@ -230,7 +245,7 @@ def _check_run_name(name: str) -> None:
 
 
 def _absolute_if_folder(model: str) -> str:
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     return str(path.resolve()) if path.is_dir() else model
 
 
@@ -276,12 +291,12 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 @run_option("The run to work on. [default: `default`, or the only one that has work]")
 @splits_option()
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:N")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after N pictures.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), default=16, show_default=True)
+@click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Stop after N pictures.")
 @click.option("--wait", is_flag=True, help="Keep polling for new work instead of ending when all is done.")
 @click.option(
     "--lease-ttl",
-    type=click.FloatRange(min=2),
+    type=Seconds(2, DAY_SEC),
     default=120.0,
     show_default=True,
     metavar="SECONDS",
@@ -289,7 +304,7 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 )
 @click.option(
     "--drain-timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(0, DAY_SEC),
     default=25.0,
     show_default=True,
     metavar="SECONDS",
@@ -297,7 +312,7 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 )
 @click.option(
     "--stall-timeout",
-    type=click.FloatRange(min=1),
+    type=Seconds(1, DAY_SEC),
     default=600.0,
     show_default=True,
     metavar="SECONDS",
@@ -459,7 +474,7 @@ def _watch(text: Callable[[], str]) -> None:
 )
 @click.option(
     "--checkpoint-every",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 1_000_000),
     default=25,
     show_default=True,
     metavar="N",

@@ -86,7 +86,7 @@ class Dataset:
 
 def locate(name: str, splits: Sequence[str], revision: str | None = None) -> Dataset:
     """A folder as it is; of a hub data set the Parquet files of `splits`, downloaded where they are not cached."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if revision is not None:
             raise DatasetError(f"{name} is a folder, and folders have no revisions: leave the revision out.")
@@ -129,6 +129,7 @@ class PictureReader:
         self.row_groups_opened = 0
         self._root = Path(os.path.normpath(root))
         self._shard: str | None = None
+        self._opened: tuple[int, ...] = ()
         self._file: Any = None
         self._cursor: _Cursor | None = None
         self._folders: dict[str, list[Path]] = {}
@@ -161,15 +162,25 @@ class PictureReader:
             # The file may be replaced by a whole one: the next read has to look at it afresh.
             self.close()
             raise
+        if (row is None or row["image_id"] != place.image_id) and self._was_replaced():
+            self.close()
+            row = self._at(place).row(place.row_in_group)
         if row is None or row["image_id"] != place.image_id:
             return _moved(place, row)
         return self._picture(place, row["image"] or {})
+
+    def _was_replaced(self) -> bool:
+        """Whether the open shard is another file by now: what is read from it is then the old one."""
+        try:
+            return self._shard is not None and _identity(self._root / self._shard) != self._opened
+        except OSError:
+            return True
 
     def _at(self, place: Place) -> "_Cursor":
         if place.shard != self._shard:
             self.close()
             self._file = _open_parquet(self._root / place.shard)
-            self._shard = place.shard
+            self._shard, self._opened = place.shard, _identity(self._root / place.shard)
         cursor = self._cursor
         if cursor is None or not cursor.reaches(place.row_group, place.row_in_group):
             cursor = _Cursor(self._file, self._root / place.shard, place.row_group)
@@ -206,7 +217,7 @@ class PictureReader:
         for candidate in candidates:
             try:
                 return candidate.read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
                 continue
             except OSError as error:
                 _require_readable(self._root / place.shard)
@@ -240,6 +251,11 @@ class _Cursor:
                 return None
             self._start, self._stop, self._batch = self._stop, self._stop + batch.num_rows, batch
         return {name: self._batch.column(name)[row - self._start].as_py() for name in self._batch.schema.names}
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _moved(place: Place, row: dict[str, Any] | None) -> PictureError:

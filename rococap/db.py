@@ -72,6 +72,8 @@ def connect(url: str, *, create: bool = True) -> Engine:
             _check_schema(engine)
     except DriverError as error:
         raise DatabaseError(explain(error, engine.url)) from error
+    except (TypeError, ValueError) as error:  # options of the URL that the driver does not take
+        raise _cannot_open(url, error) from error
     return engine
 
 

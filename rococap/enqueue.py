@@ -87,34 +87,38 @@ _ADD_IMAGE = (
 def _register_split(
     engine: Engine, dataset: Dataset, dataset_id: int, shards: list[Shard], result: Enqueued, progress: Progress
 ) -> None:
-    total = sum(shard.rows for shard in shards)
-    done = 0
-    for shard in shards:
+    with transaction(engine, write=True) as conn:
+        known = _known_shards(conn, dataset_id, result.split)
+        altered = [shard for shard in shards if known.get(shard.path, shard) != shard]
+        new = [shard for shard in shards if shard.path not in known]
+        gone = known.keys() - {shard.path for shard in shards}
+        if altered or (new and gone):
+            # In one transaction: killed between two of them, nobody would know that the first was altered.
+            _merge(conn, dataset, dataset_id, altered + new, {*gone, *(shard.path for shard in altered)}, result)
+            return
+    done, total = 0, sum(shard.rows for shard in new)
+    for shard in new:
         with transaction(engine, write=True) as conn:
-            _register_shard(conn, dataset, dataset_id, shard, {other.path for other in shards}, result)
+            if shard.path not in _known_shards(conn, dataset_id, result.split):
+                result.duplicates += shard.rows - _add_shard(conn, dataset, dataset_id, shard)
         done += shard.rows
         progress(f"{result.split}: reading captions", done, total)
 
 
-def _register_shard(
-    conn: Connection, dataset: Dataset, dataset_id: int, shard: Shard, present: set[str], result: Enqueued
-) -> None:
-    known = execute(
-        conn, "SELECT id, path, size, digest FROM shards WHERE dataset_id = ? AND split = ?", (dataset_id, shard.split)
+def _known_shards(conn: Connection, dataset_id: int, split: str) -> dict[str, Shard]:
+    rows = execute(
+        conn,
+        "SELECT path, split, n_rows, n_row_groups, size, digest FROM shards WHERE dataset_id = ? AND split = ?",
+        (dataset_id, split),
     ).fetchall()
-    mine = next((row for row in known if row[1] == shard.path), None)
-    if mine is not None and (mine[2], mine[3]) == (shard.size, shard.digest):
-        return
+    return {row[0]: Shard(*row) for row in rows}
+
+
+def _add_shard(conn: Connection, dataset: Dataset, dataset_id: int, shard: Shard) -> int:
+    """Enters a new shard; returns how many of its rows had an image_id that was not there."""
     shard_id = _save_shard(conn, dataset_id, shard)
-    samples = datasets.samples(dataset.root, shard)
-    gone = {row[0] for row in known if row[1] not in present}
-    if mine is None and not gone:
-        added = sum(_add_images(conn, dataset_id, shard, shard_id, page) for page in _pages(samples))
-        result.duplicates += shard.rows - added
-        return
-    if mine is not None:
-        result.altered_shards.append(shard.path)
-    _merge(conn, dataset_id, shard, shard_id, samples, gone | {shard_id}, result)
+    pages = _pages(datasets.samples(dataset.root, shard))
+    return sum(_add_images(conn, dataset_id, shard, shard_id, page) for page in pages)
 
 
 def _save_shard(conn: Connection, dataset_id: int, shard: Shard) -> int:
@@ -145,47 +149,50 @@ def _place_and_texts(shard_id: int, sample: Sample) -> tuple[int, int, int, str,
 
 
 def _merge(
-    conn: Connection,
-    dataset_id: int,
-    shard: Shard,
-    shard_id: int,
-    samples: Iterable[Sample],
-    movable: set[int],
-    result: Enqueued,
+    conn: Connection, dataset: Dataset, dataset_id: int, shards: list[Shard], movable: set[str], result: Enqueued
 ) -> None:
-    """Enters a shard that was altered, or that takes the place of one that is gone.
+    """Enters shards that were altered, or that take the place of some that are gone.
 
-    Rows that stood in `movable` shards get their new place and texts; rows of other shards keep theirs.
+    Rows that stood in a `movable` shard get their new place and texts; rows of other shards keep theirs.
     """
     known: dict[str, tuple[Any, ...]] = {
         row[0]: tuple(row[1:])
         for row in execute(
             conn,
-            "SELECT image_id, shard_id, row_group, row_in_group, caption, cui FROM images "
-            "WHERE dataset_id = ? AND split = ?",
-            (dataset_id, shard.split),
+            "SELECT i.image_id, s.path, i.shard_id, i.row_group, i.row_in_group, i.caption, i.cui FROM images i "
+            "JOIN shards s ON s.id = i.shard_id WHERE i.dataset_id = ? AND i.split = ?",
+            (dataset_id, result.split),
         ).fetchall()
     }
     seen: set[str] = set()
-    moved, added = [], []
-    for sample in samples:
-        old, new = known.get(sample.image_id), _place_and_texts(shard_id, sample)
-        if sample.image_id in seen or (old is not None and old[0] not in movable):
-            result.duplicates += 1
-        elif old is None:
-            added.append(sample)
-        elif old != new:
-            moved.append((*new, dataset_id, shard.split, sample.image_id))
-        seen.add(sample.image_id)
-    _add_images(conn, dataset_id, shard, shard_id, added)
-    if moved:
+    for shard in shards:
+        shard_id = _save_shard(conn, dataset_id, shard)
+        if shard.path in movable:
+            result.altered_shards.append(shard.path)
+        moved, added = [], []
+        for sample in datasets.samples(dataset.root, shard):
+            path, *old = known.get(sample.image_id, (None,))
+            new = _place_and_texts(shard_id, sample)
+            if sample.image_id in seen or (path is not None and path not in movable):
+                result.duplicates += 1
+            elif path is None:
+                added.append(sample)
+            elif tuple(old) != new:
+                moved.append((*new, dataset_id, shard.split, sample.image_id))
+            seen.add(sample.image_id)
+        _add_images(conn, dataset_id, shard, shard_id, added)
+        _move_images(conn, moved)
+        result.changed += len(moved)
+
+
+def _move_images(conn: Connection, rows: list[tuple[Any, ...]]) -> None:
+    if rows:
         execute(
             conn,
             "UPDATE images SET shard_id = ?, row_group = ?, row_in_group = ?, caption = ?, cui = ? "
             "WHERE dataset_id = ? AND split = ? AND image_id = ?",
-            moved,
+            rows,
         )
-    result.changed += len(moved)
 
 
 # --- Jobs ------------------------------------------------------------------------------------------------------
@@ -206,7 +213,10 @@ def _register_jobs(
         ).scalar_one_or_none()
         counts = [one.total for one in queue.counts(conn) if (one.run, one.split) == (run.name, split)]
     if first is None:
-        raise RunError(f"Split {split} has {n_images} rows, so --offset {offset} is past its end.")
+        raise RunError(
+            f"Split {split} has {n_images} rows"
+            + (f", so --offset {offset} is past its end: choose a smaller one." if n_images else ": choose another.")
+        )
     total = n_images - offset if limit is None else min(limit, n_images - offset)
     if counts == [n_images]:  # every image has its job
         result.known = total

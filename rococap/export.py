@@ -86,18 +86,27 @@ def export(
     with transaction(database) as conn:
         (counts,) = queue.counts_of(conn, run, [split])
         cutoff = db.now(conn)
-    missing = counts.total - counts.done
-    if require_complete and missing:
-        raise IncompleteError(
-            f"{missing} of {counts.total} images of {split} are not captioned (see rococap status). "
-            "Caption them: rococap worker; or leave out --require-complete."
-        )
+    if require_complete:
+        _require_complete(split, counts.done, counts.total)
+    manifest = path.with_suffix(".json")
     with replacing(path) as partial:
         rows = _write(_pages(database, run, split, cutoff, counts.done, progress), partial, path.suffix)
+        if require_complete:  # once more, by what was written: a clock that stepped back hides what is done
+            _require_complete(split, rows, counts.total)
         digest = _sha256(partial)
+        manifest.unlink(missing_ok=True)  # killed before the next line, the new file has none rather than the old one's
+    missing = counts.total - rows
     about = {"split": split, "file": path.name, "rows": rows, "missing": missing, "sha256": digest}
-    _write_json(path.with_suffix(".json"), _manifest(run) | about)
+    _write_json(manifest, _manifest(run) | about)
     return Exported(path, rows, missing)
+
+
+def _require_complete(split: str, done: int, total: int) -> None:
+    if done < total:
+        raise IncompleteError(
+            f"{total - done} of {total} images of {split} are not captioned (see rococap status). "
+            "Caption them: rococap worker; or leave out --require-complete."
+        )
 
 
 _SELECT = (
@@ -266,28 +275,34 @@ def write_checkpoints(database: Database, run: Run, split: str, folder: Path, ev
     When the split has nothing left to do, the short tail is a segment too. Which image is in which segment is decided
     in the database, so that a missing file is written again, the same.
     """
+    with transaction(database) as conn:
+        _check_folder(run, folder, split, _last_checkpoint(conn, run, split))
     while _assign(database, run, split, every):
         pass
     with transaction(database) as conn:
         last = _last_checkpoint(conn, run, split)
-    if last:
-        _claim_folder(run, folder)
+    if last and not (folder / "run.json").exists():
+        _write_json(folder / "run.json", _manifest(run))
     missing = [n for n in range(1, last + 1) if not checkpoint_path(folder, split, n).exists()]
     for start in range(0, len(missing), SEGMENTS_AT_ONCE):
         _write_segments(database, run, split, folder, missing[start : start + SEGMENTS_AT_ONCE])
     return [checkpoint_path(folder, split, n) for n in missing]
 
 
-def _claim_folder(run: Run, folder: Path) -> None:
-    """Names the run that the segments here are of. Raises RococapError if others are there."""
+def _check_folder(run: Run, folder: Path, split: str, last: int) -> None:
+    """A segment counts as written when a file of its name exists: so those there must be this run's and database's."""
     there = _read_json(folder / "run.json")
     if there is not None and (there.get("run"), there.get("recipe_hash")) != (run.name, run.recipe.hash):
         raise RococapError(
             f"{folder} holds checkpoints of another run ({there.get('run')}). Move them away, or write elsewhere with "
             "--output."
         )
-    if there is None:
-        _write_json(folder / "run.json", _manifest(run))
+    numbers = (_segment(path) or 0 for path in folder.glob(f"checkpoint_{split}_*.csv"))
+    if max(numbers, default=0) > last:
+        raise RococapError(
+            f"{folder} holds checkpoints of {split} that this database does not know. If it replaces one that was "
+            f"lost, restore them first: rococap restore {folder}/checkpoint_{split}_*.csv; else move them away."
+        )
 
 
 def checkpoint_path(folder: Path, split: str, number: int) -> Path:
@@ -372,6 +387,8 @@ def restore(database: Database, run: Run, path: Path) -> Restored:
     model or recipe than the run's.
     """
     manifest = _read_manifest(path)
+    with transaction(database) as conn:
+        run = queue.get_run(conn, run.name)  # as it is by now: the file before may have pinned it
     _check_manifest(run, path, manifest)
     for frame in _read(path):
         _check_frame(run, path, frame)
@@ -402,6 +419,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _check_manifest(run: Run, path: Path, manifest: dict[str, Any] | None) -> None:
     if manifest is None:
         return
+    pinned, resolved = run.resolved, manifest.get("resolved")
+    if pinned and resolved and pinned != resolved:
+        raise RunError(
+            f"{path} was made with another model state than run {run.name!r}'s ({resolved}, not {pinned}), and a run "
+            "never mixes. Restore it into a run of its own: rococap restore --run NAME"
+        )
     if manifest.get("recipe_hash") != run.recipe.hash:
         raise RunError(
             f"{path} was made by another recipe than run {run.name!r}'s (its manifest says: {manifest.get('recipe')}). "
@@ -432,20 +455,36 @@ def _read(path: Path) -> Iterator[pd.DataFrame]:
 def _check_frame(run: Run, path: Path, frame: pd.DataFrame) -> None:
     if absent := [name for name in COLUMNS if name not in frame.columns]:
         raise RococapError(f"{path} lacks the columns {', '.join(absent)}: name a file that rococap exported.")
+    for name in COLUMNS:
+        if (
+            name not in ("processing_time_sec", "timestamp")
+            and not frame[name].map(lambda cell: type(cell) is str).all()
+        ):
+            raise RococapError(f"{path} holds something that is no text in the column {name}: use the original file.")
     if others := sorted(set(frame["model"]) - {run.recipe.model}):
         raise RunError(
             f"{path} holds captions by {', '.join(others)}, and run {run.name!r} is by {run.recipe.model}. "
             "Restore it into a run of that model: rococap restore --run NAME"
         )
     _milliseconds(path, frame)
+    _seconds(path, frame)
 
 
 def _milliseconds(path: Path, frame: pd.DataFrame) -> list[int]:
-    try:
-        times = pd.to_datetime(frame["timestamp"], format="ISO8601", utc=True)
-    except ValueError as error:
-        raise RococapError(f"{path} holds a timestamp that is not ISO 8601 ({error}).") from error
+    times = pd.to_datetime(frame["timestamp"], format="ISO8601", utc=True, errors="coerce")
+    if times.isna().any():
+        raise RococapError(f"{path} holds a timestamp that is not ISO 8601: use the original file.")
     return [int(time.timestamp() * 1000 + 0.5) for time in times]
+
+
+def _seconds(path: Path, frame: pd.DataFrame) -> list[float | None]:
+    """Processing times; None where the file has none."""
+    cells = frame["processing_time_sec"]
+    is_absent = cells.isna() | (cells == "")
+    values = pd.to_numeric(cells.where(~is_absent), errors="coerce")
+    if not np.isfinite(values[~is_absent].to_numpy(dtype=float)).all():
+        raise RococapError(f"{path} holds a processing_time_sec that is no number: use the original file.")
+    return [None if absent else float(value) for value, absent in zip(values, is_absent, strict=True)]
 
 
 def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, result: Restored) -> None:
@@ -453,21 +492,22 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
     segment = _segment(result.path)
     jobs = _jobs_by_image_id(conn, run, split, list(rows["image_id"]))
     moved: Counter[str] = Counter()
-    done, captions = [], []
-    texts = zip(rows["image_id"], rows["generated_caption"], rows["processing_time_sec"], strict=True)
+    done, captions, known = [], [], []
+    texts = zip(rows["image_id"], rows["generated_caption"], _seconds(result.path, rows), strict=True)
     for (image_id, text, seconds), generated_at in zip(texts, _milliseconds(result.path, rows), strict=True):
         job_id, status = jobs.get(image_id, (None, None))
         if job_id is None:
             result.unknown += 1
         elif status == JobState.DONE:
             result.known += 1
+            known.append((segment, job_id))
         elif status == JobState.LEASED:
             result.leased += 1
         else:
             moved[str(status)] += 1
             jobs[image_id] = (job_id, JobState.DONE)
             done.append((at, segment, job_id))
-            captions.append((job_id, clean_text(text), _as_ms(seconds), generated_at))
+            captions.append((job_id, clean_text(text), None if seconds is None else seconds * 1000, generated_at))
     if done:
         execute(
             conn,
@@ -475,8 +515,10 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
             done,
         )
         execute(conn, "INSERT INTO captions (job_id, text, processing_ms, generated_at) VALUES (?, ?, ?, ?)", captions)
-        changes = {status: -n for status, n in moved.items()} | {JobState.DONE: len(done)}
+        changes: dict[str, int] = {status: -n for status, n in moved.items()} | {JobState.DONE: len(done)}
         queue.tally(conn, run.id, split, 0, changes)
+    if segment and known:
+        execute(conn, "UPDATE jobs SET checkpoint = ? WHERE id = ? AND checkpoint IS NULL", known)
     result.restored += len(done)
 
 
@@ -484,10 +526,6 @@ def _segment(path: Path) -> int | None:
     """The number of a checkpoint segment: what it holds is not to be written into another."""
     name = CHECKPOINT.fullmatch(path.name)
     return int(name["number"]) if name else None
-
-
-def _as_ms(seconds: Any) -> float | None:
-    return None if seconds in ("", None) or seconds != seconds else float(seconds) * 1000
 
 
 def _jobs_by_image_id(conn: Connection, run: Run, split: str, image_ids: list[str]) -> dict[str, tuple[int, str]]:

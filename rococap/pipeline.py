@@ -95,13 +95,15 @@ class Pipeline:
         with self._changed:
             while True:
                 self._waiting = True
-                self._changed.wait_for(lambda: state.ready or state.ended or state.error, timeout=wait)
+                self._changed.wait_for(
+                    lambda: state.ready or state.ended or state.stopping or state.error, timeout=wait
+                )
                 self._waiting = False
                 self._stepped_at = time.monotonic()
                 if state.error is not None:
                     raise state.error
                 batch = self._pop(most)
-                if batch or wait is not None or state.ended:  # else all that was ready had been lost
+                if batch or wait is not None or state.ended or state.stopping:  # else all that was ready had been lost
                     return batch
 
     def _pop(self, most: int) -> list[Prepared]:

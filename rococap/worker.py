@@ -20,8 +20,10 @@ from types import FrameType
 
 from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
+from sqlalchemy.exc import DatabaseError as DriverError
 
 from rococap import datasets, queue
+from rococap.datasets import Dataset
 from rococap.db import transaction
 from rococap.engines import Completion, Engine, Options, load_engine
 from rococap.errors import LeaseLost, RococapError, RunError
@@ -89,8 +91,25 @@ def work(
     if not (settings.wait or any(left.values())):
         return Outcome(run.name)
     dataset = datasets.locate(run.dataset, present, run.dataset_revision or None)
-    engine = load(run.recipe, Options(settings.device, settings.batch_size))
-    engine.load()
+    stop = threading.Event()
+    with _signals(stop):
+        engine = load(run.recipe, Options(settings.device, settings.batch_size))
+        engine.load()
+        if stop.is_set():
+            return Outcome(run.name, drained=True)
+        return _work(database, settings, report, run, splits, dataset, engine, stop)
+
+
+def _work(
+    database: Database,
+    settings: Settings,
+    report: Report,
+    run: Run,
+    splits: Sequence[str],
+    dataset: Dataset,
+    engine: Engine,
+    stop: threading.Event,
+) -> Outcome:
     with transaction(database, write=True) as conn:
         queue.pin(conn, run, engine.info)
         worker_id = queue.register_worker(conn, uuid.uuid4().hex, socket.gethostname(), os.getpid(), engine.info)
@@ -109,7 +128,7 @@ def work(
     pipeline = Pipeline(database, claims, dataset.root, engine, completions.put)
     store = Store(database, run, outcome, pipeline, completions, settings.batch_size, report)
     try:
-        _caption(database, engine, pipeline, store, worker_id, settings)
+        _caption(database, engine, pipeline, store, worker_id, settings, stop)
     finally:
         with transaction(database, write=True) as conn:
             queue.stop_worker(conn, worker_id)
@@ -135,38 +154,42 @@ def choose_run(conn: Connection, name: str | None, splits: Sequence[str]) -> Run
 
 
 def _caption(
-    database: Database, engine: Engine, pipeline: Pipeline, store: "Store", worker_id: int, settings: Settings
+    database: Database,
+    engine: Engine,
+    pipeline: Pipeline,
+    store: "Store",
+    worker_id: int,
+    settings: Settings,
+    stop: threading.Event,
 ) -> None:
     started = time.monotonic()
     done = threading.Event()
-    stop = threading.Event()
     threads = [
         threading.Thread(target=_beat, args=(database, pipeline, worker_id, settings, done), name="heartbeat"),
         threading.Thread(target=_drain, args=(database, pipeline, settings, stop, done), name="drain"),
     ]
-    with _signals(stop):
-        store.start()
-        pipeline.start()
+    store.start()
+    pipeline.start()
+    for thread in threads:
+        thread.daemon = True
+        thread.start()
+    try:
+        for completion in engine.run(pipeline):
+            store.put(completion)
+    except BaseException as error:
+        pipeline.stop()
+        store.close()
+        _give_up(database, pipeline, error)
+        raise
+    else:
+        pipeline.stop()
+        store.close()
+        pipeline.join(timeout=5)
+        _release(database, pipeline, running=True)
+    finally:
+        done.set()
         for thread in threads:
-            thread.daemon = True
-            thread.start()
-        try:
-            for completion in engine.run(pipeline):
-                store.put(completion)
-        except BaseException as error:
-            pipeline.stop()
-            store.close()
-            _give_up(database, pipeline, error)
-            raise
-        else:
-            pipeline.stop()
-            store.close()
-            pipeline.join(timeout=60)
-            _release(database, pipeline, running=True)
-        finally:
-            done.set()
-            for thread in threads:
-                thread.join()
+            thread.join()
     store.outcome.seconds = time.monotonic() - started
     store.outcome.drained = stop.is_set()
 
@@ -283,7 +306,7 @@ def _beat(database: Database, pipeline: Pipeline, worker_id: int, settings: Sett
         try:
             with transaction(database, write=True) as conn:
                 kept = queue.heartbeat(conn, worker_id, leases, ttl_ms=int(settings.lease_ttl * 1000))
-        except RococapError as error:
+        except (RococapError, DriverError) as error:
             log.warning("no heartbeat: %s", error)
             pipeline.lost_contact()
             continue
@@ -342,7 +365,7 @@ def _release(database: Database, pipeline: Pipeline, *, running: bool) -> None:
 def _give_up(database: Database, pipeline: Pipeline, error: BaseException) -> None:
     """After an error that ends the worker: what ran is suspect of having broken the engine, the rest is given back."""
     pipeline.join(timeout=5)
-    _release(database, pipeline, running=isinstance(error, RococapError | KeyboardInterrupt))
+    _release(database, pipeline, running=isinstance(error, RococapError | DriverError | OSError))
     for lease in pipeline.open_leases():
         with transaction(database, write=True) as conn:
             queue.crash(conn, lease.id)

@@ -432,17 +432,17 @@ def test_watching_ends_with_ctrl_c(here):
     assert "Traceback" not in err
 
 
-def test_ctrl_c_while_the_model_loads_leaves_every_picture_pending(here):
+def test_ctrl_c_while_the_model_loads_ends_the_worker_with_every_picture_pending(here):
     write_shard(here / "set", "train", range(5))
     enqueue()
     process = subprocess.Popen(
         [sys.executable, "-m", "rococap", "worker"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    time.sleep(1.5)
+    time.sleep(2.5)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert "Traceback" not in err
-    assert process.returncode == 1
+    assert process.returncode == 0, err
     assert lines(said("status"))[1][2] == "5"
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from samples import picture as png
+from samples import write_shard as write_hub_shard
 
 from rococap.datasets import (
     Dataset,
@@ -703,3 +705,21 @@ def test_reading_a_folder_imports_neither_the_hub_nor_torch():
     script = "import sys, rococap.datasets; print({'huggingface_hub', 'torch', 'sqlalchemy'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
+
+
+def test_a_reader_notices_that_its_open_shard_was_replaced(tmp_path):
+    write_hub_shard(tmp_path, "train", range(4))
+    (shard,) = find_shards(tmp_path, "train")
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, [Place(shard.path, "train", 0, 0, "train_00000")]) == [png(0)]
+        (tmp_path / shard.path).unlink()
+        write_hub_shard(tmp_path, "train", [3, 2, 1, 0])
+        assert read(reader, [Place(shard.path, "train", 0, 3, "train_00000")]) == [png(0)]
+
+
+def test_a_nul_in_a_name_is_one_missing_file(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [["a", "A."]])
+    (tmp_path / "train").mkdir()
+    with PictureReader(tmp_path) as reader:
+        ((_, failed),) = reader.read([Place("train_captions.csv", "train", 0, 0, "a\0b")])
+    assert failed.code == "missing_file"

@@ -185,3 +185,21 @@ def test_a_broken_shard_stops_the_enqueue_before_anything_is_written(database, r
     assert rows(database, "SELECT count(*) FROM runs") == [(0,)]
     with db.transaction(database) as conn:
         assert queue.counts(conn) == []
+
+
+def test_rows_that_moved_between_two_altered_shards_get_their_new_places(database, root):
+    write_shard(root, "train", range(5), "00000-of-00002")
+    write_shard(root, "train", range(5, 10), "00001-of-00002")
+    register(database, root, ["train"])
+    write_shard(root, "train", range(5, 10), "00000-of-00002")
+    write_shard(root, "train", range(5), "00001-of-00002")
+    (result,) = register(database, root, ["train"])
+    assert (result.known, result.changed, result.duplicates, len(result.altered_shards)) == (10, 10, 0, 2)
+    shard = "SELECT DISTINCT s.path FROM images i JOIN shards s ON s.id = i.shard_id WHERE i.image_id < 'train_00005'"
+    assert rows(database, shard) == [("data/train-00001-of-00002.parquet",)]
+
+
+def test_a_split_without_rows_says_so(database, root):
+    write_shard(root, "train", [])
+    with pytest.raises(RunError, match=r"Split train has 0 rows: choose another\."):
+        register(database, root, ["train"])

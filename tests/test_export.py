@@ -410,3 +410,101 @@ def test_a_caption_with_every_control_character_stays_one_row(database, run, out
     rows = list(csv.reader(StringIO(path.read_text(encoding="utf-8"), newline="")))
     assert len(rows) == 2
     assert read(path)["generated_caption"][0] == text
+
+
+# --- a database that replaces a lost one -----------------------------------------------------------------------
+
+
+def test_segments_that_a_new_database_does_not_know_are_refused_until_they_are_restored(
+    database, other, run, out, tmp_path
+):
+    caption(database, run, ["late"] * 10, now=1_700_000_000_999)
+    caption(database, run, ["early"] * 10, now=1_700_000_000_111)
+    segments = write_checkpoints(database, run, "train", out, 10)
+    path = export.export(database, run, "train", out / "medical_captions_train.csv").path
+    new = fill(other, tmp_path / "set", 30)
+    assert restore(other, new, path).restored == 20
+    with pytest.raises(RococapError) as error:
+        write_checkpoints(other, new, "train", out, 10)
+    assert str(error.value) == (
+        f"{out} holds checkpoints of train that this database does not know. If it replaces one that was lost, "
+        f"restore them first: rococap restore {out}/checkpoint_train_*.csv; else move them away."
+    )
+    assert [restore(other, new, segment).known for segment in segments] == [10, 10]
+    caption(other, new, ["new"] * 10)
+    assert numbers(write_checkpoints(other, new, "train", out, 10)) == ["checkpoint_train_000003.csv"]
+    together = pd.concat([read(segment) for segment in sorted(out.glob("checkpoint_*.csv"))])
+    main = export.export(other, new, "train", path).path
+    assert together.sort_values("image_id").to_csv(index=False) == read(main).to_csv(index=False)
+
+
+def test_captions_of_another_model_state_are_not_restored(database, other, run, out, tmp_path):
+    caption(database, run, ["x"])
+    with db.transaction(database, write=True) as conn:
+        queue.pin(conn, run, INFO)
+        run = queue.get_run(conn, "default")
+    path = export.export(database, run, "train", out / "x.csv").path
+    new = fill(other, tmp_path / "set", 30)
+    with db.transaction(other, write=True) as conn:
+        queue.pin(conn, new, EngineInfo("small", {}, "tests/small", "", "float16", "cpu", "other"))
+    with pytest.raises(RunError, match="was made with another model state than run 'default'"):
+        restore(other, new, path)
+
+
+def test_a_clock_that_stepped_back_makes_no_export_complete(database, run, out):
+    caption(database, run, ["x"] * 29)
+    caption(database, run, ["of the future"], now=9_000_000_000_000)
+    assert export.export(database, run, "train", out / "x.csv").missing == 1
+    with pytest.raises(IncompleteError, match="1 of 30 images"):
+        export.export(database, run, "train", out / "y.csv", require_complete=True)
+    assert not (out / "y.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "message"),
+    [
+        ("timestamp", "", "holds a timestamp that is not ISO 8601"),
+        ("timestamp", "yesterday", "holds a timestamp that is not ISO 8601"),
+        ("processing_time_sec", "x", "holds a processing_time_sec that is no number"),
+        ("processing_time_sec", "inf", "holds a processing_time_sec that is no number"),
+    ],
+)
+def test_a_file_with_a_cell_that_makes_no_sense_is_refused_whole(
+    database, other, run, out, tmp_path, monkeypatch, column, cell, message
+):
+    monkeypatch.setattr(export, "PAGE", 2)
+    caption(database, run, ["x"] * 6)
+    path = export.export(database, run, "train", out / "x.csv").path
+    path.with_suffix(".json").unlink()
+    frame = read(path)
+    frame.loc[5, column] = cell
+    frame.to_csv(path, index=False)
+    new = fill(other, tmp_path / "set", 30)
+    with pytest.raises(RococapError, match=message):
+        restore(other, new, path)
+    with db.transaction(other) as conn:
+        assert queue.counts(conn)[0].done == 0
+
+
+def test_a_caption_that_is_no_text_is_refused(database, run, out):
+    caption(database, run, ["x"])
+    path = export.export(database, run, "train", out / "x.jsonl").path
+    path.with_suffix(".json").unlink()
+    for value in ("null", "7", "[1]"):
+        path.write_text(path.read_text().replace('"generated_caption":"x"', f'"generated_caption":{value}'))
+        with pytest.raises(RococapError, match="holds something that is no text in the column generated_caption"):
+            restore(database, run, path)
+        path.write_text(path.read_text().replace(f'"generated_caption":{value}', '"generated_caption":"x"'))
+
+
+def test_a_processing_time_that_is_missing_stays_missing(database, other, run, out, tmp_path):
+    caption(database, run, ["x"])
+    path = export.export(database, run, "train", out / "x.csv").path
+    path.with_suffix(".json").unlink()
+    frame = read(path)
+    frame["processing_time_sec"] = ""
+    frame.to_csv(path, index=False)
+    new = fill(other, tmp_path / "set", 30)
+    restore(other, new, path)
+    again = export.export(other, new, "train", out / "again.csv").path
+    assert list(read(again)["processing_time_sec"]) == [""]

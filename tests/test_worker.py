@@ -1,6 +1,7 @@
 """A worker's life, with a small real engine in this process, and in processes that are stopped and killed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -267,6 +268,19 @@ def test_what_does_not_finish_within_the_drain_timeout_is_given_back(database, u
     process.send_signal(signal.SIGTERM)
     assert finish(process)["done"] == 0
     assert select(database, "SELECT DISTINCT status, attempts, crashes FROM jobs") == [("pending", 0, 0)]
+
+
+def test_a_worker_whose_reading_hangs_still_stops_when_asked(database, url, tmp_path):
+    root = tmp_path / "set"
+    (root / "train").mkdir(parents=True)
+    (root / "train_captions.csv").write_text("ID,Caption\na,A.\n")
+    os.mkfifo(root / "train" / "a.jpg")  # like a disk that does not answer
+    register(database, root, ["train"])
+    process = start(url, batch_size=4, drain_timeout=0.5)
+    until(lambda: statuses(database).get("leased", 0) == 1, "a claim")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)["done"] == 0
+    assert select(database, "SELECT status, attempts, crashes FROM jobs") == [("pending", 0, 0)]
 
 
 def test_a_second_signal_leaves_at_once(database, url, tmp_path):
