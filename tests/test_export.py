@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from samples import fill, register, write_shard
 from sqlalchemy import Engine
 
@@ -123,6 +125,18 @@ def test_real_captions_come_out_as_they_went_in(database, tmp_path, out, name):
     caption(database, run, texts)
     path = export.export(database, run, "train", out / "x.csv").path
     assert list(read(path)["generated_caption"]) == texts
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(), min_size=1, max_size=5))
+def test_any_text_that_the_database_holds_survives_csv(tmp_path, texts):
+    stored = [queue.clean_text(text) for text in texts]
+    rows = [(n, None, f"{n}", text, text, 1.0, 0) for n, text in enumerate(stored)]
+    run = Run(1, "default", 1, "set", "", Recipe(), None, 5)
+    export._write_csv(iter([export._frame(rows, run, "train")]), tmp_path / "x.csv")
+    with (tmp_path / "x.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["generated_caption"] for row in csv.DictReader(file)] == stored
+    assert list(read(tmp_path / "x.csv")["original_caption"]) == stored
 
 
 def test_a_long_export_is_the_same_in_pages_of_any_size(database, run, out, monkeypatch):
