@@ -161,7 +161,7 @@ def splits_option(required: bool = False) -> Callable[[F], F]:
         multiple=True,
         required=required,
         callback=expand,
-        help="May be repeated.",
+        help="May be repeated." if required else "May be repeated. [default: all]",
     )
 
 
@@ -189,12 +189,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option(
     "--run", "run_name", default="default", show_default=True, metavar="NAME", help="A recipe's own set of captions."
 )
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="FOLDER|HUB_ID")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="FOLDER|HUB_ID", help="What captions.")
 @click.option(
     "--revision", default="main", show_default=True, metavar="REV", help="Branch, tag or commit of the model."
 )
-@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(1, 1_000_000), default=256, show_default=True)
+@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, help="What it is asked of each picture.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1, 1_000_000), default=256, show_default=True, help="Longest caption."
+)
 @click.option(
     "--min-pixels", type=click.IntRange(min=1), default=3_136, show_default=True, help="Smaller pictures are enlarged."
 )
@@ -205,7 +207,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     show_default=True,
     help="Larger pictures are reduced; 784 pixels are one visual token.",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    show_default=True,
+    help="auto: bfloat16 on a GPU that has it, float16 on an older one, float32 on the CPU.",
+)
 @db_option
 def enqueue(
     splits: tuple[str, ...],
@@ -290,8 +298,10 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 @cli.command()
 @run_option("The run to work on. [default: `default`, or the only one that has work]")
 @splits_option()
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:N")
-@click.option("--batch-size", type=click.IntRange(1, 4096), default=16, show_default=True)
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="auto: the first GPU, else the CPU."
+)
+@click.option("--batch-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Pictures at a time.")
 @click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Stop after N pictures.")
 @click.option("--wait", is_flag=True, help="Keep polling for new work instead of ending when all is done.")
 @click.option(
@@ -636,10 +646,15 @@ def migrate() -> None:
 
 @cli.command()
 @click.option(
-    "--dir", "folder", type=click.Path(file_okay=False, path_type=Path), default=Path("demo"), show_default=True
+    "--dir",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Where everything goes.",
 )
 @click.option("--images", type=click.IntRange(min=5), default=200, show_default=True, help="How many phantoms to draw.")
-@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Processes that caption.")
 def demo(folder: Path, images: int, workers: int) -> None:
     """Run the whole job on drawings: phantoms, two workers, the small model in this package, an export."""
     from rococap.demo import run as run_demo
