@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -417,32 +418,45 @@ def test_every_command_is_tried_with_ctrl_c():
     assert {command[0] for command in COMMANDS} == set(cli.commands)
 
 
-def test_watching_ends_with_ctrl_c(here):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rococap", "status", "--watch"],
+def interrupted(*args: str, when: Callable[[int], bool]) -> tuple[int, str, str]:
+    """Ctrl-C as soon as `when` holds for the process's id: exit code, output, errors."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "rococap", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
-    assert process.returncode == 0, err
-    assert "Nothing is registered here yet" in out
+        # a test run in the background of a shell passes on that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            while not when(process.pid):
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert "Traceback" not in err
+    return process.returncode, out, err
+
+
+def catches_sigterm(pid: int) -> bool:
+    """Whether the worker has its own handlers by now, which it installs before it loads the model."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def test_watching_ends_with_ctrl_c(here):
+    code, out, err = interrupted("status", "--watch", when=lambda pid: not time.sleep(3))
+    assert code == 0, err
+    assert "Nothing is registered here yet" in out
 
 
 def test_ctrl_c_while_the_model_loads_ends_the_worker_with_every_picture_pending(here):
     write_shard(here / "set", "train", range(5))
     enqueue()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rococap", "worker"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    time.sleep(2.5)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert "Traceback" not in err
-    assert process.returncode == 0, err
+    code, _, err = interrupted("worker", when=catches_sigterm)
+    assert code == 0, err
     assert lines(said("status"))[1][2] == "5"
 
 
