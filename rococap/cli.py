@@ -28,6 +28,7 @@ LOST_AFTER_MS = 120_000  # workers beat at least every 30 s
 
 MANY = 10**12
 DAY_SEC = 86_400.0
+SHOWN_FAILURES = 10
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -187,7 +188,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Only N rows of each split.")
 @click.option("--offset", type=click.IntRange(0, MANY), default=0, metavar="K", help="Leave out the first K rows.")
 @click.option(
-    "--run", "run_name", default="default", show_default=True, metavar="NAME", help="A recipe's own set of captions."
+    "--run",
+    "run_name",
+    default="default",
+    show_default=True,
+    metavar="NAME",
+    help="Captions of one model, prompt and settings; each run has its own.",
 )
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="FOLDER|HUB_ID", help="What captions.")
 @click.option(
@@ -246,6 +252,11 @@ def enqueue(
         _echo_enqueued(run_name, result)
 
 
+def _with_run(command: str, name: str) -> str:
+    """A command to paste, for this run."""
+    return f"rococap {command}" + ("" if name == "default" else f" --run {name}")
+
+
 def _check_run_name(name: str) -> None:
     """Runs name folders."""
     if not all(c.isalnum() or c in "._-" for c in name) or name.startswith((".", "-")) or not 0 < len(name) <= 100:
@@ -254,6 +265,8 @@ def _check_run_name(name: str) -> None:
 
 def _absolute_if_folder(model: str) -> str:
     path = Path(os.path.expanduser(model))
+    if not path.is_dir() and not datasets.HUB_ID.fullmatch(model):
+        raise RococapError(f"There is no folder {model}: check the path, or name a model of the hub as owner/name.")
     return str(path.resolve()) if path.is_dir() else model
 
 
@@ -340,16 +353,19 @@ def worker(run_name: str | None, splits: tuple[str, ...], **options: Any) -> Non
 
 
 def _echo_outcome(outcome: Any) -> None:
+    if not (outcome.seconds or outcome.drained):
+        click.echo(f"{outcome.run}: nothing is left to do. See: rococap status")
+        return
     rate = outcome.done / outcome.seconds if outcome.seconds else 0.0
     click.echo(
         f"{outcome.run}: {outcome.done} captioned in {outcome.seconds:.1f} s ({rate:.1f}/s), {outcome.failed} failed"
     )
     if outcome.failed:
-        click.echo(f"Why they failed: rococap failures --run {outcome.run}")
+        click.echo(f"Why they failed: {_with_run('failures', outcome.run)}")
     if outcome.lost:
         click.echo(f"{outcome.lost} captions came too late: another worker had taken the pictures over.")
     if outcome.drained:
-        click.echo("Stopped as asked; what was left was given back. Go on with: rococap worker")
+        click.echo(f"Stopped as asked; what was left was given back. Go on with: {_with_run('worker', outcome.run)}")
 
 
 @contextmanager
@@ -360,7 +376,7 @@ def _worker_progress() -> Iterator[Callable[[Any, Sequence[queue.Counts]], None]
 
     def line(outcome: Any, counts: Sequence[queue.Counts]) -> str:
         left = sum(one.unfinished for one in counts)
-        per_minute = sum(one.per_minute for one in counts)
+        per_minute = sum(one.per_minute for one in counts if one.unfinished)  # splits follow one another
         eta = _duration(60 * left / per_minute) if per_minute else "?"
         memory = _gpu_memory(outcome.device)
         return f"{outcome.done} done here, {left} left, {per_minute:.0f}/min, {eta} to go{memory}"
@@ -555,12 +571,17 @@ def restore(paths: tuple[Path, ...], run_name: str | None) -> None:
     with db.transaction(database) as conn:
         run = queue.find_run(conn, run_name)
     results = [files.restore(database, run, path) for path in paths]
-    total = {name: sum(getattr(one, name) for one in results) for name in ("restored", "known", "leased", "unknown")}
+    total = {
+        name: sum(getattr(one, name) for one in results)
+        for name in ("restored", "known", "leased", "unknown", "different")
+    }
     click.echo(f"{run.name}: {total['restored']} restored, {total['known']} captioned already")
     if total["leased"]:
         click.echo(f"  {total['leased']} are being captioned now: restore again when the workers have stopped")
     if total["unknown"]:
-        click.echo(f"  {total['unknown']} are of images that the run does not have: enqueue their split first")
+        click.echo(f"  {total['unknown']} are of images that the run does not have: enqueue all of their split first")
+    if total["different"]:
+        click.echo(f"  {total['different']} have another original caption here and were left out: another data set?")
 
 
 # --- failures, retry, cancel -----------------------------------------------------------------------------------
@@ -583,9 +604,10 @@ def failures(run_name: str | None, splits: tuple[str, ...], as_json: bool) -> No
         return
     for (run, code), n in Counter((one.run, one.code) for one in failed).most_common():
         click.echo(f"{run}: {n} {code}")
-        for one in failed:
-            if (one.run, one.code) == (run, code):
-                click.echo(f"  {one.split} {one.image_id}: {one.message}")
+        for one in [one for one in failed if (one.run, one.code) == (run, code)][:SHOWN_FAILURES]:
+            click.echo(f"  {one.split} {one.image_id}: {one.message}")
+        if n > SHOWN_FAILURES:
+            click.echo(f"  … and {n - SHOWN_FAILURES} more: --json lists all")
     click.echo("Try them again: rococap retry --code CODE, or --image-id ID, or --all")
 
 
@@ -613,7 +635,7 @@ def retry(
     with db.transaction(_database(), write=True) as conn:
         run = queue.find_run(conn, run_name)
         n = queue.retry(conn, run, splits=splits, codes=codes, image_ids=image_ids, cancelled=cancelled)
-    click.echo(f"{run.name}: {n} pending again" + (". Caption them: rococap worker" if n else ""))
+    click.echo(f"{run.name}: {n} pending again" + (f". Caption them: {_with_run('worker', run.name)}" if n else ""))
 
 
 @cli.command()
@@ -629,7 +651,7 @@ def cancel(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, 
     with db.transaction(_database(), write=True) as conn:
         run = queue.find_run(conn, run_name)
         n = queue.cancel(conn, run, splits=splits, image_ids=image_ids)
-    click.echo(f"{run.name}: {n} cancelled" + (". Undo: rococap retry --cancelled" if n else ""))
+    click.echo(f"{run.name}: {n} cancelled" + (f". Undo: {_with_run('retry --cancelled', run.name)}" if n else ""))
 
 
 @cli.command()

@@ -88,7 +88,7 @@ def export(
         cutoff = db.now(conn)
     if require_complete:
         _require_complete(split, counts.done, counts.total)
-    manifest = path.with_suffix(".json")
+    manifest = manifest_path(path)
     with replacing(path) as partial:
         rows = _write(_pages(database, run, split, cutoff, counts.done, progress), partial, path.suffix)
         if require_complete:  # once more, by what was written: a clock that stepped back hides what is done
@@ -99,6 +99,11 @@ def export(
     about = {"split": split, "file": path.name, "rows": rows, "missing": missing, "sha256": digest}
     _write_json(manifest, _manifest(run) | about)
     return Exported(path, rows, missing)
+
+
+def manifest_path(path: Path) -> Path:
+    """`x.json` beside `x.csv`; beside another format of the same name, `x.parquet.json`."""
+    return path.with_suffix(".json") if path.suffix == ".csv" else path.with_name(f"{path.name}.json")
 
 
 def _require_complete(split: str, done: int, total: int) -> None:
@@ -370,13 +375,16 @@ def follow(
 
 @dataclass(slots=True)
 class Restored:
-    """Rows of one file: restored, captioned already, being captioned now, of images that the run does not have."""
+    """Rows of one file: restored, captioned already, being captioned now, of images that the run does not have, and of
+    images whose original caption is another here.
+    """
 
     path: Path
     restored: int = 0
     known: int = 0
     leased: int = 0
     unknown: int = 0
+    different: int = 0
 
 
 def restore(database: Database, run: Run, path: Path) -> Restored:
@@ -404,7 +412,7 @@ def restore(database: Database, run: Run, path: Path) -> Restored:
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
-    return _read_json(path.with_suffix(".json")) or _read_json(path.parent / "run.json")
+    return _read_json(manifest_path(path)) or _read_json(path.parent / "run.json")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -427,14 +435,21 @@ def _check_manifest(run: Run, path: Path, manifest: dict[str, Any] | None) -> No
         )
     if manifest.get("recipe_hash") != run.recipe.hash:
         raise RunError(
-            f"{path} was made by another recipe than run {run.name!r}'s (its manifest says: {manifest.get('recipe')}). "
+            f"{path} was made by another recipe than run {run.name!r} has ({_differences(manifest, run)}). "
             "Restore it into a run with that recipe: rococap enqueue --run NAME …, then rococap restore --run NAME"
         )
     if manifest.get("file") == path.name and manifest.get("sha256") != _sha256(path):
         raise RococapError(
             f"{path} was altered since it was exported (its SHA-256 is another). Use the original, or remove "
-            f"{path.with_suffix('.json')} to restore it as it is."
+            f"{manifest_path(path)} to restore it as it is."
         )
+
+
+def _differences(manifest: dict[str, Any], run: Run) -> str:
+    theirs, mine = manifest.get("recipe") or {}, asdict(run.recipe)
+    return "; ".join(
+        f"{name}: {theirs.get(name)!r}, not {mine[name]!r}" for name in mine if theirs.get(name) != mine[name]
+    )
 
 
 def _read(path: Path) -> Iterator[pd.DataFrame]:
@@ -493,11 +508,14 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
     jobs = _jobs_by_image_id(conn, run, split, list(rows["image_id"]))
     moved: Counter[str] = Counter()
     done, captions, known = [], [], []
-    texts = zip(rows["image_id"], rows["generated_caption"], _seconds(result.path, rows), strict=True)
-    for (image_id, text, seconds), generated_at in zip(texts, _milliseconds(result.path, rows), strict=True):
-        job_id, status = jobs.get(image_id, (None, None))
+    cells = (rows["image_id"], rows["original_caption"], rows["generated_caption"])
+    measures = (_seconds(result.path, rows), _milliseconds(result.path, rows))
+    for image_id, original, text, seconds, generated_at in zip(*cells, *measures, strict=True):
+        job_id, status, here = jobs.get(image_id, (None, None, None))
         if job_id is None:
             result.unknown += 1
+        elif here != clean_text(original):
+            result.different += 1
         elif status == JobState.DONE:
             result.known += 1
             known.append((segment, job_id))
@@ -505,7 +523,7 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
             result.leased += 1
         else:
             moved[str(status)] += 1
-            jobs[image_id] = (job_id, JobState.DONE)
+            jobs[image_id] = (job_id, JobState.DONE, here)
             done.append((at, segment, job_id))
             captions.append((job_id, clean_text(text), None if seconds is None else seconds * 1000, generated_at))
     if done:
@@ -528,15 +546,16 @@ def _segment(path: Path) -> int | None:
     return int(name["number"]) if name else None
 
 
-def _jobs_by_image_id(conn: Connection, run: Run, split: str, image_ids: list[str]) -> dict[str, tuple[int, str]]:
+def _jobs_by_image_id(conn: Connection, run: Run, split: str, image_ids: list[str]) -> dict[str, tuple[int, str, str]]:
     found = {}
     for start in range(0, len(image_ids), 500):
         some = image_ids[start : start + 500]
         rows = execute(
             conn,
-            "SELECT i.image_id, j.id, j.status FROM images i JOIN jobs j ON j.run_id = ? AND j.image_id = i.id "
+            "SELECT i.image_id, j.id, j.status, i.caption FROM images i "
+            "JOIN jobs j ON j.run_id = ? AND j.image_id = i.id "
             f"WHERE i.dataset_id = ? AND i.split = ? AND i.image_id IN ({', '.join('?' * len(some))})",
             (run.id, run.dataset_id, split, *some),
         ).fetchall()
-        found.update({row[0]: (row[1], row[2]) for row in rows})
+        found.update({row[0]: (row[1], row[2], row[3]) for row in rows})
     return found

@@ -4,6 +4,7 @@ One fetcher thread works ahead of the engine. What is leased stays bounded: the 
 ahead. Jobs that were in a crash are claimed only while nothing else is held, so that a killer takes no neighbour along.
 """
 
+import logging
 import random
 import threading
 import time
@@ -21,6 +22,8 @@ from rococap.engines import Completion, Engine, Failure, Prepared
 from rococap.errors import PictureError
 from rococap.images import open_picture
 from rococap.queue import NORMAL, SOLO, SUSPECTS, Job, Lease, Run, Timing
+
+log = logging.getLogger(__name__)
 
 POLL_SEC = 1.0
 """How often an idle worker looks for work."""
@@ -83,6 +86,7 @@ class Pipeline:
         self._stepped_at = time.monotonic()
         self._waiting = False
         self._contact_since = time.monotonic()
+        self._told = False
         self._fetcher = threading.Thread(target=self._fetch, name="fetcher", daemon=True)
 
     def start(self) -> None:
@@ -231,6 +235,7 @@ class Pipeline:
                 return lease
             if not (self._claims.wait or any(left.values())):
                 return None
+            self._tell(left)
             self._pause()
         return None
 
@@ -247,6 +252,15 @@ class Pipeline:
     def _pause(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._state.stopping, timeout=POLL_SEC * random.uniform(0.5, 1.0))
+
+    def _tell(self, left: dict[str, int]) -> None:
+        """Once: why nothing happens."""
+        if left["leased"] and not self._told:
+            log.info(
+                "%d pictures are held by other workers: waiting until they are done, or their leases run out",
+                left["leased"],
+            )
+        self._told = bool(left["leased"])
 
     def _unfinished(self) -> dict[str, int]:
         """A read, so that a worker with nothing to claim takes no write lock."""

@@ -636,8 +636,8 @@ def counts_of(conn: Connection, run: Run, splits: Sequence[str] = SPLITS) -> lis
     mine = [one for one in counts(conn) if one.run == run.name and one.split in splits]
     if not mine:
         raise RunError(
-            f"Run {run.name!r} has no pictures of {', '.join(splits)}. Register them: "
-            f"rococap enqueue --run {run.name} --split {splits[0]}"
+            f"Run {run.name!r} has no pictures of {', '.join(splits)}. Register them, with the run's own data set and "
+            f"recipe: rococap enqueue --run {run.name} --split {splits[0]} …"
         )
     return mine
 

@@ -323,6 +323,7 @@ def _signals(stop: threading.Event) -> Iterator[None]:
     def handle(signum: int, frame: FrameType | None) -> None:
         if stop.is_set():
             os._exit(128 + signum)
+        log.info("asked to stop; once more to leave at once")
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():
@@ -343,7 +344,7 @@ def _drain(
     while not stop.wait(0.1):
         if done.is_set():
             return
-    log.info("stopping: finishing what runs (at most %.0f s; once more to leave at once)", settings.drain_timeout)
+    log.info("finishing what runs, for at most %.0f s", settings.drain_timeout)
     pipeline.stop()
     _release(database, pipeline, running=False)
     if not done.wait(settings.drain_timeout):

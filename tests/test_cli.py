@@ -147,6 +147,31 @@ def test_failures_are_listed_by_code_and_as_json(here):
     assert json.loads(said("failures", "--json", "--split", "test")) == []
 
 
+def test_many_failures_of_one_code_are_cut_short(here):
+    write_shard(here / "set", "train", range(15))
+    enqueue()
+    with db.transaction(db.connect("rococap.db"), write=True) as conn:
+        worker = queue.register_worker(conn, "one", "host", 7, INFO)
+        lease = queue.claim(conn, worker, 1, "train", 15, ttl_ms=60_000)
+        queue.fail(conn, lease, {job.id: Failure("moved", "Gone.") for job in lease.jobs})
+    told = said("failures").splitlines()
+    assert (told[0], len(told), told[11]) == ("default: 15 moved", 13, "  … and 5 more: --json lists all")
+
+
+def test_commands_to_paste_name_the_run(here):
+    write_shard(here / "set", "train", range(5))
+    enqueue("--run", "other")
+    assert said("cancel", "--all") == "other: 5 cancelled. Undo: rococap retry --cancelled --run other\n"
+    assert said("worker") == "other: nothing is left to do. See: rococap status\n"
+
+
+def test_a_model_that_is_neither_a_folder_nor_a_hub_id_is_refused(here):
+    write_shard(here / "set", "train", range(5))
+    assert refused("enqueue", "--split", "train", "--dataset", "set", "--model", "./nowhere") == (
+        "There is no folder ./nowhere: check the path, or name a model of the hub as owner/name."
+    )
+
+
 def test_retry_and_cancel_say_how_many(here):
     fail_two(here)
     assert said("retry", "--code", "empty") == "default: 1 pending again. Caption them: rococap worker\n"

@@ -168,6 +168,14 @@ def test_the_manifest_names_what_made_the_captions(database, run, out):
     assert "Not for clinical use" in manifest["note"]
 
 
+def test_each_format_has_a_manifest_of_its_own(database, run, out):
+    caption(database, run, ["A."])
+    for format in export.FORMATS:
+        path = export.export(database, run, "train", out / f"x.{format}").path
+        assert json.loads(export.manifest_path(path).read_text())["file"] == path.name
+    assert sorted(file.name for file in out.glob("*.json")) == ["x.json", "x.jsonl.json", "x.parquet.json"]
+
+
 def test_require_complete_refuses_a_split_with_gaps_and_leaves_the_old_file(database, run, out):
     caption(database, run, ["A."])
     path = export.export(database, run, "train", out / "x.csv").path
@@ -213,7 +221,10 @@ def test_a_full_disk_is_a_clear_error_that_changes_nothing(database, run, out, m
 
 
 def test_a_split_that_the_run_does_not_have_is_refused(database, run, out):
-    with pytest.raises(RunError, match=r"Run 'default' has no pictures of test\. Register them: rococap enqueue"):
+    with pytest.raises(
+        RunError,
+        match=r"Run 'default' has no pictures of test\. Register them, with the run's own data set and recipe: ",
+    ):
         export.export(database, run, "test", out / "x.csv")
 
 
@@ -375,6 +386,16 @@ def test_restoring_says_how_many_images_the_run_does_not_have(database, other, r
     assert (result.restored, result.unknown) == (10, 20)
 
 
+def test_captions_of_another_data_sets_pictures_are_left_out(database, other, run, out, tmp_path):
+    caption(database, run, ["x"] * 30)
+    path = export.export(database, run, "train", out / "x.csv").path
+    new = fill(other, tmp_path / "set", 30)
+    with db.transaction(other, write=True) as conn:
+        db.execute(conn, "UPDATE images SET caption = 'Of another picture.' WHERE id <= 7")
+    result = restore(other, new, path)
+    assert (result.restored, result.different) == (23, 7)
+
+
 def test_the_manifest_pins_what_the_lost_database_had_pinned(database, other, run, out, tmp_path):
     caption(database, run, ["x"])
     with db.transaction(database, write=True) as conn:
@@ -391,7 +412,9 @@ def test_a_file_of_another_recipe_or_model_is_refused(database, other, run, out,
     caption(database, run, ["x"])
     path = export.export(database, run, "train", out / "x.csv").path
     new = fill(other, tmp_path / "set", 30, recipe=Recipe(model="tests/other"))
-    with pytest.raises(RunError, match="was made by another recipe than run 'default'"):
+    with pytest.raises(
+        RunError, match=r"another recipe than run 'default' has \(model: 'tests/small', not 'tests/other'\)"
+    ):
         restore(other, new, path)
     path.with_suffix(".json").unlink()
     with pytest.raises(RunError, match="holds captions by tests/small, and run 'default' is by tests/other"):
@@ -503,7 +526,7 @@ def test_a_file_with_a_cell_that_makes_no_sense_is_refused_whole(
 def test_a_caption_that_is_no_text_is_refused(database, run, out):
     caption(database, run, ["x"])
     path = export.export(database, run, "train", out / "x.jsonl").path
-    path.with_suffix(".json").unlink()
+    export.manifest_path(path).unlink()
     for value in ("null", "7", "[1]"):
         path.write_text(path.read_text().replace('"generated_caption":"x"', f'"generated_caption":{value}'))
         with pytest.raises(RococapError, match="holds something that is no text in the column generated_caption"):

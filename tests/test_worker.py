@@ -190,7 +190,10 @@ def test_without_a_name_the_worker_takes_default_or_the_only_run_with_work(datab
 
 def test_a_split_that_the_run_does_not_have_is_refused(database, tmp_path):
     fill(database, tmp_path / "set", 4)
-    with pytest.raises(RunError, match=r"Run 'default' has no pictures of test\. Register them: rococap enqueue"):
+    with pytest.raises(
+        RunError,
+        match=r"Run 'default' has no pictures of test\. Register them, with the run's own data set and recipe: ",
+    ):
         run_worker(database, splits=("test",))
 
 

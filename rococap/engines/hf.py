@@ -253,6 +253,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _quieten() -> None:
     transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
