@@ -1,7 +1,10 @@
 """The transformers engine, with the real demonstration model on real and drawn pictures."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -272,6 +275,21 @@ def test_an_unknown_hub_model_offline_is_refused():
     message = error_of(Recipe(model="nobody/no-such-model"))
     assert message.startswith("The model nobody/no-such-model (revision main) cannot be had: ")
     assert message.endswith("download it where there is one: hf download nobody/no-such-model")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
+    """transformers asks it for every file, five times each: two and a half minutes until it says so."""
+    hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    code = (
+        "from rococap.engines import Options, load_engine; from rococap.recipe import Recipe\n"
+        "load_engine(Recipe(model='nobody/nothing'), Options('cpu')).load()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | hub, capture_output=True, text=True, timeout=60
+    )
+    assert "rococap.errors.ModelError: The model nobody/nothing (revision main) cannot be had: " in done.stderr
+    assert done.stderr.count("the hub cannot be reached") == 1
+    assert "Retrying" not in done.stderr
 
 
 def test_a_model_without_an_image_processor_is_refused(folder):

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import pad
@@ -49,14 +51,15 @@ class TransformersEngine:
     def load(self) -> None:
         _quieten()
         name, revision = self.recipe.model, self.recipe.revision
-        self.processor = _load_processor(name, revision)
+        source = {"revision": revision, "local_files_only": _is_here_or_unreachable(name, revision)}
+        self.processor = _load_processor(name, source)
         # After loading: the bounds in a checkpoint's preprocessor_config.json override those given to from_pretrained.
         self.processor.image_processor.size = {
             "shortest_edge": self.recipe.min_pixels,
             "longest_edge": self.recipe.max_pixels,
         }
         self.prompt = _prompt(self.processor, self.recipe.prompt, name)
-        self.model = _load_model(name, revision, self.dtype).to(self.device).eval()
+        self.model = _load_model(name, source, self.dtype).to(self.device).eval()
         tokenizer = self.processor.tokenizer
         self.ends = _end_tokens(self.model.generation_config, tokenizer)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
@@ -270,11 +273,25 @@ def _missing(name: str, revision: str, error: Exception) -> ModelError:
     )
 
 
-def _load_processor(name: str, revision: str) -> Any:
+def _is_here_or_unreachable(name: str, revision: str) -> bool:
+    """Whether to load without asking the hub: asked once here, where transformers asks for every file, and waits."""
+    if Path(name).is_dir():
+        return True
     try:
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return False  # loading says it best
+    except Exception as error:  # its errors have no base in common
+        log.warning("the hub cannot be reached (%s): loading what is cached of %s", error, name)
+        return True
+    return False
+
+
+def _load_processor(name: str, source: dict[str, Any]) -> Any:
+    try:
+        processor = AutoProcessor.from_pretrained(name, **source)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _missing(name, revision, error) from error
+        raise _missing(name, source["revision"], error) from error
     # For a processor class that it does not know, AutoProcessor returns a bare tokenizer without a word.
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ModelError(f"{name} has no image processor, so it cannot caption pictures. Name a vision-language model.")
@@ -282,13 +299,11 @@ def _load_processor(name: str, revision: str) -> Any:
     return processor
 
 
-def _load_model(name: str, revision: str, dtype: torch.dtype) -> Any:
+def _load_model(name: str, source: dict[str, Any], dtype: torch.dtype) -> Any:
     try:
-        return AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, dtype=dtype, attn_implementation="sdpa"
-        )
+        return AutoModelForImageTextToText.from_pretrained(name, **source, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _missing(name, revision, error) from error
+        raise _missing(name, source["revision"], error) from error
 
 
 def _prompt(processor: Any, prompt: str, name: str) -> str:
