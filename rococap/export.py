@@ -346,7 +346,8 @@ def _write_segments(database: Database, run: Run, split: str, folder: Path, numb
         rows = execute(
             conn,
             _SELECT + "j.checkpoint IS NOT NULL AND j.checkpoint BETWEEN ? AND ? "
-            "ORDER BY j.checkpoint, j.finished_at, j.id",
+            # Not finished_at, which is the time of restoring for what was restored.
+            "ORDER BY j.checkpoint, c.generated_at, j.id",
             (run.id, split, numbers[0], numbers[-1]),
         ).fetchall()
     for number, segment in groupby(rows, key=lambda row: row[1]):

@@ -342,7 +342,8 @@ def test_segments_restore_what_they_hold_and_the_rest_stays_pending(database, ot
 
 
 def test_restored_segments_stay_as_they_are_and_later_ones_follow_them(database, other, run, out, tmp_path):
-    caption(database, run, [f"{n}" for n in range(20)])
+    caption(database, run, [f"{n}" for n in range(10)], now=1_700_000_000_999)
+    caption(database, run, [f"{n}" for n in range(10, 20)], now=1_700_000_000_111)
     before = {path: path.read_bytes() for path in write_checkpoints(database, run, "train", out, 6)}
     new = fill(other, tmp_path / "set", 30)
     for path in before:
@@ -352,6 +353,9 @@ def test_restored_segments_stay_as_they_are_and_later_ones_follow_them(database,
         "checkpoint_train_000004.csv",
         "checkpoint_train_000005.csv",
     ]
+    second = list(before)[1]  # begins with pictures of the end, which were captioned first
+    second.unlink()
+    assert write_checkpoints(other, new, "train", out, 6) == [second]
     assert {path: path.read_bytes() for path in before} == before
     main = export.export(other, new, "train", out / "medical_captions_train.csv").path
     segments = pd.concat([read(path) for path in sorted(out.glob("checkpoint_*.csv"))])
