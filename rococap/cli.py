@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,9 +77,10 @@ def _told(error: BaseException) -> str:
     metavar="URL",
     help="The queue: sqlite:///FILE, or postgresql+psycopg://… Also from ROCOCAP_DB.",
 )
+@click.option("--force", is_flag=True, help="Open SQLite files on network file systems too, at your own risk.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
 @click.pass_context
-def cli(ctx: click.Context, url: str, debug: bool) -> None:
+def cli(ctx: click.Context, url: str, force: bool, debug: bool) -> None:
     """Caption radiology pictures with Qwen2-VL through a crash-safe work queue.
 
     \b
@@ -90,7 +91,7 @@ def cli(ctx: click.Context, url: str, debug: bool) -> None:
 
     Captions are made by a machine and are not for clinical use.
     """
-    ctx.obj = url
+    ctx.obj = Target(url, force)
     _set_up_logging(debug)
 
 
@@ -116,8 +117,17 @@ def _console() -> Any:
     return Console(stderr=True)
 
 
+@dataclass(slots=True)
+class Target:
+    """The database that the options before and after the command name."""
+
+    url: str
+    force: bool
+
+
 def _database() -> Database:
-    return db.connect(click.get_current_context().find_root().obj)
+    target = click.get_current_context().find_root().obj
+    return db.connect(target.url, force=target.force)
 
 
 def _echo_json(value: Any) -> None:
@@ -139,7 +149,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _use(ctx: click.Context, param: click.Parameter, url: str | None) -> None:
     if url is not None:
-        ctx.find_root().obj = url
+        ctx.find_root().obj.url = url
 
 
 db_option = click.option(
@@ -658,9 +668,11 @@ def cancel(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, 
 @db_option
 def migrate() -> None:
     """Upgrade the database to this rococap's schema, after a backup copy."""
-    url = click.get_current_context().find_root().obj
-    backup = db.migrate(url)
-    click.echo(f"Upgraded. The database as it was: {backup}" if backup else "The schema is up to date.")
+    options = click.get_current_context().find_root().obj
+    done = db.migrate(options.url, force=options.force)
+    click.echo("Upgraded." if done.upgraded else "The schema is up to date.")
+    if done.backup:
+        click.echo(f"The database as it was: {done.backup}")
 
 
 # --- demo ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import shlex
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,41 @@ from sqlalchemy.engine import URL, CursorResult, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import DatabaseError as DriverError
 
-from rococap.errors import DatabaseError
+from rococap.errors import DatabaseError, DatabaseUnavailable
 from rococap.models import SCHEMA
 
 DEFAULT_URL = "sqlite:///rococap.db"
 BUSY_TIMEOUT_MS = 50
 PATIENCE_SEC = 60.0
 """How long a transaction waits for the write lock before it gives up."""
+
+POSTGRESQL_SETTINGS = {
+    # Said by `libpq`: a server that is silently gone must not hold a thread for the kernel's fifteen minutes.
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    # A worker that is frozen inside a transaction must not hold others' rows for ever.
+    "options": "-c lock_timeout=10s -c idle_in_transaction_session_timeout=60s",
+}
+"""Unless the URL says otherwise: `?connect_timeout=3`."""
+
+_AWAY = frozenset(
+    [
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_READONLY,  # also of a file that was moved under us
+    ]
+)
+
+_FIRST_USE_LOCK = 0x726F636F
+"""The key of PostgreSQL's advisory lock on changes of the schema."""
 
 NETWORK_FILE_SYSTEMS = frozenset(
     [
@@ -60,16 +89,19 @@ def default_url() -> str:
 # --- Opening ---------------------------------------------------------------------------------------------------
 
 
-def connect(url: str, *, create: bool = True) -> Engine:
-    """An engine for `url`, with the schema checked; an empty or absent SQLite file is given its tables.
+def connect(url: str, *, create: bool = True, force: bool = False) -> Engine:
+    """An engine for `url`, with the schema checked; an empty or absent database is given its tables.
 
-    With `create=False` the database is opened as it is, whatever its schema. Raises DatabaseError for a URL that
-    cannot be understood, a file system that SQLite cannot lock on, a database that is not ours or has another schema.
+    With `create=False` the database is opened as it is, whatever its schema; with `force` also on a file system that
+    SQLite cannot lock on. Raises DatabaseError for a URL that cannot be understood, such a file system, a database
+    that is not ours or has another schema.
     """
-    engine = _engine(_parse(url))
+    engine = _engine(_parse(url), force)
     try:
         if create:
             _check_schema(engine)
+            if engine.dialect.name == "sqlite":
+                event.listen(engine, "do_connect", _refuse_absent)
     except DriverError as error:
         raise DatabaseError(explain(error, engine.url)) from error
     except (TypeError, ValueError) as error:  # options of the URL that the driver does not take
@@ -80,12 +112,18 @@ def connect(url: str, *, create: bool = True) -> Engine:
 def _parse(url: str) -> URL:
     try:
         parsed = make_url(url) if "://" in url else URL.create("sqlite", database=url)
+        if parsed.drivername in ("postgres", "postgresql"):  # as libpq writes it
+            parsed = parsed.set(drivername="postgresql+psycopg")
         parsed.get_dialect()
     except (ArgumentError, NoSuchModuleError, ValueError) as error:
         raise _cannot_open(url, error) from error
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
         raise DatabaseError(f"rococap runs on SQLite and PostgreSQL, not on {parsed.get_backend_name()}.")
-    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+    if parsed.drivername not in ("sqlite", "sqlite+pysqlite", "postgresql+psycopg"):
+        raise DatabaseError(
+            f"The driver of {parsed.drivername} is not supported. Use sqlite:// or postgresql+psycopg://"
+        )
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:", "file::memory:"):
         raise DatabaseError("A queue in memory would be lost with its process. Name a file: sqlite:///rococap.db")
     return parsed
 
@@ -98,29 +136,41 @@ def _cannot_open(url: str, error: Exception) -> DatabaseError:
     )
 
 
-def _engine(url: URL) -> Engine:
+def _engine(url: URL, force: bool) -> Engine:
     if url.get_backend_name() == "sqlite":
-        _check_place(Path(url.database or ""))
+        _check_place(Path(url.database or ""), force)
         engine = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
         event.listen(engine, "connect", _set_pragmas)
         return engine
+    settings = {name: value for name, value in POSTGRESQL_SETTINGS.items() if name not in url.query}
     try:
-        return create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+        return create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True, connect_args=settings)
     except ModuleNotFoundError as error:
-        raise _cannot_open(url.render_as_string(), error) from error
+        raise DatabaseError(
+            f"PostgreSQL's driver is not installed ({error}). Install it: pip install 'rococap[postgres]'"
+        ) from error
 
 
-def _check_place(path: Path) -> None:
+def _refuse_absent(_dialect: object, _record: object, args: Sequence[Any], _options: object) -> None:
+    """A file that was there and is gone must not be made anew, empty, by whoever connects next."""
+    if not os.path.exists(args[0]):
+        error = sqlite3.OperationalError("unable to open database file: it is gone")
+        error.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
+        raise error
+
+
+def _check_place(path: Path, force: bool) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise DatabaseError(
             f"The folder {folder} of the database does not exist. Create it: mkdir -p {shlex.quote(str(folder))}"
         )
     kind = file_system(path.resolve().parent, _mounts())
-    if kind in NETWORK_FILE_SYSTEMS:
+    if kind in NETWORK_FILE_SYSTEMS and not force:
         raise DatabaseError(
             f"{path} is on a network file system ({kind}), where SQLite's locks do not hold and captions could be "
-            "lost. Put the database on a local disk, or use PostgreSQL: --db postgresql+psycopg://USER@HOST/NAME"
+            "lost. Put the database on a local disk, or use PostgreSQL: --db postgresql+psycopg://USER@HOST/NAME "
+            "(or, at your own risk and with one process at a time: rococap --force …)"
         )
 
 
@@ -161,7 +211,7 @@ def _set_pragmas(connection: sqlite3.Connection, _record: object) -> None:
 
 def explain(error: DriverError, url: URL | None = None) -> str:
     """A driver's error as one line that names the next step."""
-    reason = str(error.orig)
+    reason = str(error.orig).partition("\n")[0]
     where = url.render_as_string(hide_password=True) if url else "The database"
     if "not a database" in reason or "malformed" in reason:
         return f"{where} is not an SQLite database, or is damaged ({reason}). Name another with --db."
@@ -176,27 +226,35 @@ def explain(error: DriverError, url: URL | None = None) -> str:
 
 
 @contextmanager
-def transaction(engine: Engine, *, write: bool = False) -> Iterator[Connection]:
+def transaction(engine: Engine, *, write: bool = False, patience: float | None = None) -> Iterator[Connection]:
     """One transaction, committed when the block ends and rolled back when it raises.
 
     A writer holds SQLite's write lock from the start (BEGIN IMMEDIATE). Both kinds wait for a busy database in our
-    code, with jitter: SQLite's own waiting starves the unlucky. Raises DatabaseError after PATIENCE_SEC, and where the
-    database cannot be used.
+    code, with jitter: SQLite's own waiting starves the unlucky. Raises DatabaseUnavailable after `patience` seconds
+    (PATIENCE_SEC), or if the database is full or away: a commit may have happened all the same. Raises DatabaseError
+    where it cannot be used.
     """
     try:
         with engine.connect() as conn:
-            _begin(conn, write)
+            _begin(conn, write, patience)
             try:
                 yield conn
-                _commit(conn)
+                _commit(conn, patience)
             except BaseException:
                 _roll_back(conn)
                 raise
-    except OperationalError as error:  # the disk is full, the server is gone, ...: nobody's mistake in SQL
-        raise DatabaseError(explain(error, engine.url)) from error
+    except OperationalError as error:
+        raise _translate(error, engine.url) from error
 
 
-def _begin(conn: Connection, write: bool) -> None:
+def _translate(error: OperationalError, url: URL) -> DatabaseError:
+    """What the driver could not do, as something to try again or something to mend."""
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    is_away = code is None or code & 0xFF in _AWAY  # PostgreSQL's operational errors are nobody's mistake in SQL
+    return (DatabaseUnavailable if is_away else DatabaseError)(explain(error, url))
+
+
+def _begin(conn: Connection, write: bool, patience: float | None = None) -> None:
     if conn.dialect.name != "sqlite":
         conn.exec_driver_sql("BEGIN" if write else "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         return
@@ -212,16 +270,17 @@ def _begin(conn: Connection, write: bool) -> None:
             _roll_back(conn)
             raise
 
-    _patiently(begin, conn.engine.url.database)
+    _patiently(begin, conn.engine.url.database, patience)
 
 
-def _commit(conn: Connection) -> None:
-    _patiently(lambda: conn.exec_driver_sql("COMMIT"), conn.engine.url.database)
+def _commit(conn: Connection, patience: float | None = None) -> None:
+    _patiently(lambda: conn.exec_driver_sql("COMMIT"), conn.engine.url.database, patience)
 
 
-def _patiently(action: Callable[[], object], database: str | None) -> None:
+def _patiently(action: Callable[[], object], database: str | None, patience: float | None = None) -> None:
     """Does it again, with jitter, while another process has the database locked."""
-    deadline = time.monotonic() + PATIENCE_SEC
+    patience = PATIENCE_SEC if patience is None else patience
+    deadline = time.monotonic() + patience
     while True:
         try:
             action()
@@ -230,8 +289,8 @@ def _patiently(action: Callable[[], object], database: str | None) -> None:
             if not _is_busy(error):
                 raise
             if time.monotonic() > deadline:
-                raise DatabaseError(
-                    f"{database} has been locked by another process for {PATIENCE_SEC:.0f} s. "
+                raise DatabaseUnavailable(
+                    f"{database} has been locked by another process for {patience:.0f} s. "
                     "Close what holds it (a database browser, a backup), then run the command again."
                 ) from error
             time.sleep(random.uniform(0.001, 0.02))
@@ -243,10 +302,27 @@ def _is_busy(error: Exception) -> bool:
 
 
 def _roll_back(conn: Connection) -> None:
-    # SQLite rolls back by itself after some errors (a full disk); then there is nothing left to do.
-    driver = conn.connection.driver_connection
+    # SQLite rolls back by itself after some errors (a full disk), PostgreSQL when the connection breaks.
+    driver = None if conn.invalidated else conn.connection.driver_connection
     if driver is not None and getattr(driver, "in_transaction", True):
-        conn.exec_driver_sql("ROLLBACK")
+        try:
+            conn.exec_driver_sql("ROLLBACK")
+        except OperationalError:  # nothing is left to roll back on
+            conn.invalidate()
+
+
+def lock(conn: Connection, table: str, id: int) -> None:
+    """Lets one writer at a time go on with what hangs on this row, until its transaction ends.
+
+    On SQLite a writer is alone anyway. On PostgreSQL rows that refer to this one may be added meanwhile.
+    """
+    if conn.dialect.name != "sqlite":
+        execute(conn, f"SELECT id FROM {table} WHERE id = ? FOR NO KEY UPDATE", (id,))
+
+
+def for_update(conn: Connection, alias: str) -> str:
+    """The clause that locks the rows of a SELECT for the transaction; SQLite's writers need none."""
+    return "" if conn.dialect.name == "sqlite" else f" FOR UPDATE OF {alias}"
 
 
 def execute(conn: Connection, sql: str, params: Row | list[Row] = ()) -> "CursorResult[*tuple[Any, ...]]":
@@ -331,6 +407,8 @@ def migration_connection(engine: Engine) -> Iterator[Connection]:
             conn.exec_driver_sql("PRAGMA foreign_keys = OFF")  # ignored inside a transaction
         _begin(conn, write=True)
         try:
+            if not is_sqlite:
+                execute(conn, "SELECT pg_advisory_xact_lock(?)", (_FIRST_USE_LOCK,))
             yield conn
             if is_sqlite and (broken := execute(conn, "PRAGMA foreign_key_check").fetchall()):
                 raise DatabaseError(f"The migration would break foreign keys of {broken[0][0]}: nothing was changed.")
@@ -355,12 +433,20 @@ def upgrade(engine: Engine, revision: str = "head") -> None:
         command.upgrade(config, revision)
 
 
-def migrate(url: str) -> Path | None:
-    """Upgrades an older database; returns the backup copy made before (SQLite), or None if nothing was to do.
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """What `migrate` did. `backup` is the copy made before, of an SQLite file."""
+
+    upgraded: bool
+    backup: Path | None = None
+
+
+def migrate(url: str, *, force: bool = False) -> Migrated:
+    """Upgrades an older database, after a backup copy of an SQLite file.
 
     Raises DatabaseError while leases are open: a worker's statements must not meet another schema half-way.
     """
-    engine = connect(url, create=False)
+    engine = connect(url, create=False, force=force)
     try:
         with transaction(engine) as conn:
             found = _schema(conn)
@@ -372,31 +458,43 @@ def migrate(url: str) -> Path | None:
     except DriverError as error:
         raise DatabaseError(explain(error, engine.url)) from error
     if found == SCHEMA:
-        return None
+        return Migrated(False)
     if found is not None and found not in _known_revisions():
         raise _wrong_schema(engine.url, found)
     if n_open:
         raise DatabaseError(
-            f"{n_open} leases are open. Stop the workers (or wait until their leases expire), then migrate."
+            f"Open leases: {n_open}. Stop the workers (or wait until their leases expire), then migrate."
         )
-    backup = _back_up(engine.url, found) if found is not None else None
+    backup = None
+    if found is not None and engine.dialect.name == "sqlite":
+        file = Path(engine.url.database or "")
+        backup = back_up(engine, file.with_name(f"{file.name}.before-{SCHEMA}-from-{found}"))
     upgrade(engine)
-    return backup
+    return Migrated(True, backup)
 
 
-def _back_up(url: URL, revision: str) -> Path | None:
-    if url.get_backend_name() != "sqlite":
-        return None
-    source = Path(url.database or "")
-    target = source.with_name(f"{source.name}.before-{SCHEMA}-from-{revision}")
-    partial = target.with_name(target.name + ".part")
+def back_up(engine: Engine, target: Path) -> Path:
+    """Copies an SQLite database as it is at one moment to `target`, while workers run; whole or not at all.
+
+    Raises DatabaseError where the copy cannot be written, and for PostgreSQL, which has its own tool.
+    """
+    if engine.dialect.name != "sqlite":
+        raise DatabaseError("This copies SQLite files. For PostgreSQL: pg_dump --format=custom --file=FILE URL")
+    partial = target.with_name(f".{target.name}.part")
     try:
-        with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(partial)) as write:
-            read.backup(write)
-    except sqlite3.Error as error:
+        partial.unlink(missing_ok=True)  # of one that was killed
+        # In one step: copied page by page, it would start anew whenever a worker commits.
+        with closing(sqlite3.connect(engine.url.database or "")) as read, closing(sqlite3.connect(partial)) as write:
+            _patiently(lambda: read.backup(write), engine.url.database)
+        with partial.open("rb") as copy:
+            os.fsync(copy.fileno())
+        partial.replace(target)
+    except (sqlite3.Error, OSError) as error:
         raise DatabaseError(
-            f"The backup copy {partial} cannot be written ({error}): nothing was changed. "
+            f"The copy {target} cannot be written ({error}): nothing was changed. "
             "Check the folder's permissions and the disk, then run the command again."
         ) from error
-    partial.replace(target)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return target

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine
 
 from rococap import datasets, queue
 from rococap.datasets import Dataset, Sample, Shard
-from rococap.db import execute, transaction
+from rococap.db import execute, lock, transaction
 from rococap.errors import RunError
 from rococap.models import JobState
 from rococap.queue import clean_text
@@ -88,6 +88,7 @@ def _register_split(
     engine: Engine, dataset: Dataset, dataset_id: int, shards: list[Shard], result: Enqueued, progress: Progress
 ) -> None:
     with transaction(engine, write=True) as conn:
+        lock(conn, "datasets", dataset_id)
         known = _known_shards(conn, dataset_id, result.split)
         altered = [shard for shard in shards if known.get(shard.path, shard) != shard]
         new = [shard for shard in shards if shard.path not in known]
@@ -99,6 +100,7 @@ def _register_split(
     done, total = 0, sum(shard.rows for shard in new)
     for shard in new:
         with transaction(engine, write=True) as conn:
+            lock(conn, "datasets", dataset_id)
             if shard.path not in _known_shards(conn, dataset_id, result.split):
                 result.duplicates += shard.rows - _add_shard(conn, dataset, dataset_id, shard)
         done += shard.rows

@@ -24,6 +24,13 @@ class DatabaseError(RococapError):
     """A database that cannot be opened or is locked, is not ours, or has another schema."""
 
 
+class DatabaseUnavailable(DatabaseError):
+    """A database that is locked, full or away for now: the same may succeed later.
+
+    Raised at a commit, it leaves open whether that happened.
+    """
+
+
 class RunError(RococapError):
     """A run that does not exist, or that exists with another recipe or data set."""
 

@@ -326,6 +326,7 @@ def _last_checkpoint(conn: Connection, run: Run, split: str) -> int:
 def _assign(database: Database, run: Run, split: str, every: int) -> int:
     """Gives done images their segments; returns how many segments were filled."""
     with transaction(database, write=True) as conn:
+        db.lock(conn, "runs", run.id)
         due = execute(
             conn,
             "SELECT id FROM jobs WHERE run_id = ? AND split = ? AND status = 'done' AND checkpoint IS NULL "
@@ -555,7 +556,8 @@ def _jobs_by_image_id(conn: Connection, run: Run, split: str, image_ids: list[st
             conn,
             "SELECT i.image_id, j.id, j.status, i.caption FROM images i "
             "JOIN jobs j ON j.run_id = ? AND j.image_id = i.id "
-            f"WHERE i.dataset_id = ? AND i.split = ? AND i.image_id IN ({', '.join('?' * len(some))})",
+            f"WHERE i.dataset_id = ? AND i.split = ? AND i.image_id IN ({', '.join('?' * len(some))}) "
+            f"ORDER BY j.id{db.for_update(conn, 'j')}",
             (run.id, run.dataset_id, split, *some),
         ).fetchall()
         found.update({row[0]: (row[1], row[2], row[3]) for row in rows})

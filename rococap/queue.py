@@ -212,7 +212,8 @@ _PENDING = (
     "WHERE j.run_id = ? AND j.split = ? AND j.status = 'pending' AND j.crashes BETWEEN ? AND ? "
     "ORDER BY j.crashes, j.id LIMIT ?"
 )
-_PENDING_FOR_UPDATE = {"sqlite": _PENDING, "postgresql": _PENDING + " FOR UPDATE OF j SKIP LOCKED"}
+_SKIP_LOCKED = {"sqlite": "", "postgresql": " FOR UPDATE OF j SKIP LOCKED"}
+_ANY_SUSPECT = "SELECT 1 FROM jobs WHERE run_id = ? AND split = ? AND status = 'pending' AND crashes > 0 LIMIT 1"
 
 
 def claim(
@@ -231,7 +232,7 @@ def claim(
     Neighbours in a claim are neighbours on disk. The lanes SUSPECTS and SOLO bound the claim by 4 and 1.
     """
     bound = min(most, lane) if lane else most
-    rows = execute(conn, _PENDING_FOR_UPDATE[conn.dialect.name], (run_id, split, *_CRASHES[lane], bound)).fetchall()
+    rows = execute(conn, _PENDING + _SKIP_LOCKED[conn.dialect.name], (run_id, split, *_CRASHES[lane], bound)).fetchall()
     if not rows:
         return None
     at = _at(conn, now)
@@ -512,6 +513,7 @@ def _selected(
         + within("i.image_id", image_ids)
         + within(latest, codes)
         + "ORDER BY j.id"
+        + db.for_update(conn, "j")
     )
     return [(row[0], row[1], row[2]) for row in execute(conn, sql, (run.id, *splits, *image_ids, *codes)).fetchall()]
 

@@ -1,19 +1,30 @@
-"""Fixtures: a real database file, and the environment that every test runs in."""
+"""Fixtures: real databases of three kinds, and the environment that every test runs in."""
 
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 # Before torch is imported: spinning OpenMP threads starve the other processes of a test.
 os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
 os.environ.pop("ROCOCAP_DB", None)
 os.environ.pop("ROCOCAP_DATASET", None)
+os.environ.pop("ROCOCAP_SPOOL", None)
 
 import pytest
+from postgres import Server
 from sqlalchemy import Engine
 
 from rococap import db
+
+DATABASES = ("delete", "wal", "postgresql")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "url" in metafunc.fixturenames and metafunc.definition.get_closest_marker("every_database"):
+        metafunc.parametrize("url", DATABASES, indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -23,10 +34,28 @@ def empty_queue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of this session's own, with a template database that has our tables."""
+    server = Server(tmp_path_factory.mktemp("pg"))
+    db.connect(server.create("empty_queue")).dispose()
+    yield server
+    server.stop()
+
+
 @pytest.fixture
-def url(tmp_path: Path, empty_queue: Path) -> str:
-    """A queue of the test's own; copied, since migrating takes a quarter of a second."""
-    return f"sqlite:///{shutil.copy(empty_queue, tmp_path / 'queue.db')}"
+def url(request: pytest.FixtureRequest, tmp_path: Path, empty_queue: Path) -> str:
+    """A queue of the test's own; copied, since migrating takes a quarter of a second.
+
+    An SQLite file with DELETE journal; the mark `every_database` asks for one of each kind.
+    """
+    kind = getattr(request, "param", "delete")
+    if kind == "postgresql":
+        return str(request.getfixturevalue("postgres").create(template="empty_queue"))
+    path = shutil.copy(empty_queue, tmp_path / "queue.db")
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute(f"PRAGMA journal_mode = {kind}").fetchone()[0] == kind
+    return f"sqlite:///{path}"
 
 
 @pytest.fixture
@@ -35,14 +64,15 @@ def database(url: str) -> Iterator[Engine]:
     yield engine
     with db.transaction(engine) as conn:
         assert tallies(conn) == recount(conn), "the tallies drifted from the jobs"
-        assert db.execute(conn, "PRAGMA integrity_check").scalar() == "ok"
-        assert db.execute(conn, "PRAGMA foreign_key_check").fetchall() == []
+        if engine.dialect.name == "sqlite":
+            assert db.execute(conn, "PRAGMA integrity_check").scalar() == "ok"
+            assert db.execute(conn, "PRAGMA foreign_key_check").fetchall() == []
     engine.dispose()
 
 
 def tallies(conn) -> dict[tuple[int, str, str], int]:
     rows = db.execute(conn, "SELECT run_id, split, status, sum(n) FROM tallies GROUP BY 1, 2, 3").fetchall()
-    return {(row[0], row[1], row[2]): row[3] for row in rows if row[3]}
+    return {(row[0], row[1], row[2]): int(row[3]) for row in rows if row[3]}
 
 
 def recount(conn) -> dict[tuple[int, str, str], int]:

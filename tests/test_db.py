@@ -1,4 +1,3 @@
-import importlib.util
 import shlex
 import sqlite3
 import subprocess
@@ -182,18 +181,24 @@ def test_a_url_that_cannot_be_opened_says_what_can(url, message):
     assert refusal(db.connect, url) == message
 
 
-@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///", "sqlite:///:memory:", ":memory:", ""])
+@pytest.mark.parametrize(
+    "url", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///file::memory:?uri=true", ":memory:", ""]
+)
 def test_a_queue_in_memory_is_refused(url):
     assert refusal(db.connect, url) == (
         "A queue in memory would be lost with its process. Name a file: sqlite:///rococap.db"
     )
 
 
-def test_a_postgresql_driver_that_is_not_installed_is_named():
-    driver = next(d for d in ("psycopg", "psycopg2", "pg8000", "asyncpg") if not importlib.util.find_spec(d))
-    assert refusal(db.connect, f"postgresql+{driver}://me@host/queue") == (
-        f"'postgresql+{driver}://me@host/queue' is not a database URL that this machine can open "
-        f"(No module named '{driver}'). {USE}"
+def test_a_postgresql_driver_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    for url in ("postgresql://me@host/queue", "postgresql+psycopg://me@host/queue"):
+        assert "Install it: pip install 'rococap[postgres]'" in refusal(db.connect, url)
+
+
+def test_another_driver_than_ours_is_refused_by_name():
+    assert refusal(db.connect, "postgresql+asyncpg://me@host/queue") == (
+        "The driver of postgresql+asyncpg is not supported. Use sqlite:// or postgresql+psycopg://"
     )
 
 
@@ -443,9 +448,12 @@ def test_a_network_file_system_is_refused(tmp_path, monkeypatch, kind):
     path = tmp_path / "queue.db"
     assert refusal(db.connect, f"sqlite:///{path}") == (
         f"{path} is on a network file system ({kind}), where SQLite's locks do not hold and captions could be lost. "
-        "Put the database on a local disk, or use PostgreSQL: --db postgresql+psycopg://USER@HOST/NAME"
+        "Put the database on a local disk, or use PostgreSQL: --db postgresql+psycopg://USER@HOST/NAME "
+        "(or, at your own risk and with one process at a time: rococap --force …)"
     )
     assert not path.exists()
+    db.connect(f"sqlite:///{path}", force=True).dispose()
+    assert path.exists()
 
 
 def test_nfs_smb_and_cluster_file_systems_are_known():

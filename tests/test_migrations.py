@@ -304,7 +304,7 @@ ADD_COLUMNS = (
 
 def test_a_current_database_has_nothing_to_migrate(path, url, tmp_path):
     content = path.read_bytes()
-    assert db.migrate(url) is None
+    assert not db.migrate(url).upgraded
     assert path.read_bytes() == content
     assert [file.name for file in tmp_path.iterdir()] == ["queue.db"]
 
@@ -312,11 +312,11 @@ def test_a_current_database_has_nothing_to_migrate(path, url, tmp_path):
 def test_a_current_database_has_nothing_to_migrate_even_while_workers_run(path, url):
     with raw(path) as connection:
         connection.execute("UPDATE leases SET state = 'open', closed_at = NULL")
-    assert db.migrate(url) is None
+    assert not db.migrate(url).upgraded
 
 
 def test_migrating_a_database_that_does_not_exist_creates_it(tmp_path):
-    assert db.migrate(f"sqlite:///{tmp_path}/new.db") is None
+    assert db.migrate(f"sqlite:///{tmp_path}/new.db") == db.Migrated(True)
     assert query(tmp_path / "new.db", "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
     assert [file.name for file in tmp_path.iterdir()] == ["new.db"]
 
@@ -341,7 +341,7 @@ def test_a_migrated_database_opens(url, path, next_schema):
     next_schema(*ADD_COLUMNS)
     db.migrate(url)
     db.connect(url).dispose()
-    assert db.migrate(url) is None
+    assert not db.migrate(url).upgraded
 
 
 @pytest.mark.parametrize("journal", ["delete", "wal"])
@@ -350,7 +350,7 @@ def test_the_backup_is_the_database_as_it_was(path, url, tmp_path, next_schema, 
         assert connection.execute(f"PRAGMA journal_mode = {journal}").fetchone() == (journal,)
     next_schema(*ADD_COLUMNS)
     rows, schema = rows_of(path), schema_of(path)
-    backup = db.migrate(url)
+    backup = db.migrate(url).backup
     assert backup == tmp_path / "queue.db.before-0002-from-0001"
     assert (rows_of(backup), schema_of(backup)) == (rows, schema)
     assert query(backup, "SELECT version_num FROM alembic_version") == [("0001",)]
@@ -363,17 +363,15 @@ def test_a_backup_that_was_cut_off_is_made_anew(path, url, tmp_path, next_schema
     next_schema(*ADD_COLUMNS)
     (tmp_path / "queue.db.before-0002-from-0001.part").write_bytes(b"")
     rows = rows_of(path)
-    assert rows_of(db.migrate(url)) == rows
+    assert rows_of(db.migrate(url).backup) == rows
 
 
 def test_a_backup_that_cannot_be_made_stops_the_upgrade_with_a_reason(path, url, tmp_path, next_schema):
     next_schema(*ADD_COLUMNS)
-    partial = tmp_path / "queue.db.before-0002-from-0001.part"
-    partial.mkdir()
-    assert refusal(db.migrate, url) == (
-        f"The backup copy {partial} cannot be written (unable to open database file): nothing was changed. "
-        "Check the folder's permissions and the disk, then run the command again."
-    )
+    (tmp_path / ".queue.db.before-0002-from-0001.part").mkdir()
+    message = refusal(db.migrate, url)
+    assert message.startswith(f"The copy {path}.before-0002-from-0001 cannot be written (")
+    assert "nothing was changed. Check the folder's permissions and the disk" in message
     assert query(path, "SELECT version_num FROM alembic_version") == [("0001",)]
 
 
@@ -384,7 +382,7 @@ def test_migrating_is_refused_while_leases_are_open(path, url, tmp_path, next_sc
         connection.execute("UPDATE leases SET state = 'open', closed_at = NULL, expires_at = ?", (in_a_minute,))
     content = path.read_bytes()
     assert refusal(db.migrate, url) == (
-        "2 leases are open. Stop the workers (or wait until their leases expire), then migrate."
+        "Open leases: 2. Stop the workers (or wait until their leases expire), then migrate."
     )
     assert path.read_bytes() == content
     assert not list(tmp_path.glob("*.before-*"))

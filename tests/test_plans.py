@@ -1,0 +1,110 @@
+"""How each hot statement finds its rows, in a queue large enough that a planner has a choice."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from samples import fill
+from small_engine import INFO
+from sqlalchemy import Connection, Engine
+
+from rococap import db, queue
+from rococap.queue import NORMAL, SOLO, SUSPECTS
+
+pytestmark = pytest.mark.every_database
+
+N = 6_000
+
+
+@pytest.fixture
+def large(database: Engine, tmp_path: Path) -> Engine:
+    """6,000 jobs more, and as many closed leases, one in ten of them pending; the tallies follow."""
+    fill(database, tmp_path / "set", 10)
+    with db.transaction(database, write=True) as conn:
+        db.execute(
+            conn,
+            "INSERT INTO images (id, dataset_id, split, image_id, shard_id, row_group, row_in_group, caption, cui) "
+            "VALUES (?, 1, 'train', ?, 1, 0, 0, '', '')",
+            [(n, f"more_{n}") for n in range(100, 100 + N)],
+        )
+        states = [("done", n) if n % 10 else ("pending", None) for n in range(N)]
+        db.execute(
+            conn,
+            "INSERT INTO jobs (id, run_id, image_id, split, status, finished_at, checkpoint) "
+            "VALUES (?, 1, ?, 'train', ?, ?, ?)",
+            [
+                (100 + n, 100 + n, status, at, n // 25 if at and n < N - 100 else None)
+                for n, (status, at) in enumerate(states)
+            ],
+        )
+        worker = queue.register_worker(conn, "one", "host", 1, INFO)
+        db.execute(
+            conn,
+            "INSERT INTO leases (worker_id, run_id, split, lane, state, n_jobs, claimed_at, beat_at, expires_at, "
+            "closed_at) VALUES (?, 1, 'train', 0, 'closed', 1, 0, 0, ?, 0)",
+            [(worker, n) for n in range(N)],
+        )
+        n_pending = sum(status == "pending" for status, _ in states)
+        queue.tally(conn, 1, "train", 0, {"pending": n_pending, "done": N - n_pending})
+    if database.dialect.name == "postgresql":
+        with database.connect() as conn:
+            conn.exec_driver_sql("ANALYZE")
+    return database
+
+
+def plan(conn: Connection, sql: str, params: Sequence = ()) -> str:
+    is_sqlite = conn.dialect.name == "sqlite"
+    explain = "EXPLAIN QUERY PLAN " if is_sqlite else "EXPLAIN (COSTS OFF) "
+    return "\n".join(str(row[3 if is_sqlite else 0]) for row in db.execute(conn, explain + sql, params).fetchall())
+
+
+def assert_uses(steps: str, index: str) -> None:
+    assert index in steps
+    assert "TEMP B-TREE" not in steps
+    assert "Sort" not in steps
+    assert "Seq Scan on jobs" not in steps
+
+
+@pytest.mark.parametrize("lane", [NORMAL, SUSPECTS, SOLO])
+def test_the_claim_reads_its_partial_index_in_order(large, lane):
+    with db.transaction(large, write=True) as conn:
+        sql = queue._PENDING + db.for_update(conn, "j")
+        assert_uses(plan(conn, sql, (1, "train", *queue._CRASHES[lane], 32)), "ix_jobs_pending")
+
+
+@pytest.mark.parametrize(
+    ("index", "sql"),
+    [
+        ("ix_leases_expires_at", queue._EXPIRED.replace("?", "9")),
+        ("ix_jobs_waiting", "UPDATE jobs SET status = 'pending' WHERE status = 'waiting' AND not_before <= 9"),
+        ("ix_jobs_failed", queue._FAILED.replace("?", "1", 1).replace("?", "'train'")),
+        ("ix_jobs_leased", "SELECT 1 FROM jobs WHERE lease_id = 9"),
+        ("ix_jobs_pending", queue._ANY_SUSPECT.replace("?", "1", 1).replace("?", "'train'")),
+        (
+            "ix_jobs_due",
+            "SELECT id FROM jobs WHERE run_id = 1 AND split = 'train' AND status = 'done' AND checkpoint IS NULL "
+            "ORDER BY finished_at, id LIMIT 25",
+        ),
+        (
+            "ix_jobs_checkpoint",
+            "SELECT max(checkpoint) FROM jobs WHERE run_id = 1 AND split = 'train' AND checkpoint IS NOT NULL",
+        ),
+    ],
+)
+def test_each_hot_statement_uses_its_index(large, index, sql):
+    with db.transaction(large) as conn:
+        steps = plan(conn, sql)
+    assert index in steps
+    assert "Seq Scan on jobs" not in steps
+
+
+@pytest.mark.parametrize("index", ["jobs", "leases"])
+def test_complete_finds_its_rows_by_primary_key(large, index):
+    sql = {
+        "jobs": "UPDATE jobs SET status = 'done', lease_id = NULL WHERE id = 1 AND lease_id = 1 AND status = 'leased'",
+        "leases": "UPDATE leases SET n_done = n_done + 1 WHERE id = 1 AND worker_id = 1 AND state = 'open'",
+    }[index]
+    with db.transaction(large) as conn:
+        steps = plan(conn, sql)
+    found = {"sqlite": (f"SEARCH {index} USING INTEGER PRIMARY KEY", "ix_jobs_leased"), "postgresql": ("Index Scan",)}
+    assert any(way in steps for way in found[large.dialect.name])
