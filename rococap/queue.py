@@ -2,7 +2,7 @@
 
     pending -> leased -> done            waiting -> pending when its time has come
                leased -> waiting         failed, cancelled -> pending by retry
-               leased -> failed          pending, waiting -> cancelled
+               leased -> failed          pending, waiting, leased -> cancelled
                leased -> pending         (released, or its worker died)
 
 Knows no torch and reads no picture. Every write of a worker carries lease, worker and state in its WHERE, so that one
@@ -14,7 +14,7 @@ the partial indexes (11 microseconds become 32 milliseconds).
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ class Run:
     recipe: Recipe
     resolved: dict[str, str] | None
     max_attempts: int
+    paused: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +110,17 @@ def tally(conn: Connection, run_id: int, split: str, slot: int, changes: Mapping
 # --- Runs ------------------------------------------------------------------------------------------------------
 
 _RUNS = (
-    "SELECT r.id, r.name, r.dataset_id, d.name, d.revision, r.recipe, r.resolved, r.max_attempts "
-    "FROM runs r JOIN datasets d ON d.id = r.dataset_id "
+    "SELECT r.id, r.name, r.dataset_id, d.name, d.revision, r.recipe, r.resolved, r.max_attempts, "
+    "r.paused FROM runs r JOIN datasets d ON d.id = r.dataset_id "
 )
 
 
 def _run(row: Sequence[Any]) -> Run:
-    run_id, name, dataset_id, dataset, revision, recipe, resolved, max_attempts = row
+    run_id, name, dataset_id, dataset, revision, recipe, resolved, max_attempts, paused = row
     parsed = json.loads(resolved) if resolved else None
-    return Run(run_id, name, dataset_id, dataset, revision, Recipe.from_json(recipe), parsed, max_attempts)
+    return Run(
+        run_id, name, dataset_id, dataset, revision, Recipe.from_json(recipe), parsed, max_attempts, bool(paused)
+    )
 
 
 def list_runs(conn: Connection) -> list[Run]:
@@ -208,8 +211,8 @@ def stop_worker(conn: Connection, worker_id: int, now: int | None = None) -> Non
 
 _PENDING = (
     "SELECT j.id, s.path, i.row_group, i.row_in_group, i.image_id "
-    "FROM jobs j JOIN images i ON i.id = j.image_id JOIN shards s ON s.id = i.shard_id "
-    "WHERE j.run_id = ? AND j.split = ? AND j.status = 'pending' AND j.crashes BETWEEN ? AND ? "
+    "FROM runs r JOIN jobs j ON j.run_id = r.id JOIN images i ON i.id = j.image_id JOIN shards s ON s.id = i.shard_id "
+    "WHERE r.id = ? AND r.paused = 0 AND j.split = ? AND j.status = 'pending' AND j.crashes BETWEEN ? AND ? "
     "ORDER BY j.crashes, j.id LIMIT ?"
 )
 _SKIP_LOCKED = {"sqlite": "", "postgresql": " FOR UPDATE OF j SKIP LOCKED"}
@@ -232,24 +235,37 @@ def claim(
     Neighbours in a claim are neighbours on disk. The lanes SUSPECTS and SOLO bound the claim by 4 and 1.
     """
     bound = min(most, lane) if lane else most
-    rows = execute(conn, _PENDING + _SKIP_LOCKED[conn.dialect.name], (run_id, split, *_CRASHES[lane], bound)).fetchall()
+    sql = _PENDING + _SKIP_LOCKED[conn.dialect.name]
+    rows = execute(conn, sql, (run_id, split, *_CRASHES[lane], bound)).fetchall()
     if not rows:
         return None
-    at = _at(conn, now)
+    lease_id = _lease(conn, worker_id, run_id, split, lane, [row[0] for row in rows], ttl_ms, _at(conn, now))
+    jobs = tuple(Job(row[0], lease_id, Place(row[1], split, row[2], row[3], row[4])) for row in rows)
+    return Lease(lease_id, worker_id, run_id, split, lane, jobs)
+
+
+def _lease(
+    conn: Connection, worker_id: int, run_id: int, split: str, lane: int, job_ids: list[int], ttl_ms: int, at: int
+) -> int:
+    """Puts pending jobs, which the transaction has locked, under a new lease."""
     lease_id = execute(
         conn,
         "INSERT INTO leases (worker_id, run_id, split, lane, state, n_jobs, claimed_at, beat_at, expires_at) "
         "VALUES (?, ?, ?, ?, 'open', ?, ?, ?, ?) RETURNING id",
-        (worker_id, run_id, split, lane, len(rows), at, at, at + ttl_ms),
+        (worker_id, run_id, split, lane, len(job_ids), at, at, at + ttl_ms),
     ).scalar_one()
     execute(
         conn,
         "UPDATE jobs SET status = 'leased', lease_id = ?, attempts = attempts + 1 WHERE id = ? AND status = 'pending'",
-        [(lease_id, row[0]) for row in rows],
+        [(lease_id, job_id) for job_id in job_ids],
     )
-    tally(conn, run_id, split, lease_id, {JobState.PENDING: -len(rows), JobState.LEASED: len(rows)})
-    jobs = tuple(Job(row[0], lease_id, Place(row[1], split, row[2], row[3], row[4])) for row in rows)
-    return Lease(lease_id, worker_id, run_id, split, lane, jobs)
+    tally(conn, run_id, split, lease_id, {JobState.PENDING: -len(job_ids), JobState.LEASED: len(job_ids)})
+    return int(lease_id)
+
+
+def has_suspects(conn: Connection, run: Run, splits: Sequence[str]) -> bool:
+    """Whether jobs that were in a crash are pending."""
+    return any(execute(conn, _ANY_SUSPECT, (run.id, split)).one_or_none() for split in splits)
 
 
 def heartbeat(
@@ -289,12 +305,12 @@ def _leave(conn: Connection, lease: Lease, sql: str, rows: list[tuple[Any, ...]]
         raise LeaseLost(f"Lease {lease.id} does not hold all of {[row[-2] for row in rows]}: nothing was stored.")
 
 
-def _close_if_empty(conn: Connection, lease: Lease, state: str, at: int) -> None:
+def _close_if_empty(conn: Connection, lease_id: int, state: str, at: int) -> None:
     execute(
         conn,
         "UPDATE leases SET state = ?, closed_at = ? WHERE id = ? AND state = 'open' "
         "AND NOT EXISTS (SELECT 1 FROM jobs WHERE lease_id = ?)",
-        (state, at, lease.id, lease.id),
+        (state, at, lease_id, lease_id),
     )
 
 
@@ -335,7 +351,7 @@ def complete(
     )
     tally(conn, lease.run_id, lease.split, lease.id, {JobState.LEASED: -len(done), JobState.DONE: len(done)})
     execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", (len(done), at, lease.worker_id))
-    _close_if_empty(conn, lease, "closed", at)
+    _close_if_empty(conn, lease.id, "closed", at)
 
 
 def _flags(completion: Completion) -> str:
@@ -382,7 +398,7 @@ def fail(conn: Connection, lease: Lease, failed: Mapping[int, Failure], *, now: 
         JobState.LEASED: -len(failed),
     }
     tally(conn, lease.run_id, lease.split, lease.id, changes)
-    _close_if_empty(conn, lease, "closed", at)
+    _close_if_empty(conn, lease.id, "closed", at)
 
 
 def _record(conn: Connection, lease_id: int, at: int, failed: Mapping[int, Failure]) -> None:
@@ -407,7 +423,98 @@ def release(conn: Connection, lease: Lease, job_ids: Iterable[int], *, now: int 
         [(id, lease.id) for id in sorted(job_ids)],
     ).rowcount
     tally(conn, lease.run_id, lease.split, lease.id, {JobState.LEASED: -released, JobState.PENDING: released})
-    _close_if_empty(conn, lease, "released", at)
+    _close_if_empty(conn, lease.id, "released", at)
+    return released
+
+
+# --- When the answer did not come ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """Job ids by what became of their completions. `kept`: another worker holds the picture at the moment."""
+
+    stored: frozenset[int]
+    dropped: frozenset[int]
+    kept: frozenset[int]
+
+
+def recover(
+    conn: Connection, worker_id: int, lease: Lease, completions: Sequence[Completion], *, now: int | None = None
+) -> Recovered:
+    """Stores what `complete` and `fail` could not, or could without the answer coming back; none is stored twice.
+
+    What the lease still holds is completed, and what it had completed is recognised. Captions of jobs that are free
+    again are completed under a new lease, of `worker_id`; where another result stands they are dropped.
+    """
+    at = _at(conn, now)
+    execute(conn, "SELECT id FROM leases WHERE id = ?" + db.for_update(conn, "leases"), (lease.id,))
+    jobs = _jobs_and_captions(conn, [completion.job_id for completion in completions])
+    mine, free, stored, kept = [], [], set(), set()
+    for one in completions:
+        status, lease_id, caption_lease_id = jobs.get(one.job_id, ("", None, None))
+        if lease_id == lease.id:
+            mine.append(one)
+        elif status == JobState.DONE and caption_lease_id == lease.id:
+            stored.add(one.job_id)
+        elif one.failure is None and status in (JobState.PENDING, JobState.WAITING):
+            free.append(one)
+        elif one.failure is None and status == JobState.LEASED:
+            kept.add(one.job_id)
+    _store(conn, lease, mine, at)
+    if free:
+        _store(conn, _take(conn, worker_id, lease, [(one.job_id, jobs[one.job_id][0]) for one in free], at), free, at)
+    stored |= {one.job_id for one in (*mine, *free)}
+    dropped = {one.job_id for one in completions} - stored - kept
+    return Recovered(frozenset(stored), frozenset(dropped), frozenset(kept))
+
+
+def _jobs_and_captions(conn: Connection, job_ids: Sequence[int]) -> dict[int, tuple[str, int | None, int | None]]:
+    """id -> (status, lease, the lease of its caption), locked in order of id."""
+    found = {}
+    for job_id in sorted(job_ids):
+        sql = "SELECT status, lease_id FROM jobs j WHERE id = ?" + db.for_update(conn, "j")
+        if row := execute(conn, sql, (job_id,)).one_or_none():
+            by = execute(conn, "SELECT lease_id FROM captions WHERE job_id = ?", (job_id,)).scalar()
+            found[job_id] = (row[0], row[1], by)
+    return found
+
+
+def _store(conn: Connection, lease: Lease, completions: Sequence[Completion], at: int) -> None:
+    if captions := [one for one in completions if one.failure is None]:
+        complete(conn, lease, captions, now=at)
+    if failed := {one.job_id: one.failure for one in completions if one.failure is not None}:
+        fail(conn, lease, failed, now=at)
+
+
+def _take(conn: Connection, worker_id: int, lost: Lease, jobs: Sequence[tuple[int, str]], at: int) -> Lease:
+    """A lease on jobs that are pending or waiting, in place of one that is lost."""
+    waiting = [(id,) for id, status in jobs if status == JobState.WAITING]
+    if waiting:
+        execute(conn, "UPDATE jobs SET status = 'pending', not_before = NULL WHERE id = ?", waiting)
+        changes: dict[str, int] = {JobState.WAITING: -len(waiting), JobState.PENDING: len(waiting)}
+        tally(conn, lost.run_id, lost.split, 0, changes)
+    lease_id = _lease(conn, worker_id, lost.run_id, lost.split, lost.lane, [id for id, _ in jobs], 0, at)
+    return Lease(lease_id, worker_id, lost.run_id, lost.split, lost.lane, ())
+
+
+def belongs(conn: Connection, lease: Lease, uuid: str) -> bool:
+    """Whether this database gave the lease to that worker: another's ids mean other pictures."""
+    sql = "SELECT 1 FROM leases l JOIN workers w ON w.id = l.worker_id WHERE l.id = ? AND w.uuid = ?"
+    return execute(conn, sql, (lease.id, uuid)).one_or_none() is not None
+
+
+def release_forgotten(conn: Connection, worker_id: int, held: Set[int], *, now: int | None = None) -> int:
+    """Gives back what this worker leased without knowing, since the answer to its claim was lost; returns how many."""
+    open_leases = execute(
+        conn, "SELECT id, run_id, split, lane FROM leases WHERE state = 'open' AND worker_id = ?", (worker_id,)
+    ).fetchall()
+    released = 0
+    for lease_id, run_id, split, lane in open_leases:
+        if lease_id not in held:
+            lease = Lease(lease_id, worker_id, run_id, split, lane, ())
+            rows = execute(conn, "SELECT id FROM jobs WHERE lease_id = ?", (lease_id,)).fetchall()
+            released += release(conn, lease, [row[0] for row in rows], now=now)
     return released
 
 
@@ -518,12 +625,10 @@ def _selected(
     return [(row[0], row[1], row[2]) for row in execute(conn, sql, (run.id, *splits, *image_ids, *codes)).fetchall()]
 
 
-def _move(conn: Connection, run: Run, sql: str, jobs: list[tuple[int, str, str]], to: str) -> int:
-    if jobs:
-        execute(conn, sql, [(id,) for id, _, _ in jobs])
+def _count(conn: Connection, run: Run, jobs: Iterable[tuple[int, str, str]], to: str) -> None:
+    """Tallies the move of jobs (id, split, status) to another state."""
     for (split, status), n in sorted(Counter((split, status) for _, split, status in jobs).items()):
         tally(conn, run.id, split, 0, {status: -n, to: n})
-    return len(jobs)
 
 
 def retry(
@@ -540,14 +645,15 @@ def retry(
     Named image_ids are retried in either state.
     """
     statuses = "'failed', 'cancelled'" if image_ids else "'cancelled'" if cancelled else "'failed'"
-    return _move(
-        conn,
-        run,
-        "UPDATE jobs SET status = 'pending', attempts = 0, crashes = 0, solo_crashes = 0, finished_at = NULL "
-        "WHERE id = ?",
-        _selected(conn, run, statuses, splits, image_ids, codes),
-        JobState.PENDING,
-    )
+    jobs = _selected(conn, run, statuses, splits, image_ids, codes)
+    if jobs:
+        sql = (
+            "UPDATE jobs SET status = 'pending', attempts = 0, crashes = 0, solo_crashes = 0, finished_at = NULL "
+            "WHERE id = ?"
+        )
+        execute(conn, sql, [(id,) for id, _, _ in jobs])
+    _count(conn, run, jobs, JobState.PENDING)
+    return len(jobs)
 
 
 def cancel(
@@ -558,15 +664,46 @@ def cancel(
     image_ids: Sequence[str] = (),
     now: int | None = None,
 ) -> int:
-    """Withdraws pending and waiting jobs; returns how many. What is leased is finished by its worker."""
-    at = int(_at(conn, now))
-    return _move(
+    """Withdraws jobs that are not finished; returns how many. A worker that holds some drops their captions."""
+    at = _at(conn, now)
+    sql = "UPDATE jobs SET status = 'cancelled', lease_id = NULL, not_before = NULL, finished_at = ? WHERE id = ?"
+    # First what is free: after that no claim can put any of it under a lease. Then leases before their jobs, as always.
+    free = _selected(conn, run, "'pending', 'waiting'", splits, image_ids, ())
+    if free:
+        execute(conn, sql, [(at, id) for id, _, _ in free])
+    leases = execute(
         conn,
-        run,
-        f"UPDATE jobs SET status = 'cancelled', not_before = NULL, finished_at = {at} WHERE id = ?",
-        _selected(conn, run, "'pending', 'waiting'", splits, image_ids, ()),
-        JobState.CANCELLED,
-    )
+        "SELECT id FROM leases WHERE state = 'open' AND run_id = ? ORDER BY id" + db.for_update(conn, "leases"),
+        (run.id,),
+    ).fetchall()
+    held = _selected(conn, run, "'leased'", splits, image_ids, ())
+    if held:
+        execute(conn, sql, [(at, id) for id, _, _ in held])
+    for row in leases:
+        _close_if_empty(conn, row[0], "closed", at)
+    _count(conn, run, (*free, *held), JobState.CANCELLED)
+    return len(free) + len(held)
+
+
+def pause(conn: Connection, run: Run, paused: bool) -> None:
+    """Stops or allows claims of the run. What is leased goes on."""
+    execute(conn, "UPDATE runs SET paused = ? WHERE id = ?", (int(paused), run.id))
+
+
+def prune(conn: Connection, *, before: int, most: int = 1_000) -> int:
+    """Deletes up to `most` failures from before a time, each followed by a later one of the same job; returns how many.
+
+    The latest of each job, leases and captions stay: they say what happened and what made it.
+    """
+    rows = execute(
+        conn,
+        "SELECT f.id FROM failures f WHERE f.at < ? "
+        "AND EXISTS (SELECT 1 FROM failures g WHERE g.job_id = f.job_id AND g.id > f.id) LIMIT ?",
+        (before, most),
+    ).fetchall()
+    if rows:
+        execute(conn, "DELETE FROM failures WHERE id = ?", [(row[0],) for row in rows])
+    return len(rows)
 
 
 # --- Looking ---------------------------------------------------------------------------------------------------
@@ -586,6 +723,7 @@ class Counts:
     cancelled: int
     per_minute: float
     eta_sec: float | None
+    paused: bool = False
 
     @property
     def total(self) -> int:
@@ -610,6 +748,25 @@ class WorkerSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseSeen:
+    """A lease. `lane`: normal, suspects or solo; `expires_in_sec` is negative if overdue, None once it has ended."""
+
+    id: int
+    worker: int
+    host: str
+    pid: int
+    run: str
+    split: str
+    lane: str
+    state: str
+    jobs: int
+    done: int
+    age_sec: float
+    beat_sec_ago: float
+    expires_in_sec: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     run: str
     split: str
@@ -625,12 +782,15 @@ def counts(conn: Connection, *, now: int | None = None) -> list[Counts]:
     per_minute = _rates(conn, at)
     rows = execute(
         conn,
-        "SELECT r.id, r.name, t.split, t.status, sum(t.n) FROM tallies t JOIN runs r ON r.id = t.run_id "
-        "GROUP BY r.id, r.name, t.split, t.status",
+        "SELECT r.id, r.name, r.paused, t.split, t.status, sum(t.n) FROM tallies t JOIN runs r ON r.id = t.run_id "
+        "GROUP BY r.id, r.name, r.paused, t.split, t.status",
     ).fetchall()
-    keys = sorted({(row[0], row[1], row[2]) for row in rows}, key=lambda key: (key[0], SPLITS.index(key[2])))
-    n = {(row[0], row[2], row[3]): int(row[4]) for row in rows}
-    return [_counts(run_id, name, split, n, per_minute.get((run_id, split), 0.0)) for run_id, name, split in keys]
+    keys = sorted({tuple(row[:4]) for row in rows}, key=lambda key: (key[0], SPLITS.index(key[3])))
+    n = {(row[0], row[3], row[4]): int(row[5]) for row in rows}
+    return [
+        _counts(run_id, name, split, n, per_minute.get((run_id, split), 0.0), bool(paused))
+        for run_id, name, paused, split in keys
+    ]
 
 
 def counts_of(conn: Connection, run: Run, splits: Sequence[str] = SPLITS) -> list[Counts]:
@@ -644,11 +804,13 @@ def counts_of(conn: Connection, run: Run, splits: Sequence[str] = SPLITS) -> lis
     return mine
 
 
-def _counts(run_id: int, name: str, split: str, n: Mapping[tuple[int, str, str], int], per_minute: float) -> Counts:
+def _counts(
+    run_id: int, name: str, split: str, n: Mapping[tuple[int, str, str], int], per_minute: float, paused: bool
+) -> Counts:
     in_state = {state.value: n.get((run_id, split, state.value), 0) for state in JobState}
     left = in_state["pending"] + in_state["leased"] + in_state["waiting"]
     eta = 60 * left / per_minute if per_minute else (0.0 if not left else None)
-    return Counts(name, split, **in_state, per_minute=per_minute, eta_sec=eta)
+    return Counts(name, split, **in_state, per_minute=per_minute, eta_sec=eta, paused=paused)
 
 
 def _rates(conn: Connection, at: int) -> dict[tuple[int, str], float]:
@@ -682,14 +844,17 @@ def unfinished(conn: Connection, run: Run, splits: Sequence[str]) -> dict[str, i
     return dict(total)
 
 
-def list_workers(conn: Connection, *, lost_after_ms: int, now: int | None = None) -> list[WorkerSeen]:
-    """Workers of the last day that have not stopped, and those that stopped in the last five minutes."""
+def list_workers(
+    conn: Connection, *, lost_after_ms: int, everyone: bool = False, now: int | None = None
+) -> list[WorkerSeen]:
+    """Workers of the last day that have not stopped, and those that stopped in the last five minutes; or `everyone`."""
     at = _at(conn, now)
+    since, stopped_since = (0, 0) if everyone else (at - 86_400_000, at - RATE_WINDOW_MS)
     rows = execute(
         conn,
         "SELECT id, host, pid, device, stopped_at, n_done, seen_at FROM workers "
         "WHERE seen_at >= ? AND (stopped_at IS NULL OR stopped_at >= ?) ORDER BY id",
-        (at - 86_400_000, at - RATE_WINDOW_MS),
+        (since, stopped_since),
     ).fetchall()
 
     def state(stopped_at: int | None, seen_at: int) -> str:
@@ -701,6 +866,31 @@ def list_workers(conn: Connection, *, lost_after_ms: int, now: int | None = None
         WorkerSeen(id, host, pid, device, state(stopped, seen), done, max(0, at - seen) / 1000)
         for id, host, pid, device, stopped, done, seen in rows
     ]
+
+
+_LANES = {NORMAL: "normal", SUSPECTS: "suspects", SOLO: "solo"}
+
+
+def list_leases(conn: Connection, *, closed: int = 0, now: int | None = None) -> list[LeaseSeen]:
+    """The open leases, oldest first, after the last `closed` of those that ended."""
+    at = _at(conn, now)
+    columns = (
+        "SELECT l.id, w.id, w.host, w.pid, r.name, l.split, l.lane, l.state, l.n_jobs, l.n_done, l.claimed_at, "
+        "l.beat_at, l.expires_at FROM leases l JOIN workers w ON w.id = l.worker_id JOIN runs r ON r.id = l.run_id "
+    )
+    latest = columns + "WHERE l.closed_at IS NOT NULL ORDER BY l.closed_at DESC, l.id DESC LIMIT ?"
+    ended = execute(conn, latest, (closed,)).fetchall()
+    rows = [*reversed(ended), *execute(conn, columns + "WHERE l.state = 'open' ORDER BY l.id").fetchall()]
+    return [_lease_seen(row, at) for row in rows]
+
+
+def _lease_seen(row: Sequence[Any], at: int) -> LeaseSeen:
+    id, worker, host, pid, run, split, lane, state, jobs, done, claimed, beat, expires = row
+    expires_in_sec = (expires - at) / 1000 if state == "open" else None
+    age_sec, beat_sec_ago = (at - claimed) / 1000, (at - beat) / 1000
+    return LeaseSeen(
+        *(id, worker, host, pid, run, split, _LANES[lane], state, jobs, done, age_sec, beat_sec_ago), expires_in_sec
+    )
 
 
 # One split at a time: only then does SQLite prefer the index of what failed to that of the whole run.

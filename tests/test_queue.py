@@ -450,15 +450,131 @@ def test_retry_of_a_done_picture_does_nothing(database, run):
         assert queue.retry(conn, run, image_ids=["train_00000"]) == 0
 
 
-def test_cancel_leaves_leased_and_done_jobs(database, run):
+def test_cancel_withdraws_all_that_is_not_finished_and_leaves_what_is(database, run):
     worker = new_worker(database)
     complete(database, claimed(database, worker, run, 2))
     lease = claimed(database, worker, run, 2)
     with writing(database) as conn:
-        assert queue.cancel(conn, run, splits=["train"], now=0) == 16
         assert queue.cancel(conn, run, splits=["test"], now=0) == 0
+        assert queue.cancel(conn, run, splits=["train"], now=9) == 18
+    assert claim(database, worker, run) is None
+    assert column(database, "SELECT count(*) FROM jobs WHERE status = 'done'") == [2]
+    assert column(database, "SELECT state FROM leases ORDER BY id") == ["closed", "closed"]
+    with pytest.raises(LeaseLost):
+        complete(database, lease)
+
+
+def test_cancel_of_one_leased_picture_leaves_its_neighbours_with_their_worker(database, run):
+    lease = claimed(database, new_worker(database), run, 3)
+    with writing(database) as conn:
+        assert queue.cancel(conn, run, image_ids=["train_00001"], now=0) == 1
+    complete(database, lease, [1, 3])
+    assert column(database, "SELECT status FROM jobs WHERE id <= 3 ORDER BY id") == ["done", "cancelled", "done"]
+    assert column(database, "SELECT state FROM leases ORDER BY id") == ["closed"]
+
+
+def test_a_paused_run_is_not_claimed_from_and_what_is_leased_goes_on(database, run):
+    worker = new_worker(database)
+    lease = claimed(database, worker, run, 2)
+    with writing(database) as conn:
+        queue.pause(conn, run, True)
     assert claim(database, worker, run) is None
     complete(database, lease)
+    with writing(database) as conn:
+        queue.pause(conn, run, False)
+    assert ids(claimed(database, worker, run, 2)) == [3, 4]
+
+
+def test_pruning_keeps_the_latest_failure_of_each_job(database, run):
+    worker = new_worker(database)
+    for attempt in range(3):
+        lease = claimed(database, worker, run, 1)
+        with writing(database) as conn:
+            queue.fail(conn, lease, {1: Failure("network", f"attempt {attempt}", transient=True)}, now=attempt)
+            queue.wake(conn, now=1 << 50)
+    with writing(database) as conn:
+        assert queue.prune(conn, before=1) == 1
+        assert queue.prune(conn, before=9, most=1) == 1
+        assert queue.prune(conn, before=9) == 0
+    assert column(database, "SELECT message FROM failures ORDER BY id") == ["attempt 2"]
+
+
+# --- recover ---------------------------------------------------------------------------------------------------
+
+
+def recover(database: Engine, lease: Lease, completions: Sequence[Completion], *, by: int = 0) -> queue.Recovered:
+    with writing(database) as conn:
+        return queue.recover(conn, by or lease.worker_id, lease, completions, now=9)
+
+
+def recovered(stored: Sequence[int] = (), dropped: Sequence[int] = (), kept: Sequence[int] = ()) -> queue.Recovered:
+    return queue.Recovered(frozenset(stored), frozenset(dropped), frozenset(kept))
+
+
+def test_a_completion_that_was_stored_without_the_answer_coming_back_is_recognised(database, run):
+    lease = claimed(database, new_worker(database), run, 3)
+    complete(database, lease, [1, 2])
+    assert recover(database, lease, [caption(1, "Again."), caption(2), caption(3, "Third.")]) == recovered([1, 2, 3])
+    assert recover(database, lease, [caption(3, "Again.")]) == recovered([3])
+    assert column(database, "SELECT text FROM captions ORDER BY job_id") == ["A caption.", "A caption.", "Third."]
+    assert column(database, "SELECT n_done FROM leases ORDER BY id") == [3]
+
+
+def test_captions_of_a_reaped_lease_whose_jobs_are_free_are_stored_under_a_new_one(database, run):
+    lease = claimed(database, new_worker(database), run, 2)
+    reap(database, TTL)
+    other = new_worker(database, "two")
+    assert recover(database, lease, [caption(1), caption(2)], by=other) == recovered([1, 2])
+    assert column(database, "SELECT status FROM jobs WHERE id <= 2 ORDER BY id") == ["done", "done"]
+    assert column(database, "SELECT worker_id FROM leases ORDER BY id") == [lease.worker_id, other]
+    assert column(database, "SELECT state FROM leases ORDER BY id") == ["expired", "closed"]
+    assert column(database, "SELECT DISTINCT lease_id FROM captions") == [lease.id + 1]
+
+
+def test_a_caption_of_a_job_that_waits_is_stored_all_the_same(database, run):
+    lease = claimed(database, new_worker(database), run, 1)
+    with writing(database) as conn:
+        queue.fail(conn, lease, {1: Failure("network", "slow", transient=True)}, now=0)
+    assert recover(database, lease, [caption(1)]) == recovered([1])
+    assert column(database, "SELECT status FROM jobs WHERE id = 1") == ["done"]
+
+
+def test_captions_of_a_lost_lease_are_kept_while_another_has_the_pictures_and_dropped_when_it_is_done(database, run):
+    lease, other = lose(database, run)
+    late = [caption(id, "Late.") for id in ids(lease)]
+    assert recover(database, lease, late) == recovered(kept=ids(lease))
+    complete(database, other, [1], text="The other's.")
+    assert recover(database, lease, late) == recovered(dropped=[1], kept=[2, 3, 4])
+    with writing(database) as conn:
+        queue.release(conn, other, [2, 3])
+        queue.cancel(conn, run, image_ids=["train_00002"], now=0)
+    assert recover(database, lease, late) == recovered(stored=[2], dropped=[1, 3], kept=[4])
+    assert column(database, "SELECT text FROM captions ORDER BY job_id") == ["The other's.", "Late."]
+
+
+def test_a_late_failure_never_touches_what_another_has(database, run):
+    lease, other = lose(database, run)
+    late = [Completion(id, failure=Failure("stale", "stale")) for id in ids(lease)]
+    assert recover(database, lease, late) == recovered(dropped=ids(lease))
+    complete(database, other)
+    assert column(database, "SELECT count(*) FROM failures") == [0]
+
+
+def test_what_a_worker_leased_without_knowing_is_given_back(database, run):
+    worker, other = new_worker(database), new_worker(database, "two")
+    known, forgotten, _ = (claimed(database, who, run, 2) for who in (worker, worker, other))
+    with writing(database) as conn:
+        assert queue.release_forgotten(conn, worker, {known.id}) == 2
+    assert column(database, "SELECT state FROM leases ORDER BY id") == ["open", "released", "open"]
+    assert column(database, "SELECT attempts FROM jobs WHERE id <= 6 ORDER BY id") == [1, 1, 0, 0, 1, 1]
+    assert ids(claimed(database, worker, run, 2)) == ids(forgotten)
+
+
+def test_a_lease_is_known_only_to_the_database_that_gave_it(database, run):
+    lease = claimed(database, new_worker(database, "one"), run)
+    with writing(database) as conn:
+        assert queue.belongs(conn, lease, "one")
+        assert not queue.belongs(conn, lease, "another")
 
 
 # --- runs ------------------------------------------------------------------------------------------------------
@@ -527,3 +643,25 @@ def test_text_keeps_everything_but_nul_lone_surrogates_and_endless_length():
     assert queue.clean_text("a\0b →\r\n “x”") == "a\ufffdb →\r\n “x”"
     assert queue.clean_text("x\ud800y\U0001f9b4") == "x\ufffdy\U0001f9b4"
     assert queue.clean_text("abc", 2) == "ab"
+
+
+def test_leases_tell_who_holds_what_and_for_how_long(database, run):
+    worker = new_worker(database)
+    complete(database, claimed(database, worker, run, 1, now=0), now=1_000)
+    claimed(database, worker, run, 3, now=2_000)
+    with db.transaction(database) as conn:
+        (open_one,) = queue.list_leases(conn, now=5_000)
+        ended, same = queue.list_leases(conn, closed=9, now=5_000)
+    assert (same, ended.state, ended.expires_in_sec) == (open_one, "closed", None)
+    assert (open_one.worker, open_one.host, open_one.run, open_one.split) == (worker, "host", "default", "train")
+    assert (open_one.lane, open_one.state, open_one.jobs, open_one.done) == ("normal", "open", 3, 0)
+    assert (open_one.age_sec, open_one.beat_sec_ago, open_one.expires_in_sec) == (3.0, 3.0, 57.0)
+
+
+def test_suspects_are_seen_while_they_are_pending(database, run):
+    with writing(database) as conn:
+        assert not queue.has_suspects(conn, run, ["train"])
+    claimed(database, new_worker(database), run, 2)
+    reap(database, TTL)
+    with writing(database) as conn:
+        assert queue.has_suspects(conn, run, ["test", "train"])
