@@ -373,7 +373,13 @@ def _echo_outcome(outcome: Any) -> None:
     if outcome.failed:
         click.echo(f"Why they failed: {_with_run('failures', outcome.run)}")
     if outcome.lost:
-        click.echo(f"{outcome.lost} captions came too late: another worker had taken the pictures over.")
+        click.echo(
+            f"{outcome.lost} captions came too late: their pictures had gone to another worker, or were cancelled."
+        )
+    if outcome.spooled:
+        click.echo(
+            f"{outcome.spooled} captions could not be stored and wait in {outcome.spool}: the next worker stores them."
+        )
     if outcome.drained:
         click.echo(f"Stopped as asked; what was left was given back. Go on with: {_with_run('worker', outcome.run)}")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.engine import URL, CursorResult, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import DatabaseError as DriverError
 
 from rococap.errors import DatabaseError, DatabaseUnavailable
@@ -209,7 +209,7 @@ def _set_pragmas(connection: sqlite3.Connection, _record: object) -> None:
     _patiently(set_up, path)
 
 
-def explain(error: DriverError, url: URL | None = None) -> str:
+def explain(error: DBAPIError, url: URL | None = None) -> str:
     """A driver's error as one line that names the next step."""
     reason = str(error.orig).partition("\n")[0]
     where = url.render_as_string(hide_password=True) if url else "The database"
@@ -219,6 +219,8 @@ def explain(error: DriverError, url: URL | None = None) -> str:
         return f"{where} cannot be written ({reason}). Check its permissions, or name another with --db."
     if "full" in reason:
         return f"{where}: the disk is full. Free some space, then run the command again."
+    if url is not None and url.get_backend_name() == "postgresql" and "connect" in reason:
+        return f"{where} cannot be reached ({reason}). Start the server, or check the URL's host, port, user and name."
     return f"{where} cannot be used: {reason}"
 
 
@@ -236,18 +238,22 @@ def transaction(engine: Engine, *, write: bool = False, patience: float | None =
     """
     try:
         with engine.connect() as conn:
-            _begin(conn, write, patience)
             try:
+                _begin(conn, write, patience)
                 yield conn
                 _commit(conn, patience)
+            except OperationalError:
+                _roll_back(conn)
+                conn.invalidate()  # a file that was moved or a server that went: the next one opens it anew
+                raise
             except BaseException:
                 _roll_back(conn)
                 raise
-    except OperationalError as error:
+    except (OperationalError, InterfaceError) as error:
         raise _translate(error, engine.url) from error
 
 
-def _translate(error: OperationalError, url: URL) -> DatabaseError:
+def _translate(error: DBAPIError, url: URL) -> DatabaseError:
     """What the driver could not do, as something to try again or something to mend."""
     code = getattr(error.orig, "sqlite_errorcode", None)
     is_away = code is None or code & 0xFF in _AWAY  # PostgreSQL's operational errors are nobody's mistake in SQL

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from sqlalchemy import Engine as Database
 
-from rococap import queue
+from rococap import db, queue
 from rococap.datasets import PictureReader
 from rococap.db import transaction
 from rococap.engines import Completion, Engine, Failure, Prepared
-from rococap.errors import PictureError
+from rococap.errors import DatabaseUnavailable, PictureError
 from rococap.images import open_picture
 from rococap.queue import NORMAL, SOLO, SUSPECTS, Job, Lease, Run, Timing
 
@@ -27,6 +27,46 @@ log = logging.getLogger(__name__)
 
 POLL_SEC = 1.0
 """How often an idle worker looks for work."""
+SUSPECTS_EVERY = 8
+"""Each so many claims, jobs that were in a crash have their turn, if there are some."""
+
+
+def clock() -> float:
+    """Seconds that go on while the machine sleeps, where it has such a clock: leases run out meanwhile."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class Contact:
+    """How long this process has been in touch with its database, without a break. Any thread may tell.
+
+    Others are judged only after a lease time of it: after an outage, or when this process was frozen or its machine
+    slept, every lease looks expired, and its worker is alive. Workers beat every quarter of a lease time, so half of
+    one without contact is a break.
+    """
+
+    def __init__(self, ttl_sec: float) -> None:
+        self._ttl_sec = ttl_sec
+        self._since = self._last = clock()
+        self._is_lost = False
+
+    def made(self) -> None:
+        at = clock()
+        if at - self._last > self._ttl_sec / 2:
+            self._since = at
+        self._last = at
+        if self._is_lost:
+            self._is_lost = False
+            log.info("the database is back")
+
+    def lost(self, error: Exception) -> None:
+        self._since = clock()
+        if not self._is_lost:
+            self._is_lost = True
+            log.warning("waiting for the database, and keeping what is captioned meanwhile: %s", error)
+
+    def is_unbroken(self) -> bool:
+        at = clock()
+        return at - self._last <= self._ttl_sec / 2 and at - self._since >= self._ttl_sec
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +74,7 @@ class Claims:
     """What a worker claims. `limit` bounds the jobs over its whole life; `wait` keeps it polling for new work."""
 
     worker_id: int
+    uuid: str
     run: Run
     splits: Sequence[str]
     size: int
@@ -46,6 +87,8 @@ class Claims:
 class _Held:
     lease: Lease
     outstanding: set[int]
+    runs_out_at: float
+    """By our own clock, from before the database was asked: nothing of it is started later."""
     load_ms: float = 0.0
     prepare_ms: float = 0.0
 
@@ -59,6 +102,7 @@ class _State:
     ready: deque[Prepared] = field(default_factory=deque)
     running: set[int] = field(default_factory=set)
     abandoned: set[int] = field(default_factory=set)
+    spooled: set[int] = field(default_factory=set)
     stopping: bool = False
     ended: bool = False
     error: BaseException | None = None
@@ -85,7 +129,9 @@ class Pipeline:
         self._left = claims.limit
         self._stepped_at = time.monotonic()
         self._waiting = False
-        self._contact_since = time.monotonic()
+        self.contact = Contact(claims.ttl_ms / 1000)
+        self._n_claims = 0
+        self._is_unsure = False
         self._told = False
         self._fetcher = threading.Thread(target=self._fetch, name="fetcher", daemon=True)
 
@@ -100,7 +146,7 @@ class Pipeline:
             while True:
                 self._waiting = True
                 self._changed.wait_for(
-                    lambda: state.ready or state.ended or state.stopping or state.error, timeout=wait
+                    lambda: self._may_start() or state.ended or state.stopping or state.error, timeout=wait
                 )
                 self._waiting = False
                 self._stepped_at = time.monotonic()
@@ -110,13 +156,20 @@ class Pipeline:
                 if batch or wait is not None or state.ended or state.stopping:  # else all that was ready had been lost
                     return batch
 
+    def _may_start(self) -> bool:
+        """Whether something is ready whose lease has not run out by our own clock."""
+        return any(self._is_live(picture.job_id) for picture in self._state.ready)
+
+    def _is_live(self, job_id: int) -> bool:
+        held = self._state.held.get(self._state.lease_of.get(job_id, 0))
+        return held is not None and clock() < held.runs_out_at
+
     def _pop(self, most: int) -> list[Prepared]:
         state = self._state
-        batch: list[Prepared] = []
-        while state.ready and len(batch) < most:
-            picture = state.ready.popleft()
-            if picture.job_id not in state.abandoned:
-                batch.append(picture)
+        state.ready = deque(picture for picture in state.ready if picture.job_id not in state.abandoned)
+        batch = [picture for picture in state.ready if self._is_live(picture.job_id)][:most]
+        taken = {picture.job_id for picture in batch}
+        state.ready = deque(picture for picture in state.ready if picture.job_id not in taken)
         state.running |= {picture.job_id for picture in batch}
         self._changed.notify_all()
         return batch
@@ -141,6 +194,19 @@ class Pipeline:
             lease_id = self._state.lease_of.get(job_id)
             return None if lease_id is None else self._state.held[lease_id].lease
 
+    def extend(self, lease_ids: Iterable[int], runs_out_at: float) -> None:
+        """A heartbeat succeeded for these."""
+        with self._changed:
+            for lease_id in lease_ids:
+                if lease_id in self._state.held:
+                    self._state.held[lease_id].runs_out_at = runs_out_at
+            self._changed.notify_all()
+
+    def put_off(self, job_ids: Iterable[int]) -> None:
+        """These are captioned and cannot be stored yet: their leases go on, and they are not given back."""
+        with self._changed:
+            self._state.spooled.update(job_ids)
+
     def take_timing(self, lease: Lease) -> Timing:
         """What reading and preparing took since the last call."""
         with self._changed:
@@ -158,6 +224,7 @@ class Pipeline:
             for job_id in job_ids:
                 self._state.lease_of.pop(job_id, None)
                 self._state.running.discard(job_id)
+                self._state.spooled.discard(job_id)
                 if held is not None:
                     held.outstanding.discard(job_id)
             if held is not None and not held.outstanding:
@@ -181,15 +248,11 @@ class Pipeline:
         state = self._state
         with self._changed:
             found = [
-                (held.lease, sorted(held.outstanding - (set() if running else state.running)))
+                (held.lease, sorted(held.outstanding - state.spooled - (set() if running else state.running)))
                 for held in state.held.values()
             ]
             state.abandoned.update(*(job_ids for _, job_ids in found))
             return [(lease, job_ids) for lease, job_ids in found if job_ids]
-
-    def lost_contact(self) -> None:
-        """The database did not answer: others are judged only after a lease time of contact from now on."""
-        self._contact_since = time.monotonic()
 
     def stop(self) -> None:
         """No more claims; the source ends with what is ready."""
@@ -222,22 +285,31 @@ class Pipeline:
 
     def _next_lease(self) -> Lease | None:
         """Blocks until there is something to claim. None: stopping, the limit is reached, or all work is done."""
-        while self._wait_until(self._may_claim):
-            if self._left == 0:
-                return None
-            self._tidy()
-            if self._unfinished()["pending"] and (lease := self._claim(NORMAL)):
-                return lease
-            if not self._wait_until(lambda: not self._state.held):
-                return None
-            left = self._unfinished()
-            if left["pending"] and (lease := self._claim(SUSPECTS) or self._claim(SOLO)):
-                return lease
-            if not (self._claims.wait or any(left.values())):
-                return None
-            self._tell(left)
+        while self._wait_until(self._may_claim) and self._left != 0:
+            try:
+                self._tidy()
+                is_pending = self._unfinished()["pending"] > 0
+                if is_pending and not self._is_suspects_turn() and (lease := self._claim(NORMAL)):
+                    return lease
+                if not self._wait_until(lambda: not self._state.held):
+                    return None
+                left = self._unfinished()
+                if left["pending"] and (lease := self._claim(SUSPECTS) or self._claim(SOLO)):
+                    return lease
+                if not (self._claims.wait or any(left.values())):
+                    return None
+                self._tell(left)
+            except DatabaseUnavailable as error:
+                self._is_unsure = True  # a claim may have been committed
+                self.contact.lost(error)
             self._pause()
         return None
+
+    def _is_suspects_turn(self) -> bool:
+        if (self._n_claims + 1) % SUSPECTS_EVERY:
+            return False
+        with transaction(self._database) as conn:
+            return queue.has_suspects(conn, self._claims.run, self._claims.splits)
 
     def _may_claim(self) -> bool:
         held = self._state.held.values()
@@ -255,12 +327,23 @@ class Pipeline:
 
     def _tell(self, left: dict[str, int]) -> None:
         """Once: why nothing happens."""
-        if left["leased"] and not self._told:
-            log.info(
-                "%d pictures are held by other workers: waiting until they are done, or their leases run out",
-                left["leased"],
+        if left["pending"] and self._is_paused():
+            why = "the run is paused; go on with: rococap resume"
+        elif left["leased"]:
+            why = (
+                f"{left['leased']} pictures are held by other workers: waiting for them, or for their leases to run out"
             )
-        self._told = bool(left["leased"])
+        elif left["waiting"]:
+            why = f"{left['waiting']} pictures failed for now and are tried again later"
+        else:
+            why = ""
+        if why and not self._told:
+            log.info("%s", why)
+        self._told = bool(why)
+
+    def _is_paused(self) -> bool:
+        with transaction(self._database) as conn:
+            return queue.get_run(conn, self._claims.run.name).paused
 
     def _unfinished(self) -> dict[str, int]:
         """A read, so that a worker with nothing to claim takes no write lock."""
@@ -268,37 +351,41 @@ class Pipeline:
             return queue.unfinished(conn, self._claims.run, self._claims.splits)
 
     def _tidy(self) -> None:
-        """Wakes what has waited long enough and reaps dead workers' leases.
-
-        Others are judged only after a lease time of our own contact with the database: after an outage every lease
-        looks expired, and its worker is alive.
-        """
+        """Gives back what was claimed unknowingly, wakes what has waited long enough, reaps dead workers' leases."""
         with transaction(self._database) as conn:
-            if not queue.overdue(conn):
-                return
+            is_overdue = queue.overdue(conn)
+        self.contact.made()
+        if not (is_overdue or self._is_unsure):
+            return
         with transaction(self._database, write=True) as conn:
-            queue.wake(conn)
-            if (time.monotonic() - self._contact_since) * 1000 >= self._claims.ttl_ms:
-                queue.reap(conn, but=self._claims.worker_id)
+            at = db.now(conn)  # before the look at our own clock: should the machine sleep in between, nobody is judged
+            if self._is_unsure:
+                queue.release_forgotten(conn, self._claims.worker_id, self._state.held.keys(), now=at)
+            queue.wake(conn, now=at)
+            if self.contact.is_unbroken():
+                queue.reap(conn, but=self._claims.worker_id, now=at)
+        self._is_unsure = False
 
     def _claim(self, lane: int) -> Lease | None:
         """A claim of the first split that has work in the lane."""
         claims = self._claims
         most = claims.size if self._left is None else min(claims.size, self._left)
         for split in claims.splits:
+            runs_out_at = clock() + claims.ttl_ms / 1000
             with transaction(self._database, write=True) as conn:
                 lease = queue.claim(conn, claims.worker_id, claims.run.id, split, most, ttl_ms=claims.ttl_ms, lane=lane)
             if lease is not None:
-                self._enter(lease)
+                self._enter(lease, runs_out_at)
                 return lease
         return None
 
-    def _enter(self, lease: Lease) -> None:
+    def _enter(self, lease: Lease, runs_out_at: float) -> None:
+        self._n_claims += 1
         if self._left is not None:
             self._left -= len(lease.jobs)
         job_ids = {job.id for job in lease.jobs}
         with self._changed:
-            self._state.held[lease.id] = _Held(lease, set(job_ids))
+            self._state.held[lease.id] = _Held(lease, set(job_ids), runs_out_at)
             self._state.lease_of.update(dict.fromkeys(job_ids, lease.id))
             self._state.abandoned -= job_ids  # lost once, and claimed again
 

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -22,25 +22,35 @@ from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
 
-from rococap import datasets, queue
+from rococap import datasets, queue, spool
 from rococap.datasets import Dataset
 from rococap.db import transaction
 from rococap.engines import Completion, Engine, Options, load_engine
-from rococap.errors import LeaseLost, RococapError, RunError
-from rococap.pipeline import Claims, Pipeline
+from rococap.errors import DatabaseUnavailable, LeaseLost, RococapError, RunError
+from rococap.pipeline import Claims, Pipeline, clock
 from rococap.queue import Lease, Run
 from rococap.recipe import Recipe
+from rococap.spool import Entry, Spool
 
 log = logging.getLogger(__name__)
 
 STORE_EVERY_SEC = 1.0
+STORE_PATIENCE_SEC = 5.0
+"""How long captions wait for a database that is locked before they are written to the spool."""
+REPLAY_EVERY_SEC = 1.0
+LOOK_EVERY_SEC = 60.0
+"""How often an idle store looks for what workers that are gone have left in the spool."""
+MIN_LEASE_SEC = 2.0
 MAX_BEAT_SEC = 30.0
 EXIT_STALLED = 70
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a worker works; what it says is the run's recipe. Times in seconds."""
+    """How a worker works; what it says is the run's recipe. Times in seconds.
+
+    Raises ValueError for a lease time that a busy machine could not keep up.
+    """
 
     run: str | None = None
     splits: Sequence[str] = ()
@@ -52,16 +62,25 @@ class Settings:
     drain_timeout: float = 25.0
     stall_timeout: float = 600.0
 
+    def __post_init__(self) -> None:
+        if not self.lease_ttl >= MIN_LEASE_SEC:
+            raise ValueError(f"A lease lasts {MIN_LEASE_SEC:.0f} s at least, not {self.lease_ttl} s.")
+
 
 @dataclass(slots=True)
 class Outcome:
-    """What a worker did. `lost`: captions that came too late, since another worker had the picture by then."""
+    """What a worker did. `lost`: captions that came too late, when another worker had the picture or it was cancelled.
+    `recovered`: of them that workers before it had left in the spool. `spooled`: captions that are there now.
+    """
 
     run: str = ""
     device: str = ""
     done: int = 0
     failed: int = 0
     lost: int = 0
+    recovered: int = 0
+    spooled: int = 0
+    spool: str = ""
     seconds: float = 0.0
     drained: bool = False
 
@@ -110,12 +129,14 @@ def _work(
     engine: Engine,
     stop: threading.Event,
 ) -> Outcome:
+    name = uuid.uuid4().hex
     with transaction(database, write=True) as conn:
         queue.pin(conn, run, engine.info)
-        worker_id = queue.register_worker(conn, uuid.uuid4().hex, socket.gethostname(), os.getpid(), engine.info)
+        worker_id = queue.register_worker(conn, name, socket.gethostname(), os.getpid(), engine.info)
     log.info("captioning run %s with %s on %s (%s)", run.name, run.recipe.model, engine.info.device, engine.info.dtype)
     claims = Claims(
         worker_id=worker_id,
+        uuid=name,
         run=run,
         splits=splits,
         size=settings.batch_size,
@@ -126,14 +147,23 @@ def _work(
     outcome = Outcome(run.name, engine.info.device)
     completions: Completions = fifo.SimpleQueue()
     pipeline = Pipeline(database, claims, dataset.root, engine, completions.put)
-    store = Store(database, run, outcome, pipeline, completions, settings.batch_size, report)
+    kept = Spool(spool.folder_of(database.url), name)
+    store = Store(database, claims, outcome, pipeline, kept, completions, report, stop)
     try:
         _caption(database, engine, pipeline, store, worker_id, settings, stop)
     finally:
-        with transaction(database, write=True) as conn:
-            queue.stop_worker(conn, worker_id)
+        kept.close()
+        _say_goodbye(database, worker_id)
         engine.close()
     return outcome
+
+
+def _say_goodbye(database: Database, worker_id: int) -> None:
+    try:
+        with transaction(database, write=True, patience=STORE_PATIENCE_SEC) as conn:
+            queue.stop_worker(conn, worker_id)
+    except DatabaseUnavailable as error:
+        log.warning("left without telling the database: %s", error)
 
 
 def choose_run(conn: Connection, name: str | None, splits: Sequence[str]) -> Run:
@@ -178,12 +208,12 @@ def _caption(
             store.put(completion)
     except BaseException as error:
         pipeline.stop()
-        store.close()
+        store.close(is_patient=False)
         _give_up(database, pipeline, error)
         raise
     else:
         pipeline.stop()
-        store.close()
+        store.close(is_patient=True)
         pipeline.join(timeout=5)
         _release(database, pipeline, running=True)
     finally:
@@ -198,25 +228,32 @@ def _caption(
 
 
 class Store:
-    """Stores completions in a thread of its own, together: every batch or every second, whichever comes first."""
+    """Stores completions in a thread of its own, together: every batch or every second, whichever comes first.
+
+    While the database is away they go to the spool, and from there into the database when it is back.
+    """
 
     def __init__(
         self,
         database: Database,
-        run: Run,
+        claims: Claims,
         outcome: Outcome,
         pipeline: Pipeline,
+        kept: Spool,
         completions: Completions,
-        group_size: int,
         report: Report,
+        stop: threading.Event,
     ) -> None:
         self.outcome = outcome
         self._database = database
-        self._run = run
+        self._claims = claims
         self._pipeline = pipeline
+        self._spool = kept
         self._completions = completions
-        self._group_size = group_size
         self._report = report
+        self._stop = stop
+        self._is_patient = True
+        self._looks_at = 0.0
         self._thread = threading.Thread(target=self._run_thread, name="store", daemon=True)
 
     def start(self) -> None:
@@ -225,23 +262,39 @@ class Store:
     def put(self, completion: Completion) -> None:
         self._completions.put(completion)
 
-    def close(self) -> None:
-        """Stores what was put, and returns when it is."""
+    def close(self, *, is_patient: bool) -> None:
+        """Returns when all that was put is stored; in the spool, if not `is_patient` or asked to stop meanwhile."""
+        self._is_patient = is_patient
         self._completions.put(None)
         self._thread.join()
 
     def _run_thread(self) -> None:
         try:
+            self._mend()
             for group in self._groups():
                 self._store(group)
+                self._mend()
+            while self._spool.entries and self._is_patient and not self._stop.wait(REPLAY_EVERY_SEC):
+                self._mend()
         except BaseException as error:
             self._pipeline.break_off(error)
+        self.outcome.spooled = sum(len(entry.completions) for entry in self._spool.entries)
+        self.outcome.spool = str(self._spool.folder)
 
     def _groups(self) -> Iterator[list[Completion]]:
-        while (first := self._completions.get()) is not None:
+        """Groups to store; an empty one now and then, when nothing comes."""
+        while True:
+            idle = REPLAY_EVERY_SEC if self._spool.entries else LOOK_EVERY_SEC
+            try:
+                first = self._completions.get(timeout=idle)
+            except fifo.Empty:
+                yield []
+                continue
+            if first is None:
+                return
             group = [first]
             deadline = time.monotonic() + STORE_EVERY_SEC
-            while len(group) < self._group_size and (left := deadline - time.monotonic()) > 0:
+            while len(group) < self._claims.size and (left := deadline - time.monotonic()) > 0:
                 try:
                     completion = self._completions.get(timeout=left)
                 except fifo.Empty:
@@ -253,6 +306,8 @@ class Store:
             yield group
 
     def _store(self, group: list[Completion]) -> None:
+        if not group:
+            return
         by_lease: dict[int, tuple[Lease, list[Completion]]] = {}
         for completion in group:
             lease = self._pipeline.lease_of(completion.job_id)
@@ -260,29 +315,92 @@ class Store:
                 self.outcome.lost += 1
             else:
                 by_lease.setdefault(lease.id, (lease, []))[1].append(completion)
-        for lease, completions in by_lease.values():
-            self._store_lease(lease, completions)
-        with transaction(self._database) as conn:
-            counts = queue.counts_of(conn, self._run)
-        self._report(self.outcome, counts)
+        try:
+            for lease, completions in by_lease.values():
+                self._store_lease(lease, completions)
+            with transaction(self._database) as conn:
+                counts = queue.counts_of(conn, self._claims.run)
+        except DatabaseUnavailable as error:
+            self._pipeline.contact.lost(error)
+        else:
+            self._report(self.outcome, counts)
 
     def _store_lease(self, lease: Lease, completions: list[Completion]) -> None:
         captions = [completion for completion in completions if completion.failure is None]
         failed = {c.job_id: c.failure for c in completions if c.failure is not None}
         try:
-            with transaction(self._database, write=True) as conn:
-                if captions:
+            if captions:
+                with self._writing() as conn:
                     queue.complete(conn, lease, captions, timing=self._timing(lease, captions))
-                if failed:
+                self.outcome.done += len(captions)
+                self._pipeline.settle(lease, [completion.job_id for completion in captions])
+            if failed:
+                with self._writing() as conn:
                     queue.fail(conn, lease, failed)
-        except LeaseLost as error:
-            log.warning("%s", error)
-            self.outcome.lost += len(completions)
-            self._pipeline.lose([lease.id])
-        else:
-            self.outcome.done += len(captions)
-            self.outcome.failed += len(failed)
-            self._pipeline.settle(lease, [completion.job_id for completion in completions])
+                self.outcome.failed += len(failed)
+                self._pipeline.settle(lease, failed)
+        except (LeaseLost, DatabaseUnavailable) as error:
+            # LeaseLost also when a commit succeeded whose answer was lost, or a picture of the lease was cancelled.
+            log.debug("%s", error)
+            self._put_off(lease, [one for one in completions if self._pipeline.lease_of(one.job_id) is not None])
+
+    def _put_off(self, lease: Lease, completions: Sequence[Completion]) -> None:
+        self._pipeline.put_off([completion.job_id for completion in completions])
+        try:
+            self._spool.add(lease, completions)
+        except OSError as error:
+            log.warning("captions that cannot be stored cannot be written to %s either (%s)", self._spool.folder, error)
+
+    def _mend(self) -> None:
+        """Stores what is in the spool: our own as soon as the database is back, now and then what others left."""
+        try:
+            self._replay()
+            if self._looks_at <= clock():
+                self._looks_at = clock() + LOOK_EVERY_SEC
+                self._take_over()
+        except DatabaseUnavailable as error:
+            self._pipeline.contact.lost(error)
+
+    def _replay(self) -> None:
+        kept = []
+        try:
+            while self._spool.entries:
+                if self._recover(self._spool.entries[0]):
+                    kept.append(self._spool.entries[0])
+                del self._spool.entries[0]
+        finally:
+            self._spool.entries[:0] = kept
+        if not kept:
+            self._spool.clear()
+
+    def _take_over(self) -> None:
+        for entries, remove in spool.abandoned(self._spool.folder):
+            before = self.outcome.done
+            kept = [entry for entry in entries if self._recover(entry)]
+            if not kept:
+                remove()
+            if n := self.outcome.done - before:
+                self.outcome.recovered += n
+                log.info("stored %d captions that another worker had left in %s", n, self._spool.folder)
+
+    def _recover(self, entry: Entry) -> bool:
+        """Whether some of it must be kept, for another worker has the picture or another database gave the lease."""
+        with self._writing() as conn:
+            if not queue.belongs(conn, entry.lease, entry.uuid):
+                log.debug("lease %d of worker %s is another database's", entry.lease.id, entry.uuid)
+                return True
+            result = queue.recover(conn, self._claims.worker_id, entry.lease, entry.completions)
+        captions = {one.job_id for one in entry.completions if one.failure is None}
+        is_mine = entry.uuid == self._claims.uuid
+        self.outcome.done += len(captions & result.stored)
+        self.outcome.failed += len(result.stored - captions)
+        self.outcome.lost += len(captions & result.dropped)
+        if is_mine:
+            self._pipeline.settle(entry.lease, result.stored | result.dropped)
+        return bool(result.kept)
+
+    def _writing(self) -> AbstractContextManager[Connection]:
+        return transaction(self._database, write=True, patience=STORE_PATIENCE_SEC)
 
     def _timing(self, lease: Lease, captions: Sequence[Completion]) -> queue.Timing:
         timing = self._pipeline.take_timing(lease)
@@ -303,16 +421,18 @@ def _beat(database: Database, pipeline: Pipeline, worker_id: int, settings: Sett
             )
             os._exit(EXIT_STALLED)
         leases = [lease.id for lease in pipeline.open_leases()]
+        runs_out_at = clock() + settings.lease_ttl
         try:
-            with transaction(database, write=True) as conn:
+            with transaction(database, write=True, patience=min(settings.lease_ttl / 4, STORE_PATIENCE_SEC)) as conn:
                 kept = queue.heartbeat(conn, worker_id, leases, ttl_ms=int(settings.lease_ttl * 1000))
         except (RococapError, DriverError) as error:
-            log.warning("no heartbeat: %s", error)
-            pipeline.lost_contact()
+            pipeline.contact.lost(error)
             continue
+        pipeline.contact.made()
+        pipeline.extend(kept, runs_out_at)
         still_held = {lease.id for lease in pipeline.open_leases()}
         if lost := set(leases) & still_held - kept:
-            log.warning("lost leases %s: other workers have their pictures", sorted(lost))
+            log.warning("lost leases %s: their pictures were given to other workers, or cancelled", sorted(lost))
             pipeline.lose(lost)
 
 
@@ -354,11 +474,14 @@ def _drain(
 def _release(database: Database, pipeline: Pipeline, *, running: bool) -> None:
     for lease, job_ids in pipeline.withdraw(running=running):
         try:
-            with transaction(database, write=True) as conn:
+            with transaction(database, write=True, patience=STORE_PATIENCE_SEC) as conn:
                 queue.release(conn, lease, job_ids)
         except LeaseLost as error:
             log.warning("%s", error)
             pipeline.lose([lease.id])
+        except DatabaseUnavailable as error:
+            log.warning("%d pictures could not be given back, and are when the lease runs out: %s", len(job_ids), error)
+            return
         else:
             pipeline.settle(lease, job_ids)
 
@@ -367,6 +490,9 @@ def _give_up(database: Database, pipeline: Pipeline, error: BaseException) -> No
     """After an error that ends the worker: what ran is suspect of having broken the engine, the rest is given back."""
     pipeline.join(timeout=5)
     _release(database, pipeline, running=isinstance(error, RococapError | DriverError | OSError))
-    for lease in pipeline.open_leases():
-        with transaction(database, write=True) as conn:
-            queue.crash(conn, lease.id)
+    try:
+        for lease in pipeline.open_leases():
+            with transaction(database, write=True, patience=STORE_PATIENCE_SEC) as conn:
+                queue.crash(conn, lease.id)
+    except DatabaseUnavailable as away:
+        log.warning("left without telling the database: %s", away)

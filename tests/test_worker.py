@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from samples import fill, picture, register, write_shard
-from small_engine import SmallEngine, caption_of
+from small_engine import INFO, SmallEngine, caption_of
 from sqlalchemy import Engine
 
 from rococap import db, queue
+from rococap.engines import Completion
 from rococap.errors import DatasetError, RunError
 from rococap.worker import Outcome, Settings, choose_run, work
 
@@ -234,15 +235,36 @@ def test_a_caption_that_comes_after_its_lease_was_lost_is_dropped_and_counted(da
     fill(database, tmp_path / "set", 4)
 
     class Late(SmallEngine):
-        def _completion(self, taken):
+        def run(self, source):
+            *completions, last = super().run(source)
             with db.transaction(database, write=True) as conn:
-                queue.reap(conn, now=db.now(conn) + 3_600_000)
-            return super()._completion(taken)
+                (lease,) = queue.list_leases(conn)
+                queue.crash(conn, lease.id)
+                other = queue.register_worker(conn, "another", "host", 1, INFO)
+                run = queue.get_run(conn, "default")
+                taken = queue.claim(conn, other, run.id, "train", 4, ttl_ms=60_000, lane=queue.SUSPECTS)
+                queue.complete(conn, taken, [Completion(job.id, "The other's.") for job in taken.jobs])
+            yield from (*completions, last)
 
     outcome = run_worker(database, Late(), limit=4)
     assert (outcome.done, outcome.lost) == (0, 4)
-    assert statuses(database) == {"pending": 4}
-    assert captions(database) == {}
+    assert set(captions(database).values()) == {"The other's."}
+
+
+def test_a_caption_whose_lease_was_lost_while_nobody_took_its_picture_is_stored_all_the_same(database, tmp_path):
+    fill(database, tmp_path / "set", 4)
+
+    class Late(SmallEngine):
+        def run(self, source):
+            completions = list(super().run(source))
+            with db.transaction(database, write=True) as conn:
+                queue.reap(conn, now=db.now(conn) + 3_600_000)
+            yield from completions
+
+    outcome = run_worker(database, Late(), limit=4)
+    assert (outcome.done, outcome.lost) == (4, 0)
+    assert captions(database) == expected(4)
+    assert select(database, "SELECT state FROM leases ORDER BY id") == [("expired",), ("closed",)]
 
 
 # --- processes -------------------------------------------------------------------------------------------------
