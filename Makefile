@@ -7,11 +7,12 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint fix bench wheel revision clean help
+.PHONY: demo test torture lint fix bench wheel revision clean help
 
 help:
 	@echo "make demo   draw phantoms, caption them with the demo model, show the result in demo/"
 	@echo "make test   every test        make lint   ruff and mypy       make fix    ruff's fixes"
+	@echo "make torture  kills by the hundred, and mutants that the tests must catch: half an hour"
 	@echo "make bench  the numbers       make wheel  build the wheel     make clean  remove .venv and the like"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -24,6 +25,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/installed
+	$(BIN)/python -m pytest -m torture
+	$(BIN)/python tests/mutants.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

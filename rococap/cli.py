@@ -474,15 +474,9 @@ def _status_text(database: Database) -> str:
         for one in counts
     ]
     text = _table(["run", "split", *states, "total", "per min", "time left"], rows)
-    if workers:
-        seen = [
-            [one.id, f"{one.host}:{one.pid}", one.device, one.state, one.done, f"{one.seen_sec_ago:.0f} s ago"]
-            for one in workers
-        ]
-        text += "\n\n" + _table(["worker", "process", "device", "state", "done", "seen"], seen)
-    else:
-        text += "\n\nNo worker is running. Start one: rococap worker"
-    return text
+    for paused in sorted({one.run for one in counts if one.paused}):
+        text += f"\n{paused} is paused. Go on with: {_with_run('resume', paused)}"
+    return text + "\n\n" + (_workers_table(workers) if workers else "No worker is running. Start one: rococap worker")
 
 
 def _watch(text: Callable[[], str]) -> None:
@@ -658,10 +652,10 @@ def retry(
 @run_option("The run. [default: `default`, or the only one]")
 @splits_option()
 @click.option("--image-id", "image_ids", multiple=True, help="Only this picture. May be repeated.")
-@click.option("--all", "everything", is_flag=True, help="Everything that is pending or waiting.")
+@click.option("--all", "everything", is_flag=True, help="Everything that is not finished.")
 @db_option
 def cancel(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, ...], everything: bool) -> None:
-    """Withdraw pictures that are pending or waiting. What a worker holds is finished."""
+    """Withdraw pictures that are not finished. A worker that holds some drops their captions."""
     if not (splits or image_ids or everything):
         raise click.UsageError("Say what to cancel: --split SPLIT, --image-id ID or --all.")
     with db.transaction(_database(), write=True) as conn:
@@ -670,12 +664,161 @@ def cancel(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, 
     click.echo(f"{run.name}: {n} cancelled" + (f". Undo: {_with_run('retry --cancelled', run.name)}" if n else ""))
 
 
+# --- operating -------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@run_option("The run. [default: `default`, or the only one]")
+@db_option
+def pause(run_name: str | None) -> None:
+    """Let workers finish what they hold and claim nothing more of a run, until `resume`."""
+    _pause(run_name, True)
+
+
+@cli.command()
+@run_option("The run. [default: `default`, or the only one]")
+@db_option
+def resume(run_name: str | None) -> None:
+    """Let workers claim of a paused run again."""
+    _pause(run_name, False)
+
+
+def _pause(run_name: str | None, paused: bool) -> None:
+    with db.transaction(_database(), write=True) as conn:
+        run = queue.find_run(conn, run_name)
+        queue.pause(conn, run, paused)
+    if paused:
+        click.echo(f"{run.name}: paused. Go on with: {_with_run('resume', run.name)}")
+    else:
+        click.echo(f"{run.name}: workers may claim.")
+
+
+@cli.command()
+@click.option("--lease", "lease_ids", type=int, multiple=True, help="This lease, though its time has not run out.")
+@db_option
+def reap(lease_ids: tuple[int, ...]) -> None:
+    """Free the pictures of dead workers: of leases whose time has run out, or of those named.
+
+    Workers do it by themselves. Name a lease (see: rococap leases) only if its worker is surely dead.
+    """
+    with db.transaction(_database(), write=True) as conn:
+        reaped = [id for id in lease_ids if queue.crash(conn, id)] if lease_ids else queue.reap(conn)
+    if unknown := sorted(set(lease_ids) - set(reaped)):
+        raise RococapError(f"No open leases: {', '.join(map(str, unknown))}. Look at those there are: rococap leases")
+    click.echo(f"{len(reaped)} leases freed. Their pictures are pending again." if reaped else "No lease has run out.")
+
+
+@cli.command()
+@click.option("--last", type=click.IntRange(0, 10_000), default=0, metavar="N", help="Also the last N that ended.")
+@json_option
+@db_option
+def leases(last: int, as_json: bool) -> None:
+    """Who holds which pictures, and for how long."""
+    with db.transaction(_database()) as conn:
+        found = queue.list_leases(conn, closed=last)
+    if as_json:
+        _echo_json([asdict(one) for one in found])
+        return
+    if not found:
+        click.echo("No lease is open.")
+        return
+    rows = [
+        [
+            *(one.id, one.worker, f"{one.host}:{one.pid}", one.run, one.split, one.lane, one.state),
+            *(f"{one.done}/{one.jobs}", _duration(one.age_sec), _ago(one.beat_sec_ago)),
+            "-" if one.expires_in_sec is None else f"{one.expires_in_sec:.0f} s",
+        ]
+        for one in found
+    ]
+    header = ["lease", "worker", "process", "run", "split", "lane", "state", "done", "age", "beat", "left"]
+    click.echo(_table(header, rows))
+
+
+@cli.command()
+@click.option("--all", "everyone", is_flag=True, help="Also those that stopped long ago.")
+@json_option
+@db_option
+def workers(everyone: bool, as_json: bool) -> None:
+    """Worker processes: running, stopped or lost."""
+    with db.transaction(_database()) as conn:
+        found = queue.list_workers(conn, lost_after_ms=LOST_AFTER_MS, everyone=everyone)
+    if as_json:
+        _echo_json([asdict(one) for one in found])
+        return
+    click.echo(_workers_table(found) if found else "No worker is running. Start one: rococap worker")
+
+
+def _workers_table(seen: Sequence[queue.WorkerSeen]) -> str:
+    rows = [[w.id, f"{w.host}:{w.pid}", w.device, w.state, w.done, _ago(w.seen_sec_ago)] for w in seen]
+    return _table(["worker", "process", "device", "state", "done", "seen"], rows)
+
+
+def _ago(seconds: float) -> str:
+    return f"{_duration(max(0.0, seconds))} ago"
+
+
+@cli.command()
+@click.option(
+    "--keep-days", type=click.FloatRange(0, 36_500), default=30.0, show_default=True, help="How much history stays."
+)
+@db_option
+def vacuum(keep_days: float) -> None:
+    """Delete old failures that a later one of the same picture has replaced, and give free space back.
+
+    Captions, leases and each picture's latest failure stay. An SQLite file is made smaller only while no worker runs.
+    """
+    database = _database()
+    with db.transaction(database) as conn:
+        before = db.now(conn) - int(keep_days * DAY_SEC * 1000)
+        is_busy = bool(queue.list_leases(conn))
+    deleted = 0
+    while n := _prune(database, before):
+        deleted += n
+    click.echo(f"{deleted} old failures deleted.")
+    if is_busy and database.dialect.name == "sqlite":
+        click.echo("Workers hold leases: the file was left as large as it is. Once they have stopped: rococap vacuum")
+    else:
+        db.vacuum(database)
+
+
+def _prune(database: Database, before: int) -> int:
+    with db.transaction(database, write=True) as conn:
+        return queue.prune(conn, before=before)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@db_option
+def backup(file: Path) -> None:
+    """Copy the SQLite database as it is at one moment, while workers run."""
+    click.echo(f"Copied to {db.back_up(_database(), file)}")
+
+
+@cli.command()
+@json_option
+@db_option
+def doctor(as_json: bool) -> None:
+    """Check this machine, the database, the data set and the model; exit code 1 if something is wrong."""
+    from rococap.doctor import Verdict, examine
+
+    target = click.get_current_context().find_root().obj
+    checks = []
+    for check in examine(db.connect(target.url, create=False, force=True)):
+        checks.append(check)
+        if not as_json:
+            click.echo(f"{check.verdict:8} {check.name}: {check.found}")
+    if as_json:
+        _echo_json([asdict(check) for check in checks])
+    if any(check.verdict == Verdict.FAIL for check in checks):
+        sys.exit(1)
+
+
 @cli.command()
 @db_option
 def migrate() -> None:
     """Upgrade the database to this rococap's schema, after a backup copy."""
-    options = click.get_current_context().find_root().obj
-    done = db.migrate(options.url, force=options.force)
+    target = click.get_current_context().find_root().obj
+    done = db.migrate(target.url, force=target.force)
     click.echo("Upgraded." if done.upgraded else "The schema is up to date.")
     if done.backup:
         click.echo(f"The database as it was: {done.backup}")

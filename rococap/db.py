@@ -504,3 +504,16 @@ def back_up(engine: Engine, target: Path) -> Path:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
     return target
+
+
+def vacuum(engine: Engine) -> None:
+    """Gives free space back, and brings PostgreSQL's statistics up to date. SQLite is locked meanwhile."""
+    try:
+        with engine.connect() as conn:
+            if engine.dialect.name == "postgresql":
+                conn.exec_driver_sql("VACUUM (ANALYZE)")
+                return
+            _patiently(lambda: conn.exec_driver_sql("VACUUM"), engine.url.database)
+            conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    except OperationalError as error:
+        raise _translate(error, engine.url) from error

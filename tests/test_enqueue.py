@@ -10,6 +10,8 @@ from rococap import db, queue
 from rococap.errors import DatasetError, RunError
 from rococap.recipe import Recipe
 
+pytestmark = pytest.mark.every_database
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:

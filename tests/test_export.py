@@ -21,6 +21,8 @@ from rococap.export import COLUMNS, IncompleteError, restore, write_checkpoints
 from rococap.queue import Run
 from rococap.recipe import Recipe
 
+pytestmark = pytest.mark.every_database
+
 INFO = EngineInfo("small", {}, "tests/small", "", "float32", "cpu", "digest")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
 
@@ -132,7 +134,7 @@ def test_real_captions_come_out_as_they_went_in(database, tmp_path, out, name):
 def test_any_text_that_the_database_holds_survives_csv(tmp_path, texts):
     stored = [queue.clean_text(text) for text in texts]
     rows = [(n, None, f"{n}", text, text, 1.0, 0) for n, text in enumerate(stored)]
-    run = Run(1, "default", 1, "set", "", Recipe(), None, 5)
+    run = Run(1, "default", 1, "set", "", Recipe(), None, 5, False)
     export._write_csv(iter([export._frame(rows, run, "train")]), tmp_path / "x.csv")
     with (tmp_path / "x.csv").open(newline="", encoding="utf-8") as file:
         assert [row["generated_caption"] for row in csv.DictReader(file)] == stored
