@@ -97,15 +97,18 @@ def connect(url: str, *, create: bool = True, force: bool = False) -> Engine:
     that is not ours or has another schema.
     """
     engine = _engine(_parse(url), force)
-    try:
-        if create:
+    if create:
+        try:
             _check_schema(engine)
-            if engine.dialect.name == "sqlite":
-                event.listen(engine, "do_connect", _refuse_absent)
-    except DriverError as error:
-        raise DatabaseError(explain(error, engine.url)) from error
-    except (TypeError, ValueError) as error:  # options of the URL that the driver does not take
-        raise _cannot_open(url, error) from error
+        except BaseException as error:
+            engine.dispose()
+            if isinstance(error, DriverError):
+                raise DatabaseError(explain(error, engine.url)) from error
+            if isinstance(error, TypeError | ValueError):  # options of the URL that the driver does not take
+                raise _cannot_open(url, error) from error
+            raise
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "do_connect", _refuse_absent)
     return engine
 
 
@@ -454,15 +457,21 @@ def migrate(url: str, *, force: bool = False) -> Migrated:
     """
     engine = connect(url, create=False, force=force)
     try:
-        with transaction(engine) as conn:
-            found = _schema(conn)
-            n_open = 0
-            if found is not None:
-                # An expired one's worker is dead, and no worker of this version could start here to reap it.
-                sql = "SELECT count(*) FROM leases WHERE state = 'open' AND expires_at > ?"
-                n_open = execute(conn, sql, (now(conn),)).scalar_one()
+        return _migrate(engine)
     except DriverError as error:
         raise DatabaseError(explain(error, engine.url)) from error
+    finally:
+        engine.dispose()
+
+
+def _migrate(engine: Engine) -> Migrated:
+    with transaction(engine) as conn:
+        found = _schema(conn)
+        n_open = 0
+        if found is not None:
+            # An expired one's worker is dead, and no worker of this version could start here to reap it.
+            sql = "SELECT count(*) FROM leases WHERE state = 'open' AND expires_at > ?"
+            n_open = execute(conn, sql, (now(conn),)).scalar_one()
     if found == SCHEMA:
         return Migrated(False)
     if found is not None and found not in _known_revisions():

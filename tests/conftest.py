@@ -35,9 +35,9 @@ def empty_queue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def postgres() -> Iterator[Server]:
     """A server of this session's own, with a template database that has our tables."""
-    server = Server(tmp_path_factory.mktemp("pg"))
+    server = Server()
     db.connect(server.create("empty_queue")).dispose()
     yield server
     server.stop()

@@ -1,0 +1,227 @@
+"""What is PostgreSQL's own: first use, schema and migrations, connections that break."""
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.config import Config
+from postgres import Server
+from samples import fill
+from sqlalchemy import Engine
+
+from rococap import db, queue
+from rococap.errors import DatabaseError, DatabaseUnavailable
+from rococap.models import SCHEMA, metadata
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def url(postgres: Server) -> str:
+    return postgres.create()
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[Engine]:
+    engine = db.connect(url, create=False)
+    yield engine
+    engine.dispose()
+
+
+def select(engine: Engine, sql: str) -> list[tuple]:
+    with db.transaction(engine) as conn:
+        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
+
+
+def schema_of(engine: Engine) -> list[tuple]:
+    """Columns, constraints and indexes of all tables but alembic's own, as the server words them."""
+    columns = select(
+        engine,
+        "SELECT table_name, ordinal_position, column_name, data_type, is_nullable, column_default "
+        "FROM information_schema.columns WHERE table_schema = 'public' AND table_name <> 'alembic_version' "
+        "ORDER BY 1, 2",
+    )
+    constraints = select(
+        engine,
+        "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint "
+        "WHERE connamespace = 'public'::regnamespace AND conrelid::regclass::text <> 'alembic_version' ORDER BY 1, 2",
+    )
+    indexes = select(
+        engine,
+        "SELECT tablename, indexname, indexdef FROM pg_indexes "
+        "WHERE schemaname = 'public' AND tablename <> 'alembic_version' ORDER BY 1, 2",
+    )
+    return columns + constraints + indexes
+
+
+def downgrade(engine: Engine, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(db.migrations_dir()))
+    with db.migration_connection(engine) as conn:
+        config.attributes["connection"] = conn
+        command.downgrade(config, revision)
+
+
+# --- first use, schema -----------------------------------------------------------------------------------------
+
+
+def test_workers_that_first_use_a_database_at_once_make_its_schema_once(url):
+    together, errors = threading.Barrier(8, timeout=60), []
+
+    def first_use() -> None:
+        try:
+            together.wait()
+            db.connect(url).dispose()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=first_use) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    engine = db.connect(url)
+    assert select(engine, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
+    engine.dispose()
+
+
+def test_the_migrations_make_what_the_models_say(engine, postgres):
+    db.upgrade(engine)
+    by_models = db.connect(postgres.create(), create=False)
+    metadata.create_all(by_models)
+    assert schema_of(engine) == schema_of(by_models)
+    assert len(schema_of(engine)) > 100
+    by_models.dispose()
+
+
+def test_up_down_and_up_again_gives_the_same_schema(engine):
+    db.upgrade(engine)
+    before = schema_of(engine)
+    downgrade(engine, "base")
+    assert schema_of(engine) == []
+    db.upgrade(engine)
+    assert schema_of(engine) == before
+
+
+def test_an_older_database_is_upgraded_with_its_rows(url, tmp_path, monkeypatch):
+    engine = db.connect(url)
+    fill(engine, tmp_path / "set", 12)
+    before = select(engine, "SELECT * FROM jobs ORDER BY id")
+    engine.dispose()
+    folder = tmp_path / "migrations"
+    shutil.copytree(ROOT / "migrations", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "versions" / "9999_the_next.py").write_text(
+        "import sqlalchemy as sa\nfrom alembic import op\nrevision = '9999'\n"
+        f"down_revision = '{SCHEMA}'\n"
+        "def upgrade():\n    op.add_column('jobs', sa.Column('priority', sa.Integer()))\n"
+    )
+    monkeypatch.setattr(db, "migrations_dir", lambda: folder)
+    monkeypatch.setattr(db, "SCHEMA", "9999")
+    with pytest.raises(DatabaseError, match="needs 9999"):
+        db.connect(url)
+    assert db.migrate(url) == db.Migrated(True)
+    assert db.migrate(url) == db.Migrated(False)
+    engine = db.connect(url)
+    assert select(engine, "SELECT * FROM jobs ORDER BY id") == [(*row, None) for row in before]
+    engine.dispose()
+
+
+def test_somebody_elses_database_is_refused(url, engine):
+    with db.transaction(engine, write=True) as conn:
+        db.execute(conn, "CREATE TABLE patients (id integer)")
+    with pytest.raises(DatabaseError, match=r"holds other tables \(patients\) and is not a rococap database"):
+        db.connect(url)
+
+
+# --- connections -----------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_not_there_is_named_without_the_password():
+    with pytest.raises(DatabaseUnavailable) as error:
+        db.connect("postgresql://me:secret@127.0.0.1:9/queue")
+    assert "postgresql+psycopg://me:***@127.0.0.1:9/queue cannot be reached" in str(error.value)
+    assert "Start the server, or check the URL's host" in str(error.value)
+
+
+def test_a_reader_cannot_write(engine):
+    db.upgrade(engine)
+    with pytest.raises(Exception, match="read-only transaction"), db.transaction(engine) as conn:
+        db.execute(conn, "DELETE FROM jobs")
+
+
+def test_a_connection_that_breaks_in_a_transaction_leaves_nothing_and_the_next_one_works(engine):
+    db.upgrade(engine)
+
+    def broken() -> None:
+        with db.transaction(engine, write=True) as conn:
+            db.execute(conn, "INSERT INTO datasets (name, revision) VALUES ('half', '')")
+            pid = db.execute(conn, "SELECT pg_backend_pid()").scalar_one()
+            with db.transaction(engine, write=True) as other:
+                db.execute(other, "SELECT pg_terminate_backend(?)", (pid,))
+            db.execute(conn, "SELECT 1")
+
+    with pytest.raises(DatabaseUnavailable):
+        broken()
+    assert select(engine, "SELECT * FROM datasets") == []
+
+
+def test_who_waits_too_long_for_a_row_is_told_so_and_can_go_on(url, monkeypatch):
+    monkeypatch.setitem(db.POSTGRESQL_SETTINGS, "options", "-c lock_timeout=200ms")
+    engine = db.connect(url)
+    with db.transaction(engine, write=True) as conn:
+        db.execute(conn, "INSERT INTO datasets (name, revision) VALUES ('set', '')")
+    with db.transaction(engine, write=True) as conn:
+        db.execute(conn, "UPDATE datasets SET revision = 'mine'")
+        with pytest.raises(DatabaseUnavailable, match="lock timeout"), db.transaction(engine, write=True) as other:
+            db.execute(other, "UPDATE datasets SET revision = 'theirs'")
+    assert select(engine, "SELECT revision FROM datasets") == [("mine",)]
+    engine.dispose()
+
+
+def test_options_of_the_url_win_over_ours(url):
+    engine = db.connect(f"{url}&options=-c lock_timeout=123ms")
+    assert select(engine, "SHOW lock_timeout") == [("123ms",)]
+    engine.dispose()
+
+
+def test_two_claims_at_once_pass_each_other_by(url, tmp_path):
+    engine = db.connect(url)
+    run = fill(engine, tmp_path / "set", 8)
+    with db.transaction(engine, write=True) as one, db.transaction(engine, write=True) as two:
+        claims = [queue.claim(conn, worker, run.id, "train", 4, ttl_ms=9) for conn, worker in workers(one, two)]
+    assert [[job.id for job in lease.jobs] for lease in claims] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    engine.dispose()
+
+
+def workers(*connections):
+    from small_engine import INFO
+
+    for number, conn in enumerate(connections):
+        yield conn, queue.register_worker(conn, f"worker {number}", "host", 1, INFO)
+
+
+def test_what_a_claim_in_progress_took_is_not_cancelled_under_it(url, tmp_path):
+    engine = db.connect(url)
+    run = fill(engine, tmp_path / "set", 4)
+    cancelled = []
+
+    def cancel() -> None:
+        with db.transaction(engine, write=True) as conn:
+            cancelled.append(queue.cancel(conn, run))
+
+    thread = threading.Thread(target=cancel)
+    with db.transaction(engine, write=True) as conn:
+        ((_, worker),) = workers(conn)
+        lease = queue.claim(conn, worker, run.id, "train", 2, ttl_ms=60_000)
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive(), "cancel did not wait for the claim"
+    thread.join(60)
+    assert cancelled == [4]
+    assert select(engine, "SELECT DISTINCT status FROM jobs") == [("cancelled",)]
+    assert select(engine, f"SELECT state FROM leases WHERE id = {lease.id}") == [("closed",)]
+    engine.dispose()
