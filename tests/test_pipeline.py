@@ -1,0 +1,111 @@
+"""The books on what is leased, with time passed in: what may start, who may judge others."""
+
+from pathlib import Path
+
+import pytest
+from samples import fill
+from small_engine import INFO, SmallEngine
+
+from rococap import db, pipeline, queue
+from rococap.engines import Prepared
+from rococap.pipeline import Claims, Contact, Pipeline
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch):
+    """Our own clock, which a test sets."""
+
+    class Clock:
+        now = 1_000.0
+
+        def __call__(self) -> float:
+            return self.now
+
+    made = Clock()
+    monkeypatch.setattr(pipeline, "clock", made)
+    return made
+
+
+# --- contact ---------------------------------------------------------------------------------------------------
+
+
+def contact_kept_until(clock, seconds: float) -> Contact:
+    contact = Contact(ttl_sec=60)
+    for _ in range(int(seconds // 15)):
+        clock.now += 15
+        contact.made()
+    return contact
+
+
+def test_others_are_judged_after_a_lease_time_of_contact_and_not_before(clock):
+    assert not contact_kept_until(clock, 45).is_unbroken()
+    assert contact_kept_until(clock, 60).is_unbroken()
+
+
+def test_an_error_breaks_the_contact_for_a_lease_time(clock, caplog):
+    contact = contact_kept_until(clock, 120)
+    contact.lost(OSError("no route"))
+    contact.made()
+    assert not contact.is_unbroken()
+    assert caplog.text.count("waiting for the database") == 1
+    for _ in range(4):
+        clock.now += 15
+        contact.made()
+    assert contact.is_unbroken()
+
+
+def test_a_process_that_was_frozen_or_a_machine_that_slept_judges_nobody(clock):
+    contact = contact_kept_until(clock, 120)
+    clock.now += 31  # half a lease time without contact: whoever beats with us may have been frozen too
+    assert not contact.is_unbroken()
+    contact.made()
+    assert not contact.is_unbroken()
+
+
+# --- fencing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(database, tmp_path: Path, clock):
+    """A pipeline that holds a lease of two prepared pictures, claimed at 1,000 s for 60 s."""
+    run = fill(database, tmp_path / "set", 4)
+    with db.transaction(database, write=True) as conn:
+        worker = queue.register_worker(conn, "one", "host", 1, INFO)
+        lease = queue.claim(conn, worker, run.id, "train", 2, ttl_ms=60_000)
+    claims = Claims(worker, "one", run, ["train"], size=2, ttl_ms=60_000)
+    made = Pipeline(database, claims, tmp_path / "set", SmallEngine(), report=lambda completion: None)
+    made._enter(lease, runs_out_at=1_060.0)
+    for job in lease.jobs:
+        made._offer(job, Prepared(job.id, None, 1), 0.0, 0.0)
+    return made, lease
+
+
+def test_nothing_is_started_once_its_lease_has_run_out_by_our_own_clock(held, clock):
+    source, lease = held
+    clock.now = 1_059.0
+    assert [picture.job_id for picture in source.take(1, 0)] == [lease.jobs[0].id]
+    clock.now = 1_060.0
+    assert source.take(2, 0) == []
+
+
+def test_a_heartbeat_that_succeeds_lets_it_start_after_all(held, clock):
+    source, lease = held
+    clock.now = 1_100.0
+    assert source.take(2, 0) == []
+    source.extend([lease.id], runs_out_at=1_160.0)
+    assert [picture.job_id for picture in source.take(2, 0)] == [job.id for job in lease.jobs]
+
+
+def test_what_another_worker_got_meanwhile_is_never_started(held, clock):
+    source, lease = held
+    source.lose([lease.id])
+    source.extend([lease.id], runs_out_at=1_160.0)
+    assert source.take(2, 0) == []
+    assert source.step() == {job.id for job in lease.jobs}
+
+
+def test_what_waits_in_the_spool_is_not_given_back(held):
+    source, lease = held
+    first, second = (job.id for job in lease.jobs)
+    source.put_off([first])
+    assert source.withdraw(running=True) == [(lease, [second])]
