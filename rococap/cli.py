@@ -705,7 +705,7 @@ def reap(lease_ids: tuple[int, ...]) -> None:
         reaped = [id for id in lease_ids if queue.crash(conn, id)] if lease_ids else queue.reap(conn)
     if unknown := sorted(set(lease_ids) - set(reaped)):
         raise RococapError(f"No open leases: {', '.join(map(str, unknown))}. Look at those there are: rococap leases")
-    click.echo(f"{len(reaped)} leases freed. Their pictures are pending again." if reaped else "No lease has run out.")
+    click.echo(f"Leases freed: {len(reaped)}. Their pictures are pending again." if reaped else "No lease has run out.")
 
 
 @cli.command()
@@ -774,7 +774,7 @@ def vacuum(keep_days: float) -> None:
     deleted = 0
     while n := _prune(database, before):
         deleted += n
-    click.echo(f"{deleted} old failures deleted.")
+    click.echo(f"Old failures deleted: {deleted}.")
     if is_busy and database.dialect.name == "sqlite":
         click.echo("Workers hold leases: the file was left as large as it is. Once they have stopped: rococap vacuum")
     else:

@@ -112,7 +112,7 @@ def test_status_as_json_has_the_fields_that_others_build_on(here):
     status = json.loads(said("status", "--json"))
     assert status["runs"] == [
         {"run": "default", "split": "train", "pending": 5, "leased": 0, "waiting": 0, "done": 0, "failed": 0}
-        | {"cancelled": 0, "total": 5, "per_minute": 0.0, "eta_sec": None}
+        | {"cancelled": 0, "total": 5, "per_minute": 0.0, "eta_sec": None, "paused": False}
     ]
     (worker,) = status["workers"]
     assert worker.pop("seen_sec_ago") < 60
@@ -422,6 +422,14 @@ COMMANDS = [
     ["export", "--split", "train"],
     ["restore", "file.csv"],
     ["migrate"],
+    ["pause"],
+    ["resume"],
+    ["reap"],
+    ["leases"],
+    ["workers"],
+    ["vacuum"],
+    ["backup", "copy.db"],
+    ["doctor"],
     ["demo"],
 ]
 

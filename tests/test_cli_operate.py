@@ -1,0 +1,154 @@
+"""The commands that operate a queue, as a person types them."""
+
+import json
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from samples import fill
+from small_engine import INFO
+from sqlalchemy import Engine
+
+from rococap import db, queue
+from rococap.cli import cli
+from rococap.engines import Completion, Failure
+from rococap.queue import Lease, Run
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_queue: Path) -> Path:
+    shutil.copy(empty_queue, tmp_path / "rococap.db")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def database(here: Path) -> Engine:
+    return db.connect("rococap.db")
+
+
+@pytest.fixture
+def run(database: Engine, here: Path) -> Run:
+    return fill(database, here / "set", 8)
+
+
+def invoke(*args: str) -> Result:
+    return CliRunner().invoke(cli, args)
+
+
+def said(*args: str) -> str:
+    result = invoke(*args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*args: str) -> str:
+    result = invoke(*args)
+    assert (result.exit_code, result.stdout) == (1, "")
+    return result.stderr.strip().removeprefix("Error: ")
+
+
+def claim(database: Engine, run: Run, most: int = 4, *, ttl_ms: int = 60_000, name: str = "one") -> Lease:
+    with db.transaction(database, write=True) as conn:
+        worker = queue.register_worker(conn, name, "host", 17, INFO)
+        lease = queue.claim(conn, worker, run.id, "train", most, ttl_ms=ttl_ms)
+    assert lease is not None
+    return lease
+
+
+def statuses(database: Engine) -> dict[str, int]:
+    with db.transaction(database) as conn:
+        return dict(tuple(row) for row in db.execute(conn, "SELECT status, count(*) FROM jobs GROUP BY status"))
+
+
+def test_a_paused_run_says_so_until_it_is_resumed(database, run):
+    assert said("pause") == "default: paused. Go on with: rococap resume\n"
+    assert "default is paused. Go on with: rococap resume" in said("status")
+    assert json.loads(said("status", "--json"))["runs"][0]["paused"] is True
+    assert said("resume") == "default: workers may claim.\n"
+    assert "paused" not in said("status")
+    assert refused("pause", "--run", "x") == "There is no run 'x'. Runs here: default."
+
+
+def test_cancel_withdraws_also_what_is_held(database, run):
+    claim(database, run)
+    assert said("cancel", "--all") == "default: 8 cancelled. Undo: rococap retry --cancelled\n"
+    assert said("leases") == "No lease is open.\n"
+
+
+def test_reap_frees_leases_whose_time_has_run_out(database, run):
+    claim(database, run, ttl_ms=60_000)
+    assert said("reap") == "No lease has run out.\n"
+    claim(database, run, ttl_ms=0, name="two")
+    assert said("reap") == "Leases freed: 1. Their pictures are pending again.\n"
+    assert statuses(database) == {"leased": 4, "pending": 4}
+
+
+def test_reap_of_a_named_lease_does_not_wait_for_its_time(database, run):
+    lease = claim(database, run)
+    assert said("reap", "--lease", str(lease.id)) == "Leases freed: 1. Their pictures are pending again.\n"
+    assert refused("reap", "--lease", str(lease.id)) == (
+        f"No open leases: {lease.id}. Look at those there are: rococap leases"
+    )
+
+
+def test_leases_tell_who_holds_what(database, run):
+    lease = claim(database, run)
+    with db.transaction(database, write=True) as conn:
+        queue.complete(conn, lease, [Completion(lease.jobs[0].id, "A caption.")])
+    header, row = (line.split() for line in said("leases").splitlines())
+    assert header == ["lease", "worker", "process", "run", "split", "lane", "state", "done", "age", "beat", "left"]
+    assert row[:8] == ["1", "1", "host:17", "default", "train", "normal", "open", "1/4"]
+    (one,) = json.loads(said("leases", "--json"))
+    assert (one["jobs"], one["done"], one["state"]) == (4, 1, "open")
+    assert 0 < one["expires_in_sec"] <= 60
+    said("reap", "--lease", "1")
+    assert said("leases") == "No lease is open.\n"
+    assert " expired " in said("leases", "--last", "5")
+
+
+def test_workers_tell_who_runs_and_all_who_ever_did(database, run):
+    lease = claim(database, run)
+    assert said("workers").splitlines()[1].split()[:5] == ["1", "host:17", "cpu", "running", "0"]
+    with db.transaction(database, write=True) as conn:
+        queue.stop_worker(conn, lease.worker_id, now=0)
+    assert said("workers") == "No worker is running. Start one: rococap worker\n"
+    assert json.loads(said("workers", "--all", "--json"))[0]["state"] == "stopped"
+
+
+def test_vacuum_deletes_history_that_is_old_and_replaced_and_never_a_caption(database, run):
+    done = claim(database, run, 1)
+    with db.transaction(database, write=True) as conn:
+        queue.complete(conn, done, [Completion(1, "A caption.")])
+    for name in "ab":
+        with db.transaction(database, write=True) as conn:
+            worker = queue.register_worker(conn, name, "host", 1, INFO)
+            lease = queue.claim(conn, worker, run.id, "train", 1, ttl_ms=60_000)
+            queue.fail(conn, lease, {2: Failure("network", name, transient=True)}, now=0)
+            queue.wake(conn)
+    assert said("vacuum") == "Old failures deleted: 1.\n"
+    with db.transaction(database) as conn:
+        assert db.execute(conn, "SELECT message FROM failures").scalars().all() == ["b"]
+        assert db.execute(conn, "SELECT text FROM captions").scalars().all() == ["A caption."]
+    claim(database, run, name="busy")
+    assert "Workers hold leases: the file was left as large as it is." in said("vacuum")
+
+
+def test_a_backup_is_the_database_as_it_is_while_a_worker_holds_leases(database, run, here):
+    claim(database, run)
+    assert said("backup", "copy.db") == "Copied to copy.db\n"
+    copy = db.connect("copy.db")
+    assert statuses(copy) == statuses(database) == {"leased": 4, "pending": 4}
+    with closing(sqlite3.connect("copy.db")) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert not list(here.glob(".copy*"))
+    assert "The copy nowhere/copy.db cannot be written" in refused("backup", "nowhere/copy.db")
+
+
+def test_force_opens_a_file_on_a_network_file_system(database, here, monkeypatch):
+    monkeypatch.setattr(db, "_mounts", lambda: f"server:/home {here} nfs4 rw 0 0\n")
+    assert "is on a network file system (nfs4)" in refused("status")
+    assert said("--force", "status").startswith("Nothing is registered")
