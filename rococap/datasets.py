@@ -117,6 +117,10 @@ def samples(root: Path, shard: Shard) -> Iterator[Sample]:
     return _parquet_samples(root, shard)
 
 
+_PASSING = frozenset([errno.EAGAIN, errno.EIO, errno.EINTR, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT])
+"""Errors of a disk or a network share that may be gone at the next try."""
+
+
 class PictureReader:
     """Reads pictures by their place. For one thread; what it holds is one open shard and one batch of rows.
 
@@ -224,6 +228,7 @@ class PictureReader:
                 return PictureError(
                     "unreadable_file",
                     f"{candidate} cannot be read ({error.strerror}): check the file, then retry.",
+                    transient=error.errno in _PASSING,
                 )
         _require_readable(self._root / place.shard)
         return _missing(place, shown)

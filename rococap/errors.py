@@ -10,14 +10,16 @@ class DatasetError(RococapError):
 
 
 class PictureError(RococapError):
-    """One picture that cannot be captioned, ever: it fails alone, with `code`, and never its batch.
+    """One picture that cannot be captioned: it fails alone, with `code`, and never its batch.
 
-    Codes are stable, since people group and retry by them: see `rococap failures`.
+    For ever, unless it is `transient`: then it is tried again later. Codes are stable, since people group and retry by
+    them: see `rococap failures`.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, *, transient: bool = False) -> None:
         super().__init__(message)
         self.code = code
+        self.transient = transient
 
 
 class DatabaseError(RococapError):

@@ -405,7 +405,7 @@ class Pipeline:
                 loaded = time.perf_counter()
                 prepared = self._engine.prepare(job.id, picture)
             except PictureError as error:
-                self._report(Completion(job.id, failure=Failure(error.code, str(error))))
+                self._report(Completion(job.id, failure=Failure(error.code, str(error), error.transient)))
                 continue
             self._offer(job, prepared, loaded - started, time.perf_counter() - loaded)
 

@@ -1,5 +1,6 @@
 """A worker's life, with a small real engine in this process, and in processes that are stopped and killed."""
 
+import errno
 import json
 import os
 import signal
@@ -159,6 +160,27 @@ def test_a_transient_failure_is_put_off(database, tmp_path):
     outcome = run_worker(database, SmallEngine(transient=(2,)))
     assert statuses(database) == {"done": 7, "waiting": 1}
     assert (outcome.done, outcome.drained) == (7, True)
+
+
+def test_a_picture_on_a_disk_that_does_not_answer_for_now_is_tried_again(database, tmp_path, monkeypatch):
+    root = tmp_path / "set"
+    (root / "train").mkdir(parents=True)
+    (root / "train_captions.csv").write_text("ID,Caption\na,A.\nb,B.\n")
+    for n, name in enumerate("ab"):
+        (root / "train" / f"{name}.jpg").write_bytes(picture(n))
+    register(database, root, ["train"])
+    read_bytes, errors = Path.read_bytes, [errno.EIO]
+
+    def stumbles(path: Path) -> bytes:
+        if path.name == "a.jpg" and errors:
+            raise OSError(errors.pop(), "Input/output error", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", stumbles)
+    monkeypatch.setattr(queue, "backoff_ms", lambda attempts: 100)
+    assert run_worker(database).done == 2
+    assert select(database, "SELECT code FROM failures") == [("unreadable_file",)]
+    assert select(database, "SELECT attempts FROM jobs ORDER BY id") == [(2,), (1,)]
 
 
 def test_a_worker_without_work_ends_at_once_and_loads_nothing(database, tmp_path):
