@@ -19,7 +19,8 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_mock_engine
 
-from rococap import db
+from rococap import db, queue
+from rococap.engines import Completion, EngineInfo
 from rococap.errors import DatabaseError
 from rococap.models import SCHEMA, metadata
 
@@ -512,3 +513,30 @@ def test_a_table_that_a_migration_rebuilds_keeps_its_children(path, url, next_sc
         connection.execute("PRAGMA foreign_keys = ON")
         with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY constraint failed"):
             connection.execute("DELETE FROM runs")
+
+
+# --- releases --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("release", sorted(path.stem for path in (ROOT / "tests" / "schemas").glob("*.sql")))
+def test_a_populated_database_of_each_release_is_upgraded_with_its_rows_and_goes_on(tmp_path, release):
+    path = tmp_path / "queue.db"
+    with raw(path) as connection:
+        connection.executescript((ROOT / "tests" / "schemas" / f"{release}.sql").read_text())
+        tables = {table: columns(path, table) for table in TABLES if columns(path, table)}
+    before = {table: query(path, f"SELECT {', '.join(names)} FROM {table}") for table, names in tables.items()}
+    assert all(before.values()), "every table of the release holds something"
+    db.migrate(f"sqlite:///{path}")
+    after = {table: query(path, f"SELECT {', '.join(names)} FROM {table}") for table, names in tables.items()}
+    assert after == before
+    assert query(path, "PRAGMA integrity_check") == [("ok",)]
+    assert query(path, "PRAGMA foreign_key_check") == []
+    engine = db.connect(f"sqlite:///{path}")
+    with db.transaction(engine, write=True) as conn:
+        assert queue.reap(conn) == [4]
+        worker = queue.register_worker(conn, "new", "host", 1, EngineInfo("small", {}, "m", "", "none", "cpu", ""))
+        lease = queue.claim(conn, worker, 1, "train", 2, ttl_ms=60_000)
+        assert lease.id == 5, "an id of a lease was used again"
+        queue.complete(conn, lease, [Completion(job.id, "A caption.") for job in lease.jobs])
+        assert [one.done for one in queue.counts(conn)] == [9, 0]
+    engine.dispose()
