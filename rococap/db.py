@@ -108,7 +108,7 @@ def connect(url: str, *, create: bool = True, force: bool = False) -> Engine:
                 raise _cannot_open(url, error) from error
             raise
         if engine.dialect.name == "sqlite":
-            event.listen(engine, "do_connect", _refuse_absent)
+            event.listen(engine, "do_connect", refuse_absent)
     return engine
 
 
@@ -154,7 +154,7 @@ def _engine(url: URL, force: bool) -> Engine:
         ) from error
 
 
-def _refuse_absent(_dialect: object, _record: object, args: Sequence[Any], _options: object) -> None:
+def refuse_absent(_dialect: object, _record: object, args: Sequence[Any], _options: object) -> None:
     """A file that was there and is gone must not be made anew, empty, by whoever connects next."""
     if not os.path.exists(args[0]):
         error = sqlite3.OperationalError("unable to open database file: it is gone")
@@ -168,7 +168,7 @@ def _check_place(path: Path, force: bool) -> None:
         raise DatabaseError(
             f"The folder {folder} of the database does not exist. Create it: mkdir -p {shlex.quote(str(folder))}"
         )
-    kind = file_system(path.resolve().parent, _mounts())
+    kind = file_system(path.resolve().parent, mounts())
     if kind in NETWORK_FILE_SYSTEMS and not force:
         raise DatabaseError(
             f"{path} is on a network file system ({kind}), where SQLite's locks do not hold and captions could be "
@@ -177,7 +177,7 @@ def _check_place(path: Path, force: bool) -> None:
         )
 
 
-def _mounts() -> str:
+def mounts() -> str:
     try:
         return Path("/proc/mounts").read_text(errors="surrogateescape")
     except OSError:  # not Linux: nothing to go by
@@ -365,14 +365,14 @@ def migrations_dir() -> Path:
 
 def _check_schema(engine: Engine) -> None:
     with transaction(engine) as conn:
-        found = _schema(conn)
+        found = found_schema(conn)
     if found is None:
         upgrade(engine)
     elif found != SCHEMA:
-        raise _wrong_schema(engine.url, found)
+        raise wrong_schema(engine.url, found)
 
 
-def _schema(conn: Connection) -> str | None:
+def found_schema(conn: Connection) -> str | None:
     """The schema's revision; None for an empty database. Raises DatabaseError for somebody else's."""
     tables = set(inspect(conn).get_table_names())
     if not tables:
@@ -385,7 +385,7 @@ def _schema(conn: Connection) -> str | None:
     return execute(conn, "SELECT version_num FROM alembic_version").scalar()
 
 
-def _wrong_schema(url: URL, found: str) -> DatabaseError:
+def wrong_schema(url: URL, found: str) -> DatabaseError:
     where = url.render_as_string(hide_password=True)
     if found in _known_revisions():
         return DatabaseError(
@@ -466,7 +466,7 @@ def migrate(url: str, *, force: bool = False) -> Migrated:
 
 def _migrate(engine: Engine) -> Migrated:
     with transaction(engine) as conn:
-        found = _schema(conn)
+        found = found_schema(conn)
         n_open = 0
         if found is not None:
             # An expired one's worker is dead, and no worker of this version could start here to reap it.
@@ -475,7 +475,7 @@ def _migrate(engine: Engine) -> Migrated:
     if found == SCHEMA:
         return Migrated(False)
     if found is not None and found not in _known_revisions():
-        raise _wrong_schema(engine.url, found)
+        raise wrong_schema(engine.url, found)
     if n_open:
         raise DatabaseError(
             f"Open leases: {n_open}. Stop the workers (or wait until their leases expire), then migrate."

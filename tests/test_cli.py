@@ -400,7 +400,7 @@ def test_a_newer_and_an_older_database_are_refused_with_what_to_do(here, monkeyp
 
 
 def test_a_database_on_a_network_file_system_is_refused(here, monkeypatch):
-    monkeypatch.setattr(db, "_mounts", lambda: f"server:/home {here} nfs4 rw 0 0\n")
+    monkeypatch.setattr(db, "mounts", lambda: f"server:/home {here} nfs4 rw 0 0\n")
     message = refused("status")
     assert "is on a network file system (nfs4)" in message
     assert "or use PostgreSQL: --db postgresql+psycopg://USER@HOST/NAME" in message

@@ -149,6 +149,6 @@ def test_a_backup_is_the_database_as_it_is_while_a_worker_holds_leases(database,
 
 
 def test_force_opens_a_file_on_a_network_file_system(database, here, monkeypatch):
-    monkeypatch.setattr(db, "_mounts", lambda: f"server:/home {here} nfs4 rw 0 0\n")
+    monkeypatch.setattr(db, "mounts", lambda: f"server:/home {here} nfs4 rw 0 0\n")
     assert "is on a network file system (nfs4)" in refused("status")
     assert said("--force", "status").startswith("Nothing is registered")

@@ -444,7 +444,7 @@ def test_without_mounts_the_file_system_is_unknown():
 
 @pytest.mark.parametrize("kind", sorted(db.NETWORK_FILE_SYSTEMS))
 def test_a_network_file_system_is_refused(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(db, "_mounts", lambda: f"/dev/sda1 / ext4 rw 0 0\nserver:/ {tmp_path.resolve()} {kind} rw 0 0")
+    monkeypatch.setattr(db, "mounts", lambda: f"/dev/sda1 / ext4 rw 0 0\nserver:/ {tmp_path.resolve()} {kind} rw 0 0")
     path = tmp_path / "queue.db"
     assert refusal(db.connect, f"sqlite:///{path}") == (
         f"{path} is on a network file system ({kind}), where SQLite's locks do not hold and captions could be lost. "
@@ -465,7 +465,7 @@ def test_a_database_that_is_a_link_to_a_network_file_system_is_refused(tmp_path,
     (tmp_path / "share").mkdir()
     (tmp_path / "queue.db").symlink_to("share/queue.db")
     share = (tmp_path / "share").resolve()
-    monkeypatch.setattr(db, "_mounts", lambda: f"/dev/sda1 / ext4 rw 0 0\nserver:/ {share} nfs4 rw 0 0")
+    monkeypatch.setattr(db, "mounts", lambda: f"/dev/sda1 / ext4 rw 0 0\nserver:/ {share} nfs4 rw 0 0")
     assert refusal(db.connect, f"sqlite:///{tmp_path}/queue.db").startswith(
         f"{tmp_path}/queue.db is on a network file system (nfs4)"
     )
@@ -475,7 +475,7 @@ def test_a_mount_point_that_is_not_utf8_stops_nobody(tmp_path, monkeypatch):
     mounts = tmp_path / "mounts"
     mounts.write_bytes(b"/dev/sda1 / ext4 rw 0 0\n/dev/sdb1 /media/gr\xf6\xdfe vfat rw 0 0\n")
     monkeypatch.setattr(db, "Path", lambda name: mounts if name == "/proc/mounts" else Path(name))
-    assert db.file_system(Path("/nowhere"), db._mounts()) == "ext4"
+    assert db.file_system(Path("/nowhere"), db.mounts()) == "ext4"
 
 
 @pytest.mark.parametrize(

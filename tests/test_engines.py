@@ -16,7 +16,7 @@ from PIL import Image
 from rococap.demo import MODEL
 from rococap.demo.phantoms import HELD_OUT_SEEDS, draw
 from rococap.engines import Completion, Options, Prepared, load_engine
-from rococap.engines.hf import TransformersEngine, _dtype, collate, folder_digest
+from rococap.engines.hf import TransformersEngine, choose_dtype, collate, folder_digest
 from rococap.errors import ModelError
 from rococap.recipe import Recipe
 
@@ -182,8 +182,8 @@ def test_the_recipes_pixel_bounds_hold_for_a_folder_as_qwen2_vl_was_published(fo
 
 
 def test_dtype_auto_is_float32_on_the_cpu_and_a_named_one_holds():
-    assert _dtype("auto", torch.device("cpu")) == torch.float32
-    assert _dtype("float16", torch.device("cpu")) == torch.float16
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert choose_dtype("float16", torch.device("cpu")) == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_dtype_auto_is_float32_on_the_cpu_and_a_named_one_holds():
 )
 def test_dtype_auto_is_bfloat16_where_the_gpu_has_it_and_float16_else(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert _dtype("auto", torch.device("cuda:0")) == dtype
+    assert choose_dtype("auto", torch.device("cuda:0")) == dtype
 
 
 def test_the_info_says_what_was_loaded(engine):

@@ -46,7 +46,7 @@ class TransformersEngine:
         self.recipe = recipe
         self.batch_size = options.batch_size
         self.device = _device(options.device)
-        self.dtype = _dtype(recipe.dtype, self.device)
+        self.dtype = choose_dtype(recipe.dtype, self.device)
 
     def load(self) -> None:
         _quieten()
@@ -131,7 +131,9 @@ class TransformersEngine:
         self, picture: Prepared, tokens: list[int], bad: bool, meter: "_Meter", row: int, batch_size: int
     ) -> Completion:
         if bad:
-            message = f"The model's output is not finite in {_name(self.dtype)}: enqueue a run with another --dtype."
+            message = (
+                f"The model's output is not finite in {dtype_name(self.dtype)}: enqueue a run with another --dtype."
+            )
             return Completion(picture.job_id, failure=Failure("non_finite", message))
         end = next((at for at, token in enumerate(tokens) if token in self.ends), None)
         return Completion(
@@ -241,7 +243,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """bfloat16 where the GPU has it, float16 on older ones, float32 on the CPU; or what the recipe says."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
@@ -250,7 +252,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -341,7 +343,7 @@ def _info(recipe: Recipe, model: Any, device: torch.device, dtype: torch.dtype) 
         versions={package: version(package) for package in packages},
         model=recipe.model,
         revision="" if folder.is_dir() else commit,
-        dtype=_name(dtype),
+        dtype=dtype_name(dtype),
         device=str(device),
         digest=folder_digest(folder) if folder.is_dir() else commit,
     )
