@@ -40,6 +40,7 @@ fix: $(VENV)/installed
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python bench/queue.py
 	$(BIN)/python bench/enqueue.py
 	$(BIN)/python bench/export.py

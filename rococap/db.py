@@ -9,6 +9,7 @@ import random
 import re
 import shlex
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -25,9 +26,10 @@ from rococap.errors import DatabaseError, DatabaseUnavailable
 from rococap.models import SCHEMA
 
 DEFAULT_URL = "sqlite:///rococap.db"
-BUSY_TIMEOUT_MS = 50
 PATIENCE_SEC = 60.0
 """How long a transaction waits for the write lock before it gives up."""
+COURTESY_SEC = 0.0005
+"""A writer that has just committed lets those who wait go first: at once it would win nearly every time."""
 
 POSTGRESQL_SETTINGS = {
     # Said by `libpq`: a server that is silently gone must not hold a thread for the kernel's fifteen minutes.
@@ -142,7 +144,7 @@ def _cannot_open(url: str, error: Exception) -> DatabaseError:
 def _engine(url: URL, force: bool) -> Engine:
     if url.get_backend_name() == "sqlite":
         _check_place(Path(url.database or ""), force)
-        engine = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+        engine = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": 0})
         event.listen(engine, "connect", _set_pragmas)
         return engine
     settings = {name: value for name, value in POSTGRESQL_SETTINGS.items() if name not in url.query}
@@ -235,7 +237,7 @@ def transaction(engine: Engine, *, write: bool = False, patience: float | None =
     """One transaction, committed when the block ends and rolled back when it raises.
 
     A writer holds SQLite's write lock from the start (BEGIN IMMEDIATE). Both kinds wait for a busy database in our
-    code, with jitter: SQLite's own waiting starves the unlucky. Raises DatabaseUnavailable after `patience` seconds
+    code: SQLite's own waiting starves the unlucky. Raises DatabaseUnavailable after `patience` seconds
     (PATIENCE_SEC), or if the database is full or away: a commit may have happened all the same. Raises DatabaseError
     where it cannot be used.
     """
@@ -245,6 +247,8 @@ def transaction(engine: Engine, *, write: bool = False, patience: float | None =
                 _begin(conn, write, patience)
                 yield conn
                 _commit(conn, patience)
+                if write and engine.dialect.name == "sqlite":
+                    time.sleep(COURTESY_SEC)
             except OperationalError:
                 _roll_back(conn)
                 conn.invalidate()  # a file that was moved or a server that went: the next one opens it anew
@@ -289,7 +293,7 @@ def _commit(conn: Connection, patience: float | None = None) -> None:
 def _patiently(action: Callable[[], object], database: str | None, patience: float | None = None) -> None:
     """Does it again, with jitter, while another process has the database locked."""
     patience = PATIENCE_SEC if patience is None else patience
-    deadline = time.monotonic() + patience
+    started = time.monotonic()
     while True:
         try:
             action()
@@ -297,12 +301,20 @@ def _patiently(action: Callable[[], object], database: str | None, patience: flo
         except (OperationalError, sqlite3.OperationalError) as error:
             if not _is_busy(error):
                 raise
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - started
+            if waited > patience:
                 raise DatabaseUnavailable(
                     f"{database} has been locked by another process for {patience:.0f} s. "
                     "Close what holds it (a database browser, a backup), then run the command again."
                 ) from error
-            time.sleep(random.uniform(0.001, 0.02))
+            time.sleep(random.uniform(0.5, 1.0) * _pause_sec(waited))
+
+
+def _pause_sec(waited: float) -> float:
+    """How long until it asks again. The longer it has waited the sooner, so that the lock goes round among workers;
+    after a second it is another program's.
+    """
+    return max(0.0003, 0.005 / (1 + waited / 0.05)) if waited < 1 else 0.02
 
 
 def _is_busy(error: Exception) -> bool:
@@ -430,6 +442,10 @@ def migration_connection(engine: Engine) -> Iterator[Connection]:
                 conn.exec_driver_sql("PRAGMA foreign_keys = ON")
 
 
+_ALEMBIC = threading.Lock()
+"""Alembic's context is one for the process."""
+
+
 def upgrade(engine: Engine, revision: str = "head") -> None:
     """Brings the schema to `revision`, in one transaction; safe when several processes do it at once."""
     from alembic import command
@@ -437,7 +453,7 @@ def upgrade(engine: Engine, revision: str = "head") -> None:
 
     config = Config()
     config.set_main_option("script_location", str(migrations_dir()).replace("%", "%%"))
-    with migration_connection(engine) as conn:
+    with _ALEMBIC, migration_connection(engine) as conn:
         config.attributes["connection"] = conn
         command.upgrade(config, revision)
 

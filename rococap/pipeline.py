@@ -358,13 +358,18 @@ class Pipeline:
         if not (is_overdue or self._is_unsure):
             return
         with transaction(self._database, write=True) as conn:
-            at = db.now(conn)  # before the look at our own clock: should the machine sleep in between, nobody is judged
             if self._is_unsure:
-                queue.release_forgotten(conn, self._claims.worker_id, self._state.held.keys(), now=at)
-            queue.wake(conn, now=at)
-            if self.contact.is_unbroken():
-                queue.reap(conn, but=self._claims.worker_id, now=at)
+                queue.release_forgotten(conn, self._claims.worker_id, self._state.held.keys())
+            queue.wake(conn)
         self._is_unsure = False
+        while self._reap():
+            pass
+
+    def _reap(self) -> bool:
+        """Ends one dead worker's lease, if there is one: several in a transaction would hold up who completes."""
+        with transaction(self._database, write=True) as conn:
+            at = db.now(conn)  # before the look at our own clock: should the machine sleep in between, nobody is judged
+            return self.contact.is_unbroken() and bool(queue.reap(conn, but=self._claims.worker_id, most=1, now=at))
 
     def _claim(self, lane: int) -> Lease | None:
         """A claim of the first split that has work in the lane."""

@@ -273,8 +273,7 @@ def heartbeat(
 ) -> set[int]:
     """Extends the leases that are still this worker's; returns those. The others are lost: abandon their rows."""
     at = _at(conn, now)
-    execute(conn, "UPDATE workers SET seen_at = ? WHERE id = ?", (at, worker_id))
-    return {
+    kept = {
         lease_id
         for lease_id in sorted(lease_ids)
         if execute(
@@ -283,6 +282,9 @@ def heartbeat(
             (at, at + ttl_ms, lease_id, worker_id),
         ).rowcount
     }
+    # After the leases, as in `complete`: PostgreSQL would find a deadlock between the two.
+    execute(conn, "UPDATE workers SET seen_at = ? WHERE id = ?", (at, worker_id))
+    return kept
 
 
 def _hold(conn: Connection, lease: Lease, at: int, n_done: int, timing: Timing) -> None:
@@ -416,12 +418,12 @@ def release(conn: Connection, lease: Lease, job_ids: Iterable[int], *, now: int 
     """
     at = _at(conn, now)
     _hold(conn, lease, at, 0, Timing())
-    released = execute(
-        conn,
+    rows = [(id, lease.id) for id in sorted(job_ids)]
+    sql = (
         "UPDATE jobs SET status = 'pending', lease_id = NULL, attempts = attempts - 1 "
-        "WHERE id = ? AND lease_id = ? AND status = 'leased'",
-        [(id, lease.id) for id in sorted(job_ids)],
-    ).rowcount
+        "WHERE id = ? AND lease_id = ? AND status = 'leased'"
+    )
+    released = execute(conn, sql, rows).rowcount if rows else 0
     tally(conn, lease.run_id, lease.split, lease.id, {JobState.LEASED: -released, JobState.PENDING: released})
     _close_if_empty(conn, lease.id, "released", at)
     return released
@@ -525,13 +527,13 @@ def release_forgotten(conn: Connection, worker_id: int, held: Set[int], *, now: 
 _EXPIRED = "SELECT id FROM leases WHERE state = 'open' AND expires_at <= ? AND worker_id <> ? ORDER BY expires_at, id"
 
 
-def reap(conn: Connection, *, but: int = 0, now: int | None = None) -> list[int]:
+def reap(conn: Connection, *, but: int = 0, most: int | None = None, now: int | None = None) -> list[int]:
     """Frees the jobs of leases whose time ran out; returns the leases. Their workers are taken for dead.
 
     A worker passes its own id as `but`: it knows better than the clock that it lives.
     """
     at = _at(conn, now)
-    expired = sorted(row[0] for row in execute(conn, _EXPIRED, (at, but)).fetchall())
+    expired = sorted(row[0] for row in execute(conn, _EXPIRED, (at, but)).fetchall()[:most])
     return [lease_id for lease_id in expired if crash(conn, lease_id, now=at, expired_by=at)]
 
 
@@ -676,7 +678,7 @@ def cancel(
         "SELECT id FROM leases WHERE state = 'open' AND run_id = ? ORDER BY id" + db.for_update(conn, "leases"),
         (run.id,),
     ).fetchall()
-    held = _selected(conn, run, "'leased'", splits, image_ids, ())
+    held = _selected(conn, run, "'pending', 'waiting', 'leased'", splits, image_ids, ())  # some given back meanwhile
     if held:
         execute(conn, sql, [(at, id) for id, _, _ in held])
     for row in leases:

@@ -284,10 +284,14 @@ def test_many_segments_are_assigned_in_several_transactions(database, run, out, 
 def test_following_ends_when_the_split_has_nothing_left(database, run, out, monkeypatch):
     texts = iter([["a"] * 12, ["b"] * 18])
 
-    def work(_: float) -> None:
-        caption(database, run, next(texts))
+    class Clock:
+        """Workers go on while it sleeps."""
 
-    monkeypatch.setattr(export.time, "sleep", work)
+        @staticmethod
+        def sleep(_: float) -> None:
+            caption(database, run, next(texts))
+
+    monkeypatch.setattr(export, "time", Clock)
     seen: list[list[str]] = []
     export.follow(database, run, ["train"], out, 10, lambda paths: seen.append(numbers(paths)))
     assert seen == [["checkpoint_train_000001.csv"], ["checkpoint_train_000002.csv", "checkpoint_train_000003.csv"]]

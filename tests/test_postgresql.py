@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from alembic import command
 from alembic.config import Config
 from postgres import Server
 from samples import fill
-from sqlalchemy import Engine
+from small_engine import INFO
+from sqlalchemy import Connection, Engine, event
 
 from rococap import db, queue
+from rococap.engines import Completion
 from rococap.errors import DatabaseError, DatabaseUnavailable
 from rococap.models import SCHEMA, metadata
 
@@ -198,8 +201,6 @@ def test_two_claims_at_once_pass_each_other_by(url, tmp_path):
 
 
 def workers(*connections):
-    from small_engine import INFO
-
     for number, conn in enumerate(connections):
         yield conn, queue.register_worker(conn, f"worker {number}", "host", 1, INFO)
 
@@ -225,3 +226,64 @@ def test_what_a_claim_in_progress_took_is_not_cancelled_under_it(url, tmp_path):
     assert select(engine, "SELECT DISTINCT status FROM jobs") == [("cancelled",)]
     assert select(engine, f"SELECT state FROM leases WHERE id = {lease.id}") == [("closed",)]
     engine.dispose()
+
+
+def test_a_heartbeat_and_a_complete_of_one_worker_do_not_wait_for_each_other(url, tmp_path):
+    engine, other = db.connect(url), db.connect(url)
+    run = fill(engine, tmp_path / "set", 2)
+    with db.transaction(engine, write=True) as conn:
+        ((_, worker),) = workers(conn)
+        lease = queue.claim(conn, worker, run.id, "train", 2, ttl_ms=60_000)
+    is_holding, is_beating = threading.Event(), threading.Event()
+
+    def pause(conn: Connection, cursor: object, statement: str, *rest: object) -> None:
+        if statement.startswith("UPDATE leases SET n_done"):
+            is_holding.set()
+            is_beating.wait(1)
+        elif statement.startswith("UPDATE workers SET seen_at"):
+            is_beating.set()
+            is_holding.wait(1)
+
+    def beat() -> set[int]:
+        with db.transaction(other, write=True) as conn:
+            return queue.heartbeat(conn, worker, [lease.id], ttl_ms=60_000)
+
+    for one in (engine, other):
+        event.listen(one, "after_cursor_execute", pause)
+    with ThreadPoolExecutor(1) as pool:
+        beating = pool.submit(beat)
+        with db.transaction(engine, write=True) as conn:
+            queue.complete(conn, lease, [Completion(job.id, "A caption.") for job in lease.jobs])
+        beating.result(timeout=30)  # a deadlock would have made one of them raise
+    engine.dispose()
+    other.dispose()
+
+
+def test_cancel_misses_nothing_that_is_given_back_meanwhile(url, tmp_path):
+    engine, other = db.connect(url), db.connect(url)
+    run = fill(engine, tmp_path / "set", 20)
+    with db.transaction(engine, write=True) as conn:
+        ((_, worker),) = workers(conn)
+        lease = queue.claim(conn, worker, run.id, "train", 2, ttl_ms=60_000)
+    has_looked, is_released = threading.Event(), threading.Event()
+
+    def pause(conn: Connection, cursor: object, statement: str, *rest: object) -> None:
+        if "j.status IN ('pending', 'waiting')" in statement:
+            has_looked.set()
+            is_released.wait(10)
+
+    def cancel() -> int:
+        with db.transaction(other, write=True) as conn:
+            return queue.cancel(conn, run)
+
+    event.listen(other, "after_cursor_execute", pause)
+    with ThreadPoolExecutor(1) as pool:
+        cancelling = pool.submit(cancel)
+        assert has_looked.wait(10)
+        with db.transaction(engine, write=True) as conn:
+            queue.release(conn, lease, [job.id for job in lease.jobs])
+        is_released.set()
+        assert cancelling.result(timeout=30) == 20
+    assert select(engine, "SELECT DISTINCT status FROM jobs") == [("cancelled",)]
+    engine.dispose()
+    other.dispose()

@@ -265,7 +265,7 @@ def test_promise_08_one_picture_that_kills_its_workers_fails_alone(database, tmp
     deaths = 0
     while True:
         try:
-            run_worker(database, SmallEngine(breaks_on=(55,)))
+            run_worker(database, SmallEngine(breaks_on=(55,), step_sec=0.02))
         except RuntimeError:
             deaths += 1
             assert deaths < 10

@@ -1,0 +1,656 @@
+"""Breaks rococap on purpose, one small thing at a time, and asks the tests: python tests/mutants.py [NAME...]
+
+Works on a copy of the project, with a few quick tests per mutant. Prints who caught what; exits with 1 if a mutant
+survived, or if its text is not in the source exactly once any more.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("rococap", "tests", "migrations", "pyproject.toml", "alembic.ini")
+LIMIT_SEC = 240
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`edits` are (old, new) texts in `file`; `tests` are node ids below tests/, of which one at least must fail."""
+
+    name: str
+    what: str
+    file: str
+    edits: tuple[tuple[str, str], ...]
+    tests: tuple[str, ...]
+
+
+def mutant(name: str, what: str, file: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant(name, what, file, ((old, new),), tests)
+
+
+QUEUE, PIPELINE, WORKER, SPOOL, DB = (f"rococap/{name}.py" for name in ("queue", "pipeline", "worker", "spool", "db"))
+LEFT = "test_state_machine.py::test_a_job_that_went_to_another_is_not_completed_under_a_lease_that_is_open_still"
+BESIDE = "test_state_machine.py::test_a_claim_beside_another_that_is_not_committed_takes_other_jobs"
+
+MUTANTS = (
+    # --- the fence ---
+    mutant(
+        "complete-without-lease",
+        "complete takes any leased job, whoever has it",
+        QUEUE,
+        "\"UPDATE jobs SET status = 'done', lease_id = NULL, finished_at = ? \"\n"
+        "        \"WHERE id = ? AND lease_id = ? AND status = 'leased'\",",
+        "\"UPDATE jobs SET status = 'done', lease_id = NULL, finished_at = ? \"\n"
+        "        \"WHERE id = ? AND ? > 0 AND status = 'leased'\",",
+        LEFT,
+    ),
+    Mutant(
+        "attempts-as-the-fence",
+        "complete compares the attempts that the claim saw, not the lease",
+        QUEUE,
+        (
+            ("    lease_id: int\n    place: Place\n", "    lease_id: int\n    place: Place\n    attempts: int = 1\n"),
+            ('i.image_id "\n    "FROM runs r', 'i.image_id, j.attempts "\n    "FROM runs r'),
+            ("row[3], row[4])) for row", "row[3], row[4]), row[5] + 1) for row"),
+            (
+                'finished_at = ? "\n        "WHERE id = ? AND lease_id = ? AND status = \'leased\'",\n'
+                "        [(at, c.job_id, lease.id) for c in done],",
+                'finished_at = ? "\n        "WHERE id = ? AND attempts = ? AND status = \'leased\'",\n'
+                "        [(at, c.job_id, {job.id: job.attempts for job in lease.jobs}[c.job_id]) for c in done],",
+            ),
+        ),
+        (LEFT,),
+    ),
+    mutant(
+        "fail-without-lease",
+        "fail takes any leased job, whoever has it",
+        QUEUE,
+        "\"UPDATE jobs SET status = 'failed', lease_id = NULL, finished_at = ? \"\n"
+        "        \"WHERE id = ? AND lease_id = ? AND status = 'leased'\",",
+        "\"UPDATE jobs SET status = 'failed', lease_id = NULL, finished_at = ? \"\n"
+        "        \"WHERE id = ? AND ? > 0 AND status = 'leased'\",",
+        LEFT,
+    ),
+    mutant(
+        "release-without-lease",
+        "release takes any leased job, whoever has it",
+        QUEUE,
+        'attempts = attempts - 1 "\n        "WHERE id = ? AND lease_id = ? AND status = \'leased\'",',
+        'attempts = attempts - 1 "\n        "WHERE id = ? AND ? > 0 AND status = \'leased\'",',
+        LEFT,
+    ),
+    mutant(
+        "lease-of-any-state",
+        "a lease that is closed or expired is as good as an open one",
+        QUEUE,
+        "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
+        '"WHERE id = ? AND worker_id = ?",\n        (n_done,',
+        "test_queue.py::test_a_worker_that_lost_its_lease_changes_nothing",
+    ),
+    mutant(
+        "lease-of-any-worker",
+        "a lease serves whoever knows its number",
+        QUEUE,
+        "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
+        "\"WHERE id = ? AND ? > 0 AND state = 'open'\",\n        (n_done,",
+        "test_queue.py::test_a_lease_is_of_no_use_to_another_worker",
+    ),
+    mutant(
+        "no-fence-at-all",
+        "neither lease nor job is compared",
+        QUEUE,
+        "    if held.rowcount != 1:\n        raise LeaseLost(",
+        "    if held.rowcount > 1:\n        raise LeaseLost(",
+        "test_queue.py::test_a_worker_that_lost_its_lease_changes_nothing",
+    ),
+    mutant(
+        "partly-lost-is-enough",
+        "complete goes on with the jobs that are still in the lease",
+        QUEUE,
+        "execute(conn, sql, rows).rowcount != len(rows):",
+        "execute(conn, sql, rows).rowcount > len(rows):",
+        "test_queue.py::test_a_job_cannot_be_completed_twice",
+        LEFT,
+    ),
+    mutant(
+        "late-is-lost",
+        "a lease whose time ran out cannot complete, though nobody reaped it",
+        QUEUE,
+        "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
+        "f\"WHERE expires_at > {at} AND id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
+        "test_queue.py::test_an_expired_lease_that_nobody_reaped_still_completes",
+    ),
+    # --- claim ---
+    mutant(
+        "claim-without-lock",
+        "PostgreSQL: a claim does not lock what it reads",
+        QUEUE,
+        '"postgresql": " FOR UPDATE OF j SKIP LOCKED"',
+        '"postgresql": ""',
+        BESIDE + "[postgresql]",
+    ),
+    mutant(
+        "claim-waits",
+        "PostgreSQL: a claim waits until another's transaction ends",
+        QUEUE,
+        " FOR UPDATE OF j SKIP LOCKED",
+        " FOR UPDATE OF j",
+        BESIDE + "[postgresql]",
+    ),
+    mutant(
+        "deferred-begin",
+        "SQLite: writers begin as readers",
+        DB,
+        '("BEGIN IMMEDIATE",) if write',
+        '("BEGIN",) if write',
+        BESIDE + "[delete]",
+        BESIDE + "[wal]",
+    ),
+    mutant(
+        "status-by-in",
+        "the claim's status is not one literal",
+        QUEUE,
+        "j.status = 'pending' AND j.crashes BETWEEN",
+        "j.status IN ('pending', 'pending') AND j.crashes BETWEEN",
+        "test_plans.py::test_the_claim_reads_its_partial_index_in_order",
+    ),
+    mutant(
+        "splits-by-in",
+        "the claim's split is not one value",
+        QUEUE,
+        "j.split = ? AND j.status = 'pending' AND j.crashes BETWEEN",
+        "j.split IN (?, 'test') AND j.status = 'pending' AND j.crashes BETWEEN",
+        "test_plans.py::test_the_claim_reads_its_partial_index_in_order",
+    ),
+    mutant(
+        "claim-out-of-order",
+        "the claim takes the newest jobs first",
+        QUEUE,
+        "ORDER BY j.crashes, j.id LIMIT ?",
+        "ORDER BY j.crashes, j.id DESC LIMIT ?",
+        "test_queue.py::test_a_claim_takes_jobs_in_order_and_the_next_claim_others",
+    ),
+    mutant(
+        "claim-though-paused",
+        "a paused run is claimed from",
+        QUEUE,
+        "r.paused = 0 AND ",
+        "",
+        "test_queue.py::test_a_paused_run_is_not_claimed_from_and_what_is_leased_goes_on",
+    ),
+    mutant(
+        "suspects-in-the-crowd",
+        "the normal lane takes jobs that were in a crash",
+        QUEUE,
+        "NORMAL: (0, 0)",
+        "NORMAL: (0, 1 << 30)",
+        "test_queue.py::test_suspects_are_not_in_the_normal_lane_and_are_claimed_by_fours",
+    ),
+    mutant(
+        "suspects-unbounded",
+        "a claim of suspects is as large as any",
+        QUEUE,
+        "bound = min(most, lane) if lane else most",
+        "bound = most",
+        "test_queue.py::test_suspects_are_not_in_the_normal_lane_and_are_claimed_by_fours",
+    ),
+    # --- complete, fail, release ---
+    mutant(
+        "two-transactions",
+        "done is committed before its caption is written",
+        QUEUE,
+        '    execute(\n        conn,\n        "INSERT INTO captions (',
+        '    execute(conn, "COMMIT")\n    execute(conn, "BEGIN")\n'
+        '    execute(\n        conn,\n        "INSERT INTO captions (',
+        "test_queue.py::test_completing_is_all_or_nothing",
+    ),
+    mutant(
+        "done-uncounted",
+        "complete leaves the tallies as they were",
+        QUEUE,
+        "{JobState.LEASED: -len(done), JobState.DONE: len(done)}",
+        "{}",
+        "test_queue.py::test_a_caption_and_its_jobs_done_are_stored_together",
+    ),
+    mutant(
+        "lease-stays-open",
+        "a lease does not close with its last job",
+        QUEUE,
+        'execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", '
+        '(len(done), at, lease.worker_id))\n    _close_if_empty(conn, lease.id, "closed", at)',
+        'execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", '
+        "(len(done), at, lease.worker_id))",
+        "test_queue.py::test_a_lease_is_completed_in_parts_and_closes_with_its_last_job",
+    ),
+    mutant(
+        "transient-for-ever",
+        "a transient failure is never final",
+        QUEUE,
+        "failure.transient and attempts.get(id, most) < most",
+        "failure.transient",
+        "test_queue.py::test_a_transient_failure_is_final_after_max_attempts",
+    ),
+    mutant(
+        "no-backoff",
+        "what failed for now is tried again at once",
+        QUEUE,
+        "[(at + backoff_ms(attempts[id]), id, lease.id)",
+        "[(at, id, lease.id)",
+        "test_queue.py::test_a_transient_failure_waits_and_is_claimable_when_its_time_has_come",
+    ),
+    mutant(
+        "release-costs-an-attempt",
+        "an attempt is not refunded on release",
+        QUEUE,
+        'lease_id = NULL, attempts = attempts - 1 "\n        "WHERE id = ? AND lease_id = ?',
+        'lease_id = NULL "\n        "WHERE id = ? AND lease_id = ?',
+        "test_queue.py::test_released_jobs_are_as_before_the_claim",
+    ),
+    # --- heartbeats and crashes ---
+    mutant(
+        "beat-of-any-worker",
+        "a heartbeat extends a lease that is another's",
+        QUEUE,
+        "expires_at = ? WHERE id = ? AND worker_id = ? AND state = 'open'",
+        "expires_at = ? WHERE id = ? AND ? > 0 AND state = 'open'",
+        "test_queue.py::test_a_lease_is_of_no_use_to_another_worker",
+    ),
+    mutant(
+        "beat-of-any-state",
+        "a heartbeat extends a lease that has ended",
+        QUEUE,
+        "expires_at = ? WHERE id = ? AND worker_id = ? AND state = 'open'",
+        "expires_at = ? WHERE id = ? AND worker_id = ?",
+        "test_queue.py::test_a_worker_that_lost_its_lease_changes_nothing",
+    ),
+    mutant(
+        "beat-without-progress",
+        "a worker beats though its engine hangs",
+        WORKER,
+        "if pipeline.stalled_sec() > settings.stall_timeout:",
+        "if False:",
+        "test_worker.py::test_a_hung_worker_stops_beating_and_ends_hard",
+    ),
+    mutant(
+        "reap-without-state",
+        "reap looks at leases that have ended too",
+        QUEUE,
+        "SELECT id FROM leases WHERE state = 'open' AND expires_at <= ? AND worker_id <> ? ORDER BY expires_at, id",
+        "SELECT id FROM leases WHERE expires_at <= ? AND worker_id <> ? ORDER BY expires_at, id",
+        "test_plans.py::test_each_hot_statement_uses_its_index",
+    ),
+    mutant(
+        "crash-without-state",
+        "a lease that has ended is ended again",
+        QUEUE,
+        "WHERE id = ? AND state = 'open' AND expires_at <= ? \"",
+        'WHERE id = ? AND expires_at <= ? "',
+        "test_queue.py::test_a_worker_that_gives_up_marks_its_own_lease_as_crashed",
+    ),
+    mutant(
+        "crash-though-extended",
+        "a lease that was extended since reap looked is ended all the same",
+        QUEUE,
+        "AND state = 'open' AND expires_at <= ? \"",
+        "AND state = 'open' AND ? > 0 \"",
+        "test_state_machine.py::test_a_lease_that_was_extended_since_somebody_looked_is_not_ended",
+    ),
+    mutant(
+        "reap-oneself",
+        "a worker reaps its own leases",
+        QUEUE,
+        "AND worker_id <> ? ORDER BY",
+        "AND ? >= 0 ORDER BY",
+        "test_queue.py::test_a_worker_never_reaps_itself",
+    ),
+    mutant(
+        "crash-costs-an-attempt",
+        "an attempt is not refunded after a crash",
+        QUEUE,
+        "lease_id = NULL, attempts = attempts - 1, crashes = crashes + 1",
+        "lease_id = NULL, crashes = crashes + 1",
+        "test_queue.py::test_a_dead_workers_jobs_are_pending_with_the_attempt_refunded_and_the_crash_counted",
+    ),
+    mutant(
+        "killer-never-fails",
+        "a picture may kill any number of workers",
+        QUEUE,
+        "if solo and solo_crashes >= 1]",
+        "if solo and solo_crashes >= 99]",
+        "test_queue.py::test_a_picture_that_crashed_two_workers_is_claimed_alone_and_fails_after_two_more",
+    ),
+    mutant(
+        "neighbours-of-a-killer-fail",
+        "two crashes in company fail a picture",
+        QUEUE,
+        "solo = int(lane == SOLO)",
+        "solo = int(lane != NORMAL)",
+        "test_queue.py::test_a_picture_that_crashed_two_workers_is_claimed_alone_and_fails_after_two_more",
+    ),
+    mutant(
+        "wake-early",
+        "what waits is pending at once",
+        QUEUE,
+        "WHERE status = 'waiting' AND not_before <= ? \"\n        \"RETURNING",
+        "WHERE status = 'waiting' AND ? > 0 \"\n        \"RETURNING",
+        "test_queue.py::test_a_transient_failure_waits_and_is_claimable_when_its_time_has_come",
+    ),
+    # --- when the answer did not come ---
+    mutant(
+        "recover-knows-not-its-own",
+        "what was stored without the answer coming back is taken for another's",
+        QUEUE,
+        "status == JobState.DONE and caption_lease_id == lease.id",
+        "status == JobState.DONE and caption_lease_id == 0",
+        "test_queue.py::test_a_completion_that_was_stored_without_the_answer_coming_back_is_recognised",
+    ),
+    mutant(
+        "recover-takes-anothers",
+        "a late caption takes a job that another worker has",
+        QUEUE,
+        "one.failure is None and status in (JobState.PENDING, JobState.WAITING)",
+        "one.failure is None and status in (JobState.PENDING, JobState.WAITING, JobState.LEASED)",
+        "test_queue.py::test_captions_of_a_lost_lease_are_kept_while_another_has_the_pictures_and_dropped_when_it_is_done",
+    ),
+    mutant(
+        "recover-drops-what-another-has",
+        "a late caption is dropped though the other may die",
+        QUEUE,
+        "            kept.add(one.job_id)",
+        "            continue",
+        "test_queue.py::test_captions_of_a_lost_lease_are_kept_while_another_has_the_pictures_and_dropped_when_it_is_done",
+    ),
+    mutant(
+        "recover-drops-what-is-free",
+        "the captions of a reaped lease are made again",
+        QUEUE,
+        "            free.append(one)",
+        "            continue",
+        "test_queue.py::test_captions_of_a_reaped_lease_whose_jobs_are_free_are_stored_under_a_new_one",
+    ),
+    mutant(
+        "late-failure-counts",
+        "a failure that comes late fails what is free again",
+        QUEUE,
+        "elif one.failure is None and status in (JobState.PENDING, JobState.WAITING):",
+        "elif status in (JobState.PENDING, JobState.WAITING):",
+        "test_state_machine.py::test_a_late_failure_of_a_job_that_is_free_again_is_dropped",
+    ),
+    mutant(
+        "forgets-what-it-holds",
+        "a worker gives back what it knows that it holds",
+        QUEUE,
+        "        if lease_id not in held:",
+        "        if lease_id:",
+        "test_queue.py::test_what_a_worker_leased_without_knowing_is_given_back",
+    ),
+    mutant(
+        "forgets-what-others-hold",
+        "a worker gives back what others hold",
+        QUEUE,
+        "WHERE state = 'open' AND worker_id = ?\", (worker_id,)",
+        "WHERE state = 'open' AND ? > 0\", (worker_id,)",
+        "test_queue.py::test_what_a_worker_leased_without_knowing_is_given_back",
+    ),
+    mutant(
+        "any-database-will-do",
+        "a spool's captions go into a database that never gave their lease",
+        QUEUE,
+        'WHERE l.id = ? AND w.uuid = ?"',
+        "WHERE l.id = ? AND ? <> ''\"",
+        "test_queue.py::test_a_lease_is_known_only_to_the_database_that_gave_it",
+    ),
+    # --- by hand ---
+    mutant(
+        "cancel-leaves-the-lease-open",
+        "a lease whose last job is cancelled stays open",
+        QUEUE,
+        '    for row in leases:\n        _close_if_empty(conn, row[0], "closed", at)\n',
+        "",
+        "test_queue.py::test_cancel_withdraws_all_that_is_not_finished_and_leaves_what_is",
+    ),
+    mutant(
+        "cancel-spares-what-runs",
+        "what a worker holds is not cancelled",
+        QUEUE,
+        "    if held:\n",
+        "    held = []\n    if held:\n",
+        "test_queue.py::test_cancel_withdraws_all_that_is_not_finished_and_leaves_what_is",
+    ),
+    mutant(
+        "retry-of-what-is-done",
+        "a picture named to retry is captioned again though it is done",
+        QUEUE,
+        "statuses = \"'failed', 'cancelled'\" if image_ids",
+        "statuses = \"'failed', 'cancelled', 'done'\" if image_ids",
+        "test_queue.py::test_retry_of_a_done_picture_does_nothing",
+    ),
+    mutant(
+        "retry-keeps-the-record",
+        "retry leaves attempts and crashes as they were",
+        QUEUE,
+        "SET status = 'pending', attempts = 0, crashes = 0, solo_crashes = 0, finished_at = NULL",
+        "SET status = 'pending', finished_at = NULL",
+        "test_queue.py::test_retry_takes_what_failed_with_a_code",
+    ),
+    # --- the worker ---
+    mutant(
+        "suspects-in-company",
+        "suspects are claimed while other pictures are held",
+        PIPELINE,
+        "                if not self._wait_until(lambda: not self._state.held):\n                    return None\n",
+        "",
+        "test_state_machine.py::test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_beside_them[delete]",
+    ),
+    mutant(
+        "claims-beside-suspects",
+        "a worker that holds suspects claims ahead",
+        PIPELINE,
+        "not self._state.ready and all(one.lease.lane == NORMAL for one in held)",
+        "not self._state.ready",
+        "test_state_machine.py::test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_beside_them[delete]",
+    ),
+    mutant(
+        "suspects-last",
+        "suspects have no turn while others are pending",
+        PIPELINE,
+        "if (self._n_claims + 1) % SUSPECTS_EVERY:",
+        "if True:",
+        "test_promises.py::test_promise_08_suspects_have_their_turn_every_eighth_claim_though_others_are_pending[delete]",
+    ),
+    mutant(
+        "judges-at-once",
+        "a worker reaps others right after an outage",
+        PIPELINE,
+        "return at - self._last <= self._ttl_sec / 2 and at - self._since >= self._ttl_sec",
+        "return True",
+        "test_state_machine.py::test_others_are_judged_only_after_a_lease_time_of_unbroken_contact[delete]",
+    ),
+    mutant(
+        "a-break-is-no-break",
+        "a long silence is taken for contact",
+        PIPELINE,
+        "        if at - self._last > self._ttl_sec / 2:\n            self._since = at\n",
+        "",
+        "test_state_machine.py::test_others_are_judged_only_after_a_lease_time_of_unbroken_contact[delete]",
+    ),
+    mutant(
+        "no-self-fencing",
+        "a worker starts pictures whose lease has run out by its own clock",
+        PIPELINE,
+        "return held is not None and clock() < held.runs_out_at",
+        "return held is not None",
+        "test_state_machine.py::test_nothing_is_started_whose_lease_has_run_out_by_the_workers_own_clock[delete]",
+    ),
+    mutant(
+        "lost-is-gone",
+        "captions whose lease was lost are dropped, not recovered",
+        WORKER,
+        "self._put_off(lease, [one for one in completions if self._pipeline.lease_of(one.job_id) is not None])",
+        "self._pipeline.settle(lease, [one.job_id for one in completions])",
+        "test_worker.py::test_a_caption_whose_lease_was_lost_while_nobody_took_its_picture_is_stored_all_the_same",
+    ),
+    # --- the spool ---
+    mutant(
+        "spool-unlocked",
+        "a living worker's spool may be taken for a dead one's",
+        SPOOL,
+        "        fcntl.flock(file, fcntl.LOCK_EX)\n",
+        "",
+        "test_state_machine.py::test_a_living_workers_spool_is_left_alone_and_a_dead_ones_is_whole",
+    ),
+    mutant(
+        "spool-taken-unasked",
+        "a spool is taken over without asking for its lock",
+        SPOOL,
+        "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "            pass\n",
+        "test_state_machine.py::test_a_living_workers_spool_is_left_alone_and_a_dead_ones_is_whole",
+    ),
+    mutant(
+        "spool-not-synced",
+        "captions in the spool are lost with the power",
+        SPOOL,
+        "        os.fsync(file.fileno())\n",
+        "",
+        "test_state_machine.py::test_what_the_spool_keeps_is_on_the_disk_when_it_is_kept",
+    ),
+)
+
+
+# --- Asking the tests ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    verdict: str
+    by: str
+    seconds: float
+
+
+@contextmanager
+def copy() -> Iterator[Path]:
+    """The project without what it does not need, in a folder whose name is short enough for a socket in it."""
+    with tempfile.TemporaryDirectory(prefix="mut_") as folder:
+        place = Path(folder)
+        for part in PARTS:
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, place / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / part, place / part)
+        yield place
+
+
+def environment(place: Path) -> dict[str, str]:
+    # No bytecode: a mutant of the same size, written within the same second, would not be noticed.
+    return os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def check_that_the_copy_is_imported(place: Path) -> None:
+    """The environment may have the original installed, in a way that comes first."""
+    told = subprocess.run(
+        [sys.executable, "-c", "import rococap.queue; print(rococap.queue.__file__)"],
+        cwd=place,
+        env=environment(place),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    if told != str(place / "rococap" / "queue.py"):
+        sys.exit(f"The tests would import {told}, not the copy in {place}.")
+
+
+def ask(place: Path, tests: Sequence[str]) -> Answer:
+    """Runs tests until the first that fails. They end within the time, or count as failed."""
+    started = time.monotonic()
+    options = ("-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(place / "t"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", *options, *(f"tests/{test}" for test in tests)],
+        cwd=place,
+        env=environment(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, _ = process.communicate(timeout=LIMIT_SEC)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # so that it stops its database server
+        out = ""
+    seconds = time.monotonic() - started
+    _end(process)
+    if not out:
+        return Answer("caught", f"nothing: it hung for {LIMIT_SEC} s", seconds)
+    if process.returncode == 0:
+        return Answer("SURVIVED", "", seconds)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", out, re.MULTILINE)
+    if process.returncode != 1 or failed is None:
+        return Answer("BROKEN", out.strip().splitlines()[-1], seconds)
+    return Answer("caught", failed[1], seconds)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Also of the workers that a failed test has left behind."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def apply(place: Path, mutant: Mutant) -> str | None:
+    """Breaks the copy; the reason if the mutant no longer fits the source."""
+    source = (place / mutant.file).read_text()
+    for old, new in mutant.edits:
+        if source.count(old) != 1:
+            return f"its text is {source.count(old)} times in {mutant.file}: {old.strip().splitlines()[0]}"
+        source = source.replace(old, new)
+    (place / mutant.file).write_text(source)
+    return None
+
+
+def try_out(place: Path, mutant: Mutant) -> Answer:
+    whole = (place / mutant.file).read_text()
+    try:
+        if misfit := apply(place, mutant):
+            return Answer("MISFIT", misfit, 0.0)
+        return ask(place, mutant.tests)
+    finally:
+        (place / mutant.file).write_text(whole)
+
+
+def main(names: Sequence[str]) -> int:
+    if unknown := set(names) - {mutant.name for mutant in MUTANTS}:
+        sys.exit(f"No such mutant: {', '.join(sorted(unknown))}. There are: {', '.join(one.name for one in MUTANTS)}")
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    started = time.monotonic()
+    with copy() as place:
+        check_that_the_copy_is_imported(place)
+        whole = ask(place, sorted({test for mutant in chosen for test in mutant.tests}))
+        if whole.verdict != "SURVIVED":
+            sys.exit(f"The tests fail without any mutant: {whole.by}")
+        print(f"The tests pass without mutants, in {whole.seconds:.0f} s.\n")
+        width = max(len(mutant.name) for mutant in chosen)
+        answers = []
+        for mutant in chosen:
+            answer = try_out(place, mutant)
+            answers.append(answer)
+            print(f"{answer.verdict:<8}  {mutant.name:<{width}}  {answer.seconds:5.1f} s  {mutant.what}", flush=True)
+            if answer.by:
+                print(f"{'':<8}  {'':<{width}}           {answer.by}", flush=True)
+    caught = sum(answer.verdict == "caught" for answer in answers)
+    print(f"\n{caught} of {len(chosen)} mutants caught, in {time.monotonic() - started:.0f} s.")
+    return 0 if caught == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
