@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.engine import URL, CursorResult, make_url
@@ -27,7 +27,7 @@ from rococap.models import SCHEMA
 
 DEFAULT_URL = "sqlite:///rococap.db"
 PATIENCE_SEC = 60.0
-"""How long a transaction waits for the write lock before it gives up."""
+"""How long a transaction waits for a lock before it gives up."""
 COURTESY_SEC = 0.0005
 """A writer that has just committed lets those who wait go first: at once it would win nearly every time."""
 
@@ -39,7 +39,7 @@ POSTGRESQL_SETTINGS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
     # A worker that is frozen inside a transaction must not hold others' rows for ever.
-    "options": "-c lock_timeout=10s -c idle_in_transaction_session_timeout=60s",
+    "options": "-c idle_in_transaction_session_timeout=60s",
 }
 """Unless the URL says otherwise: `?connect_timeout=3`."""
 
@@ -55,6 +55,9 @@ _AWAY = frozenset(
         sqlite3.SQLITE_READONLY,  # also of a file that was moved under us
     ]
 )
+
+_AWAY_SQLSTATES = frozenset(["25006", "25P03", "40P01"])
+"""A server that fell back to reading, a transaction that idled too long, a deadlock: of no class that says so."""
 
 _FIRST_USE_LOCK = 0x726F636F
 """The key of PostgreSQL's advisory lock on changes of the schema."""
@@ -82,6 +85,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 
 Row = Sequence[Any]
+T = TypeVar("T")
 
 
 def default_url() -> str:
@@ -203,15 +207,32 @@ def wal_is_safe(version: tuple[int, ...]) -> bool:
 
 
 def _set_pragmas(connection: sqlite3.Connection, _record: object) -> None:
-    def set_up() -> None:
-        is_new = connection.execute("PRAGMA page_count").fetchone()[0] == 0
-        if is_new and wal_is_safe(sqlite3.sqlite_version_info):
-            connection.execute("PRAGMA journal_mode = WAL")  # may be refused: any journal is safe with FULL
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
+    is_new = connection.execute("PRAGMA page_count").fetchone()[0] == 0
+    if is_new and wal_is_safe(sqlite3.sqlite_version_info):
+        connection.execute("PRAGMA journal_mode = WAL")  # may be refused: any journal is safe with FULL
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
 
-    path = next(row[2] for row in connection.execute("PRAGMA database_list") if row[1] == "main")
-    _patiently(set_up, path)
+
+def stay(engine: Engine, sql: str, params: Row) -> None:
+    """From now on a new connection must find a row by this query, or it raises DatabaseError.
+
+    For who goes on for long: should the file be replaced or the server restored, ids mean other rows there.
+    """
+    sql = sql if engine.dialect.name == "sqlite" else sql.replace("?", "%s")
+
+    def check(connection: Any, _record: object) -> None:
+        cursor = connection.cursor()
+        try:
+            if cursor.execute(sql, tuple(params)).fetchone() is None:
+                raise DatabaseError(
+                    f"{engine.url.render_as_string()} is another database than when this process began: it was "
+                    "replaced. Start anew, with the one that you want."
+                )
+        finally:
+            cursor.close()
+
+    event.listen(engine, "connect", check)
 
 
 def explain(error: DBAPIError, url: URL | None = None) -> str:
@@ -242,34 +263,41 @@ def transaction(engine: Engine, *, write: bool = False, patience: float | None =
     where it cannot be used.
     """
     try:
-        with engine.connect() as conn:
+        with _patiently(engine.connect, engine.url.database, patience) as conn:
             try:
                 _begin(conn, write, patience)
                 yield conn
                 _commit(conn, patience)
                 if write and engine.dialect.name == "sqlite":
                     time.sleep(COURTESY_SEC)
-            except OperationalError:
+            except BaseException as error:
                 _roll_back(conn)
-                conn.invalidate()  # a file that was moved or a server that went: the next one opens it anew
+                if isinstance(error, DBAPIError) and _is_away(error):
+                    conn.invalidate()  # a file that was moved or a server that went: the next one opens it anew
                 raise
-            except BaseException:
-                _roll_back(conn)
-                raise
-    except (OperationalError, InterfaceError) as error:
-        raise _translate(error, engine.url) from error
+    except DBAPIError as error:
+        if _is_away(error):
+            raise DatabaseUnavailable(explain(error, engine.url)) from error
+        if isinstance(error, OperationalError):
+            raise DatabaseError(explain(error, engine.url)) from error
+        raise
 
 
-def _translate(error: DBAPIError, url: URL) -> DatabaseError:
-    """What the driver could not do, as something to try again or something to mend."""
-    code = getattr(error.orig, "sqlite_errorcode", None)
-    is_away = code is None or code & 0xFF in _AWAY  # PostgreSQL's operational errors are nobody's mistake in SQL
-    return (DatabaseUnavailable if is_away else DatabaseError)(explain(error, url))
+def _is_away(error: DBAPIError) -> bool:
+    """Whether the same may succeed later: nobody's mistake in SQL."""
+    if isinstance(error.orig, sqlite3.Error):
+        return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _AWAY
+    is_broken = error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+    return is_broken or getattr(error.orig, "sqlstate", None) in _AWAY_SQLSTATES
 
 
 def _begin(conn: Connection, write: bool, patience: float | None = None) -> None:
     if conn.dialect.name != "sqlite":
-        conn.exec_driver_sql("BEGIN" if write else "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        mode = "" if write else " ISOLATION LEVEL REPEATABLE READ READ ONLY"
+        milliseconds = int(1000 * (PATIENCE_SEC if patience is None else patience))
+        conn.exec_driver_sql(
+            f"BEGIN{mode}; SET LOCAL lock_timeout = {milliseconds}", execution_options={"no_parameters": True}
+        )
         return
     # A reader that writes would turn into a deferred writer. Its SELECT takes the read lock now, while it may wait,
     # rather than in the caller's first query.
@@ -290,14 +318,13 @@ def _commit(conn: Connection, patience: float | None = None) -> None:
     _patiently(lambda: conn.exec_driver_sql("COMMIT"), conn.engine.url.database, patience)
 
 
-def _patiently(action: Callable[[], object], database: str | None, patience: float | None = None) -> None:
+def _patiently(action: Callable[[], T], database: str | None, patience: float | None = None) -> T:
     """Does it again, with jitter, while another process has the database locked."""
     patience = PATIENCE_SEC if patience is None else patience
     started = time.monotonic()
     while True:
         try:
-            action()
-            return
+            return action()
         except (OperationalError, sqlite3.OperationalError) as error:
             if not _is_busy(error):
                 raise
@@ -423,7 +450,7 @@ def migration_connection(engine: Engine) -> Iterator[Connection]:
     Raises DatabaseError, and rolls back, if a foreign key is broken at the end.
     """
     is_sqlite = engine.dialect.name == "sqlite"
-    with engine.connect() as conn:
+    with _patiently(engine.connect, engine.url.database) as conn:
         if is_sqlite:
             conn.exec_driver_sql("PRAGMA foreign_keys = OFF")  # ignored inside a transaction
         _begin(conn, write=True)
@@ -511,6 +538,8 @@ def back_up(engine: Engine, target: Path) -> Path:
     """
     if engine.dialect.name != "sqlite":
         raise DatabaseError("This copies SQLite files. For PostgreSQL: pg_dump --format=custom --file=FILE URL")
+    if target.exists() and target.samefile(engine.url.database or ""):
+        raise DatabaseError(f"{target} is the database itself. Name another file.")
     partial = target.with_name(f".{target.name}.part")
     try:
         partial.unlink(missing_ok=True)  # of one that was killed
@@ -538,7 +567,8 @@ def vacuum(engine: Engine) -> None:
             if engine.dialect.name == "postgresql":
                 conn.exec_driver_sql("VACUUM (ANALYZE)")
                 return
+            conn.exec_driver_sql("PRAGMA query_only = OFF")  # the last reader of this connection had it on
             _patiently(lambda: conn.exec_driver_sql("VACUUM"), engine.url.database)
             conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-    except OperationalError as error:
-        raise _translate(error, engine.url) from error
+    except DBAPIError as error:
+        raise DatabaseError(explain(error, engine.url)) from error

@@ -64,9 +64,11 @@ class Contact:
             self._is_lost = True
             log.warning("waiting for the database, and keeping what is captioned meanwhile: %s", error)
 
-    def is_unbroken(self) -> bool:
+    def unbroken_sec(self) -> float:
+        """For how long; 0 unless it is at least a lease time."""
         at = clock()
-        return at - self._last <= self._ttl_sec / 2 and at - self._since >= self._ttl_sec
+        is_unbroken = at - self._last <= self._ttl_sec / 2 and at - self._since >= self._ttl_sec
+        return at - self._since if is_unbroken else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,8 @@ class _State:
     ready: deque[Prepared] = field(default_factory=deque)
     running: set[int] = field(default_factory=set)
     abandoned: set[int] = field(default_factory=set)
-    spooled: set[int] = field(default_factory=set)
+    finished: set[int] = field(default_factory=set)
+    """Captioned, or failed: whoever stores it has it."""
     stopping: bool = False
     ended: bool = False
     error: BaseException | None = None
@@ -128,7 +131,7 @@ class Pipeline:
         self._state = _State()
         self._left = claims.limit
         self._stepped_at = time.monotonic()
-        self._waiting = False
+        self._is_busy = False
         self.contact = Contact(claims.ttl_ms / 1000)
         self._n_claims = 0
         self._is_unsure = False
@@ -144,16 +147,16 @@ class Pipeline:
         state = self._state
         with self._changed:
             while True:
-                self._waiting = True
+                self._is_busy = False
                 self._changed.wait_for(
                     lambda: self._may_start() or state.ended or state.stopping or state.error, timeout=wait
                 )
-                self._waiting = False
                 self._stepped_at = time.monotonic()
                 if state.error is not None:
                     raise state.error
                 batch = self._pop(most)
-                if batch or wait is not None or state.ended or state.stopping:  # else all that was ready had been lost
+                self._is_busy = bool(batch)
+                if batch or wait is not None or state.ended or state.stopping:  # else its time ran out just now
                     return batch
 
     def _may_start(self) -> bool:
@@ -162,11 +165,10 @@ class Pipeline:
 
     def _is_live(self, job_id: int) -> bool:
         held = self._state.held.get(self._state.lease_of.get(job_id, 0))
-        return held is not None and clock() < held.runs_out_at
+        return held is not None and job_id not in self._state.abandoned and clock() < held.runs_out_at
 
     def _pop(self, most: int) -> list[Prepared]:
         state = self._state
-        state.ready = deque(picture for picture in state.ready if picture.job_id not in state.abandoned)
         batch = [picture for picture in state.ready if self._is_live(picture.job_id)][:most]
         taken = {picture.job_id for picture in batch}
         state.ready = deque(picture for picture in state.ready if picture.job_id not in taken)
@@ -175,18 +177,24 @@ class Pipeline:
         return batch
 
     def step(self) -> Set[int]:
+        self._is_busy = True
         self._stepped_at = time.monotonic()
         return self._state.abandoned
 
     def stalled_sec(self) -> float:
-        """How long the engine has held rows without a step; 0 while it waits for pictures."""
-        return 0.0 if self._waiting or not self._state.running else time.monotonic() - self._stepped_at
+        """How long the engine has had rows without a step; 0 while it waits for pictures."""
+        return time.monotonic() - self._stepped_at if self._is_busy else 0.0
 
     # --- the books ---
 
     def open_leases(self) -> list[Lease]:
         with self._changed:
             return [held.lease for held in self._state.held.values()]
+
+    def unfinished_leases(self) -> list[Lease]:
+        """Those that hold a picture without a result."""
+        with self._changed:
+            return [held.lease for held in self._state.held.values() if held.outstanding - self._state.finished]
 
     def lease_of(self, job_id: int) -> Lease | None:
         """The lease that a job is held under; None if it was lost."""
@@ -202,10 +210,11 @@ class Pipeline:
                     self._state.held[lease_id].runs_out_at = runs_out_at
             self._changed.notify_all()
 
-    def put_off(self, job_ids: Iterable[int]) -> None:
-        """These are captioned and cannot be stored yet: their leases go on, and they are not given back."""
+    def finish(self, job_id: int) -> None:
+        """It is captioned or failed, and to be stored: its lease goes on, and it is not given back."""
         with self._changed:
-            self._state.spooled.update(job_ids)
+            self._state.running.discard(job_id)
+            self._state.finished.add(job_id)
 
     def take_timing(self, lease: Lease) -> Timing:
         """What reading and preparing took since the last call."""
@@ -224,7 +233,7 @@ class Pipeline:
             for job_id in job_ids:
                 self._state.lease_of.pop(job_id, None)
                 self._state.running.discard(job_id)
-                self._state.spooled.discard(job_id)
+                self._state.finished.discard(job_id)
                 if held is not None:
                     held.outstanding.discard(job_id)
             if held is not None and not held.outstanding:
@@ -232,15 +241,18 @@ class Pipeline:
             self._changed.notify_all()
 
     def lose(self, lease_ids: Iterable[int]) -> None:
-        """Another worker has these now: their rows are abandoned where they are."""
+        """Another worker has these now, or they were cancelled: their rows are abandoned where they are."""
+        state = self._state
         with self._changed:
             for lease_id in lease_ids:
-                held = self._state.held.pop(lease_id, None)
+                held = state.held.pop(lease_id, None)
                 if held is not None:
-                    self._state.abandoned |= held.outstanding
-                    self._state.running -= held.outstanding
+                    state.abandoned |= held.outstanding
+                    state.running -= held.outstanding
+                    state.finished -= held.outstanding
                     for job_id in held.outstanding:
-                        self._state.lease_of.pop(job_id, None)
+                        state.lease_of.pop(job_id, None)
+            state.ready = deque(picture for picture in state.ready if picture.job_id not in state.abandoned)
             self._changed.notify_all()
 
     def withdraw(self, *, running: bool) -> list[tuple[Lease, list[int]]]:
@@ -248,10 +260,11 @@ class Pipeline:
         state = self._state
         with self._changed:
             found = [
-                (held.lease, sorted(held.outstanding - state.spooled - (set() if running else state.running)))
+                (held.lease, sorted(held.outstanding - state.finished - (set() if running else state.running)))
                 for held in state.held.values()
             ]
             state.abandoned.update(*(job_ids for _, job_ids in found))
+            state.ready = deque(picture for picture in state.ready if picture.job_id not in state.abandoned)
             return [(lease, job_ids) for lease, job_ids in found if job_ids]
 
     def stop(self) -> None:
@@ -355,27 +368,32 @@ class Pipeline:
         with transaction(self._database) as conn:
             is_overdue = queue.overdue(conn)
         self.contact.made()
-        if not (is_overdue or self._is_unsure):
-            return
-        with transaction(self._database, write=True) as conn:
-            if self._is_unsure:
-                queue.release_forgotten(conn, self._claims.worker_id, self._state.held.keys())
-            queue.wake(conn)
-        self._is_unsure = False
-        while self._reap():
-            pass
+        if self._is_unsure:
+            held = {lease.id for lease in self.open_leases()}
+            with transaction(self._database, write=True) as conn:
+                queue.release_forgotten(conn, self._claims.worker_id, held)
+            self._is_unsure = False
+        if is_overdue:
+            with transaction(self._database, write=True) as conn:
+                queue.wake(conn)
+            while self._reap():
+                pass
 
     def _reap(self) -> bool:
         """Ends one dead worker's lease, if there is one: several in a transaction would hold up who completes."""
         with transaction(self._database, write=True) as conn:
             at = db.now(conn)  # before the look at our own clock: should the machine sleep in between, nobody is judged
-            return self.contact.is_unbroken() and bool(queue.reap(conn, but=self._claims.worker_id, most=1, now=at))
+            contact_ms = int(self.contact.unbroken_sec() * 1000)
+            reaped = queue.reap(conn, but=self._claims.worker_id, contact_ms=contact_ms, most=1, now=at)
+        return bool(reaped)
 
     def _claim(self, lane: int) -> Lease | None:
         """A claim of the first split that has work in the lane."""
         claims = self._claims
         most = claims.size if self._left is None else min(claims.size, self._left)
         for split in claims.splits:
+            if self._state.stopping:
+                return None
             runs_out_at = clock() + claims.ttl_ms / 1000
             with transaction(self._database, write=True) as conn:
                 lease = queue.claim(conn, claims.worker_id, claims.run.id, split, most, ttl_ms=claims.ttl_ms, lane=lane)

@@ -6,9 +6,9 @@
                leased -> pending         (released, or its worker died)
 
 Knows no torch and reads no picture. Every write of a worker carries lease, worker and state in its WHERE, so that one
-who lost its lease changes nothing. Rows are locked in one order: lease, jobs by id, captions, tallies. `now` is the
-database's clock unless a test passes its own. The status stands in the SQL as a literal: as a bound value it would miss
-the partial indexes (11 microseconds become 32 milliseconds).
+who lost its lease changes nothing. Rows are locked in one order: lease, jobs by id, captions, tallies, worker. `now`
+is the database's clock unless a test passes its own. The status stands in the SQL as a literal: as a bound value it
+would miss the partial indexes (11 microseconds become 32 milliseconds).
 """
 
 import json
@@ -287,24 +287,24 @@ def heartbeat(
     return kept
 
 
-def _hold(conn: Connection, lease: Lease, at: int, n_done: int, timing: Timing) -> None:
+def _hold(conn: Connection, lease: Lease, n_done: int = 0, timing: Timing = Timing()) -> None:
     """Locks the lease and proves that it is still ours, adding what its jobs took."""
     t = timing
     held = execute(
         conn,
-        "UPDATE leases SET n_done = n_done + ?, beat_at = ?, load_ms = load_ms + ?, prepare_ms = prepare_ms + ?, "
+        "UPDATE leases SET n_done = n_done + ?, load_ms = load_ms + ?, prepare_ms = prepare_ms + ?, "
         "prefill_ms = prefill_ms + ?, decode_ms = decode_ms + ?, store_ms = store_ms + ? "
         "WHERE id = ? AND worker_id = ? AND state = 'open'",
-        (n_done, at, t.load_ms, t.prepare_ms, t.prefill_ms, t.decode_ms, t.store_ms, lease.id, lease.worker_id),
+        (n_done, t.load_ms, t.prepare_ms, t.prefill_ms, t.decode_ms, t.store_ms, lease.id, lease.worker_id),
     )
     if held.rowcount != 1:
-        raise LeaseLost(f"Lease {lease.id} has expired and its pictures went to another worker: nothing was stored.")
+        raise LeaseLost(f"Lease {lease.id} is not this worker's any more: nothing was changed.")
 
 
 def _leave(conn: Connection, lease: Lease, sql: str, rows: list[tuple[Any, ...]]) -> None:
     """Moves jobs out of the lease; every one of them must still be in it. Rows end in job id and lease id."""
     if rows and execute(conn, sql, rows).rowcount != len(rows):
-        raise LeaseLost(f"Lease {lease.id} does not hold all of {[row[-2] for row in rows]}: nothing was stored.")
+        raise LeaseLost(f"Lease {lease.id} does not hold all of {[row[-2] for row in rows]}: nothing was changed.")
 
 
 def _close_if_empty(conn: Connection, lease_id: int, state: str, at: int) -> None:
@@ -331,7 +331,7 @@ def complete(
     """
     at = _at(conn, now)
     done = sorted(completions, key=lambda completion: completion.job_id)
-    _hold(conn, lease, at, len(done), timing)
+    _hold(conn, lease, len(done), timing)
     _leave(
         conn,
         lease,
@@ -373,7 +373,7 @@ def fail(conn: Connection, lease: Lease, failed: Mapping[int, Failure], *, now: 
     to be tried again later. Raises LeaseLost if the lease is no longer ours.
     """
     at = _at(conn, now)
-    _hold(conn, lease, at, 0, Timing())
+    _hold(conn, lease)
     attempts = {
         row[0]: row[1] for row in execute(conn, "SELECT id, attempts FROM jobs WHERE lease_id = ?", (lease.id,))
     }
@@ -417,7 +417,7 @@ def release(conn: Connection, lease: Lease, job_ids: Iterable[int], *, now: int 
     Jobs that left the lease meanwhile stay as they are. Raises LeaseLost if the lease is not ours any more.
     """
     at = _at(conn, now)
-    _hold(conn, lease, at, 0, Timing())
+    _hold(conn, lease)
     rows = [(id, lease.id) for id in sorted(job_ids)]
     sql = (
         "UPDATE jobs SET status = 'pending', lease_id = NULL, attempts = attempts - 1 "
@@ -507,9 +507,15 @@ def belongs(conn: Connection, lease: Lease, uuid: str) -> bool:
 
 
 def release_forgotten(conn: Connection, worker_id: int, held: Set[int], *, now: int | None = None) -> int:
-    """Gives back what this worker leased without knowing, since the answer to its claim was lost; returns how many."""
+    """Gives back what this worker leased without knowing, since the answer to its claim was lost; returns how many.
+
+    `held` are the leases that it knew of before this transaction began: others' stores may close some meanwhile.
+    """
     open_leases = execute(
-        conn, "SELECT id, run_id, split, lane FROM leases WHERE state = 'open' AND worker_id = ?", (worker_id,)
+        conn,
+        "SELECT id, run_id, split, lane FROM leases WHERE state = 'open' AND worker_id = ? ORDER BY id"
+        + db.for_update(conn, "leases"),
+        (worker_id,),
     ).fetchall()
     released = 0
     for lease_id, run_id, split, lane in open_leases:
@@ -524,16 +530,22 @@ def release_forgotten(conn: Connection, worker_id: int, held: Set[int], *, now: 
 
 
 # In order of time: asked for in order of id, SQLite walks the table instead of the index.
-_EXPIRED = "SELECT id FROM leases WHERE state = 'open' AND expires_at <= ? AND worker_id <> ? ORDER BY expires_at, id"
+_EXPIRED = (
+    "SELECT id FROM leases WHERE state = 'open' AND expires_at <= ? AND worker_id <> ? AND expires_at - beat_at <= ? "
+    "ORDER BY expires_at, id"
+)
 
 
-def reap(conn: Connection, *, but: int = 0, most: int | None = None, now: int | None = None) -> list[int]:
+def reap(
+    conn: Connection, *, but: int = 0, contact_ms: int = 1 << 62, most: int | None = None, now: int | None = None
+) -> list[int]:
     """Frees the jobs of leases whose time ran out; returns the leases. Their workers are taken for dead.
 
-    A worker passes its own id as `but`: it knows better than the clock that it lives.
+    A worker passes its own id as `but`: it knows better than the clock that it lives. And for how long it has been in
+    touch with the database: a lease that lasts longer may belong to one that was cut off as well.
     """
     at = _at(conn, now)
-    expired = sorted(row[0] for row in execute(conn, _EXPIRED, (at, but)).fetchall()[:most])
+    expired = sorted(row[0] for row in execute(conn, _EXPIRED, (at, but, contact_ms)).fetchall()[:most])
     return [lease_id for lease_id in expired if crash(conn, lease_id, now=at, expired_by=at)]
 
 
@@ -578,14 +590,17 @@ def crash(conn: Connection, lease_id: int, *, now: int | None = None, expired_by
     return True
 
 
+_WAKE = (
+    "UPDATE jobs SET status = 'pending', not_before = NULL WHERE id IN ("
+    "SELECT j.id FROM jobs j WHERE j.status = 'waiting' AND j.not_before <= ? ORDER BY j.not_before{skip_locked}) "
+    "RETURNING run_id, split"
+)
+
+
 def wake(conn: Connection, *, now: int | None = None) -> int:
     """Makes waiting jobs pending whose time has come; returns how many."""
-    rows = execute(
-        conn,
-        "UPDATE jobs SET status = 'pending', not_before = NULL WHERE status = 'waiting' AND not_before <= ? "
-        "RETURNING run_id, split",
-        (_at(conn, now),),
-    ).fetchall()
+    sql = _WAKE.format(skip_locked=_SKIP_LOCKED[conn.dialect.name])
+    rows = execute(conn, sql, (_at(conn, now),)).fetchall()
     for (run_id, split), n in sorted(Counter((row[0], row[1]) for row in rows).items()):
         tally(conn, run_id, split, 0, {JobState.WAITING: -n, JobState.PENDING: n})
     return len(rows)

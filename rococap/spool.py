@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Completions of one lease; `uuid` is its worker's, by which a database knows whether it gave the lease."""
+    """Completions of one lease, and jobs that its worker gave back when it stopped.
+
+    `uuid` is the worker's, by which a database knows whether it gave the lease.
+    """
 
     uuid: str
     lease: Lease
-    completions: tuple[Completion, ...]
+    completions: tuple[Completion, ...] = ()
+    released: tuple[int, ...] = ()
 
 
 def folder_of(url: URL) -> Path:
@@ -47,20 +51,29 @@ class Spool:
         self.entries: list[Entry] = []
         self.folder = folder
         self._uuid = uuid
+        self._unwritten: list[Entry] = []
         self._path = folder / f"{uuid}.jsonl"
         self._file: FileIO | None = None
 
-    def add(self, lease: Lease, completions: Sequence[Completion]) -> None:
-        """Keeps completions. Raises OSError if they cannot be written: then they are kept in memory only."""
-        entry = Entry(self._uuid, lease, tuple(completions))
+    def add(self, lease: Lease, completions: Sequence[Completion] = (), released: Sequence[int] = ()) -> None:
+        """Keeps them. Raises OSError if they cannot be written: they stay in memory, and the next call tries again."""
+        entry = Entry(self._uuid, lease, tuple(completions), tuple(released))
         self.entries.append(entry)
+        self._unwritten.append(entry)
         if self._file is None:
             self._file = _create(self._path)
-        _append(self._file, json.dumps(_as_json(entry)).encode() + b"\n")
+        while self._unwritten:
+            _append(self._file, _line(self._unwritten[0]))
+            del self._unwritten[0]
+
+    def n_written(self) -> int:
+        """How many captions are on disk."""
+        return sum(len(entry.completions) for entry in self.entries if entry not in self._unwritten)
 
     def clear(self) -> None:
         """All is stored: nothing is left on disk."""
         self.entries.clear()
+        self._unwritten.clear()
         if self._file is not None:
             _remove(self._path)
         self.close()
@@ -73,9 +86,12 @@ class Spool:
 
 
 def _create(path: Path) -> FileIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = FileIO(path, "a+")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = FileIO(path, "a+")
+        except FileNotFoundError:  # another worker has just removed the empty folder
+            continue
         fcntl.flock(file, fcntl.LOCK_EX)
         if _is_at(file, path):  # else somebody took the new file for an abandoned one, and removed it
             return file
@@ -111,7 +127,7 @@ def _remove(path: Path) -> None:
 
 def waiting(folder: Path) -> dict[Path, int]:
     """How many completions each file holds."""
-    return {path: sum(len(entry.completions) for entry in _read(path)) for path in sorted(folder.glob("*.jsonl"))}
+    return {path: sum(len(entry.completions) for entry in _read(path)[0]) for path in sorted(folder.glob("*.jsonl"))}
 
 
 @contextmanager
@@ -131,27 +147,49 @@ def _locked(path: Path) -> Iterator[bool]:
             yield _is_at(file, path)
 
 
-def abandoned(folder: Path) -> Iterator[tuple[list[Entry], Callable[[], None]]]:
-    """What workers that are gone left behind, file by file: its entries, and what to call when all are stored."""
+def abandoned(folder: Path) -> Iterator[tuple[list[Entry], Callable[[list[Entry]], None]]]:
+    """What workers that are gone left behind, file by file: its entries, and what to call with those to be kept."""
     for path in sorted(folder.glob("*.jsonl")):
         with _locked(path) as is_ours:
             if is_ours:
-                yield _read(path), partial(_remove, path)
+                entries, is_read = _read(path)
+                yield entries, partial(_keep, path) if is_read else lambda kept: None
 
 
-def _read(path: Path) -> list[Entry]:
+def _keep(path: Path, entries: list[Entry]) -> None:
+    if not entries:
+        _remove(path)
+        return
+    new = path.with_suffix(".part")
+    with new.open("wb") as file:
+        file.writelines(map(_line, entries))
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _read(path: Path) -> tuple[list[Entry], bool]:
+    """Its entries, and whether that is all of it: a line of another version is left to that."""
+    *lines, _ = path.read_bytes().split(b"\n")  # what follows the last line was cut off before it was fsynced
     entries = []
-    for line in path.read_bytes().splitlines():
+    for line in lines:
         try:
             entries.append(_from_json(json.loads(line)))
-        except (ValueError, TypeError, KeyError):  # cut off while it was written, before it was fsynced
-            log.warning("%s holds a line that is not whole: left out", path)
-    return entries
+        except (ValueError, TypeError, KeyError):
+            _warn(path)
+    return entries, len(entries) == len(lines)
 
 
-def _as_json(entry: Entry) -> dict[str, Any]:
+@cache
+def _warn(path: Path) -> None:
+    log.warning("%s holds what this version of rococap cannot read, and is left as it is", path)
+
+
+def _line(entry: Entry) -> bytes:
     lease = {name: getattr(entry.lease, name) for name in ("id", "worker_id", "run_id", "split", "lane")}
-    return {"worker": entry.uuid, "lease": lease, "completions": [asdict(one) for one in entry.completions]}
+    completions = [asdict(one) for one in entry.completions]
+    value = {"worker": entry.uuid, "lease": lease, "completions": completions, "released": entry.released}
+    return json.dumps(value).encode() + b"\n"
 
 
 def _from_json(value: dict[str, Any]) -> Entry:
@@ -159,4 +197,5 @@ def _from_json(value: dict[str, Any]) -> Entry:
         Completion(**{**one, "failure": Failure(**one["failure"]) if one["failure"] else None})
         for one in value["completions"]
     )
-    return Entry(value["worker"], Lease(**value["lease"], jobs=()), tuple(completions))
+    lease = Lease(**value["lease"], jobs=())
+    return Entry(value["worker"], lease, tuple(completions), tuple(value["released"]))

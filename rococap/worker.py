@@ -14,19 +14,19 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from types import FrameType
 
 from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
 
-from rococap import datasets, queue, spool
+from rococap import datasets, db, queue, spool
 from rococap.datasets import Dataset
 from rococap.db import transaction
 from rococap.engines import Completion, Engine, Options, load_engine
-from rococap.errors import DatabaseUnavailable, LeaseLost, RococapError, RunError
+from rococap.errors import DatabaseError, DatabaseUnavailable, LeaseLost, RococapError, RunError
 from rococap.pipeline import Claims, Pipeline, clock
 from rococap.queue import Lease, Run
 from rococap.recipe import Recipe
@@ -37,6 +37,10 @@ log = logging.getLogger(__name__)
 STORE_EVERY_SEC = 1.0
 STORE_PATIENCE_SEC = 5.0
 """How long captions wait for a database that is locked before they are written to the spool."""
+STOP_PATIENCE_SEC = 1.0
+"""The same, once it was asked to stop."""
+STOP_SLACK_SEC = 15.0
+"""How long after the drain timeout a worker whose database does not even answer leaves hard."""
 REPLAY_EVERY_SEC = 1.0
 LOOK_EVERY_SEC = 60.0
 """How often an idle store looks for what workers that are gone have left in the spool."""
@@ -130,9 +134,10 @@ def _work(
     stop: threading.Event,
 ) -> Outcome:
     name = uuid.uuid4().hex
-    with transaction(database, write=True) as conn:
-        queue.pin(conn, run, engine.info)
-        worker_id = queue.register_worker(conn, name, socket.gethostname(), os.getpid(), engine.info)
+    worker_id = _register(database, run, engine, name, stop)
+    if worker_id is None:
+        return Outcome(run.name, drained=True)
+    db.stay(database, "SELECT 1 FROM workers WHERE id = ? AND uuid = ?", (worker_id, name))
     log.info("captioning run %s with %s on %s (%s)", run.name, run.recipe.model, engine.info.device, engine.info.dtype)
     claims = Claims(
         worker_id=worker_id,
@@ -146,23 +151,39 @@ def _work(
     )
     outcome = Outcome(run.name, engine.info.device)
     completions: Completions = fifo.SimpleQueue()
-    pipeline = Pipeline(database, claims, dataset.root, engine, completions.put)
+    pipeline = Pipeline(database, claims, dataset.root, engine, lambda completion: store.put(completion))
     kept = Spool(spool.folder_of(database.url), name)
     store = Store(database, claims, outcome, pipeline, kept, completions, report, stop)
     try:
         _caption(database, engine, pipeline, store, worker_id, settings, stop)
     finally:
+        _say_goodbye(database, pipeline, worker_id)
         kept.close()
-        _say_goodbye(database, worker_id)
         engine.close()
     return outcome
 
 
-def _say_goodbye(database: Database, worker_id: int) -> None:
+def _register(database: Database, run: Run, engine: Engine, name: str, stop: threading.Event) -> int | None:
+    """The new worker's id; None if it was asked to stop while it waited for the database."""
+    while True:
+        try:
+            with transaction(database, write=True) as conn:
+                queue.pin(conn, run, engine.info)
+                return queue.register_worker(conn, name, socket.gethostname(), os.getpid(), engine.info)
+        except DatabaseUnavailable as error:
+            log.warning("waiting for the database: %s", error)
+            if stop.wait(REPLAY_EVERY_SEC):
+                return None
+
+
+def _say_goodbye(database: Database, pipeline: Pipeline, worker_id: int) -> None:
+    """Gives back what a claim may have taken unknowingly; what waits in the spool keeps its lease."""
+    held = {lease.id for lease in pipeline.open_leases()}
     try:
-        with transaction(database, write=True, patience=STORE_PATIENCE_SEC) as conn:
+        with transaction(database, write=True, patience=STOP_PATIENCE_SEC) as conn:
+            queue.release_forgotten(conn, worker_id, held)
             queue.stop_worker(conn, worker_id)
-    except DatabaseUnavailable as error:
+    except (DatabaseError, DriverError) as error:
         log.warning("left without telling the database: %s", error)
 
 
@@ -196,7 +217,7 @@ def _caption(
     done = threading.Event()
     threads = [
         threading.Thread(target=_beat, args=(database, pipeline, worker_id, settings, done), name="heartbeat"),
-        threading.Thread(target=_drain, args=(database, pipeline, settings, stop, done), name="drain"),
+        threading.Thread(target=_drain, args=(pipeline, store, settings, stop, done), name="drain"),
     ]
     store.start()
     pipeline.start()
@@ -209,17 +230,18 @@ def _caption(
     except BaseException as error:
         pipeline.stop()
         store.close(is_patient=False)
-        _give_up(database, pipeline, error)
+        _give_up(database, pipeline, store, error)
         raise
     else:
         pipeline.stop()
         store.close(is_patient=True)
         pipeline.join(timeout=5)
-        _release(database, pipeline, running=True)
+        store.release(running=True)
     finally:
         done.set()
         for thread in threads:
-            thread.join()
+            thread.join(STORE_PATIENCE_SEC)
+    store.raise_error()
     store.outcome.seconds = time.monotonic() - started
     store.outcome.drained = stop.is_set()
 
@@ -254,12 +276,15 @@ class Store:
         self._stop = stop
         self._is_patient = True
         self._looks_at = 0.0
+        self._group: list[Completion] = []
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run_thread, name="store", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def put(self, completion: Completion) -> None:
+        self._pipeline.finish(completion.job_id)
         self._completions.put(completion)
 
     def close(self, *, is_patient: bool) -> None:
@@ -267,19 +292,42 @@ class Store:
         self._is_patient = is_patient
         self._completions.put(None)
         self._thread.join()
+        if self._error is not None:
+            self.save()  # what came after it
+        self.outcome.spooled = self._spool.n_written()
+        self.outcome.spool = str(self._spool.folder)
+
+    def raise_error(self) -> None:
+        """What ended the thread before its time, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def save(self) -> None:
+        """Writes to the spool what is not stored, without the database."""
+        while not self._completions.empty():
+            if (completion := self._completions.get()) is not None:
+                self._group.append(completion)
+        for lease, completions in self._by_lease(self._group):
+            self._put_off(lease, completions)
+        self._group = []
 
     def _run_thread(self) -> None:
         try:
             self._mend()
             for group in self._groups():
+                self._group = group
                 self._store(group)
+                self._group = []
                 self._mend()
-            while self._spool.entries and self._is_patient and not self._stop.wait(REPLAY_EVERY_SEC):
-                self._mend()
+            # Until the database has answered once more: what is then left is another worker's for now.
+            while (
+                self._spool.entries and self._is_patient and not self._stop.wait(REPLAY_EVERY_SEC) and not self._mend()
+            ):
+                pass
         except BaseException as error:
+            self._error = error
+            self.save()
             self._pipeline.break_off(error)
-        self.outcome.spooled = sum(len(entry.completions) for entry in self._spool.entries)
-        self.outcome.spool = str(self._spool.folder)
 
     def _groups(self) -> Iterator[list[Completion]]:
         """Groups to store; an empty one now and then, when nothing comes."""
@@ -305,27 +353,31 @@ class Store:
                 group.append(completion)
             yield group
 
+    def _by_lease(self, group: list[Completion]) -> list[tuple[Lease, list[Completion]]]:
+        """Those whose leases are still ours."""
+        found: dict[int, tuple[Lease, list[Completion]]] = {}
+        for completion in group:
+            if (lease := self._pipeline.lease_of(completion.job_id)) is not None:
+                found.setdefault(lease.id, (lease, []))[1].append(completion)
+        return list(found.values())
+
     def _store(self, group: list[Completion]) -> None:
         if not group:
             return
-        by_lease: dict[int, tuple[Lease, list[Completion]]] = {}
-        for completion in group:
-            lease = self._pipeline.lease_of(completion.job_id)
-            if lease is None:
-                self.outcome.lost += 1
+        by_lease = self._by_lease(group)
+        self.outcome.lost += len(group) - sum(len(completions) for _, completions in by_lease)
+        are_stored = [self._store_lease(lease, completions) for lease, completions in by_lease]
+        if all(are_stored):
+            try:
+                with transaction(self._database, patience=self._patience()) as conn:
+                    counts = queue.counts_of(conn, self._claims.run)
+            except DatabaseUnavailable as error:
+                self._pipeline.contact.lost(error)
             else:
-                by_lease.setdefault(lease.id, (lease, []))[1].append(completion)
-        try:
-            for lease, completions in by_lease.values():
-                self._store_lease(lease, completions)
-            with transaction(self._database) as conn:
-                counts = queue.counts_of(conn, self._claims.run)
-        except DatabaseUnavailable as error:
-            self._pipeline.contact.lost(error)
-        else:
-            self._report(self.outcome, counts)
+                self._report(self.outcome, counts)
 
-    def _store_lease(self, lease: Lease, completions: list[Completion]) -> None:
+    def _store_lease(self, lease: Lease, completions: list[Completion]) -> bool:
+        """Whether it is stored; else it was put off."""
         captions = [completion for completion in completions if completion.failure is None]
         failed = {c.job_id: c.failure for c in completions if c.failure is not None}
         try:
@@ -342,17 +394,35 @@ class Store:
         except (LeaseLost, DatabaseUnavailable) as error:
             # LeaseLost also when a commit succeeded whose answer was lost, or a picture of the lease was cancelled.
             log.debug("%s", error)
-            self._put_off(lease, [one for one in completions if self._pipeline.lease_of(one.job_id) is not None])
+            for lease, left in self._by_lease(completions):
+                self._put_off(lease, left)
+            return False
+        return True
 
-    def _put_off(self, lease: Lease, completions: Sequence[Completion]) -> None:
-        self._pipeline.put_off([completion.job_id for completion in completions])
+    def _put_off(self, lease: Lease, completions: Sequence[Completion] = (), released: Sequence[int] = ()) -> None:
         try:
-            self._spool.add(lease, completions)
+            self._spool.add(lease, completions, released)
         except OSError as error:
-            log.warning("captions that cannot be stored cannot be written to %s either (%s)", self._spool.folder, error)
+            log.warning("what cannot be stored cannot be written to %s either (%s)", self._spool.folder, error)
 
-    def _mend(self) -> None:
-        """Stores what is in the spool: our own as soon as the database is back, now and then what others left."""
+    def release(self, *, running: bool) -> None:
+        """Gives back what is held and has not started, or, if `running`, all that has no result."""
+        for lease, job_ids in self._pipeline.withdraw(running=running):
+            try:
+                with transaction(self._database, write=True, patience=STOP_PATIENCE_SEC) as conn:
+                    queue.release(conn, lease, job_ids)
+            except LeaseLost as error:
+                log.debug("%s", error)
+            except DatabaseUnavailable as error:
+                self._pipeline.contact.lost(error)
+                self._put_off(lease, released=job_ids)
+            self._pipeline.settle(lease, job_ids)
+
+    def _mend(self) -> bool:
+        """Stores what is in the spool: our own as soon as the database is back, now and then what others left.
+
+        Returns False while the database is away.
+        """
         try:
             self._replay()
             if self._looks_at <= clock():
@@ -360,13 +430,16 @@ class Store:
                 self._take_over()
         except DatabaseUnavailable as error:
             self._pipeline.contact.lost(error)
+            return False
+        except OSError as error:
+            log.warning("the spool %s: %s", self._spool.folder, error)
+        return True
 
     def _replay(self) -> None:
-        kept = []
+        kept: list[Entry] = []
         try:
             while self._spool.entries:
-                if self._recover(self._spool.entries[0]):
-                    kept.append(self._spool.entries[0])
+                kept += self._recover(self._spool.entries[0])
                 del self._spool.entries[0]
         finally:
             self._spool.entries[:0] = kept
@@ -374,33 +447,37 @@ class Store:
             self._spool.clear()
 
     def _take_over(self) -> None:
-        for entries, remove in spool.abandoned(self._spool.folder):
+        for entries, keep in spool.abandoned(self._spool.folder):
             before = self.outcome.done
-            kept = [entry for entry in entries if self._recover(entry)]
-            if not kept:
-                remove()
+            keep([left for entry in entries for left in self._recover(entry)])
             if n := self.outcome.done - before:
                 self.outcome.recovered += n
                 log.info("stored %d captions that another worker had left in %s", n, self._spool.folder)
 
-    def _recover(self, entry: Entry) -> bool:
-        """Whether some of it must be kept, for another worker has the picture or another database gave the lease."""
+    def _recover(self, entry: Entry) -> list[Entry]:
+        """What of it must be kept: another worker has the picture, or another database gave the lease."""
+        with transaction(self._database, patience=self._patience()) as conn:
+            is_ours = queue.belongs(conn, entry.lease, entry.uuid)
+        if not is_ours:
+            return [entry]
         with self._writing() as conn:
-            if not queue.belongs(conn, entry.lease, entry.uuid):
-                log.debug("lease %d of worker %s is another database's", entry.lease.id, entry.uuid)
-                return True
             result = queue.recover(conn, self._claims.worker_id, entry.lease, entry.completions)
+            with suppress(LeaseLost):  # it has run out meanwhile
+                queue.release(conn, entry.lease, entry.released)
         captions = {one.job_id for one in entry.completions if one.failure is None}
-        is_mine = entry.uuid == self._claims.uuid
         self.outcome.done += len(captions & result.stored)
         self.outcome.failed += len(result.stored - captions)
         self.outcome.lost += len(captions & result.dropped)
-        if is_mine:
+        if entry.uuid == self._claims.uuid:
             self._pipeline.settle(entry.lease, result.stored | result.dropped)
-        return bool(result.kept)
+        kept = tuple(one for one in entry.completions if one.job_id in result.kept)
+        return [replace(entry, completions=kept, released=())] if kept else []
+
+    def _patience(self) -> float:
+        return STOP_PATIENCE_SEC if self._stop.is_set() else STORE_PATIENCE_SEC
 
     def _writing(self) -> AbstractContextManager[Connection]:
-        return transaction(self._database, write=True, patience=STORE_PATIENCE_SEC)
+        return transaction(self._database, write=True, patience=self._patience())
 
     def _timing(self, lease: Lease, captions: Sequence[Completion]) -> queue.Timing:
         timing = self._pipeline.take_timing(lease)
@@ -414,6 +491,15 @@ class Store:
 
 def _beat(database: Database, pipeline: Pipeline, worker_id: int, settings: Settings, done: threading.Event) -> None:
     """Extends the open leases as long as the engine steps; a hung process must lose them, and end."""
+    try:
+        _beat_until(database, pipeline, worker_id, settings, done)
+    except BaseException as error:
+        pipeline.break_off(error)
+
+
+def _beat_until(
+    database: Database, pipeline: Pipeline, worker_id: int, settings: Settings, done: threading.Event
+) -> None:
     while not done.wait(min(settings.lease_ttl / 4, MAX_BEAT_SEC)):
         if pipeline.stalled_sec() > settings.stall_timeout:
             log.critical(
@@ -457,42 +543,34 @@ def _signals(stop: threading.Event) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _drain(
-    database: Database, pipeline: Pipeline, settings: Settings, stop: threading.Event, done: threading.Event
-) -> None:
+def _drain(pipeline: Pipeline, store: Store, settings: Settings, stop: threading.Event, done: threading.Event) -> None:
     """Once asked: gives back what has not started, and what does not finish within the drain timeout."""
     while not stop.wait(0.1):
         if done.is_set():
             return
     log.info("finishing what runs, for at most %.0f s", settings.drain_timeout)
+    threading.Thread(target=_leave_hard, args=(store, settings, done), name="leave", daemon=True).start()
     pipeline.stop()
-    _release(database, pipeline, running=False)
+    store.release(running=False)
     if not done.wait(settings.drain_timeout):
-        _release(database, pipeline, running=True)
+        store.release(running=True)
 
 
-def _release(database: Database, pipeline: Pipeline, *, running: bool) -> None:
-    for lease, job_ids in pipeline.withdraw(running=running):
-        try:
-            with transaction(database, write=True, patience=STORE_PATIENCE_SEC) as conn:
-                queue.release(conn, lease, job_ids)
-        except LeaseLost as error:
-            log.warning("%s", error)
-            pipeline.lose([lease.id])
-        except DatabaseUnavailable as error:
-            log.warning("%d pictures could not be given back, and are when the lease runs out: %s", len(job_ids), error)
-            return
-        else:
-            pipeline.settle(lease, job_ids)
+def _leave_hard(store: Store, settings: Settings, done: threading.Event) -> None:
+    """When a thread hangs in a database that does not even answer, or in the model: nobody waits for ever."""
+    if not done.wait(settings.drain_timeout + STOP_SLACK_SEC):
+        store.save()
+        log.critical("the model or the database does not answer: leaving without them")
+        os._exit(EXIT_STALLED)
 
 
-def _give_up(database: Database, pipeline: Pipeline, error: BaseException) -> None:
+def _give_up(database: Database, pipeline: Pipeline, store: Store, error: BaseException) -> None:
     """After an error that ends the worker: what ran is suspect of having broken the engine, the rest is given back."""
     pipeline.join(timeout=5)
-    _release(database, pipeline, running=isinstance(error, RococapError | DriverError | OSError))
+    store.release(running=isinstance(error, RococapError | DriverError | OSError))
     try:
-        for lease in pipeline.open_leases():
-            with transaction(database, write=True, patience=STORE_PATIENCE_SEC) as conn:
+        for lease in pipeline.unfinished_leases():
+            with transaction(database, write=True, patience=STOP_PATIENCE_SEC) as conn:
                 queue.crash(conn, lease.id)
-    except DatabaseUnavailable as away:
+    except (DatabaseError, DriverError) as away:
         log.warning("left without telling the database: %s", away)

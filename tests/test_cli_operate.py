@@ -145,6 +145,7 @@ def test_a_backup_is_the_database_as_it_is_while_a_worker_holds_leases(database,
     with closing(sqlite3.connect("copy.db")) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert not list(here.glob(".copy*"))
+    assert refused("backup", "rococap.db") == "rococap.db is the database itself. Name another file."
     assert "The copy nowhere/copy.db cannot be written" in refused("backup", "nowhere/copy.db")
 
 

@@ -1,5 +1,6 @@
 """The books on what is leased, with time passed in: what may start, who may judge others."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -38,28 +39,28 @@ def contact_kept_until(clock, seconds: float) -> Contact:
 
 
 def test_others_are_judged_after_a_lease_time_of_contact_and_not_before(clock):
-    assert not contact_kept_until(clock, 45).is_unbroken()
-    assert contact_kept_until(clock, 60).is_unbroken()
+    assert contact_kept_until(clock, 45).unbroken_sec() == 0
+    assert contact_kept_until(clock, 60).unbroken_sec() == 60
 
 
 def test_an_error_breaks_the_contact_for_a_lease_time(clock, caplog):
     contact = contact_kept_until(clock, 120)
     contact.lost(OSError("no route"))
     contact.made()
-    assert not contact.is_unbroken()
+    assert contact.unbroken_sec() == 0
     assert caplog.text.count("waiting for the database") == 1
     for _ in range(4):
         clock.now += 15
         contact.made()
-    assert contact.is_unbroken()
+    assert contact.unbroken_sec() == 60
 
 
 def test_a_process_that_was_frozen_or_a_machine_that_slept_judges_nobody(clock):
     contact = contact_kept_until(clock, 120)
     clock.now += 31  # half a lease time without contact: whoever beats with us may have been frozen too
-    assert not contact.is_unbroken()
+    assert contact.unbroken_sec() == 0
     contact.made()
-    assert not contact.is_unbroken()
+    assert contact.unbroken_sec() == 0
 
 
 # --- fencing ---------------------------------------------------------------------------------------------------
@@ -104,8 +105,35 @@ def test_what_another_worker_got_meanwhile_is_never_started(held, clock):
     assert source.step() == {job.id for job in lease.jobs}
 
 
-def test_what_waits_in_the_spool_is_not_given_back(held):
+def test_what_is_finished_and_not_stored_yet_is_not_given_back(held):
     source, lease = held
     first, second = (job.id for job in lease.jobs)
-    source.put_off([first])
+    source.take(1, 0)
+    source.finish(first)
+    assert source.unfinished_leases() == [lease]
     assert source.withdraw(running=True) == [(lease, [second])]
+    source.finish(second)
+    assert source.unfinished_leases() == []
+
+
+# --- the engine's progress -------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_waits_for_pictures_does_not_stall_and_one_that_has_some_does(held, monkeypatch):
+    source, lease = held
+    now = time.monotonic()
+    assert source.stalled_sec() == 0
+    source.take(2, 0)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 101)
+    assert source.stalled_sec() >= 100
+    source.lose([lease.id])
+    assert source.stalled_sec() >= 100, "a hung engine hangs also when its rows are another's"
+    source.take(2, 0)
+    assert source.stalled_sec() == 0
+
+
+def test_a_claim_ahead_that_is_lost_makes_room_for_the_next(held):
+    source, lease = held
+    assert not source._may_claim()
+    source.lose([lease.id])
+    assert source._may_claim()

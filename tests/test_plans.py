@@ -76,7 +76,7 @@ def test_the_claim_reads_its_partial_index_in_order(large, lane):
     ("index", "sql"),
     [
         ("ix_leases_expires_at", queue._EXPIRED.replace("?", "9")),
-        ("ix_jobs_waiting", "UPDATE jobs SET status = 'pending' WHERE status = 'waiting' AND not_before <= 9"),
+        ("ix_jobs_waiting", queue._WAKE.format(skip_locked="").replace("?", "9")),
         ("ix_jobs_failed", queue._FAILED.replace("?", "1", 1).replace("?", "'train'")),
         ("ix_jobs_leased", "SELECT 1 FROM jobs WHERE lease_id = 9"),
         ("ix_jobs_pending", queue._ANY_SUSPECT.replace("?", "1", 1).replace("?", "'train'")),

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,22 +173,38 @@ def test_a_connection_that_breaks_in_a_transaction_leaves_nothing_and_the_next_o
     assert select(engine, "SELECT * FROM datasets") == []
 
 
-def test_who_waits_too_long_for_a_row_is_told_so_and_can_go_on(url, monkeypatch):
-    monkeypatch.setitem(db.POSTGRESQL_SETTINGS, "options", "-c lock_timeout=200ms")
+def test_who_waits_too_long_for_a_row_is_told_so_and_can_go_on(url):
     engine = db.connect(url)
     with db.transaction(engine, write=True) as conn:
         db.execute(conn, "INSERT INTO datasets (name, revision) VALUES ('set', '')")
     with db.transaction(engine, write=True) as conn:
         db.execute(conn, "UPDATE datasets SET revision = 'mine'")
-        with pytest.raises(DatabaseUnavailable, match="lock timeout"), db.transaction(engine, write=True) as other:
+        with (
+            pytest.raises(DatabaseUnavailable, match="lock timeout"),
+            db.transaction(engine, write=True, patience=0.2) as other,
+        ):
             db.execute(other, "UPDATE datasets SET revision = 'theirs'")
     assert select(engine, "SELECT revision FROM datasets") == [("mine",)]
     engine.dispose()
 
 
 def test_options_of_the_url_win_over_ours(url):
-    engine = db.connect(f"{url}&options=-c lock_timeout=123ms")
-    assert select(engine, "SHOW lock_timeout") == [("123ms",)]
+    engine = db.connect(f"{url}&options=-c idle_in_transaction_session_timeout=123ms")
+    assert select(engine, "SHOW idle_in_transaction_session_timeout") == [("123ms",)]
+    engine.dispose()
+
+
+def test_a_transaction_that_the_server_ended_since_it_idled_is_an_outage(url):
+    engine = db.connect(f"{url}&options=-c idle_in_transaction_session_timeout=200ms")
+
+    def frozen() -> None:
+        with db.transaction(engine, write=True) as conn:
+            time.sleep(0.5)
+            db.execute(conn, "SELECT 1")
+
+    with pytest.raises(DatabaseUnavailable):
+        frozen()
+    assert select(engine, "SELECT 1") == [(1,)]
     engine.dispose()
 
 

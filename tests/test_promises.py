@@ -346,7 +346,6 @@ def foreign_lock(database: Engine) -> Iterator[None]:
 def with_short_patience(url: str, monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(db, "PATIENCE_SEC", 0.3)
     monkeypatch.setattr(worker, "STORE_PATIENCE_SEC", 0.3)
-    monkeypatch.setitem(db.POSTGRESQL_SETTINGS, "options", "-c lock_timeout=300ms")
     return db.connect(url)
 
 
@@ -393,8 +392,7 @@ def test_promise_11_captions_that_a_dead_worker_left_in_its_spool_are_stored_by_
 ):
     fill(database, tmp_path / "set", 8)
     monkeypatch.setenv("ROCOCAP_SPOOL", str(tmp_path / "spool"))
-    impatient = url if database.dialect.name == "sqlite" else f"{url}&options=-c lock_timeout=300ms"
-    process = start(impatient, engine={"step_sec": 1.0}, batch_size=4, lease_ttl=2.0)
+    process = start(url, engine={"step_sec": 1.0}, batch_size=4, lease_ttl=2.0)
     until(lambda: statuses(database).get("leased", 0) > 0, "a claim")
     with foreign_lock(database):
         until(lambda: list((tmp_path / "spool").glob("*.jsonl")) != [], "captions in the spool")

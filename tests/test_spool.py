@@ -63,7 +63,7 @@ def test_a_file_whose_worker_lives_is_left_alone(tmp_path):
     assert subprocess.run(other, capture_output=True, text=True, check=True).stdout == "1\n"
 
 
-def test_a_line_that_was_cut_off_is_left_out_and_the_others_are_read(tmp_path, caplog):
+def test_a_line_that_was_cut_off_is_left_out_and_the_others_are_read(tmp_path):
     kept = Spool(tmp_path, "me")
     kept.add(LEASE, CAPTIONS)
     kept.close()
@@ -71,10 +71,37 @@ def test_a_line_that_was_cut_off_is_left_out_and_the_others_are_read(tmp_path, c
     with path.open("ab") as file:
         file.write(path.read_bytes()[:-20])
     assert left_behind(tmp_path) == [spool.Entry("me", LEASE, CAPTIONS)]
-    assert "holds a line that is not whole" in caplog.text
 
 
-def test_a_write_that_failed_half_way_leaves_no_torn_line_and_the_entry_in_memory(tmp_path, monkeypatch):
+def test_a_line_of_another_version_is_left_to_that(tmp_path, caplog):
+    kept = Spool(tmp_path, "me")
+    kept.add(LEASE, CAPTIONS)
+    kept.close()
+    path = tmp_path / "me.jsonl"
+    line = path.read_bytes()
+    path.write_bytes(line.replace(b'"batch_size"', b'"size_of_batch"') + line)
+    for _ in range(2):
+        for entries, keep in spool.abandoned(tmp_path):
+            assert entries == [spool.Entry("me", LEASE, CAPTIONS)]
+            keep([])
+    assert path.read_bytes().count(b"\n") == 2
+    assert caplog.text.count("this version of rococap cannot read") == 1
+
+
+def test_what_is_kept_of_a_file_that_was_left_is_all_that_remains_of_it(tmp_path):
+    kept = Spool(tmp_path, "me")
+    kept.add(LEASE, CAPTIONS)
+    kept.add(LEASE, released=[5, 6])
+    kept.close()
+    for entries, keep in spool.abandoned(tmp_path):
+        keep([entries[0]])
+    assert left_behind(tmp_path) == [spool.Entry("me", LEASE, CAPTIONS)]
+    for _, keep in spool.abandoned(tmp_path):
+        keep([])
+    assert not tmp_path.exists()
+
+
+def test_a_write_that_failed_half_way_leaves_no_torn_line_and_is_made_up_for_by_the_next(tmp_path, monkeypatch):
     kept = Spool(tmp_path, "me")
     kept.add(LEASE, CAPTIONS)
 
@@ -85,10 +112,11 @@ def test_a_write_that_failed_half_way_leaves_no_torn_line_and_the_entry_in_memor
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             kept.add(LEASE, CAPTIONS[:1])
+    assert (len(kept.entries), kept.n_written()) == (2, 2)
     kept.add(LEASE, CAPTIONS[1:])
-    assert [len(entry.completions) for entry in kept.entries] == [2, 1, 1]
+    assert kept.n_written() == 4
     kept.close()
-    assert [entry.completions for entry in left_behind(tmp_path)] == [CAPTIONS, CAPTIONS[1:]]
+    assert [entry.completions for entry in left_behind(tmp_path)] == [CAPTIONS, CAPTIONS[:1], CAPTIONS[1:]]
 
 
 def test_the_folder_is_beside_the_sqlite_file_or_where_the_environment_says(monkeypatch):

@@ -145,7 +145,6 @@ class Model:
             self.captions[id] = (lease_id, text)
             self.jobs[id].becomes("done", at)
         known.n_done += len(texts)
-        known.beat_at = at
         self.workers[known.lease.worker_id] += len(texts)
         self.close_if_empty(lease_id, "closed", at)
 
@@ -160,7 +159,6 @@ class Model:
             else:
                 job.becomes("failed", at)
             self.failures.append((id, lease_id, failure.code, at))
-        self.leases[lease_id].beat_at = at
         self.close_if_empty(lease_id, "closed", at)
 
     def release(self, lease_id: int, job_ids: Iterable[int], at: int) -> int:
@@ -168,7 +166,6 @@ class Model:
         for job in mine:
             job.becomes("pending")
             job.attempts -= 1
-        self.leases[lease_id].beat_at = at
         self.close_if_empty(lease_id, "released", at)
         return len(mine)
 
@@ -929,9 +926,9 @@ def test_a_living_workers_spool_is_left_alone_and_a_dead_ones_is_whole(tmp_path)
     kept.add(LEASE, COMPLETIONS)
     assert list(spool.abandoned(tmp_path)) == []
     kept.close()
-    ((entries, remove),) = spool.abandoned(tmp_path)
+    ((entries, keep),) = spool.abandoned(tmp_path)
     assert entries == [Entry("one", LEASE, COMPLETIONS)]
-    remove()
+    keep([])
     assert list(spool.abandoned(tmp_path)) == []
 
 

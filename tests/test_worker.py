@@ -4,11 +4,13 @@ import errno
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from small_engine import INFO, SmallEngine, caption_of
 from sqlalchemy import Engine
 
 from rococap import db, queue
-from rococap.engines import Completion
+from rococap.engines import Completion, gather
 from rococap.errors import DatasetError, RunError
 from rococap.worker import Outcome, Settings, choose_run, work
 
@@ -391,3 +393,111 @@ def test_a_worker_waits_for_what_others_hold_before_it_ends(database, url, tmp_p
     assert quick.done == 4
     assert statuses(database) == {"done": 8}
     assert finish(slow)["done"] == 4
+
+
+# --- a database that is away, replaced or wrong ----------------------------------------------------------------
+
+
+@contextmanager
+def locked(database: Engine, mode: str = "IMMEDIATE") -> Iterator[None]:
+    with closing(sqlite3.connect(database.url.database, isolation_level=None)) as other:
+        other.execute(f"BEGIN {mode}")
+        yield
+
+
+def test_a_claim_ahead_that_another_got_or_somebody_cancelled_does_not_stop_the_worker(database, tmp_path):
+    run = fill(database, tmp_path / "set", 24)
+
+    class Watching(SmallEngine):
+        """While its first batch runs, the claim ahead of it is withdrawn."""
+
+        def run(self, source):
+            batch = gather(source, 4)
+            until(lambda: statuses(database).get("leased", 0) == 8, "a claim ahead")
+            until(lambda: len(source._state.ready) == 4, "its pictures")
+            with db.transaction(database, write=True) as conn:
+                queue.cancel(conn, run, image_ids=[f"train_{n:05}" for n in range(4, 8)])
+            until(lambda: min((one.job_id for one in source._state.ready), default=0) > 8, "the claim after it")
+            yield from (self._completion(picture) for picture in batch)
+            yield from super().run(source)
+
+    assert run_worker(database, Watching(), lease_ttl=2.0).done == 20
+    assert statuses(database) == {"done": 20, "cancelled": 4}
+
+
+@pytest.mark.parametrize("mode", ["IMMEDIATE", "EXCLUSIVE"])
+def test_a_worker_that_is_stopped_while_the_database_is_locked_leaves_soon_and_charges_nobody(
+    database, url, tmp_path, mode
+):
+    fill(database, tmp_path / "set", 16)
+    process = start(url, engine={"step_sec": 0.5, "steps": 4}, batch_size=4, lease_ttl=2.0, drain_timeout=3.0)
+    until(lambda: statuses(database).get("leased", 0) == 8, "a running batch and a claim ahead")
+    with locked(database, mode):
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        outcome = finish(process)
+        assert time.monotonic() - began < 15
+    assert (outcome["done"], outcome["drained"]) == (0, True)
+    assert run_worker(database).recovered == 4
+    assert captions(database) == expected(16)
+    assert select(database, "SELECT DISTINCT crashes FROM jobs") == [(0,)]
+
+
+def test_a_worker_at_its_limit_waits_for_the_database_and_is_not_taken_for_hung(database, url, tmp_path):
+    fill(database, tmp_path / "set", 8)
+    process = start(url, engine={"step_sec": 1.0}, batch_size=4, limit=4, lease_ttl=2.0, stall_timeout=1.5)
+    until(lambda: statuses(database).get("leased", 0) == 4, "a claim")
+    with locked(database):
+        time.sleep(9)
+        assert process.poll() is None
+    assert finish(process)["done"] == 4
+
+
+def test_a_hung_model_ends_also_when_its_pictures_were_given_back(database, url, tmp_path):
+    fill(database, tmp_path / "set", 4)
+    process = start(url, engine={"hangs": True}, batch_size=4, lease_ttl=2.0, stall_timeout=4.0, drain_timeout=0.5)
+    until(lambda: statuses(database).get("leased", 0) == 4, "a claim")
+    time.sleep(1)  # by now the model has them
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=70)
+    assert statuses(database) == {"pending": 4}
+
+
+def test_a_worker_stores_nothing_in_a_database_that_took_the_place_of_its_own(database, url, tmp_path):
+    fill(database, tmp_path / "set", 40)
+    process = start(url, engine={"step_sec": 0.3}, batch_size=4)
+    until(lambda: statuses(database).get("done", 0) >= 4, "a first batch")
+    path, aside = tmp_path / "queue.db", tmp_path / "aside.db"
+    database.dispose()
+    path.rename(aside)
+    other = db.connect(url)
+    write_shard(tmp_path / "other", "train", range(100, 140))
+    register(other, tmp_path / "other", ["train"])
+    with db.transaction(other, write=True) as conn:
+        worker = queue.register_worker(conn, "of the other", "host", 1, INFO)
+        for _ in range(3):
+            queue.claim(conn, worker, 1, "train", 4, ttl_ms=60_000)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "is another database than when this process began" in err
+    assert statuses(other) == {"leased": 12, "pending": 28}
+    other.dispose()
+    path.unlink()
+    aside.rename(path)
+    run_worker(database)
+    assert captions(database) == expected(40)
+
+
+def test_an_error_that_ends_the_store_ends_the_worker_and_what_was_captioned_is_kept(database, tmp_path, monkeypatch):
+    fill(database, tmp_path / "set", 4)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("the store broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "complete", broken)
+        with pytest.raises(RuntimeError, match="the store broke"):
+            run_worker(database, limit=4)
+    assert captions(database) == {}
+    assert run_worker(database).recovered == 4
+    assert captions(database) == expected(4)
