@@ -449,8 +449,8 @@ def recover(
     What the lease still holds is completed, and what it had completed is recognised. Captions of jobs that are free
     again are completed under a new lease, of `worker_id`; where another result stands they are dropped.
     """
-    at = _at(conn, now)
     execute(conn, "SELECT id FROM leases WHERE id = ?" + db.for_update(conn, "leases"), (lease.id,))
+    at = _at(conn, now)
     jobs = _jobs_and_captions(conn, [completion.job_id for completion in completions])
     mine, free, stored, kept = [], [], set(), set()
     for one in completions:

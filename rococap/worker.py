@@ -380,12 +380,14 @@ class Store:
         """Whether it is stored; else it was put off."""
         captions = [completion for completion in completions if completion.failure is None]
         failed = {c.job_id: c.failure for c in completions if c.failure is not None}
+        left = completions
         try:
             if captions:
                 with self._writing() as conn:
                     queue.complete(conn, lease, captions, timing=self._timing(lease, captions))
                 self.outcome.done += len(captions)
                 self._pipeline.settle(lease, [completion.job_id for completion in captions])
+                left = [completion for completion in completions if completion.failure is not None]
             if failed:
                 with self._writing() as conn:
                     queue.fail(conn, lease, failed)
@@ -394,8 +396,7 @@ class Store:
         except (LeaseLost, DatabaseUnavailable) as error:
             # LeaseLost also when a commit succeeded whose answer was lost, or a picture of the lease was cancelled.
             log.debug("%s", error)
-            for lease, left in self._by_lease(completions):
-                self._put_off(lease, left)
+            self._put_off(lease, left)
             return False
         return True
 

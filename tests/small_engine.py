@@ -1,17 +1,27 @@
 """A real engine without a model: its caption is what it measured in the picture, so that a swapped row is noticed.
 
 Run as a script it is a worker process: `python small_engine.py URL JSON`, the JSON being the engine's and the worker's
-settings.
+settings, and the troubles that the process is to meet.
 """
 
+import importlib
 import json
+import os
+import random
+import signal
+import sqlite3
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psycopg
 from PIL import Image
+from sqlalchemy import Engine, event
 
 from rococap import db
 from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source, gather
@@ -29,7 +39,10 @@ def caption_of(number: int) -> str:
 
 @dataclass
 class SmallEngine:
-    """Takes `steps` steps of `step_sec` a batch; the greys in the other fields make trouble."""
+    """Takes `steps` steps of `step_sec` a batch; the greys in the other fields make trouble.
+
+    `kills_on` has numbers of `samples.picture` whose batch kills the process; `adds` is said after every caption.
+    """
 
     batch_size: int = 4
     steps: int = 1
@@ -38,6 +51,8 @@ class SmallEngine:
     unprepared: tuple[int, ...] = ()
     transient: tuple[int, ...] = ()
     hangs: bool = False
+    kills_on: tuple[int, ...] = ()
+    adds: str = ""
     info = INFO
 
     def load(self) -> None:
@@ -53,6 +68,7 @@ class SmallEngine:
         return Prepared(job_id, (picture.width, picture.height, grey), 10)
 
     def run(self, source: Source) -> Iterator[Completion]:
+        killers = {caption_of(number) for number in self.kills_on}
         while batch := gather(source, self.batch_size):
             if any(picture.inputs[2] in self.breaks_on for picture in batch):
                 raise RuntimeError("the small engine broke")
@@ -62,27 +78,160 @@ class SmallEngine:
                 lost = set(source.step())
                 if all(picture.job_id in lost for picture in batch):
                     break
+            if any(_measured(picture) in killers for picture in batch):
+                os.kill(os.getpid(), signal.SIGKILL)
             for picture in batch:
                 if picture.job_id not in lost:
                     yield self._completion(picture)
 
     def _completion(self, picture: Prepared) -> Completion:
-        width, height, grey = picture.inputs
-        if grey in self.transient:
+        if picture.inputs[2] in self.transient:
             return Completion(picture.job_id, failure=Failure("busy", "Come back later.", transient=True))
-        return Completion(picture.job_id, f"{width} by {height}, grey {grey}", processing_ms=1.0, new_tokens=3)
+        return Completion(picture.job_id, _measured(picture) + self.adds, processing_ms=1.0, new_tokens=3)
+
+
+def _measured(picture: Prepared) -> str:
+    width, height, grey = picture.inputs
+    return f"{width} by {height}, grey {grey}"
+
+
+# --- Troubles of a worker process ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What happens at the `nth` statement (BEGIN is 0) of a writing transaction of a thread, before it or `after` it.
+
+    `do`: kill or stop this process, an error in the driver's name, or drop: the server ends the connection. `first`:
+    how statement 1 of the transaction begins, where not every one is meant.
+    """
+
+    thread: str
+    nth: int
+    do: str
+    first: str = ""
+    after: bool = False
+
+
+class Troubles:
+    """Makes troubles at statements as they are executed, each once, in their order within a thread; each is told.
+
+    `flaky`, a seed and a rate: so many of all statements of the worker's threads raise an error besides.
+    """
+
+    def __init__(self, database: Engine, troubles: list[dict[str, Any]], flaky: tuple[int, float] | None) -> None:
+        self._url = database.url
+        self._begin = "BEGIN IMMEDIATE" if database.dialect.name == "sqlite" else "BEGIN;"  # a writer's
+        self._left = [Trouble(**trouble) for trouble in troubles]
+        self._chance = random.Random(flaky[0]) if flaky else None
+        self._rate = flaky[1] if flaky else 0.0
+        self._here = threading.local()
+        event.listen(database, "do_execute", self._execute)
+        event.listen(database, "do_executemany", self._executemany)
+        event.listen(database, "do_execute_no_params", self._execute_no_params)
+
+    def _execute_no_params(self, cursor: Any, statement: str, _: object) -> bool:
+        return self._around(cursor, statement, lambda: cursor.execute(statement))
+
+    def _execute(self, cursor: Any, statement: str, parameters: Any, _: object) -> bool:
+        return self._around(cursor, statement, lambda: cursor.execute(statement, parameters))
+
+    def _executemany(self, cursor: Any, statement: str, parameters: Any, _: object) -> bool:
+        return self._around(cursor, statement, lambda: cursor.executemany(statement, parameters))
+
+    def _around(self, cursor: Any, statement: str, run: Callable[[], object]) -> bool:
+        """Whether it was executed here."""
+        trouble = self._due(statement)
+        if trouble is None:
+            return False
+        when, told = "after" if trouble.after else "before", statement.partition(";")[0]
+        print(f"trouble: {trouble.do} {when} {told}", file=sys.stderr, flush=True)
+        if trouble.after:
+            run()
+        if trouble.do == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif trouble.do == "stop":
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # not another thread first: here and now
+        else:
+            self._fail(cursor, trouble)
+        return trouble.after
+
+    def _due(self, statement: str) -> Trouble | None:
+        here, thread = self._here, threading.current_thread().name
+        if statement.startswith("BEGIN"):
+            here.nth = 0 if statement.startswith(self._begin) else None
+        elif getattr(here, "nth", None) is not None:
+            here.nth += 1
+        nth = getattr(here, "nth", None)
+        if nth == 1:
+            here.first = statement
+        if statement in ("COMMIT", "ROLLBACK"):
+            here.nth = None
+        next_one = next((trouble for trouble in self._left if trouble.thread == thread), None)
+        if (
+            next_one is not None
+            and nth == next_one.nth
+            and statement != "ROLLBACK"
+            and (nth == 0 or here.first.startswith(next_one.first))
+        ):
+            self._left.remove(next_one)
+            return next_one
+        if self._chance and thread != "MainThread" and self._chance.random() < self._rate:
+            return Trouble(thread, nth or 0, "error", after=self._chance.random() < 0.5)
+        return None
+
+    def _fail(self, cursor: Any, trouble: Trouble) -> None:
+        if self._url.get_backend_name() == "sqlite":
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+            raise error
+        if trouble.do == "drop":
+            _terminate(self._url.set(drivername="postgresql").render_as_string(False), cursor)
+            if not trouble.after:
+                return  # the statement itself meets it
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+
+def _terminate(url: str, cursor: Any) -> None:
+    pid = cursor.connection.info.backend_pid
+    with psycopg.connect(url, autocommit=True) as another:
+        another.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+
+
+def _is_full_while(database: Engine, sign: Path) -> None:
+    """An SQLite file cannot grow as long as the file `sign` exists: what a full disk does, and needs no privilege."""
+
+    def limit(cursor: sqlite3.Cursor, statement: str, parameters: Any, _: object) -> bool:
+        cursor.execute(statement, parameters)
+        if statement == "BEGIN IMMEDIATE":
+            cursor.connection.execute(f"PRAGMA max_page_count = {1 if sign.exists() else 1 << 30}").fetchall()
+        return True
+
+    event.listen(database, "do_execute", limit)
+
+
+def _set_constants(values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        module, _, constant = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), constant)
+        setattr(importlib.import_module(module), constant, value)
 
 
 def main() -> None:
     url, options = sys.argv[1], json.loads(sys.argv[2])
+    _set_constants(options.get("constants", {}))
+    database = db.connect(url)
+    if "troubles" in options or "flaky" in options:
+        Troubles(database, options.get("troubles", []), options.get("flaky"))
+    if "full_while" in options:
+        _is_full_while(database, Path(options["full_while"]))
 
     def load(recipe: Recipe, _: Options) -> SmallEngine:
         return SmallEngine(**options.get("engine", {}))
 
-    outcome = work(db.connect(url), Settings(**options.get("settings", {})), load=load)
-    print(
-        json.dumps({"done": outcome.done, "failed": outcome.failed, "lost": outcome.lost, "drained": outcome.drained})
-    )
+    outcome = work(database, Settings(**options.get("settings", {})), load=load)
+    told = ("done", "failed", "lost", "recovered", "spooled", "drained")
+    print(json.dumps({name: getattr(outcome, name) for name in told}))
 
 
 if __name__ == "__main__":
