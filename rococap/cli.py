@@ -699,7 +699,8 @@ def _pause(run_name: str | None, paused: bool) -> None:
 def reap(lease_ids: tuple[int, ...]) -> None:
     """Free the pictures of dead workers: of leases whose time has run out, or of those named.
 
-    Workers do it by themselves. Name a lease (see: rococap leases) only if its worker is surely dead.
+    Workers do it by themselves. Name a lease (see: rococap leases) only if its worker is surely dead, and do not reap
+    right after an outage of the database: then every lease has run out, and its worker lives.
     """
     with db.transaction(_database(), write=True) as conn:
         reaped = [id for id in lease_ids if queue.crash(conn, id)] if lease_ids else queue.reap(conn)
