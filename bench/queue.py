@@ -1,119 +1,111 @@
-"""Claiming and completing every job, 32 at a time: rococap.queue against sqlite3 replaying its very statements."""
+"""The queue measured: cost per job beside other queues, many rows, many processes, PostgreSQL, crashes."""
 
 import argparse
-import gc
-import shutil
-import sqlite3
+import os
 import sys
 import tempfile
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
+if __name__ == "__main__":  # spawned children are told the path as it is then
+    sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
 
-from report import Took, alternate, compare, show, timed
-from rows import SPLIT, connect, fill
-from sqlalchemy import Engine, event
+import contenders
+import contention
+import cost
+import crash
+import scale
+import server
+from report import Line, show
 
-from rococap import db, queue
-from rococap.engines import Completion
+Found = tuple[Any, list[Line]]
+"""What a part measured, for the plot, and its lines."""
 
-BATCH = 32
-TEXT = "Axial computed tomography of the abdomen shows a hypodense lesion in the right lobe of the liver (arrow)."
-
-Statement = tuple[str, Any, bool]
-"""SQL, its parameters, and whether they are many rows."""
-
-
-def drain(engine: Engine) -> None:
-    while True:
-        with db.transaction(engine, write=True) as conn:
-            lease = queue.claim(conn, 1, 1, SPLIT, BATCH, ttl_ms=600_000)
-        if lease is None:
-            return
-        done = [Completion(job.id, TEXT, "", "stop", 300, 24, 123.4, 60.1, 2000.5, BATCH) for job in lease.jobs]
-        with db.transaction(engine, write=True) as conn:
-            queue.complete(conn, lease, done, timing=queue.Timing(1.5, 2.5, 3.5, 4.5, 5.5))
-
-
-def record(path: Path) -> list[Statement]:
-    """All that ours sends to the driver, so that the peer does the same work, and none to find its parameters."""
-    engine = db.connect(f"sqlite:///{path}")
-    statements: list[Statement] = []
-
-    @event.listens_for(engine, "before_cursor_execute")
-    def note(conn: Any, cursor: Any, sql: str, parameters: Any, context: Any, many: bool) -> None:
-        statements.append((sql, parameters, many))
-
-    drain(engine)
-    engine.dispose()
-    return statements
-
-
-def replay(connection: sqlite3.Connection, statements: list[Statement]) -> None:
-    for sql, parameters, many in statements:
-        if many:
-            connection.executemany(sql, parameters)
-        else:
-            connection.execute(sql, parameters).fetchall()
-
-
-def on_copy(base: Path, work: Callable[[Path], Took]) -> Took:
-    copy = shutil.copy(base, base.with_name("copy.db"))
-    took = work(copy)
-    _require_all_done(copy)
-    copy.unlink()
-    return took
-
-
-def _require_all_done(path: Path) -> None:
-    connection = connect(path)
-    left = connection.execute(
-        "SELECT (SELECT count(*) FROM jobs WHERE status <> 'done') + (SELECT count(*) FROM jobs) "
-        "- (SELECT count(*) FROM captions) + (SELECT count(*) FROM leases WHERE state <> 'closed')"
-    ).fetchone()[0]
-    connection.close()
-    if left:
-        raise SystemExit(f"{left} rows of {path} were not completed")
-
-
-def time_ours(path: Path) -> Took:
-    engine = db.connect(f"sqlite:///{path}")
-    took = timed(lambda: drain(engine))
-    engine.dispose()
-    return took
-
-
-def time_peer(path: Path, statements: list[Statement]) -> Took:
-    connection = connect(path)
-    took = timed(lambda: replay(connection, statements))
-    connection.close()
-    return took
+PARTS = ("cost", "scale", "fairness", "postgres", "crash")
+PLOT = Path(__file__).resolve().parents[1] / "docs" / "queue.png"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=20_480)
-    parser.add_argument("--rounds", type=int, default=5)
+    options = _options()
+    lines: list[Line] = []
+    found: dict[str, Any] = {}
+    began, load = time.perf_counter(), os.getloadavg()[0]
+    try:
+        for part in options.only:
+            with tempfile.TemporaryDirectory(prefix=f"bench_{part}_") as folder:
+                found[part], more = MEASURES[part](Path(folder), options)
+            lines += more
+            print(f"{part} is measured, after {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    finally:  # what was measured before an error is worth reading
+        show(lines, f"load {load:.1f} before; {_sizes(options)}")
+    print("Missed: " + ("; ".join(line.what for line in lines if line.missed) or "none"))
+    if {"cost", "scale", "fairness"} <= found.keys():
+        import plot  # matplotlib, which no spawned child needs
+
+        plot.draw(options.plot, found["cost"], found["scale"], found["fairness"])
+        print(f"Drawn: {options.plot}")
+
+
+def _cost(folder: Path, options: argparse.Namespace) -> Found:
+    with server.started() as running:
+        found = cost.measure(folder, running, options.rows, options.peer_jobs, options.rounds)
+    return found, cost.lines(found)
+
+
+def _scale(folder: Path, options: argparse.Namespace) -> Found:
+    found = scale.measure(folder, options.scale_rows, options.rounds)
+    return found, scale.lines(found)
+
+
+def _fairness(folder: Path, options: argparse.Namespace) -> Found:
+    found = contention.measure(folder, options.seconds, options.rounds, options.export_rows)
+    return found, contention.lines(found)
+
+
+def _postgres(folder: Path, options: argparse.Namespace) -> Found:
+    seconds = options.seconds / 2
+    with server.started() as running:
+        found = contention.measure_postgres(folder, running, seconds, options.rounds)
+    return found, contention.lines_postgres(found, seconds)
+
+
+def _crash(folder: Path, options: argparse.Namespace) -> Found:
+    found = crash.measure(folder, options.crashes)
+    return found, crash.lines(found)
+
+
+MEASURES = dict(zip(PARTS, (_cost, _scale, _fairness, _postgres, _crash), strict=True))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--only", type=lambda text: text.split(","), default=PARTS, help=f"parts, with commas: {','.join(PARTS)}")
+    add("--rounds", type=int, default=5, help="in which what is compared takes turns")
+    add("--rows", type=int, default=20_480, help="jobs that ours drains for the cost of one")
+    add("--peer-jobs", type=int, default=1_000, help="the same for the other queues, which take longer")
+    add("--scale-rows", type=_numbers, default=[60_000, 10_000_000], help="sizes of database, with commas")
+    add("--seconds", type=float, default=10, help="that several processes work without pause")
+    add("--export-rows", type=int, default=1_000_000, help="done rows that are exported meanwhile")
+    add("--crashes", type=int, default=50, help="workers killed")
+    add("--plot", type=Path, default=PLOT, help="drawn if cost, scale and fairness were measured")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder, "base.db")
-        fill(base, options.rows, done=False)
-        statements = record(shutil.copy(base, base.with_name("recorded.db")))
-        gc.freeze()  # else every collection walks the recording, in our time as well as in the peer's
-        rounds = alternate(
-            options.rounds,
-            lambda: on_copy(base, lambda path: time_peer(path, statements)),
-            lambda: on_copy(base, time_ours),
-        )
-    what = "claim + complete, per row"
-    lines = [
-        compare(what, rounds, "cpu", "<= 2.0", rows=options.rows),
-        compare(what, rounds, "user", "<= 2.0", rows=options.rows),
-        compare(what, rounds, "wall", "<= 2.0", rows=options.rows),
-    ]
-    show(lines, f"{options.rows} rows, {BATCH} a claim, {len(statements)} statements, {options.rounds} rounds")
+    if unknown := set(options.only) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    return options
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _sizes(options: argparse.Namespace) -> str:
+    return (
+        f"{options.rows:,} jobs of ours and {options.peer_jobs:,} of each other queue, {contenders.BATCH} a claim; "
+        f"{cost.DRAINERS} processes look for duplicates; {options.seconds:g} s without pause; "
+        f"{options.rounds} rounds; PostgreSQL with fsync"
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
 """Timing in alternating rounds, and the table that each bench prints."""
 
 import gc
+import operator
 import os
 import platform
 import resource
 import sqlite3
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 Clock = Literal["wall", "cpu", "user"]
+
+
+BOUNDS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,30 +28,42 @@ class Took:
     cpu: float
     user: float
 
+    def per(self, n: int) -> "Took":
+        return Took(self.wall / n, self.cpu / n, self.user / n)
 
-Round = tuple[Took, Took]
+
+Round = tuple[Took, ...]
 """What the peer took and what ours took, one right after the other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table: medians over the rounds, and the smallest and largest ratio among them."""
+    """One line of the table: medians over the rounds, and the smallest and largest ratio among them.
+
+    A line without a peer has its value for a ratio. The target, if there is one, bounds the median ratio: "<= 2".
+    """
 
     what: str
     peer: str
     ours: str
     ratios: tuple[float, ...]
     target: str
+    duplicates: str = ""
+
+    @property
+    def missed(self) -> bool:
+        if not self.target:
+            return False
+        sign, bound = self.target.split()
+        return not BOUNDS[sign](statistics.median(self.ratios), float(bound))
 
     def cells(self) -> tuple[str, ...]:
-        middle = statistics.median(self.ratios)
-        spread = f" ({min(self.ratios):.2f}-{max(self.ratios):.2f})" if len(self.ratios) > 1 else ""
-        return self.what, self.peer, self.ours, f"{middle:.2f}{spread}", f"{self.target}{self._verdict(middle)}"
-
-    def _verdict(self, ratio: float) -> str:
-        sign, bound = self.target.split()
-        met = ratio >= float(bound) if sign == ">=" else ratio <= float(bound)
-        return "" if met else "  missed"
+        ratio = ""
+        if self.peer:
+            spread = f" ({min(self.ratios):.2f} to {max(self.ratios):.2f})" if len(self.ratios) > 1 else ""
+            ratio = f"{statistics.median(self.ratios):.2f}{spread}"
+        target = f"{self.target}, **missed**" if self.missed else self.target
+        return self.what, self.peer, self.ours, ratio, target, self.duplicates
 
 
 def timed(work: Callable[[], object]) -> Took:
@@ -57,33 +75,67 @@ def timed(work: Callable[[], object]) -> Took:
     return Took(wall, user + after.ru_stime - before.ru_stime, user)
 
 
-def alternate(rounds: int, peer: Callable[[], Took], ours: Callable[[], Took]) -> list[Round]:
-    """Each round runs both, and every other round ours goes first: a drift of the machine hits both alike."""
+def alternate(rounds: int, *works: Callable[[], T]) -> list[tuple[T, ...]]:
+    """Each round does all works, and every other round in reverse: a drift of the machine hits them alike."""
     results = []
     for turn in range(rounds):
-        if turn % 2:
-            mine = ours()
-            results.append((peer(), mine))
-        else:
-            results.append((peer(), ours()))
+        order = range(len(works))
+        done = {n: works[n]() for n in (reversed(order) if turn % 2 else order)}
+        results.append(tuple(done[n] for n in order))
     return results
 
 
 def compare(
-    what: str, rounds: list[Round], clock: Clock, target: str, *, times_faster: bool = False, rows: int | None = None
+    what: str,
+    rounds: Sequence[Round],
+    clock: Clock,
+    target: str,
+    *,
+    times_faster: bool = False,
+    rows: int | None = None,
+    duplicates: str = "",
 ) -> Line:
     """A line on one clock; the ratio is ours / peer, or peer / ours if `times_faster`. With `rows`, time per row."""
     pairs = [(getattr(peer, clock), getattr(ours, clock)) for peer, ours in rounds]
     ratios = tuple(peer / ours if times_faster else ours / peer for peer, ours in pairs)
     medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
     peer, ours = (f"{median:.3f} s" if rows is None else f"{1e6 * median / rows:.1f} us" for median in medians)
-    return Line(f"{what}, {clock}", peer, ours, ratios, target)
+    return Line(f"{what}, {clock}", peer, ours, ratios, target, duplicates)
+
+
+def ratio_line(what: str, peers: list[float], ours: list[float], unit: str, target: str, duplicates: str = "") -> Line:
+    """A line of figures that were measured in pairs; the ratio is ours / peer."""
+    ratios = tuple(mine / its for its, mine in zip(peers, ours, strict=True))
+    return Line(
+        what,
+        _figure(statistics.median(peers), unit),
+        _figure(statistics.median(ours), unit),
+        ratios,
+        target,
+        duplicates,
+    )
+
+
+def value_line(what: str, values: list[float], unit: str, target: str, duplicates: str = "") -> Line:
+    """A line of one figure of ours, without a peer, from each round."""
+    figure = _figure(statistics.median(values), unit)
+    if len(values) > 1:
+        figure += f" ({_figure(min(values), '')} to {_figure(max(values), '')})"
+    return Line(what, "", figure, tuple(values), target, duplicates)
+
+
+def _figure(value: float, unit: str) -> str:
+    digits = 0 if value == int(value) or value >= 1000 else 3
+    return f"{value:,.{digits}f} {unit}".rstrip()
 
 
 def show(lines: list[Line], sizes: str) -> None:
-    table = [("what", "peer", "ours", "ratio", "target"), *(line.cells() for line in lines)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    """A table in Markdown, to be pasted; without the columns that no line fills."""
+    table = [("what", "peer", "ours", "ratio", "target", "duplicates"), *(line.cells() for line in lines)]
+    columns = [column for column in zip(*table, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    rows = list(zip(*columns, strict=True))
     print()
-    for cells in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+    for cells in (rows[0], tuple("-" * width for width in widths), *rows[1:]):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |")
     print(f"\n{os.cpu_count()} cores, Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}; {sizes}")

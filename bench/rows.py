@@ -5,10 +5,15 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from sqlalchemy import Engine
+
 from rococap import db
 from rococap.recipe import Recipe
 
 SPLIT = "train"
+RUN_ID = 1
+RUN_NAME = "bench"
+TEXT = "Axial computed tomography of the abdomen shows a hypodense lesion in the right lobe of the liver (arrow)."
 TERMS = (
     "axial coronal sagittal computed tomography magnetic resonance contrast-enhanced T2-weighted chest radiograph "
     "ultrasound image of the abdomen pelvis showing a large small hypodense lesion in right left lobe liver kidney "
@@ -87,3 +92,87 @@ def _texts(rows: int) -> Iterator[tuple[object, ...]]:
         processing_ms = source.randint(160, 7_200) / 8  # eighths: seconds come out the same however they are rounded
         generated_at = 1_790_000_000_000 + 37 * n
         yield n + 1, caption(source), 300, source.randint(8, 90), processing_ms, 16 * processing_ms, generated_at
+
+
+# --- Many rows of little content -------------------------------------------------------------------------------
+
+LEASE_ROWS = 32
+LEASE_EVERY_MS = 80
+"""Between the leases of what is done: 400 captions a second, so that 3,750 of them lie in the window of the rate."""
+
+
+def fill_many(engine: Engine, pending: int, *, done: int = 0, text: str = "") -> None:
+    """Gives a new database, of either kind, a run whose first `done` jobs are done, made in SQL.
+
+    Every caption is `text`.
+    """
+    rows = done + pending
+    with db.transaction(engine, write=True) as conn:
+        at = db.now(conn) - 1_000
+        for statement in (*_parents_of(rows), *_rows_of(rows, done, text, at), *_leases_of(done, at)):
+            db.execute(conn, statement)
+    if engine.dialect.name == "postgresql":
+        with engine.connect() as conn:
+            db.execute(conn, "VACUUM ANALYZE")  # as autovacuum does within a minute
+
+
+def _parents_of(rows: int) -> Iterator[str]:
+    recipe = Recipe()
+    yield "INSERT INTO datasets (id, name, revision) VALUES (1, 'bench', '')"
+    yield (
+        "INSERT INTO shards (id, dataset_id, path, split, n_rows, n_row_groups, size, digest) "
+        f"VALUES (1, 1, 'train-00000-of-00001.parquet', '{SPLIT}', {rows}, {rows // 100}, 1, '')"
+    )
+    yield (
+        "INSERT INTO runs (id, name, dataset_id, recipe, recipe_hash, created_at) "
+        f"VALUES ({RUN_ID}, '{RUN_NAME}', 1, {_quoted(recipe.to_json())}, '{recipe.hash}', 0)"
+    )
+
+
+def _rows_of(rows: int, done: int, text: str, at: int) -> Iterator[str]:
+    caption = _quoted(text)
+    yield (
+        "INSERT INTO images (id, dataset_id, split, image_id, shard_id, row_group, row_in_group, caption, cui) "
+        f"SELECT i, 1, '{SPLIT}', 'image_' || (100000000 + i), 1, i / 100, i - i / 100 * 100, {caption}, '' "
+        f"FROM {_numbers(rows)}"
+    )
+    yield (
+        "INSERT INTO jobs (id, run_id, image_id, split, status, finished_at) "
+        f"SELECT i, {RUN_ID}, i, '{SPLIT}', 'done', {at - done} + i FROM {_numbers(done)}"
+    )
+    yield (
+        "INSERT INTO jobs (id, run_id, image_id, split, status) "
+        f"SELECT i, {RUN_ID}, i, '{SPLIT}', 'pending' FROM {_numbers(rows, after=done)}"
+    )
+    yield (
+        "INSERT INTO captions (job_id, text, finish_reason, processing_ms, generated_at) "
+        f"SELECT i, {caption}, 'stop', 60.5, {at - done} + i FROM {_numbers(done)}"
+    )
+    for status, n in (("done", done), ("pending", rows - done)):
+        yield f"INSERT INTO tallies (run_id, split, status, slot, n) VALUES ({RUN_ID}, '{SPLIT}', '{status}', 0, {n})"
+
+
+def _leases_of(done: int, at: int) -> Iterator[str]:
+    n = done // LEASE_ROWS
+    yield (
+        "INSERT INTO workers (uuid, host, pid, device, engine, versions, started_at, seen_at) "
+        "VALUES ('before', 'here', 1, 'cpu', 'none', '{}', 0, 0)"
+    )
+    closed_at = f"{at - n * LEASE_EVERY_MS} + i * {LEASE_EVERY_MS}"
+    yield (
+        "INSERT INTO leases (worker_id, run_id, split, lane, state, n_jobs, n_done, claimed_at, beat_at, expires_at, "
+        f"closed_at) SELECT (SELECT id FROM workers), {RUN_ID}, '{SPLIT}', 0, 'closed', {LEASE_ROWS}, {LEASE_ROWS}, "
+        f"{closed_at} - 5000, {closed_at}, {closed_at} + 60000, {closed_at} FROM {_numbers(n)} ORDER BY i"
+    )
+
+
+def _numbers(last: int, *, after: int = 0) -> str:
+    """A table `n` of the integers i with after < i <= last, on both dialects."""
+    return (
+        f"(WITH RECURSIVE n(i) AS (SELECT CAST({after + 1} AS bigint) WHERE {after} < {last} "
+        f"UNION ALL SELECT i + 1 FROM n WHERE i < {last}) SELECT i FROM n) AS n"
+    )
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
