@@ -272,6 +272,14 @@ def test_a_worker_never_reaps_itself(database, run):
         assert queue.reap(conn, but=worker + 1, now=TTL) == [lease.id]
 
 
+def test_a_lease_that_lasts_longer_than_the_contact_is_not_judged(database, run):
+    lease = claimed(database, new_worker(database), run)
+    with writing(database) as conn:
+        queue.complete(conn, lease, [caption(1)], now=TTL // 2)  # no heartbeat
+        assert queue.reap(conn, contact_ms=TTL - 1, now=TTL) == []
+        assert queue.reap(conn, contact_ms=TTL, now=TTL) == [lease.id]
+
+
 def test_a_heartbeat_extends_a_lease(database, run):
     worker = new_worker(database)
     lease = claimed(database, worker, run)
