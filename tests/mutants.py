@@ -696,7 +696,7 @@ def try_out(place: Path, mutant: Mutant) -> Answer:
 
 def listed() -> str:
     """docs/mutants.md."""
-    head = "# Mutants\n\nFaults that tests must catch: `python tests/mutants.py` puts each into a copy and runs its tests.\n"
+    head = "# Mutants\n\nFaults that tests must catch: `python tests/mutants.py` tries each in a copy.\n"
     rows = (f"| `{one.name}` | `{one.file.removeprefix('rococap/')}` | {one.what} |" for one in MUTANTS)
     return "\n".join([head, "| mutant | in | fault |", "| --- | --- | --- |", *rows])
 
