@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psycopg
 from PIL import Image
 from sqlalchemy import Engine, event
 
@@ -189,10 +188,14 @@ class Troubles:
             _terminate(self._url.set(drivername="postgresql").render_as_string(False), cursor)
             if not trouble.after:
                 return  # the statement itself meets it
+        import psycopg
+
         raise psycopg.OperationalError("server closed the connection unexpectedly")
 
 
 def _terminate(url: str, cursor: Any) -> None:
+    import psycopg  # here, since workers on SQLite start quicker without
+
     pid = cursor.connection.info.backend_pid
     with psycopg.connect(url, autocommit=True) as another:
         another.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
