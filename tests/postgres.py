@@ -17,7 +17,7 @@ with warnings.catch_warnings():
 class Server:
     """Starts at once, on a socket of its own; nothing is fsynced, since no test pulls the plug."""
 
-    def __init__(self, _folder: Path | None = None) -> None:
+    def __init__(self) -> None:
         # Not in pytest's folder, which only its owner may enter: under root, the server runs as another user.
         folder = Path(tempfile.mkdtemp(prefix="rococap-pg-"))
         with warnings.catch_warnings():

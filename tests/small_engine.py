@@ -1,7 +1,7 @@
 """A real engine without a model: its caption is what it measured in the picture, so that a swapped row is noticed.
 
 Run as a script it is a worker process: `python small_engine.py URL JSON`, the JSON being the engine's and the worker's
-settings, and the troubles that the process is to meet.
+settings, and the troubles that the process is to meet. `python small_engine.py nurse` makes many of them.
 """
 
 import importlib
@@ -13,10 +13,11 @@ import sqlite3
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -143,10 +144,16 @@ class Troubles:
         trouble = self._due(statement)
         if trouble is None:
             return False
+        if trouble.after:
+            try:
+                run()
+            except Exception:  # a COMMIT that met a reader is tried again: the trouble comes then
+                if self._chance is None:
+                    self._left.insert(0, trouble)
+                    self._here.nth = trouble.nth - 1
+                raise
         when, told = "after" if trouble.after else "before", statement.partition(";")[0]
         print(f"trouble: {trouble.do} {when} {told}", file=sys.stderr, flush=True)
-        if trouble.after:
-            run()
         if trouble.do == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif trouble.do == "stop":
@@ -220,8 +227,12 @@ def _set_constants(values: Mapping[str, float]) -> None:
         setattr(importlib.import_module(module), constant, value)
 
 
-def main() -> None:
-    url, options = sys.argv[1], json.loads(sys.argv[2])
+# --- Worker processes ------------------------------------------------------------------------------------------
+
+
+def work_on(url: str, options: dict[str, Any]) -> None:
+    if "spool" in options:
+        os.environ["ROCOCAP_SPOOL"] = options["spool"]
     _set_constants(options.get("constants", {}))
     database = db.connect(url)
     if "troubles" in options or "flaky" in options:
@@ -237,5 +248,42 @@ def main() -> None:
     print(json.dumps({name: getattr(outcome, name) for name in told}))
 
 
+def nurse() -> None:
+    """Forks workers, which start at once since all is imported: each line of stdin is answered by one.
+
+    [url, options, path] gives the pid of one who says all to path.out and path.err; a pid, its exit code or null.
+    """
+    codes: dict[int, int | None] = {}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if isinstance(asked, list):
+            answer: int | None = os.fork()
+            if answer == 0:
+                _be_worker(*asked)
+        else:
+            if codes.get(asked) is None:
+                pid, status = os.waitpid(asked, os.WNOHANG)
+                codes[asked] = os.waitstatus_to_exitcode(status) if pid else None
+            answer = codes[asked]
+        print(json.dumps(answer), flush=True)
+
+
+def _be_worker(url: str, options: dict[str, Any], path: str) -> NoReturn:
+    for descriptor, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(path + suffix, os.O_WRONLY | os.O_CREAT), descriptor)
+    code = 1
+    try:
+        work_on(url, options)
+        sys.stdout.flush()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["nurse"]:
+        nurse()
+    else:
+        work_on(sys.argv[1], json.loads(sys.argv[2]))
