@@ -103,6 +103,7 @@ class Crew:
         settings = {"batch_size": 4, "lease_ttl": TTL_SEC}
         options = {"constants": self.constants, "engine": engine or {}, "settings": settings, "spool": str(self.spool)}
         path = self._folder / str(len(self.running) + len(self.ended))
+        path.with_suffix(".err").touch()  # it may be read before the worker has begun
         worker = Worker(self._nurse, ask(self._nurse, [self.url, options | more, str(path)]), path)
         self.running.append(worker)
         return worker
@@ -770,10 +771,11 @@ def captioned_with_killers(world: World, n: int, killers: Sequence[int], kills: 
 def respawn(crew: Crew, **options) -> None:
     """Another in the place of each that was killed; those that ended well are gone."""
     for worker in list(crew.running):
-        if worker.poll() == -signal.SIGKILL:
+        code = worker.poll()  # once: it may be killed between two looks
+        if code == -signal.SIGKILL:
             crew.dismiss(worker)
             crew.start(**options)
-        elif worker.poll() is not None:
+        elif code is not None:
             crew.finish(worker)
 
 
