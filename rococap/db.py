@@ -307,8 +307,10 @@ def _begin(conn: Connection, write: bool, patience: float | None = None) -> None
         try:
             for statement in (f"PRAGMA query_only = {'OFF' if write else 'ON'}", *first):
                 conn.exec_driver_sql(statement)
-        except OperationalError:
+        except OperationalError as error:
             _roll_back(conn)
+            if conn.invalidated:  # busy, and then not even that: trying again would need another connection
+                raise DatabaseUnavailable(explain(error, conn.engine.url)) from error
             raise
 
     _patiently(begin, conn.engine.url.database, patience)

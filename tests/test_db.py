@@ -8,12 +8,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 from sqlalchemy.exc import DatabaseError as DriverError
 from sqlalchemy.exc import IntegrityError
 
 from rococap import db
-from rococap.errors import DatabaseError
+from rococap.errors import DatabaseError, DatabaseUnavailable
 
 TABLES = {
     "alembic_version",
@@ -727,6 +727,21 @@ def test_a_new_connection_waits_for_a_database_that_is_locked(url, path, in_thre
         time.sleep(2 * SHORT_SEC)
         outsider.execute("COMMIT")
     assert finish() == ["one"]
+
+
+def test_a_busy_database_that_then_fails_to_roll_back_is_away_for_now(engine):
+    def fail(cursor, statement, parameters, context):
+        if statement.startswith("SELECT 1 FROM sqlite_master") or statement == "ROLLBACK":
+            error = sqlite3.OperationalError("locked" if statement != "ROLLBACK" else "disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_BUSY if statement != "ROLLBACK" else sqlite3.SQLITE_IOERR
+            raise error
+
+    event.listen(engine, "do_execute", fail)
+    with pytest.raises(DatabaseUnavailable), db.transaction(engine):
+        pass
+    event.remove(engine, "do_execute", fail)
+    with db.transaction(engine) as conn:
+        assert db.execute(conn, "SELECT 1").scalar_one() == 1
 
 
 def test_opening_a_locked_database_ends_with_what_to_do(url, path, monkeypatch):
