@@ -454,8 +454,18 @@ def locked(url: str, sql: str = "") -> Iterator[None]:
             outsider.execute("ROLLBACK")
     else:
         with psycopg.connect(make_url(url).set(drivername="postgresql").render_as_string(False)) as outsider:
-            outsider.execute(sql or "LOCK TABLE jobs")
+            _lock_tables(outsider, sql or "LOCK TABLE jobs")
             yield
+            outsider.rollback()
+
+
+def _lock_tables(outsider: psycopg.Connection, sql: str) -> None:
+    """Again, where the server chose the outsider to end a deadlock with a worker."""
+    while True:
+        try:
+            outsider.execute(sql)
+            return
+        except psycopg.errors.DeadlockDetected:
             outsider.rollback()
 
 
