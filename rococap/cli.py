@@ -318,13 +318,31 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 # --- worker ----------------------------------------------------------------------------------------------------
 
 
+def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    return None if value == "auto" else click.IntRange(1, 4096)(value, param, ctx)
+
+
 @cli.command()
 @run_option("The run to work on. [default: `default`, or the only one that has work]")
 @splits_option()
 @click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="auto: the first GPU, else the CPU."
 )
-@click.option("--batch-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Pictures at a time.")
+@click.option(
+    "--batch-size",
+    callback=_batch_size,
+    default="auto",
+    show_default=True,
+    metavar="auto|N",
+    help="Pictures at a time. auto: as many as there is memory for and speed to gain.",
+)
+@click.option(
+    "--decode",
+    type=click.Choice(["auto", "continuous", "static"]),
+    default="auto",
+    show_default=True,
+    help="A finished caption makes room for the next picture at once, or batch after batch. [auto: as the model can]",
+)
 @click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Stop after N pictures.")
 @click.option("--wait", is_flag=True, help="Keep polling for new work instead of ending when all is done.")
 @click.option(

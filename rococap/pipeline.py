@@ -1,7 +1,8 @@
 """Claims ahead, reads, decodes and prepares: the Source that an engine pulls from, and the books on what is leased.
 
-One fetcher thread works ahead of the engine. What is leased stays bounded: the rows that are running and one claim
-ahead. Jobs that were in a crash are claimed only while nothing else is held, so that a killer takes no neighbour along.
+One fetcher thread claims and reads ahead of the engine, a few more decode and prepare. What is leased stays bounded:
+the rows that are running and one claim ahead. Jobs that were in a crash are claimed only while nothing else is held, so
+that a killer takes no neighbour along.
 """
 
 import logging
@@ -10,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,9 +73,19 @@ class Contact:
         return at - self._since if is_unbroken else 0.0
 
 
+@dataclass(slots=True)
+class Usage:
+    """What the engine did: seconds without a picture to work on, decode steps, and the rows summed over them."""
+
+    waited_sec: float = 0.0
+    steps: int = 0
+    rows: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a worker claims. `limit` bounds the jobs over its whole life; `wait` keeps it polling for new work."""
+    """What a worker claims. `limit` bounds the jobs over its whole life; `wait` keeps it polling for new work;
+    `preparers` threads decode and prepare the pictures."""
 
     worker_id: int
     uuid: str
@@ -83,6 +95,7 @@ class Claims:
     ttl_ms: int
     limit: int | None = None
     wait: bool = False
+    preparers: int = 1
 
 
 @dataclass(slots=True)
@@ -131,7 +144,9 @@ class Pipeline:
         self._state = _State()
         self._left = claims.limit
         self._stepped_at = time.monotonic()
-        self._is_busy = False
+        self._has_rows = False
+        self._is_waiting = False
+        self.usage = Usage()
         self.contact = Contact(claims.ttl_ms / 1000)
         self._n_claims = 0
         self._is_unsure = False
@@ -146,18 +161,24 @@ class Pipeline:
     def take(self, most: int, wait: float | None) -> list[Prepared]:
         state = self._state
         with self._changed:
+            if wait is None:
+                self._has_rows = False  # an engine that has some never waits for ever
             while True:
-                self._is_busy = False
-                self._changed.wait_for(
-                    lambda: self._may_start() or state.ended or state.stopping or state.error, timeout=wait
-                )
-                self._stepped_at = time.monotonic()
+                self._wait_for_work(wait)
                 if state.error is not None:
                     raise state.error
                 batch = self._pop(most)
-                self._is_busy = bool(batch)
+                self._has_rows = self._has_rows or bool(batch)
                 if batch or wait is not None or state.ended or state.stopping:  # else its time ran out just now
                     return batch
+
+    def _wait_for_work(self, wait: float | None) -> None:
+        state, started = self._state, time.monotonic()
+        self._is_waiting = True
+        self._changed.wait_for(lambda: self._may_start() or state.ended or state.stopping or state.error, timeout=wait)
+        self._is_waiting = False
+        self._stepped_at = time.monotonic()
+        self.usage.waited_sec += self._stepped_at - started
 
     def _may_start(self) -> bool:
         """Whether something is ready whose lease has not run out by our own clock."""
@@ -168,22 +189,27 @@ class Pipeline:
         return held is not None and job_id not in self._state.abandoned and clock() < held.runs_out_at
 
     def _pop(self, most: int) -> list[Prepared]:
+        """Pictures with a like number of tokens meet: the largest that are ready, all of which have their turn, since
+        nothing is claimed until then."""
         state = self._state
-        batch = [picture for picture in state.ready if self._is_live(picture.job_id)][:most]
+        live = [picture for picture in state.ready if self._is_live(picture.job_id)]
+        batch = sorted(live, key=lambda picture: -picture.n_tokens)[:most]
         taken = {picture.job_id for picture in batch}
         state.ready = deque(picture for picture in state.ready if picture.job_id not in taken)
-        state.running |= {picture.job_id for picture in batch}
+        state.running |= taken
         self._changed.notify_all()
         return batch
 
-    def step(self) -> Set[int]:
-        self._is_busy = True
+    def step(self, rows: int) -> Set[int]:
         self._stepped_at = time.monotonic()
+        self.usage.steps += rows > 0
+        self.usage.rows += rows
         return self._state.abandoned
 
     def stalled_sec(self) -> float:
         """How long the engine has had rows without a step; 0 while it waits for pictures."""
-        return time.monotonic() - self._stepped_at if self._is_busy else 0.0
+        is_busy = self._has_rows and not self._is_waiting
+        return time.monotonic() - self._stepped_at if is_busy else 0.0
 
     # --- the books ---
 
@@ -286,9 +312,9 @@ class Pipeline:
 
     def _fetch(self) -> None:
         try:
-            with PictureReader(self._root) as reader:
+            with PictureReader(self._root) as reader, ThreadPoolExecutor(self._claims.preparers, "prepare") as pool:
                 while (lease := self._next_lease()) is not None:
-                    self._load(lease, reader)
+                    self._load(lease, reader, pool)
         except BaseException as error:
             self.break_off(error)
         else:
@@ -412,25 +438,33 @@ class Pipeline:
             self._state.lease_of.update(dict.fromkeys(job_ids, lease.id))
             self._state.abandoned -= job_ids  # lost once, and claimed again
 
-    def _load(self, lease: Lease, reader: PictureReader) -> None:
+    def _load(self, lease: Lease, reader: PictureReader, pool: Executor) -> None:
+        """Returns when all that is not lost is ready, so that the next claim waits for it."""
         pictures = reader.read([job.place for job in lease.jobs])
+        preparing: list[Future[None]] = []
         for job in lease.jobs:
             started = time.perf_counter()
             _, data = next(pictures)
             if self._state.stopping:
-                return
-            if job.id in self._state.abandoned:
-                continue
-            try:
-                if isinstance(data, PictureError):
-                    raise data
-                picture = open_picture(data)
-                loaded = time.perf_counter()
-                prepared = self._engine.prepare(job.id, picture)
-            except PictureError as error:
-                self._report(Completion(job.id, failure=Failure(error.code, str(error), error.transient)))
-                continue
-            self._offer(job, prepared, loaded - started, time.perf_counter() - loaded)
+                break
+            preparing.append(pool.submit(self._prepare, job, data, time.perf_counter() - started))
+        for future in preparing:
+            future.result()
+
+    def _prepare(self, job: Job, data: bytes | PictureError, read_sec: float) -> None:
+        if self._state.stopping or job.id in self._state.abandoned:
+            return
+        started = time.perf_counter()
+        try:
+            if isinstance(data, PictureError):
+                raise data
+            picture = open_picture(data)
+            loaded = time.perf_counter()
+            prepared = self._engine.prepare(job.id, picture)
+        except PictureError as error:
+            self._report(Completion(job.id, failure=Failure(error.code, str(error), error.transient)))
+            return
+        self._offer(job, prepared, read_sec + loaded - started, time.perf_counter() - loaded)
 
     def _offer(self, job: Job, prepared: Prepared, load_sec: float, prepare_sec: float) -> None:
         with self._changed:

@@ -25,7 +25,7 @@ from sqlalchemy.exc import DatabaseError as DriverError
 from rococap import datasets, db, queue, spool
 from rococap.datasets import Dataset
 from rococap.db import transaction
-from rococap.engines import Completion, Engine, Options, load_engine
+from rococap.engines import Completion, Decode, Engine, Options, load_engine
 from rococap.errors import DatabaseError, DatabaseUnavailable, LeaseLost, RococapError, RunError
 from rococap.pipeline import Claims, Pipeline, clock
 from rococap.queue import Lease, Run
@@ -59,7 +59,8 @@ class Settings:
     run: str | None = None
     splits: Sequence[str] = ()
     device: str = "auto"
-    batch_size: int = 16
+    batch_size: int | None = None
+    decode: Decode = "auto"
     limit: int | None = None
     wait: bool = False
     lease_ttl: float = 120.0
@@ -116,7 +117,7 @@ def work(
     dataset = datasets.locate(run.dataset, present, run.dataset_revision or None)
     stop = threading.Event()
     with _signals(stop):
-        engine = load(run.recipe, Options(settings.device, settings.batch_size))
+        engine = load(run.recipe, Options(settings.device, settings.batch_size, settings.decode))
         engine.load()
         if stop.is_set():
             return Outcome(run.name, drained=True)
@@ -144,10 +145,11 @@ def _work(
         uuid=name,
         run=run,
         splits=splits,
-        size=settings.batch_size,
+        size=engine.batch_size,
         ttl_ms=int(settings.lease_ttl * 1000),
         limit=settings.limit,
         wait=settings.wait,
+        preparers=_n_preparers(engine.info.device),
     )
     outcome = Outcome(run.name, engine.info.device)
     completions: Completions = fifo.SimpleQueue()
@@ -161,6 +163,11 @@ def _work(
         kept.close()
         engine.close()
     return outcome
+
+
+def _n_preparers(device: str) -> int:
+    """Threads that decode and prepare: beside a GPU as many as keep it busy, on the CPU the model needs the cores."""
+    return 1 if device == "cpu" else min(8, max(1, (os.cpu_count() or 1) // 2))
 
 
 def _register(database: Database, run: Run, engine: Engine, name: str, stop: threading.Event) -> int | None:

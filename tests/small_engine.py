@@ -75,7 +75,7 @@ class SmallEngine:
             lost = set()
             for _ in range(self.steps):
                 time.sleep(3600 if self.hangs else self.step_sec)
-                lost = set(source.step())
+                lost = set(source.step(len(batch)))
                 if all(picture.job_id in lost for picture in batch):
                     break
             if any(_measured(picture) in killers for picture in batch):

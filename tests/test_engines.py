@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from PIL import Image
 from rococap.demo import MODEL
 from rococap.demo.phantoms import HELD_OUT_SEEDS, draw
 from rococap.engines import Completion, Options, Prepared, load_engine
-from rococap.engines.hf import TransformersEngine, choose_dtype, collate, folder_digest
+from rococap.engines.decoding import Row, collate, share
+from rococap.engines.hf import TransformersEngine, choose_dtype, folder_digest
 from rococap.errors import ModelError
 from rococap.recipe import Recipe
 
@@ -29,28 +31,29 @@ class Pictures:
 
     def __init__(self, engine: TransformersEngine, images: Sequence[Image.Image]) -> None:
         self.prepared = [engine.prepare(job_id, image) for job_id, image in enumerate(images)]
-        self.steps = 0
+        self.steps = self.rows = 0
         self.lost: set[int] = set()
 
     def take(self, most: int, wait: float | None) -> list[Prepared]:
         taken, self.prepared = self.prepared[:most], self.prepared[most:]
         return taken
 
-    def step(self) -> set[int]:
+    def step(self, rows: int) -> set[int]:
         self.steps += 1
+        self.rows += rows
         return self.lost
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TransformersEngine]:
-    engine = TransformersEngine(RECIPE, Options("cpu", 16))
+@pytest.fixture(scope="module", params=["continuous", "static"])
+def engine(request) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(RECIPE, Options("cpu", 16, request.param))
     engine.load()
     yield engine
     engine.close()
 
 
 def captions(engine: TransformersEngine, images: Sequence[Image.Image], batch_size: int = 16) -> list[Completion]:
-    engine.batch_size = batch_size
+    engine.decoder.limit = batch_size
     return sorted(engine.run(Pictures(engine, images)), key=lambda completion: completion.job_id)
 
 
@@ -95,13 +98,13 @@ def test_right_padding_would_be_noticed(engine, monkeypatch):
 
     images = mixed_pictures()
     alone = texts(captions(engine, images, 1))
-    monkeypatch.setattr("rococap.engines.hf._pad_left", pad_right)
+    monkeypatch.setattr("rococap.engines.decoding._pad_left", pad_right)
     assert texts(captions(engine, images, 5)) != alone
 
 
 def test_a_collated_batch_is_what_the_processor_makes_of_the_pictures_together(engine):
     images = mixed_pictures()[:4]
-    ours = collate([engine.prepare(n, image).inputs for n, image in enumerate(images)], engine.pad)
+    ours = collate([engine.prepare(n, image).inputs.tensors for n, image in enumerate(images)], engine.loaded.pad)
     theirs = engine.processor(text=[engine.prompt] * 4, images=images, return_tensors="pt", padding=True)
     assert ours.keys() == theirs.keys()
     assert {name: torch.equal(ours[name], theirs[name]) for name in ours} == dict.fromkeys(ours, True)
@@ -113,12 +116,12 @@ def test_every_picture_taken_gets_one_completion_with_its_measures(engine):
     elapsed_ms = (time.perf_counter() - started) * 1000
     assert [c.job_id for c in completions] == list(range(12))
     assert {c.finish_reason for c in completions} == {"stop"}
-    assert [c.batch_size for c in completions] == [5] * 10 + [2] * 2
+    assert [c.batch_size for c in completions] == [5] * 10 + [2 if engine.options.decode == "static" else 5] * 2
     assert all(0 < c.prefill_ms < c.processing_ms <= c.latency_ms for c in completions)
     assert sum(c.processing_ms for c in completions) < elapsed_ms
     ends = [len(engine.processor.tokenizer(c.text)["input_ids"]) + 1 for c in completions]
     assert [c.new_tokens for c in completions] == ends
-    assert engine.pad not in [engine.processor.tokenizer(c.text)["input_ids"][-1] for c in completions]
+    assert engine.loaded.pad not in [engine.processor.tokenizer(c.text)["input_ids"][-1] for c in completions]
 
 
 def test_a_caption_that_is_cut_says_so(folder):
@@ -127,19 +130,13 @@ def test_a_caption_that_is_cut_says_so(folder):
     assert (completion.finish_reason, completion.new_tokens) == ("length", 5)
 
 
-def test_the_processing_times_of_a_batch_sum_to_the_time_of_its_steps(engine):
-    from rococap.engines.hf import _Meter
-
-    source = Pictures(engine, [])
-    meter = _Meter(source, [1, 2, 3], ends=[0])
-    meter.since = 0.0
-    meter._share(0.3)
-    meter.active = {0, 2}
-    meter._share(0.4)
-    meter.active = {2}
-    meter._share(1.0)
-    assert [round(ms) for ms in meter.share_ms] == [150, 100, 750]
-    assert [round(ms) for ms in meter.prefill_ms] == [100, 100, 100]
+def test_a_steps_time_is_shared_over_the_rows_that_were_active_in_it(engine):
+    rows = [Row(picture, 0.0, []) for picture in Pictures(engine, [PHANTOMS[0].image.convert("RGB")] * 3).prepared]
+    share(rows, 0.3)
+    share([rows[0], rows[2]], 0.4)
+    share([rows[2]], 1.0)
+    assert [round(row.share_ms) for row in rows] == [300, 100, 1300]
+    assert [row.batch_size for row in rows] == [3, 3, 3]
 
 
 def test_abandoned_rows_end_and_have_no_completion(engine):
@@ -171,12 +168,12 @@ def test_the_recipes_pixel_bounds_hold_for_a_folder_as_qwen2_vl_was_published(fo
     (folder / "processor_config.json").unlink()
     (folder / "preprocessor_config.json").write_text(json.dumps(old | {"processor_class": "Qwen2VLProcessor"}))
     picture = Image.new("RGB", (900, 700))
-    grid = loaded(folder, max_pixels=10_000).prepare(1, picture).inputs["image_grid_thw"]
+    grid = loaded(folder, max_pixels=10_000).prepare(1, picture).inputs.tensors["image_grid_thw"]
     assert grid.tolist() == [[1, 6, 8]]
     grid = (
         loaded(folder, min_pixels=100_352, max_pixels=200_704)
         .prepare(1, Image.new("RGB", (56, 56)))
-        .inputs["image_grid_thw"]
+        .inputs.tensors["image_grid_thw"]
     )
     assert grid.prod() * 196 >= 100_352
 
@@ -214,41 +211,79 @@ def test_the_digest_changes_with_a_weight_and_not_with_a_readme(folder):
 # --- trouble ---------------------------------------------------------------------------------------------------
 
 
-class Tight(TransformersEngine):
-    """The real engine on a device with room for `room` pictures at once."""
+@contextmanager
+def memory_for(engine: TransformersEngine, rows: int = 1000, tokens: int = 100_000) -> Iterator[None]:
+    """The real model on a device with room for so many rows at once, and prompts of so many tokens."""
 
-    room = 2
-    refuses: frozenset[int] = frozenset()
-
-    def _generate(self, batch, source):
-        if len(batch) > self.room or any(picture.job_id in self.refuses for picture in batch):
+    def refuse(module: object, args: object, inputs: dict[str, torch.Tensor]) -> None:
+        n, width = inputs["input_ids"].shape
+        if n > rows or width > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return super()._generate(batch, source)
+
+    hook = engine.loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def test_out_of_memory_halves_the_batch_and_loses_no_picture(engine):
-    tight = Tight(RECIPE, Options("cpu", 8))
-    tight.load()
-    images = [phantom.image.convert("RGB") for phantom in PHANTOMS]
-    completions = sorted(tight.run(Pictures(tight, images)), key=lambda c: c.job_id)
-    assert texts(completions) == texts(captions(engine, images))
-    assert tight.batch_size == 2
-    assert [c.batch_size for c in completions] == [2] * 12
+    images = mixed_pictures()
+    expected = captions(engine, images)
+    with memory_for(engine, rows=3):
+        completions = captions(engine, images, 8)
+    assert texts(completions) == texts(expected)
+    assert engine.batch_size == 2
+    assert {c.batch_size for c in completions} == {2}
+    assert all(c.flags == "" for c in completions)
 
 
-def test_a_picture_too_large_alone_fails_alone():
-    tight = Tight(RECIPE, Options("cpu", 4))
-    tight.room, tight.refuses = 4, frozenset({2})
-    tight.load()
-    completions = {c.job_id: c for c in tight.run(Pictures(tight, [p.image.convert("RGB") for p in PHANTOMS[:4]]))}
-    assert [completions[n].failure is None for n in range(4)] == [True, True, False, True]
-    assert completions[2].failure.code == "out_of_memory"
+def test_out_of_memory_under_way_begins_again_with_half_the_rows(engine):
+    images = mixed_pictures()
+    expected = captions(engine, images)
+    source = Pictures(engine, images)
+    engine.decoder.limit = 8
+    with memory_for(engine) as _, ExitStack() as later:
+
+        def step(rows: int) -> set[int]:
+            source.steps += 1
+            if source.steps == 10:
+                later.enter_context(memory_for(engine, rows=5))
+            return set()
+
+        source.step = step
+        completions = sorted(engine.run(source), key=lambda completion: completion.job_id)
+    assert texts(completions) == texts(expected)
+    assert engine.batch_size <= 5
+
+
+def test_a_picture_too_large_alone_is_captioned_in_fewer_pixels_and_flagged(engine):
+    images = [PHANTOMS[0].image.convert("RGB"), PHANTOMS[1].image.convert("RGB").resize((224, 448))]
+    small, large = (picture.n_tokens for picture in Pictures(engine, images).prepared)
+    assert large > small
+    with memory_for(engine, tokens=small):
+        first, second = captions(engine, images, 4)
+    assert (first.flags, second.flags) == ("", "fewer_pixels")
+    assert second.failure is None
+    assert second.text
+    assert second.prompt_tokens <= small
+
+
+def test_a_picture_that_does_not_fit_however_small_fails_alone(engine):
+    images = [PHANTOMS[0].image.convert("RGB"), PHANTOMS[1].image.convert("RGB").resize((56, 1120))]
+    engine.decoder.limit = 4
+    refused = Pictures(engine, images).prepared[1].n_tokens
+    with memory_for(engine, tokens=10):
+        first, second = captions(engine, images, 4)
+    assert [c.failure.code for c in (first, second)] == ["out_of_memory"] * 2
+    assert refused > 10
+    assert texts(captions(engine, images)) == texts(captions(engine, images, 1)), "and the engine goes on"
 
 
 def test_logits_that_are_not_finite_are_a_failure_and_never_a_caption(folder):
     engine = loaded(folder)
     with torch.no_grad():
-        engine.model.get_input_embeddings().weight[5] = float("nan")  # tied: one token's logit is NaN
+        engine.loaded.model.get_input_embeddings().weight[5] = float("nan")  # tied: one token's logit is NaN
     (completion,) = captions(engine, [PHANTOMS[0].image.convert("RGB")])
     assert completion.failure.code == "non_finite"
     assert "float32" in completion.failure.message

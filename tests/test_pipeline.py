@@ -102,7 +102,7 @@ def test_what_another_worker_got_meanwhile_is_never_started(held, clock):
     source.lose([lease.id])
     source.extend([lease.id], runs_out_at=1_160.0)
     assert source.take(2, 0) == []
-    assert source.step() == {job.id for job in lease.jobs}
+    assert source.step(1) == {job.id for job in lease.jobs}
 
 
 def test_what_is_finished_and_not_stored_yet_is_not_given_back(held):
@@ -129,6 +129,10 @@ def test_an_engine_that_waits_for_pictures_does_not_stall_and_one_that_has_some_
     source.lose([lease.id])
     assert source.stalled_sec() >= 100, "a hung engine hangs also when its rows are another's"
     source.take(2, 0)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 202)
+    assert source.stalled_sec() >= 100, "and when it had looked for more beside them"
+    source.stop()
+    source.take(2, None)
     assert source.stalled_sec() == 0
 
 

@@ -5,19 +5,22 @@ An engine knows no database, no data set and no lease. Importing this module imp
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL.Image import Image
 
 from rococap.recipe import Recipe
 
+Decode = Literal["auto", "continuous", "static"]
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a worker needs besides the recipe; it decides speed, never text."""
+    """What a worker needs besides the recipe; it decides speed, never text. `batch_size` None: as measured."""
 
     device: str = "auto"
-    batch_size: int = 16
+    batch_size: int | None = None
+    decode: Decode = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +89,20 @@ class Source(Protocol):
     def take(self, most: int, wait: float | None) -> list[Prepared]:
         """What is ready, up to `most`. wait=0 never blocks, None blocks until something is; [] after None: the end."""
 
-    def step(self) -> Set[int]:
-        """Called at every decode step: vouches for progress, and names the jobs whose rows to abandon."""
+    def step(self, rows: int) -> Set[int]:
+        """Called after every step: vouches for progress, and names the jobs whose rows to abandon.
+
+        `rows` is how many were decoded in it; 0 for a step that reads pictures and prompts.
+        """
 
 
 class Engine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
+
+    @property
+    def batch_size(self) -> int:
+        """How many pictures it takes at a time."""
 
     def load(self) -> None:
         """Loads the model. Raises ModelError if it cannot be had or is not one that captions pictures."""

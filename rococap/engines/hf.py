@@ -1,15 +1,9 @@
-"""The transformers engine: any vision-language model that the stock Auto classes load, in static batches.
+"""The transformers engine: any vision-language model that the stock Auto classes load."""
 
-Batches are left-padded and the processor's whole output goes to `generate`: right padding, or leaving out
-mm_token_type_ids, gives fluent captions of the wrong picture and no error.
-"""
-
-import gc
 import hashlib
 import logging
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,25 +12,27 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from PIL.Image import Image
-from torch import Tensor
-from torch.nn.functional import pad
+from PIL.Image import Image, Resampling
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 from transformers.utils import logging as transformers_logging
 
-from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source, gather
+from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, continuous
+from rococap.engines.continuous import ContinuousDecoder
+from rococap.engines.decoding import Inputs, Loaded, dtype_name
+from rococap.engines.sizing import choose_limit
+from rococap.engines.static import StaticDecoder
 from rococap.errors import ModelError, PictureError
 from rococap.recipe import Recipe
 
 log = logging.getLogger(__name__)
+
+STATIC_BATCH = 16
+SHRINK = 0.7
+"""By how much the sides of a picture that is too large are reduced: its area is halved."""
 
 MODEL_FILES = frozenset({".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".txt"})
 
@@ -44,7 +40,7 @@ MODEL_FILES = frozenset({".bin", ".jinja", ".json", ".model", ".py", ".safetenso
 class TransformersEngine:
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe = recipe
-        self.batch_size = options.batch_size
+        self.options = options
         self.device = _device(options.device)
         self.dtype = choose_dtype(recipe.dtype, self.device)
 
@@ -59,171 +55,72 @@ class TransformersEngine:
             "longest_edge": self.recipe.max_pixels,
         }
         self.prompt = _prompt(self.processor, self.recipe.prompt, name)
-        self.model = _load_model(name, source, self.dtype).to(self.device).eval()
+        model = _load_model(name, source, self.dtype).to(self.device).eval()
         tokenizer = self.processor.tokenizer
-        self.ends = _end_tokens(self.model.generation_config, tokenizer)
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
+        ends = _end_tokens(model.generation_config, tokenizer)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
         # The model's own is replaced, not amended: whatever a checkpoint sets applies where a field is unset.
-        self.model.generation_config = _generation_config(self.recipe, self.ends, self.pad)
-        self._info = _info(self.recipe, self.model, self.device, self.dtype)
+        model.generation_config = _generation_config(self.recipe, ends, pad)
+        self.loaded = Loaded(model, tokenizer, self.device, frozenset(ends), pad, self.recipe.max_new_tokens)
+        self.decoder = self._choose_decoder()
+        self._info = _info(self.recipe, model, self.device, self.dtype)
 
     @property
     def info(self) -> EngineInfo:
         return self._info
 
+    @property
+    def batch_size(self) -> int:
+        return self.decoder.limit
+
     def prepare(self, job_id: int, picture: Image) -> Prepared:
         try:
-            inputs = self.processor(text=[self.prompt], images=[picture], return_tensors="pt")
+            tensors = self.processor(text=[self.prompt], images=[picture], return_tensors="pt")
         except ValueError as error:
             raise PictureError("unprocessable", f"The model's processor refuses this picture: {error}") from error
-        return Prepared(job_id, dict(inputs), inputs["input_ids"].shape[1])
+        return Prepared(job_id, Inputs(dict(tensors), picture), tensors["input_ids"].shape[1])
 
     def run(self, source: Source) -> Iterator[Completion]:
-        while batch := gather(source, self.batch_size):
-            yield from self._caption(batch, source)
+        return self.decoder.run(source)
 
     def close(self) -> None:
-        del self.model, self.processor
-        self._free_memory()
+        loaded = self.loaded
+        del self.loaded, self.decoder, self.processor
+        loaded.free_memory()
 
-    def _caption(self, batch: list[Prepared], source: Source) -> Iterator[Completion]:
-        taken = time.perf_counter()
-        try:
-            completions = self._generate(batch, source)
-        except torch.OutOfMemoryError:
-            yield from self._caption_smaller(batch, source)
-        else:
-            latency = (time.perf_counter() - taken) * 1000
-            yield from (replace(completion, latency_ms=latency) for completion in completions)
+    def _choose_decoder(self) -> ContinuousDecoder | StaticDecoder:
+        way = self.options.decode
+        if way == "auto":
+            way = "continuous" if (reason := self._why_static()) is None else "static"
+            if reason is not None:
+                log.info("decoding in static batches: %s", reason)
+        elif way == "continuous" and (reason := self._why_static()) is not None:
+            raise ModelError(f"{self.recipe.model} cannot be decoded continuously: {reason}. Use --decode static.")
+        if way == "static":
+            return StaticDecoder(self.loaded, self.options.batch_size or STATIC_BATCH, self._shrink)
+        decoder = ContinuousDecoder(self.loaded, self.options.batch_size or 1, self._shrink)
+        if self.options.batch_size is None:
+            decoder.limit = choose_limit(decoder, self.prepare, self.recipe.max_pixels)
+        return decoder
 
-    def _caption_smaller(self, batch: list[Prepared], source: Source) -> Iterator[Completion]:
-        self._free_memory()
-        if len(batch) == 1:
-            message = f"Out of memory with this picture alone ({batch[0].n_tokens} prompt tokens)."
-            yield Completion(batch[0].job_id, failure=Failure("out_of_memory", message))
-            return
-        half = len(batch) // 2
-        if half < self.batch_size:
-            self.batch_size = half
-            log.warning("out of memory with a batch of %d: going on with %d", len(batch), half)
-        for part in (batch[:half], batch[half:]):
-            yield from self._caption(part, source)
+    def _why_static(self) -> str | None:
+        """Why the continuous loop cannot take it; None if it can."""
+        recipe = self.recipe
+        if recipe.do_sample or recipe.num_beams > 1 or recipe.repetition_penalty != 1.0:
+            return "the recipe is not greedy"
+        return None if continuous.is_known(self.loaded.model) else "its cache is not one that the loop knows"
 
-    @torch.inference_mode()
-    def _generate(self, batch: Sequence[Prepared], source: Source) -> list[Completion]:
-        meter = _Meter(source, [picture.job_id for picture in batch], self.ends)
-        finite = _Finite()
-        inputs = collate([picture.inputs for picture in batch], self.pad)
-        output = self.model.generate(
-            **{name: self._to_device(tensor) for name, tensor in inputs.items()},
-            stopping_criteria=StoppingCriteriaList([meter]),
-            logits_processor=LogitsProcessorList([finite]),
-        )
-        tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-        bad = finite.bad()
-        return [
-            self._completion(picture, tokens[row], bad[row], meter, row, len(batch))
-            for row, picture in enumerate(batch)
-            if row not in meter.abandoned
-        ]
-
-    def _completion(
-        self, picture: Prepared, tokens: list[int], bad: bool, meter: "_Meter", row: int, batch_size: int
-    ) -> Completion:
-        if bad:
-            message = (
-                f"The model's output is not finite in {dtype_name(self.dtype)}: enqueue a run with another --dtype."
-            )
-            return Completion(picture.job_id, failure=Failure("non_finite", message))
-        end = next((at for at, token in enumerate(tokens) if token in self.ends), None)
-        return Completion(
-            picture.job_id,
-            # Stored as the model said it: only its special tokens are left out.
-            text=self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True),
-            finish_reason="length" if end is None else "stop",
-            prompt_tokens=picture.n_tokens,
-            new_tokens=len(tokens) if end is None else end + 1,
-            processing_ms=meter.share_ms[row],
-            prefill_ms=meter.prefill_ms[row],
-            batch_size=batch_size,
-        )
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
-
-    def _free_memory(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-# --- One batch -------------------------------------------------------------------------------------------------
-
-
-def collate(rows: Sequence[dict[str, Tensor]], pad_token: int) -> dict[str, Tensor]:
-    """One batch from pictures prepared alone: what has the length of the prompt is padded on the left."""
-    width = max(row["input_ids"].shape[1] for row in rows)
-
-    def column(name: str) -> Tensor:
-        fill = pad_token if name == "input_ids" else 0
-        return torch.cat([_pad_left(row[name], row["input_ids"].shape, width, fill) for row in rows])
-
-    return {name: column(name) for name in rows[0]}
-
-
-def _pad_left(tensor: Tensor, prompt_shape: torch.Size, width: int, fill: int) -> Tensor:
-    return pad(tensor, (width - tensor.shape[1], 0), value=fill) if tensor.shape == prompt_shape else tensor
-
-
-class _Meter(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types
-    """Called by `generate` after every step: shares its time over the rows active in it, and ends abandoned rows."""
-
-    def __init__(self, source: Source, job_ids: Sequence[int], ends: Sequence[int]) -> None:
-        self.source = source
-        self.job_ids = job_ids
-        self.ends = frozenset(ends)
-        self.abandoned: set[int] = set()
-        self.active = set(range(len(job_ids)))
-        self.share_ms = [0.0] * len(job_ids)
-        self.prefill_ms = [0.0] * len(job_ids)
-        self.first = True
-        self.since = time.perf_counter()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        newest = input_ids[:, -1].tolist()  # waits for the step to finish on the device
-        self._share(time.perf_counter())
-        lost = self.source.step()
-        self.abandoned |= {row for row in self.active if self.job_ids[row] in lost}
-        self.active -= self.abandoned | {row for row in self.active if newest[row] in self.ends}
-        done = [row in self.abandoned for row in range(len(self.job_ids))]
-        return torch.tensor(done, device=input_ids.device)
-
-    def _share(self, now: float) -> None:
-        step_ms = (now - self.since) * 1000
-        self.since = now
-        for row in self.active:
-            self.share_ms[row] += step_ms / len(self.active)
-        if self.first:
-            self.prefill_ms = list(self.share_ms)
-            self.first = False
-
-
-class _Finite(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types
-    """Remembers the rows whose logits overflowed: half precision prints them as a row of exclamation marks."""
-
-    def __init__(self) -> None:
-        self._bad: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        bad = ~torch.isfinite(scores).all(dim=-1)
-        self._bad = bad if self._bad is None else self._bad | bad
-        return scores
-
-    def bad(self) -> list[bool]:
-        assert self._bad is not None, "generate has not run"
-        return [bool(bad) for bad in self._bad.tolist()]
+    def _shrink(self, picture: Prepared) -> Prepared | None:
+        """The picture in fewer visual tokens, flagged; None if the model makes no fewer of it."""
+        image = picture.inputs.picture
+        while min(image.size) > 1:
+            image = image.resize([max(1, round(side * SHRINK)) for side in image.size], Resampling.LANCZOS)
+            smaller = self.prepare(picture.job_id, image)
+            if smaller.n_tokens < picture.n_tokens:
+                message = "out of memory with one picture of %d prompt tokens: fewer pixels make it %d"
+                log.warning(message, picture.n_tokens, smaller.n_tokens)
+                return replace(smaller, inputs=replace(smaller.inputs, flags="fewer_pixels"))
+        return None
 
 
 # --- Loading ---------------------------------------------------------------------------------------------------
@@ -250,10 +147,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _quieten() -> None:

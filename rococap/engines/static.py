@@ -1,0 +1,117 @@
+"""Static batches by the model's own `generate`: for models, and recipes, that the continuous loop does not know."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from rococap.engines import Completion, Prepared, Source, gather
+from rococap.engines.decoding import Loaded, Row, out_of_memory, share
+
+log = logging.getLogger(__name__)
+
+
+class StaticDecoder:
+    """Batches of up to `limit`. `shrink` makes a picture smaller that is too large alone, or cannot."""
+
+    def __init__(self, loaded: Loaded, limit: int, shrink: Callable[[Prepared], Prepared | None]) -> None:
+        self.loaded = loaded
+        self.limit = limit
+        self._shrink = shrink
+
+    def run(self, source: Source) -> Iterator[Completion]:
+        while batch := gather(source, self.limit):
+            now = time.perf_counter()
+            yield from self._caption([Row(picture, now, []) for picture in batch], source)
+
+    def _caption(self, rows: list[Row], source: Source) -> Iterator[Completion]:
+        try:
+            done = self._generate(rows, source)
+        except torch.OutOfMemoryError:
+            done = None  # handled below: the error holds on to what was allocated
+        if done is None:
+            yield from self._caption_smaller(rows, source)
+        else:
+            now = time.perf_counter()
+            yield from (row.completion(self.loaded, now) for row in done)
+
+    def _caption_smaller(self, rows: list[Row], source: Source) -> Iterator[Completion]:
+        self.loaded.free_memory()
+        if len(rows) == 1:
+            if (smaller := self._shrink(rows[0].picture)) is None:
+                yield out_of_memory(rows[0].picture)
+            else:
+                rows[0].picture = smaller
+                yield from self._caption(rows, source)
+            return
+        half = len(rows) // 2
+        if half < self.limit:
+            self.limit = half
+            log.warning("out of memory with %d pictures at a time: going on with %d", len(rows), half)
+        for part in (rows[:half], rows[half:]):
+            yield from self._caption(part, source)
+
+    @torch.inference_mode()
+    def _generate(self, rows: Sequence[Row], source: Source) -> list[Row]:
+        """The rows that were not abandoned, captioned."""
+        meter, finite = _Meter(source, rows, self.loaded.ends), _Finite()
+        inputs = self.loaded.batch([row.picture for row in rows])
+        output = self.loaded.model.generate(
+            **inputs,
+            stopping_criteria=StoppingCriteriaList([meter]),
+            logits_processor=LogitsProcessorList([finite]),
+        )
+        new = output[:, inputs["input_ids"].shape[1] :].tolist()
+        for row, tokens, is_bad in zip(rows, new, finite.bad(), strict=True):
+            row.tokens, row.is_finite = tokens, not is_bad
+        return [row for slot, row in enumerate(rows) if slot not in meter.abandoned]
+
+
+class _Meter(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types
+    """Called by `generate` after every step: shares its time over the rows active in it, and ends abandoned rows."""
+
+    def __init__(self, source: Source, rows: Sequence[Row], ends: frozenset[int]) -> None:
+        self.source = source
+        self.rows = rows
+        self.ends = ends
+        self.abandoned: set[int] = set()
+        self.active = set(range(len(rows)))
+        self.first = True
+        self.since = time.perf_counter()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        newest = input_ids[:, -1].tolist()  # waits for the step to finish on the device
+        self._share(time.perf_counter())
+        lost = self.source.step(len(self.active))
+        self.abandoned |= {slot for slot in self.active if self.rows[slot].picture.job_id in lost}
+        self.active -= self.abandoned | {slot for slot in self.active if newest[slot] in self.ends}
+        done = [slot in self.abandoned for slot in range(len(self.rows))]
+        return torch.tensor(done, device=input_ids.device)
+
+    def _share(self, now: float) -> None:
+        share([self.rows[slot] for slot in self.active], now - self.since)
+        self.since = now
+        if self.first:
+            for row in self.rows:
+                row.prefill_ms = row.share_ms
+            self.first = False
+
+
+class _Finite(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types
+    """Remembers the rows whose logits overflowed: half precision prints them as a row of exclamation marks."""
+
+    def __init__(self) -> None:
+        self._bad: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        bad = ~torch.isfinite(scores).all(dim=-1)
+        self._bad = bad if self._bad is None else self._bad | bad
+        return scores
+
+    def bad(self) -> list[bool]:
+        assert self._bad is not None, "generate has not run"
+        return [bool(bad) for bad in self._bad.tolist()]
