@@ -7,9 +7,10 @@ import pytest
 from samples import fill
 from small_engine import INFO, SmallEngine
 
-from rococap import db, pipeline, queue
-from rococap.engines import Prepared
+from rococap import datasets, db, pipeline, queue
+from rococap.engines import Completion, Prepared
 from rococap.pipeline import Claims, Contact, Pipeline
+from rococap.worker import Settings, work
 
 
 @pytest.fixture
@@ -61,6 +62,74 @@ def test_a_process_that_was_frozen_or_a_machine_that_slept_judges_nobody(clock):
     assert contact.unbroken_sec() == 0
     contact.made()
     assert contact.unbroken_sec() == 0
+
+
+# --- working ahead ---------------------------------------------------------------------------------------------
+
+
+class Readers(list):
+    """Every PictureReader that a pipeline opens."""
+
+    def __call__(self, root: Path) -> datasets.PictureReader:
+        self.append(datasets.PictureReader(root))
+        return self[-1]
+
+
+def test_what_is_leased_is_the_running_rows_and_one_claim_and_row_groups_are_read_once(database, tmp_path, monkeypatch):
+    readers = Readers()
+    monkeypatch.setattr(pipeline, "PictureReader", readers)
+    run = fill(database, tmp_path / "set", 95)  # in row groups of ten
+    with db.transaction(database, write=True) as conn:
+        worker = queue.register_worker(conn, "one", "host", 1, INFO)
+    claims = Claims(worker, "one", run, ["train"], size=8, ttl_ms=60_000, preparers=3)
+    source = Pipeline(database, claims, tmp_path / "set", SmallEngine(), report=lambda completion: None)
+    source.start()
+    running: list[Prepared] = []
+    done = 0
+    while batch := source.take(3, 0 if running else None) or running:
+        running = [*running, *batch] if batch is not running else running
+        time.sleep(0.005)  # the model's, while the pipeline claims and prepares
+        with db.transaction(database) as conn:
+            assert queue.unfinished(conn, run, ["train"])["leased"] <= len(running) + claims.size
+        finished, running = running[:2], running[2:]
+        for picture in finished:
+            lease = source.lease_of(picture.job_id)
+            with db.transaction(database, write=True) as conn:
+                queue.complete(conn, lease, [Completion(picture.job_id, "A caption.")])
+            source.settle(lease, [picture.job_id])
+            done += 1
+        assert len({picture.job_id for picture in running}) == len(running)
+    assert done == 95
+    assert [reader.row_groups_opened for reader in readers] == [10]
+
+
+def test_pictures_with_a_like_number_of_tokens_meet(held):
+    source, lease = held
+    source.take(2, 0)
+    for n_tokens, job in zip((10, 90), lease.jobs, strict=True):
+        source._state.ready.append(Prepared(job.id, None, n_tokens))
+    assert [picture.n_tokens for picture in source.take(1, 0)] == [90]
+    assert [picture.n_tokens for picture in source.take(1, 0)] == [10]
+
+
+def test_the_pipeline_tells_how_full_the_steps_were_and_how_long_the_engine_waited(held):
+    source, _ = held
+    source.take(2, 0)
+    for rows in (0, 2, 1):
+        source.step(rows)
+    assert (source.usage.steps, source.usage.rows) == (2, 3)
+    assert source.take(1, 0.05) == []
+    assert 0.05 <= source.usage.waited_sec < 1
+
+
+def test_whatever_breaks_while_preparing_ends_the_worker(database, tmp_path):
+    class Broken(SmallEngine):
+        def prepare(self, job_id, picture):
+            raise RuntimeError("not about this picture")
+
+    fill(database, tmp_path / "set", 12)
+    with pytest.raises(RuntimeError, match="not about this picture"):
+        work(database, Settings(), load=lambda *_: Broken())
 
 
 # --- fencing ---------------------------------------------------------------------------------------------------

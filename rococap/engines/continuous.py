@@ -266,7 +266,7 @@ class ContinuousDecoder:
             row.prefill_ms = row.prefill_ms or row.share_ms
             row.tokens.append(token)
             row.is_finite = not is_bad
-            if is_bad or token in self.loaded.ends or len(row.tokens) == self.loaded.max_new_tokens:
+            if self.loaded.is_over(row):
                 finished.add(slot)
         done = [self._rows[slot] for slot in sorted(finished)]
         self._remove(finished)

@@ -37,6 +37,9 @@ class Loaded:
     pad: int
     max_new_tokens: int
 
+    def is_over(self, row: "Row") -> bool:
+        return not row.is_finite or row.tokens[-1] in self.ends or len(row.tokens) == self.max_new_tokens
+
     def batch(self, pictures: Sequence[Prepared]) -> dict[str, Tensor]:
         """One left-padded batch on the device."""
         inputs = collate([picture.inputs.tensors for picture in pictures], self.pad)

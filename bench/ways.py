@@ -1,0 +1,222 @@
+"""Ways of captioning the same pictures with the same weights, each written as its user would write it."""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, fields
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, StoppingCriteriaList, pipeline
+
+from rococap import db
+from rococap.datasets import locate
+from rococap.engines import Completion, Engine, Options, Prepared
+from rococap.engines.decoding import Loaded, Row, collate
+from rococap.engines.hf import TransformersEngine
+from rococap.enqueue import enqueue
+from rococap.recipe import Recipe
+from rococap.worker import Settings, work
+
+SPREAD = 0.65
+"""Of the logarithm of forced lengths: with a mean of 33 tokens one in a hundred is longer than 120, as captions are."""
+
+
+def uneven_lengths(n: int, mean: int, most: int) -> list[int]:
+    """Lengths as those of ROCOv2's captions in Qwen2's tokens are spread: lognormal."""
+    rng, median = random.Random(0), mean / 2.718281828 ** (SPREAD**2 / 2)
+    return [max(2, min(most, round(median * rng.lognormvariate(0, SPREAD)))) for _ in range(n)]
+
+
+# --- ours ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Forced(Loaded):
+    """A model whose captions have the lengths that they are told, whatever it says: job n has the nth, from 1."""
+
+    lengths: Sequence[int] = ()
+
+    def is_over(self, row: Row) -> bool:
+        return len(row.tokens) == self.lengths[(row.picture.job_id - 1) % len(self.lengths)]
+
+
+def load(recipe: Recipe, options: Options, lengths: Sequence[int] | None = None) -> TransformersEngine:
+    engine = TransformersEngine(recipe, options)
+    engine.load()
+    if lengths is not None:
+        of = engine.loaded
+        engine.loaded = Forced(**{field.name: getattr(of, field.name) for field in fields(of)}, lengths=lengths)
+        engine.decoder.loaded = engine.loaded
+    return engine
+
+
+class Memory:
+    """A Source over pictures that are prepared."""
+
+    def __init__(self, prepared: Sequence[Prepared]) -> None:
+        self._left = list(prepared)
+
+    def take(self, most: int, wait: float | None) -> list[Prepared]:
+        taken, self._left = self._left[:most], self._left[most:]
+        return taken
+
+    def step(self, rows: int) -> Set[int]:
+        return frozenset()
+
+
+def from_memory(engine: Engine, prepared: Sequence[Prepared]) -> tuple[float, list[Completion]]:
+    started = time.perf_counter()
+    completions = list(engine.run(Memory(prepared)))
+    return time.perf_counter() - started, sorted(completions, key=lambda completion: completion.job_id)
+
+
+def whole_worker(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> tuple[float, float]:
+    """Seconds from the loaded model to the last stored caption, and the share of them that the model worked."""
+    database = db.connect(f"sqlite:///{folder / 'queue.db'}")
+    enqueue(database, locate(str(root), ["train"]), ["train"], run="default", recipe=recipe)
+    outcome = work(database, Settings(), load=lambda *_: Ready(engine))
+    with db.transaction(database) as conn:
+        model_ms = db.execute(conn, "SELECT sum(processing_ms) FROM captions").scalar_one()
+    database.dispose()
+    return outcome.seconds, model_ms / 1000 / outcome.seconds
+
+
+def resident(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> list[tuple[int, float]]:
+    """(captions stored, resident megabytes) after each group that a worker stored."""
+    database = db.connect(f"sqlite:///{folder / 'queue.db'}")
+    enqueue(database, locate(str(root), ["train"]), ["train"], run="default", recipe=recipe)
+    process = psutil.Process()
+    sizes: list[tuple[int, float]] = []
+    work(
+        database,
+        Settings(),
+        report=lambda outcome, _: sizes.append((outcome.done, process.memory_info().rss / 1e6)),
+        load=lambda *_: Ready(engine),
+    )
+    database.dispose()
+    return sizes
+
+
+class Ready:
+    """An engine that is loaded already and stays so."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.info, self.batch_size = engine.info, engine.batch_size
+        self.prepare, self.run = engine.prepare, engine.run
+
+    def load(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# --- the others ------------------------------------------------------------------------------------------------
+
+
+def pictures_of(root: Path) -> Iterator[Image.Image]:
+    for path in sorted((root / "data").glob("train-*.parquet")):
+        for row in pq.read_table(path, columns=["image"]).to_pylist():
+            yield Image.open(BytesIO(row["image"]["bytes"])).convert("RGB")
+
+
+@dataclass
+class Stock:
+    """The model and processor as transformers' users load them."""
+
+    model: Any
+    processor: Any
+    question: str
+    prompt: str
+    max_new_tokens: int
+
+    def generate(self, inputs: Any, lengths: Sequence[int] | None) -> torch.Tensor:
+        """New tokens [rows, longest]. Forced lengths: a row ends at its own, and no token ends it before."""
+        width = inputs["input_ids"].shape[1]
+        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": self.max_new_tokens}
+        if lengths is not None:
+            settings |= {"max_new_tokens": max(lengths), "eos_token_id": None}
+            settings["stopping_criteria"] = StoppingCriteriaList([Lengths(lengths, width)])
+        with torch.inference_mode():
+            return self.model.generate(**inputs, **settings)[:, width:]
+
+
+class Lengths(StoppingCriteria):  # type: ignore[misc]
+    def __init__(self, lengths: Sequence[int], width: int) -> None:
+        self.lengths, self.width = torch.tensor(lengths), width
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return self.lengths <= input_ids.shape[1] - self.width
+
+
+def stock(recipe: Recipe) -> Stock:
+    dtype = getattr(torch, recipe.dtype)
+    model = AutoModelForImageTextToText.from_pretrained(recipe.model, dtype=dtype).eval()
+    processor = AutoProcessor.from_pretrained(recipe.model)
+    processor.image_processor.size = {"shortest_edge": recipe.min_pixels, "longest_edge": recipe.max_pixels}
+    processor.tokenizer.padding_side = "left"
+    prompt = processor.apply_chat_template([_asked(recipe.prompt)], tokenize=False, add_generation_prompt=True)
+    return Stock(model, processor, recipe.prompt, prompt, recipe.max_new_tokens)
+
+
+def _asked(question: str, picture: Image.Image | None = None) -> dict[str, Any]:
+    image = {"type": "image"} if picture is None else {"type": "image", "image": picture}
+    return {"role": "user", "content": [image, {"type": "text", "text": question}]}
+
+
+def old_script(model: Stock, root: Path, lengths: Sequence[int] | None) -> list[str]:
+    """One picture at a time: read, prepare, generate, decode."""
+    said = []
+    for number, picture in enumerate(pictures_of(root)):
+        inputs = model.processor(text=[model.prompt], images=[picture], return_tensors="pt")
+        tokens = model.generate(inputs, None if lengths is None else [lengths[number]])
+        said.append(model.processor.batch_decode(tokens, skip_special_tokens=True)[0])
+    return said
+
+
+def static_batches(model: Stock, prepared: Sequence[Prepared], size: int, lengths: Sequence[int] | None) -> list[Any]:
+    """`generate` on batches in order of arrival, prepared beforehand."""
+    said: list[Any] = []
+    for start in range(0, len(prepared), size):
+        batch = prepared[start : start + size]
+        inputs = collate([picture.inputs.tensors for picture in batch], model.processor.tokenizer.pad_token_id)
+        ends = None if lengths is None else lengths[start : start + size]
+        tokens = model.generate(inputs, ends).tolist()
+        said += [row[:end] for row, end in zip(tokens, ends or [None] * len(tokens), strict=True)]
+    return said
+
+
+def stock_pipeline(model: Stock, size: int, lengths: Sequence[int] | None) -> Callable[[Path], list[str]]:
+    """transformers' own pipeline, in batches."""
+    pipe = pipeline("image-text-to-text", model=model.model, processor=model.processor)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": model.max_new_tokens}
+
+    def run(root: Path) -> list[str]:
+        if lengths is not None:
+            ends = BatchLengths(lengths, size)
+            more = {"stopping_criteria": StoppingCriteriaList([ends]), "eos_token_id": None}
+            settings.update(more, max_new_tokens=max(lengths))
+        chats = [[_asked(model.question, picture)] for picture in pictures_of(root)]
+        outputs = pipe(text=chats, batch_size=size, generate_kwargs=settings, return_full_text=False)
+        return [one[0]["generated_text"] for one in outputs]
+
+    return run
+
+
+class BatchLengths(StoppingCriteria):  # type: ignore[misc]
+    """`Lengths` for a pipeline, which says nothing of where in the list its batches begin: they come in order."""
+
+    def __init__(self, lengths: Sequence[int], size: int) -> None:
+        self.lengths, self.size = torch.tensor(lengths), size
+        self.start, self.width, self.seen = -size, 0, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if input_ids.shape[1] != self.seen + 1:  # another batch
+            self.start, self.width = self.start + self.size, input_ids.shape[1] - 1
+        self.seen = input_ids.shape[1]
+        return self.lengths[self.start : self.start + input_ids.shape[0]] <= self.seen - self.width

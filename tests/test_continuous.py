@@ -1,0 +1,226 @@
+"""Continuous decoding says token for token what the model's own `generate` says of each picture alone."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from rococap.demo import MODEL
+from rococap.demo.phantoms import HELD_OUT_SEEDS, draw
+from rococap.engines import Completion, Options, Prepared, continuous
+from rococap.engines.decoding import Loaded, Row
+from rococap.engines.hf import TransformersEngine
+from rococap.engines.sizing import choose_limit
+from rococap.errors import ModelError
+from rococap.recipe import Recipe
+
+RECIPE = Recipe(model=str(MODEL), max_new_tokens=40, dtype="float32")
+SIZES = [(112, 112), (300, 60), (64, 200), (30, 30), (250, 250), (90, 140), (28, 140), (450, 200)]
+PROMPTS = [RECIPE.prompt, "What is shown?"]
+MOST = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Recording(Loaded):
+    """Ends captions at told lengths, whatever the model says, and keeps their tokens."""
+
+    lengths: dict[int, int]
+    said: dict[int, list[int]]
+
+    def is_over(self, row: Row) -> bool:
+        self.said[row.picture.job_id] = list(row.tokens)
+        return len(row.tokens) == self.lengths[row.picture.job_id]
+
+
+class Arriving:
+    """A Source whose pictures come in portions, one portion a step; named jobs are abandoned after so many steps."""
+
+    def __init__(self, portions: Sequence[Sequence[Prepared]], abandoned: dict[int, int] | None = None) -> None:
+        self.portions = [list(portion) for portion in portions]
+        self.ready: list[Prepared] = []
+        self.abandoned = abandoned or {}
+        self.steps = 0
+        self.most_taken = 0
+
+    def take(self, most: int, wait: float | None) -> list[Prepared]:
+        while wait is None and not self.ready and self.portions:
+            self.arrive()
+        taken, self.ready = self.ready[:most], self.ready[most:]
+        return taken
+
+    def arrive(self) -> None:
+        if self.portions:
+            self.ready += self.portions.pop(0)
+
+    def step(self, rows: int) -> set[int]:
+        self.steps += 1
+        self.most_taken = max(self.most_taken, rows)
+        self.arrive()
+        return {job_id for job_id, at in self.abandoned.items() if self.steps >= at}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(RECIPE, Options("cpu", 8, "continuous"))
+    engine.load()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def prepared(engine) -> list[Prepared]:
+    """Every size with every prompt."""
+    pictures = [draw(seed).image.convert("RGB") for seed in HELD_OUT_SEEDS["validation"][: 2 * len(SIZES)]]
+    asked, made = engine.prompt, []
+    for prompt in PROMPTS:
+        engine.prompt = asked.replace(RECIPE.prompt, prompt)
+        assert (engine.prompt == asked) == (prompt == RECIPE.prompt)
+        for size in SIZES:
+            made.append(engine.prepare(len(made), pictures[len(made)].resize(size)))
+    engine.prompt = asked
+    assert len({picture.n_tokens for picture in made}) > 8
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(engine, prepared) -> list[list[int]]:
+    """What `generate` says of each picture alone, going on after every end."""
+    said = []
+    for picture in prepared:
+        inputs = engine.loaded.batch([picture])
+        with torch.inference_mode():
+            output = engine.loaded.model.generate(**inputs, max_new_tokens=MOST, eos_token_id=None)
+        said.append(output[0, picture.n_tokens :].tolist())
+    assert len({tuple(tokens) for tokens in said}) == len(said)
+    return said
+
+
+def decode(
+    engine: TransformersEngine, source: Arriving, batch_size: int, lengths: dict[int, int]
+) -> tuple[dict[int, list[int]], list[Completion]]:
+    loaded = engine.loaded
+    known = {field.name: getattr(loaded, field.name) for field in fields(loaded)}
+    recording = Recording(**known, lengths=lengths, said={})
+    decoder = continuous.ContinuousDecoder(recording, batch_size, lambda picture: None)
+    completions = list(decoder.run(source))
+    return recording.said, completions
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_mix_of_sizes_prompts_lengths_and_arrivals_says_the_same(engine, prepared, alone, data):
+    jobs = data.draw(st.permutations(range(len(prepared))))[: data.draw(st.integers(1, len(prepared)))]
+    lengths = {job: data.draw(st.integers(1, MOST)) for job in jobs}
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(jobs)), max_size=5)) | {len(jobs)})
+    portions = [[prepared[job] for job in jobs[start:end]] for start, end in zip([0, *cuts], cuts, strict=False)]
+    batch_size = data.draw(st.integers(1, 9))
+    source = Arriving(portions)
+    said, completions = decode(engine, source, batch_size, lengths)
+    assert said == {job: alone[job][: lengths[job]] for job in jobs}
+    assert sorted(c.job_id for c in completions) == sorted(jobs)
+    assert all(c.new_tokens <= lengths[c.job_id] for c in completions)
+    assert source.most_taken <= batch_size
+
+
+def test_a_row_that_is_abandoned_disturbs_no_other(engine, prepared, alone):
+    lengths = dict.fromkeys(range(8), MOST) | {1: 10, 6: 20}
+    source = Arriving([prepared[:8]], abandoned={0: 5, 3: 12, 5: 12, 7: 1})
+    said, completions = decode(engine, source, 8, lengths)
+    assert sorted(c.job_id for c in completions) == [1, 2, 4, 6]
+    assert all(said[job] == alone[job][: lengths[job]] for job in (1, 2, 4, 6))
+
+
+def test_a_picture_that_waits_for_room_can_be_abandoned_too(engine, prepared):
+    source = Arriving([prepared[:3]], abandoned={2: 1})
+    source.take = lambda most, wait, taken=source.take: taken(3, wait)  # more than there is room for
+    _, completions = decode(engine, source, 2, dict.fromkeys(range(3), 5))
+    assert sorted(c.job_id for c in completions) == [0, 1]
+
+
+def test_a_caption_leaves_as_it_ends_and_the_next_picture_takes_its_place(engine, prepared):
+    lengths = {0: 40, 1: 3, 2: 3, 3: 3}
+    source = Arriving([prepared[:4]])
+    _, completions = decode(engine, source, 2, lengths)
+    assert [c.job_id for c in completions] == [1, 2, 3, 0]
+    assert source.steps <= 40 + 3
+
+
+def test_the_time_of_all_captions_is_the_time_of_the_steps(engine, prepared):
+    lengths = {job: 5 + 3 * (job % 8) for job in range(len(prepared))}
+    _, completions = decode(engine, Arriving([prepared]), 6, lengths)
+    assert all(0 < c.prefill_ms <= c.processing_ms <= c.latency_ms + 1e-6 for c in completions)
+    assert {c.batch_size for c in completions} == {6}
+
+
+# --- which models, how many rows -------------------------------------------------------------------------------
+
+
+def test_a_model_whose_cache_is_another_is_decoded_in_static_batches_and_the_log_says_so(engine, caplog, monkeypatch):
+    monkeypatch.setattr(engine.loaded.model.config.text_config, "layer_types", ["sliding_attention"] * 3)
+    monkeypatch.setattr(engine.loaded.model.config.text_config, "sliding_window", 16, raising=False)
+    monkeypatch.setattr(engine, "options", Options("cpu", 8, "auto"))
+    with caplog.at_level(logging.INFO):
+        assert type(engine._choose_decoder()).__name__ == "StaticDecoder"
+    assert "decoding in static batches: its cache is not one that the loop knows" in caplog.text
+    monkeypatch.setattr(engine, "options", Options("cpu", 8, "continuous"))
+    with pytest.raises(ModelError, match=r"cannot be decoded continuously: its cache .* Use --decode static"):
+        engine._choose_decoder()
+
+
+def test_a_recipe_that_is_not_greedy_is_decoded_in_static_batches():
+    engine = TransformersEngine(
+        Recipe(model=str(MODEL), max_new_tokens=4, dtype="float32", num_beams=2), Options("cpu")
+    )
+    engine.load()
+    assert type(engine.decoder).__name__ == "StaticDecoder"
+    assert engine.batch_size == 16
+    engine.close()
+
+
+def steps_of(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float]) -> list[int]:
+    """Makes a step of n rows take so long; returns the numbers of rows that were measured."""
+    measured = []
+
+    def probe(picture: Prepared, n: int, n_read: int) -> tuple[float, int]:
+        measured.append(n)
+        if n not in seconds:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return seconds[n], 1000
+
+    monkeypatch.setattr(engine.decoder, "probe", probe)
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen", "measured"),
+    [
+        ({4: 1.0, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0}, 64, [4, 8, 16, 32, 64]),
+        ({4: 1.0, 8: 1.0, 16: 1.9, 32: 3.9}, 8, [4, 8, 16, 32]),
+        ({4: 1.0, 8: 1.0, 16: 1.0}, 16, [4, 8, 16, 32]),
+        ({}, 1, [4]),
+    ],
+    ids=["more is faster", "slow steps end it", "memory ends it", "not even four fit"],
+)
+def test_the_batch_size_is_the_smallest_that_is_about_as_fast_as_any(engine, monkeypatch, seconds, chosen, measured):
+    seen = steps_of(engine, monkeypatch, seconds)
+    assert choose_limit(engine.decoder, engine.prepare, RECIPE.max_pixels) == chosen
+    assert seen == measured
+
+
+def test_measuring_leaves_the_decoder_as_it_was(engine, prepared, alone):
+    limit = choose_limit(engine.decoder, engine.prepare, RECIPE.max_pixels)
+    assert limit in (1, 4, 8, 16, 32, 64)
+    assert engine.batch_size == 8
+    texts = [completion.text for completion in engine.run(Arriving([prepared[:1]]))]
+    expected = engine.loaded.tokenizer.decode(alone[0][: len(alone[0])], skip_special_tokens=True)
+    assert expected.startswith(texts[0])
+
+
+def test_a_picture_of_noise_is_not_larger_than_the_recipe_allows(engine):
+    picture = engine.prepare(0, Image.effect_noise((512, 512), 64).convert("RGB"))
+    assert picture.n_tokens < 512 * 512 / 784 + 40
