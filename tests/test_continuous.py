@@ -79,10 +79,12 @@ def prepared(engine) -> list[Prepared]:
     asked, made = engine.prompt, []
     for prompt in PROMPTS:
         engine.prompt = asked.replace(RECIPE.prompt, prompt)
+        engine._texts.clear()
         assert (engine.prompt == asked) == (prompt == RECIPE.prompt)
         for size in SIZES:
             made.append(engine.prepare(len(made), pictures[len(made)].resize(size)))
     engine.prompt = asked
+    engine._texts.clear()
     assert len({picture.n_tokens for picture in made}) > 8
     return made
 

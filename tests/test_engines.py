@@ -110,6 +110,16 @@ def test_a_collated_batch_is_what_the_processor_makes_of_the_pictures_together(e
     assert {name: torch.equal(ours[name], theirs[name]) for name in ours} == dict.fromkeys(ours, True)
 
 
+def test_a_prompt_that_was_kept_for_a_pictures_shape_is_what_the_processor_says(engine):
+    images = [PHANTOMS[0].image.convert("RGB").resize(size) for size in [(112, 112), (150, 90), (112, 112), (150, 90)]]
+    ours = [engine.prepare(0, image).inputs.tensors for image in images]
+    theirs = [dict(engine.processor(text=[engine.prompt], images=[image], return_tensors="pt")) for image in images]
+    assert ours[2]["input_ids"] is ours[0]["input_ids"], "it was not kept"
+    for mine, its in zip(ours, theirs, strict=True):
+        assert mine.keys() == its.keys()
+        assert all(torch.equal(mine[name], its[name]) for name in its)
+
+
 def test_every_picture_taken_gets_one_completion_with_its_measures(engine):
     started = time.perf_counter()
     completions = captions(engine, [phantom.image.convert("RGB") for phantom in PHANTOMS], 5)

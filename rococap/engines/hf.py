@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from PIL.Image import Image, Resampling
+from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -31,6 +32,8 @@ from rococap.recipe import Recipe
 log = logging.getLogger(__name__)
 
 STATIC_BATCH = 16
+MOST_TEXTS = 2_000
+SMALL_TABLE = 32
 SHRINK = 0.7
 """By how much the sides of a picture that is too large are reduced: its area is halved."""
 
@@ -43,6 +46,7 @@ class TransformersEngine:
         self.options = options
         self.device = _device(options.device)
         self.dtype = choose_dtype(recipe.dtype, self.device)
+        self._texts: dict[Hashable, dict[str, Tensor]] = {}
 
     def load(self) -> None:
         _quieten()
@@ -75,10 +79,25 @@ class TransformersEngine:
 
     def prepare(self, job_id: int, picture: Image) -> Prepared:
         try:
-            tensors = self.processor(text=[self.prompt], images=[picture], return_tensors="pt")
+            tensors = self._process(picture)
         except ValueError as error:
             raise PictureError("unprocessable", f"The model's processor refuses this picture: {error}") from error
-        return Prepared(job_id, Inputs(dict(tensors), picture), tensors["input_ids"].shape[1])
+        return Prepared(job_id, Inputs(tensors, picture), tensors["input_ids"].shape[1])
+
+    def _process(self, picture: Image) -> dict[str, Tensor]:
+        """The processor's output. Half of its time goes into the prompt, of which only the number of image tokens
+        changes, and that with the shape of what the picture became: it is kept.
+        """
+        image = dict(self.processor.image_processor(images=[picture], return_tensors="pt"))
+        shape = _shape(image)
+        if shape not in self._texts:
+            whole = dict(self.processor(text=[self.prompt], images=[picture], return_tensors="pt"))
+            if shape is None or not all(name in whole and torch.equal(whole[name], image[name]) for name in image):
+                return whole
+            if len(self._texts) == MOST_TEXTS:
+                self._texts.clear()
+            self._texts[shape] = {name: tensor for name, tensor in whole.items() if name not in image}
+        return self._texts[shape] | image
 
     def run(self, source: Source) -> Iterator[Completion]:
         return self.decoder.run(source)
@@ -121,6 +140,20 @@ class TransformersEngine:
                 log.warning(message, picture.n_tokens, smaller.n_tokens)
                 return replace(smaller, inputs=replace(smaller.inputs, flags="fewer_pixels"))
         return None
+
+
+def _shape(image: Mapping[str, object]) -> Hashable:
+    """What an image processor's output tells of the picture's shape: sizes, and small tables like a grid's.
+
+    None if it holds something else than tensors.
+    """
+    if not all(isinstance(tensor, Tensor) for tensor in image.values()):
+        return None
+    return tuple(
+        (name, tensor.shape, tuple(tensor.flatten().tolist()) if tensor.numel() < SMALL_TABLE else ())
+        for name, tensor in image.items()
+        if isinstance(tensor, Tensor)
+    )
 
 
 # --- Loading ---------------------------------------------------------------------------------------------------
