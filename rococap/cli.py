@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
 
@@ -91,7 +92,7 @@ def cli(ctx: click.Context, url: str, force: bool, debug: bool) -> None:
 
     Captions are made by a machine and are not for clinical use.
     """
-    ctx.obj = Target(url, force)
+    ctx.obj = Target(url, force, debug)
     _set_up_logging(debug)
 
 
@@ -119,10 +120,11 @@ def _console() -> Any:
 
 @dataclass(slots=True)
 class Target:
-    """The database that the options before and after the command name."""
+    """The database that the options before and after the command name, and how to open it."""
 
     url: str
     force: bool
+    debug: bool
 
 
 def _database() -> Database:
@@ -322,11 +324,28 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
     return None if value == "auto" else click.IntRange(1, 4096)(value, param, ctx)
 
 
+def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
+    if value is None:
+        return None
+    from rococap import crew
+
+    try:
+        return crew.parse_devices(value, crew.count_gpus)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 @cli.command()
 @run_option("The run to work on. [default: `default`, or the only one that has work]")
 @splits_option()
 @click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="auto: the first GPU, else the CPU."
+)
+@click.option(
+    "--devices",
+    callback=_devices,
+    metavar="all|0,1,…|cpu:N",
+    help="One process per GPU, or N on the CPU that share its cores: started again when they die, stopped together.",
 )
 @click.option(
     "--batch-size",
@@ -343,7 +362,7 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
     show_default=True,
     help="A finished caption makes room for the next picture at once, or batch after batch. [auto: as the model can]",
 )
-@click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Stop after N pictures.")
+@click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Stop after N pictures in all.")
 @click.option("--wait", is_flag=True, help="Keep polling for new work instead of ending when all is done.")
 @click.option(
     "--lease-ttl",
@@ -369,15 +388,61 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
     metavar="SECONDS",
     help="A model that makes no step for so long hangs: the worker ends.",
 )
+@click.option("--member", "is_member", is_flag=True, hidden=True, help="A process that --devices started.")
 @db_option
-def worker(run_name: str | None, splits: tuple[str, ...], **options: Any) -> None:
-    """Claim pictures in batches, caption them, store them. Start one per GPU; any number may run at once."""
+@click.pass_context
+def worker(
+    ctx: click.Context,
+    /,
+    run_name: str | None,
+    splits: tuple[str, ...],
+    devices: list[str] | None,
+    is_member: bool,
+    **options: Any,
+) -> None:
+    """Claim pictures in batches, caption them, store them. Any number may run at once; --devices starts several."""
     from rococap import worker as process
 
+    if devices and ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--devices says it for every process: leave --device out.")
+    settings = process.Settings(run=run_name, splits=splits, **options)
+    if devices:
+        _work_on(devices, settings)
+    elif is_member:
+        _be_member(settings)
+    else:
+        database = _database()
+        with _worker_progress() as report:
+            outcome = process.work(database, settings, report)
+        _echo_outcome(outcome)
+
+
+def _work_on(devices: Sequence[str], settings: Any) -> None:
+    from rococap import crew
+
+    target = click.get_current_context().find_root().obj
+    command = crew.worker_command(force=target.force, debug=target.debug)
     database = _database()
     with _worker_progress() as report:
-        outcome = process.work(database, process.Settings(run=run_name, splits=splits, **options), report)
-    _echo_outcome(outcome)
+        ended = crew.work(database, target.url, settings, devices, command, report, _echo_log_line)
+    if len(ended.signals) > 1:
+        sys.exit(128 + ended.signals[-1])
+    if ended.outcome.seconds or not ended.errors:
+        _echo_outcome(ended.outcome)
+    if ended.errors:
+        raise RococapError("\n".join(ended.errors))
+
+
+def _be_member(settings: Any) -> None:
+    from rococap import crew
+    from rococap import worker as process
+
+    crew.leave_with_parent()
+    crew.tell(process.work(_database(), settings, crew.tell))
+
+
+def _echo_log_line(line: str) -> None:
+    _console().out(line, highlight=False)
 
 
 def _echo_outcome(outcome: Any) -> None:

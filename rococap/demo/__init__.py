@@ -18,6 +18,7 @@ from PIL import Image
 from sqlalchemy import Engine as Database
 
 from rococap import datasets, db, export, queue
+from rococap.crew import shared_threads
 from rococap.datasets import SPLITS, Place
 from rococap.enqueue import enqueue
 from rococap.errors import RococapError
@@ -87,14 +88,7 @@ def _counts(n_images: int) -> Mapping[str, int]:
 
 
 def _run_workers(database: Database, url: str, folder: Path, n_workers: int, progress: Progress) -> None:
-    # Spinning OpenMP threads of two workers on two cores make each other many times slower.
-    threads = str(max(1, (os.cpu_count() or 1) // n_workers))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "passive",
-        "GOMP_SPINCOUNT": "0",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = shared_threads(n_workers, os.environ) | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "rococap", "--db", url, "worker", "--batch-size", "32"]
     logs = [folder / f"worker-{number}.log" for number in range(1, n_workers + 1)]
     with ExitStack() as stack:

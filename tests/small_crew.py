@@ -1,0 +1,46 @@
+"""A crew of small engines as a process: python tests/small_crew.py crew URL OPTIONS. Its members are this file too."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from small_engine import SmallEngine
+
+from rococap import crew, db
+from rococap.worker import Settings, work
+
+
+def small_command(**engine: Any) -> crew.Command:
+    """The command line of a member with the small engine."""
+
+    def command(settings: Settings) -> list[str]:
+        return [sys.executable, __file__, "member", json.dumps(engine), json.dumps(asdict(settings))]
+
+    return command
+
+
+def be_member(engine: dict[str, Any], settings: dict[str, Any]) -> None:
+    crew.leave_with_parent()
+    database = db.connect(os.environ["ROCOCAP_DB"])
+    crew.tell(work(database, Settings(**settings), crew.tell, load=lambda *_: SmallEngine(**engine)))
+
+
+def be_crew(url: str, devices: list[str], engine: dict[str, Any], settings: dict[str, Any]) -> None:
+    ended = crew.work(
+        db.connect(url),
+        url,
+        Settings(**settings),
+        devices,
+        small_command(**engine),
+        echo=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(json.dumps(asdict(ended)))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "member":
+        be_member(*map(json.loads, sys.argv[2:]))
+    else:
+        be_crew(*map(json.loads, sys.argv[2:]))

@@ -1,0 +1,460 @@
+"""Several workers under one parent: real processes, with the small engine or none where the model is not the point."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner
+from samples import fill
+from small_crew import small_command
+from small_engine import caption_of
+from sqlalchemy import Engine
+
+from rococap import crew, datasets, db
+from rococap.cli import cli
+from rococap.crew import Child, Ended
+from rococap.demo import recipe
+from rococap.demo.phantoms import write_dataset
+from rococap.enqueue import enqueue
+from rococap.recipe import Recipe
+from rococap.worker import Settings
+
+CREW = Path(__file__).with_name("small_crew.py")
+
+
+def select(database: Engine, sql: str) -> list[tuple]:
+    with db.transaction(database) as conn:
+        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
+
+
+def statuses(database: Engine) -> dict[str, int]:
+    return dict(select(database, "SELECT status, count(*) FROM jobs GROUP BY status"))
+
+
+def captions(database: Engine) -> list[tuple]:
+    return select(
+        database,
+        "SELECT i.image_id, c.text FROM captions c JOIN jobs j ON j.id = c.job_id JOIN images i ON i.id = j.image_id "
+        "ORDER BY i.id",
+    )
+
+
+def expected(n: int) -> list[tuple]:
+    return [(f"train_{number:05}", caption_of(number)) for number in range(n)]
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def done(database: Engine) -> int:
+    return statuses(database).get("done", 0)
+
+
+@contextmanager
+def running(*command: str, **environment: str) -> Iterator[subprocess.Popen]:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def small_crew(url: str, *, n: int = 2, engine: dict | None = None, **settings):
+    parts = (url, ["cpu"] * n, engine or {}, settings)
+    return running(sys.executable, str(CREW), "crew", *map(json.dumps, parts))
+
+
+def members(parent: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(parent.pid).children()
+
+
+# --- which devices ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "devices"),
+    [
+        ("all", 3, ["cuda:0", "cuda:1", "cuda:2"]),
+        ("all", 1, ["cuda:0"]),
+        ("all", 0, ["cpu"]),
+        ("0", 1, ["cuda:0"]),
+        ("0,1", 4, ["cuda:0", "cuda:1"]),
+        ("3,1", 4, ["cuda:3", "cuda:1"]),
+        ("cpu:1", 0, ["cpu"]),
+        ("cpu:3", 8, ["cpu", "cpu", "cpu"]),
+    ],
+)
+def test_devices_are_all_gpus_or_some_or_so_many_times_the_cpu(text, gpus, devices):
+    assert crew.parse_devices(text, lambda: gpus) == devices
+
+
+NO_DEVICES = "names no devices. Use all, the numbers of GPUs as in 0,1, or cpu:N."
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "message"),
+    [
+        ("2", 2, "There is no GPU 2. Those here are 0 to 1, or all."),
+        ("0,7", 1, "There is no GPU 7. Those here are 0 to 0, or all."),
+        ("0", 0, "There is no GPU 0. There is none here: use cpu:N, or all."),
+        ("1,1", 2, "GPU 1 is named twice: one process for each GPU."),
+        ("01,1", 2, "GPU 1 is named twice: one process for each GPU."),
+        ("cpu:0", 0, "cpu:0 is no number of processes: cpu:N starts N of them, 1 to 256."),
+        ("cpu:257", 0, "cpu:257 is no number of processes: cpu:N starts N of them, 1 to 256."),
+        *[(text, 2, f"{text!r} {NO_DEVICES}") for text in ("fast", "cpu", "cpu:", "cpu:two", "cpu:-1", "cpu:1.5")],
+        *[(text, 2, f"{text!r} {NO_DEVICES}") for text in ("", ",", "0,", ",1", "0 1", "0;1", "-1", "cuda:0", "ALL")],
+        *[(text, 2, f"{text!r} {NO_DEVICES}") for text in ("0,cpu", "all,0", "1.0", "٣", "0x1", "9" * 20)],
+    ],
+)
+def test_what_names_no_devices_is_refused_with_what_would_be_right(text, gpus, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        crew.parse_devices(text, lambda: gpus)
+
+
+def test_gpus_are_counted_only_where_they_matter():
+    assert crew.parse_devices("cpu:2", lambda: pytest.fail("counted")) == ["cpu", "cpu"]
+
+
+def test_a_crew_is_imported_without_torch():
+    subprocess.run([sys.executable, "-c", "import rococap.crew, sys; assert 'torch' not in sys.modules"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--devices", "cpu:0"], "Invalid value for '--devices': cpu:0 is no number of processes: "),
+        (["--devices", "99"], "Invalid value for '--devices': There is no GPU 99. "),
+        (["--devices", "cpu:2", "--device", "auto"], "--devices says it for every process: leave --device out."),
+    ],
+)
+def test_bad_devices_are_usage_errors(options, message):
+    result = CliRunner().invoke(cli, ["worker", *options])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+# --- what each process is given --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "n", "limits"),
+    [(10, 3, [4, 3, 3]), (9, 3, [3, 3, 3]), (2, 3, [1, 1]), (1, 1, [1]), (None, 2, [None] * 2)],
+)
+def test_a_limit_is_shared_out_to_the_last_picture(limit, n, limits):
+    shares = crew.share_out(Settings(limit=limit), ["cpu"] * n)
+    assert [settings.limit for _, settings in shares] == limits
+
+
+def test_processes_are_labelled_by_device():
+    assert [label for label, _ in crew.share_out(Settings(), ["cuda:0", "cuda:3"])] == ["cuda:0", "cuda:3"]
+    assert [label for label, _ in crew.share_out(Settings(), ["cpu", "cpu"])] == ["cpu 1", "cpu 2"]
+    assert [label for label, _ in crew.share_out(Settings(), ["cpu"])] == ["cpu"]
+
+
+EVERY_SETTING = Settings("a", ("train", "test"), "cuda:1", 7, "static", 9, True, 33.5, 4.0, 50.0)
+
+
+def test_every_setting_comes_through_a_members_command_line():
+    context = cli.commands["worker"].make_context("worker", ["--member", *crew.arguments(EVERY_SETTING)])
+    given = context.params
+    assert given.pop("is_member")
+    assert given.pop("devices") is None
+    assert Settings(run=given.pop("run_name"), splits=given.pop("splits"), **given) == EVERY_SETTING
+    defaults = Settings()
+    different = [name for name in Settings.__slots__ if getattr(EVERY_SETTING, name) != getattr(defaults, name)]
+    assert different == list(Settings.__slots__)
+
+
+def test_the_password_is_in_the_environment_of_a_member_and_not_on_its_command_line():
+    url = "postgresql+psycopg://me:secret@host/queue"
+    assert crew.environment(url, ["cuda:0"])["ROCOCAP_DB"] == url
+    command = crew.worker_command(force=True, debug=True)(EVERY_SETTING)
+    assert command[:7] == [sys.executable, "-m", "rococap", "--force", "--debug", "worker", "--member"]
+    assert "secret" not in " ".join(command)
+
+
+def test_processes_on_the_cpu_share_its_cores(monkeypatch):
+    monkeypatch.setattr(crew, "_n_cores", lambda: 8)
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    three, many = (crew.environment("", ["cpu"] * n) for n in (3, 20))
+    assert [three[name] for name in names] == ["2", "passive", "7"]
+    assert many["OMP_NUM_THREADS"] == "1"
+    told = []
+    script = "import os, sys; print(os.environ['OMP_NUM_THREADS'], file=sys.stderr)"
+    crew.supervise([child(script, told.append, around=three)])
+    assert told == ["a  2"]
+
+
+# --- supervising, with a trivial command -----------------------------------------------------------------------
+
+
+def child(script: str, echo: crew.Echo = lambda line: None, *, label: str = "a", limit: int | None = None, around=None):
+    """Runs a piece of Python; its limit is sys.argv[1]."""
+    environment = os.environ if around is None else around
+    return Child(
+        label,
+        Settings(limit=limit),
+        lambda settings: [sys.executable, "-I", "-S", "-c", script, str(settings.limit)],
+        environment,
+        echo,
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(crew, "FIRST_PAUSE_SEC", 0.02)
+
+
+def test_lines_of_a_child_are_told_with_its_device_and_what_it_did_is_added_up():
+    told = []
+    script = 'print(\'{"done": 2, "failed": 1, "seconds": 3}\'); print(\'stray\', flush=True)'
+    ended = crew.supervise([child(script, told.append), child(script, told.append, label="b")])
+    assert sorted(told) == ["a  stray", "b  stray"]
+    outcome = ended.outcome
+    assert (outcome.done, outcome.failed, outcome.seconds, outcome.drained) == (4, 2, 3.0, False)
+    assert (ended.errors, ended.signals) == ((), ())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("death", ["os.kill(os.getpid(), 9)", "os._exit(70)", "sys.exit('an error')"])
+def test_a_child_that_dies_is_started_again_with_what_is_left_of_its_limit(tmp_path, death):
+    once = tmp_path / "once"
+    script = (
+        "import os, sys\n"
+        f"if os.path.exists({str(once)!r}): print('{{\"done\": %s}}' % sys.argv[1], flush=True); sys.exit()\n"
+        f"open({str(once)!r}, 'w'); print('{{\"done\": 3, \"failed\": 1}}', flush=True); {death}"
+    )
+    ended = crew.supervise([child(script, limit=10)])
+    assert (ended.outcome.done, ended.outcome.failed, ended.errors) == (3 + 6, 1, ())
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_child_that_dies_with_its_limit_reached_has_no_successor():
+    ended = crew.supervise([child("print('{\"done\": 3}', flush=True); import os; os._exit(70)", limit=3)])
+    assert (ended.outcome.done, ended.errors) == (3, ())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_device_that_fails_three_times_quickly_is_given_up_and_the_others_go_on(code):
+    script = f"import sys; print('Error: no model', file=sys.stderr); sys.exit({code})"
+    slow = "import time; time.sleep(0.5); print('{\"done\": 5}')"
+    told = []
+    ended = crew.supervise([child(script, told.append, label="cuda:1"), child(slow, label="cuda:0")])
+    assert told == ["cuda:1  Error: no model"] * 3
+    error = f"cuda:1 failed 3 times in a row and was given up: it ended with code {code} (no model)"
+    assert (ended.errors, ended.outcome.done) == ((error,), 5)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_child_that_dies_by_a_signal_is_never_given_up_and_waits_longer_each_time(tmp_path):
+    count = tmp_path / "count"
+    script = (
+        "import os, sys, time\n"
+        f"with open({str(count)!r}, 'a') as file: file.write(f'{{time.time()}}\\n')\n"
+        f"os.kill(os.getpid(), 9) if len(open({str(count)!r}).readlines()) < 6 else None"
+    )
+    assert crew.supervise([child(script)]).errors == ()
+    starts = [float(line) for line in count.read_text().split()]
+    assert len(starts) == 6
+    assert starts[5] - starts[4] > 16 * 0.02
+
+
+def signals_when_ready(*signums: int, told: list[str]) -> crew.Echo:
+    """Sends this process signals as soon as a child has said a line."""
+
+    def echo(line: str) -> None:
+        told.append(line)
+        for signum in signums if "ready" in line else ():
+            signal.raise_signal(signum)
+            time.sleep(0.3)
+
+    return echo
+
+
+def test_a_signal_is_passed_on_once_and_what_ends_by_it_is_no_error():
+    told: list[str] = []
+    script = (
+        "import signal, sys, time\n"
+        "def stop(*_): print('asked', file=sys.stderr, flush=True); time.sleep(1); sys.exit()\n"
+        "signal.signal(15, stop); print('ready', file=sys.stderr, flush=True); time.sleep(60)"
+    )
+    ended = crew.supervise(
+        [child(script, signals_when_ready(signal.SIGINT, told=told)), child("import time; time.sleep(60)", label="b")]
+    )
+    assert told == ["a  ready", "a  asked"]
+    assert (ended.outcome.drained, ended.errors, ended.signals[0]) == (True, (), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_does_not_even_leave_at_the_second_signal_is_killed(monkeypatch):
+    monkeypatch.setattr(crew, "KILL_AFTER_SEC", 0.3)
+    script = (
+        "import signal, sys, time\n"
+        "signal.signal(15, signal.SIG_IGN); print('ready', file=sys.stderr, flush=True); time.sleep(60)"
+    )
+    ended = crew.supervise([child(script, signals_when_ready(signal.SIGTERM, signal.SIGTERM, told=[]))])
+    assert ended.errors == ("a was asked to stop and was killed by SIGKILL (ready)",)
+    assert ended.signals == (signal.SIGTERM, signal.SIGTERM)
+
+
+def test_a_child_is_out_of_reach_of_the_terminals_ctrl_c():
+    told: list[str] = []
+    crew.supervise([child("import os, sys; print(os.getsid(0) == os.getpid(), file=sys.stderr)", told.append)])
+    assert told == ["a  True"]
+
+
+# --- workers with the small engine -----------------------------------------------------------------------------
+
+
+def work_here(database: Engine, url: str, n: int, engine: dict | None = None, report=None, **settings) -> Ended:
+    return crew.work(
+        database,
+        url,
+        Settings(batch_size=4, lease_ttl=60, **settings),
+        ["cpu"] * n,
+        small_command(**engine or {}),
+        **({"report": report} if report else {}),
+    )
+
+
+@pytest.mark.every_database
+def test_two_processes_caption_every_picture_once_and_what_they_did_adds_up(database, url, tmp_path):
+    fill(database, tmp_path / "set", 60)
+    ended = work_here(database, url, 2, {"step_sec": 0.05})
+    assert (ended.outcome.run, ended.outcome.done, ended.outcome.failed, ended.errors) == ("default", 60, 0, ())
+    assert 0 < ended.outcome.seconds < 30
+    assert captions(database) == expected(60)
+    by_worker = select(database, "SELECT n_done FROM workers")
+    assert len(by_worker) == 2
+    assert sum(n for (n,) in by_worker) == 60
+
+
+def test_a_crew_stops_after_so_many_pictures_in_all(database, url, tmp_path):
+    fill(database, tmp_path / "set", 20)
+    assert work_here(database, url, 3, limit=7).outcome.done == 7
+    assert statuses(database) == {"done": 7, "pending": 13}
+
+
+def test_a_crew_without_work_starts_nothing(database, url, tmp_path):
+    fill(database, tmp_path / "set", 4)
+    work_here(database, url, 1)
+    ended = crew.work(database, url, Settings(), ["cpu"], lambda settings: pytest.fail("started for nothing"))
+    assert ended == Ended(replace(ended.outcome, run="default", done=0, seconds=0.0), (), ())
+
+
+def test_where_all_stand_is_reported_together(database, url, tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "LOOK_EVERY_SEC", 0.1)
+    fill(database, tmp_path / "set", 40)
+    seen = []
+    work_here(
+        database,
+        url,
+        2,
+        {"step_sec": 0.3},
+        report=lambda outcome, counts: seen.append((outcome.done, counts[0].done, counts[0].total)),
+    )
+    assert seen
+    assert all(0 < told <= stored <= 40 == total for told, stored, total in seen)
+
+
+def test_a_killed_process_is_started_again_and_everything_is_captioned(database, url, tmp_path):
+    n = 48
+    fill(database, tmp_path / "set", n)
+    with small_crew(url, engine={"step_sec": 0.6}, batch_size=4, lease_ttl=2.0) as parent:
+        until(lambda: done(database) >= 8, "captions of both")
+        time.sleep(0.2)  # what is stored was told
+        victim = members(parent)[0]
+        victim.kill()
+        out, err = parent.communicate(timeout=60)
+    assert parent.returncode == 0, err
+    assert captions(database) == expected(n)
+    assert json.loads(out)["outcome"]["done"] == n
+    assert "was killed by SIGKILL; it is started again in 1 s" in err
+    assert len(select(database, "SELECT id FROM workers")) == 3
+
+
+def test_sigterm_to_the_parent_drains_all(database, url, tmp_path):
+    fill(database, tmp_path / "set", 200)
+    with small_crew(url, engine={"step_sec": 0.3}, n=3, batch_size=4) as parent:
+        until(lambda: len(select(database, "SELECT id FROM workers WHERE n_done > 0")) == 3, "captions of all")
+        parent.send_signal(signal.SIGTERM)
+        out, err = parent.communicate(timeout=30)
+    assert parent.returncode == 0, err
+    ended = json.loads(out)
+    assert (ended["errors"], ended["outcome"]["drained"]) == ([], True)
+    assert statuses(database) == {"done": ended["outcome"]["done"], "pending": 200 - ended["outcome"]["done"]}
+    assert select(database, "SELECT DISTINCT attempts, crashes FROM jobs WHERE status = 'pending'") == [(0, 0)]
+    assert select(database, "SELECT id FROM workers WHERE stopped_at IS NULL") == []
+
+
+def test_a_parent_killed_by_sigkill_leaves_no_child_alive_and_nothing_leased(database, url, tmp_path):
+    fill(database, tmp_path / "set", 200)
+    with small_crew(url, engine={"step_sec": 0.3}, batch_size=4) as parent:
+        until(lambda: done(database) >= 8, "captions")
+        orphans = members(parent)
+        assert len(orphans) == 2
+        parent.kill()
+        _, alive = psutil.wait_procs(orphans, timeout=20)
+    assert alive == []
+    assert statuses(database).keys() == {"done", "pending"}
+
+
+# --- workers with the demonstration model ----------------------------------------------------------------------
+
+
+def command_lines(processes: Sequence[psutil.Process]) -> list[list[str]]:
+    return [process.cmdline() for process in processes]
+
+
+@pytest.mark.slow
+def test_the_command_captions_on_two_processes_and_stops_them_together(database, url, tmp_path):
+    write_dataset(tmp_path / "set", {"train": 24})
+    enqueue(database, datasets.locate(str(tmp_path / "set"), ["train"]), ["train"], run="default", recipe=recipe())
+    options = ("--devices", "cpu:2", "--wait", "--batch-size", "4", "--lease-ttl", "30")
+    with running(sys.executable, "-m", "rococap", "worker", *options, ROCOCAP_DB=url) as parent:
+        until(lambda: done(database) == 24, "captions", seconds=90)
+        lines = command_lines(members(parent))
+        parent.send_signal(signal.SIGTERM)
+        out, err = parent.communicate(timeout=30)
+    assert parent.returncode == 0, err
+    assert out.startswith("default: 24 captioned in ")
+    assert out.splitlines()[-1] == "Stopped as asked; what was left was given back. Go on with: rococap worker"
+    assert len(out.splitlines()) == 2
+    assert [line[-1] for line in lines] == ["--wait"] * 2
+    assert not any(url in " ".join(line) for line in lines)
+    told = [line for line in err.splitlines() if "captioning run default with" in line]
+    assert sorted(line.split("  ")[0] for line in told) == ["cpu 1", "cpu 2"]
+    assert select(database, "SELECT count(*), count(DISTINCT job_id) FROM captions") == [(24, 24)]
+    assert select(database, "SELECT count(*) FROM workers") == [(2,)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_model_that_cannot_be_loaded_is_given_up_with_what_the_worker_said(database, url, tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "TRIES", 2)
+    (tmp_path / "model").mkdir()
+    fill(database, tmp_path / "set", 4, recipe=Recipe(model=str(tmp_path / "model")))
+    result = CliRunner().invoke(cli, ["--db", url, "worker", "--devices", "cpu:1"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    error = "Error: cpu failed 2 times in a row and was given up: it ended with code 1 (The folder "
+    assert result.stderr.splitlines()[-1].startswith(error)
+    assert statuses(database) == {"pending": 4}
