@@ -38,6 +38,8 @@ def mutant(name: str, what: str, file: str, old: str, new: str, *tests: str) -> 
 
 
 QUEUE, PIPELINE, WORKER, SPOOL, DB = (f"rococap/{name}.py" for name in ("queue", "pipeline", "worker", "spool", "db"))
+CONTINUOUS = "rococap/engines/continuous.py"
+SAME = "test_continuous.py::test_every_mix_of_sizes_prompts_lengths_and_arrivals_says_the_same"
 LEFT = "test_state_machine.py::test_a_job_that_went_to_another_is_not_completed_under_a_lease_that_is_open_still"
 BESIDE = "test_state_machine.py::test_a_claim_beside_another_that_is_not_committed_takes_other_jobs"
 
@@ -512,8 +514,8 @@ MUTANTS = (
         "hung-is-forgotten",
         "a hung engine whose pictures were lost is not noticed",
         PIPELINE,
-        "return time.monotonic() - self._stepped_at if self._is_busy else 0.0",
-        "return time.monotonic() - self._stepped_at if self._state.running else 0.0",
+        "is_busy = self._has_rows and not self._is_waiting",
+        "is_busy = self._state.running and not self._is_waiting",
         "test_pipeline.py::test_an_engine_that_waits_for_pictures_does_not_stall_and_one_that_has_some_does",
     ),
     mutant(
@@ -589,6 +591,71 @@ MUTANTS = (
         "        os.fsync(file.fileno())\n    except OSError:",
         "        pass\n    except OSError:",
         "test_state_machine.py::test_what_the_spool_keeps_is_on_the_disk_when_it_is_kept",
+    ),
+    # --- continuous decoding ---
+    mutant(
+        "positions-stand-still",
+        "positions do not grow with the caption",
+        CONTINUOUS,
+        "        positions += 1\n",
+        "",
+        SAME,
+    ),
+    mutant(
+        "one-position-too-early",
+        "a caption begins at the position of the prompt's last token",
+        CONTINUOUS,
+        "= positions[..., -1] + 1",
+        "= positions[..., -1]",
+        SAME,
+    ),
+    mutant(
+        "mask-hides-the-newest",
+        "a token does not see itself",
+        CONTINUOUS,
+        ") > lengths[:, None]",
+        ") >= lengths[:, None]",
+        SAME,
+    ),
+    mutant(
+        "mask-shows-the-dead",
+        "a row sees what a longer one before it left in its slot",
+        CONTINUOUS,
+        ") > lengths[:, None]",
+        ") > lengths[:, None] + 1",
+        SAME,
+    ),
+    mutant(
+        "moved-without-its-keys",
+        "a row that takes another's slot leaves its keys behind",
+        CONTINUOUS,
+        "            layer.keys[new, :, :tokens] = layer.keys[old, :, :tokens]\n",
+        "",
+        SAME,
+    ),
+    mutant(
+        "moved-without-its-latest",
+        "a row that takes another's slot leaves the end of its keys behind",
+        CONTINUOUS,
+        "tokens=max((_length(self._rows[slot]) for slot in last), default=0)",
+        "tokens=max((self._rows[slot].picture.n_tokens for slot in last), default=0)",
+        SAME,
+    ),
+    mutant(
+        "grown-without-its-content",
+        "longer buffers forget the rows that run",
+        CONTINUOUS,
+        "    larger[tuple(slice(size) for size in tensor.shape)] = tensor\n",
+        "",
+        SAME,
+    ),
+    mutant(
+        "claims-two-ahead",
+        "the next claim does not wait until what is ready was taken",
+        PIPELINE,
+        "return not self._state.ready and all(",
+        "return all(",
+        "test_pipeline.py::test_what_is_leased_is_the_running_rows_and_one_claim_and_row_groups_are_read_once",
     ),
 )
 

@@ -137,13 +137,6 @@ def test_a_row_that_is_abandoned_disturbs_no_other(engine, prepared, alone):
     assert all(said[job] == alone[job][: lengths[job]] for job in (1, 2, 4, 6))
 
 
-def test_a_picture_that_waits_for_room_can_be_abandoned_too(engine, prepared):
-    source = Arriving([prepared[:3]], abandoned={2: 1})
-    source.take = lambda most, wait, taken=source.take: taken(3, wait)  # more than there is room for
-    _, completions = decode(engine, source, 2, dict.fromkeys(range(3), 5))
-    assert sorted(c.job_id for c in completions) == [0, 1]
-
-
 def test_a_caption_leaves_as_it_ends_and_the_next_picture_takes_its_place(engine, prepared):
     lengths = {0: 40, 1: 3, 2: 3, 3: 3}
     source = Arriving([prepared[:4]])

@@ -160,7 +160,6 @@ class ContinuousDecoder:
                 yield from self._book(len(group) or len(self._rows), bad, started)
             lost = source.step(0 if group else len(self._rows))
             self._remove({slot for slot, row in enumerate(self._rows) if row.picture.job_id in lost})
-            self._waiting = deque(row for row in self._waiting if row.picture.job_id not in lost)
 
     def probe(self, picture: Prepared, n: int, n_read: int) -> tuple[float, int]:
         """Seconds of a step with n rows, after reading `n_read` copies of a picture, and bytes of a row's cache.
