@@ -100,7 +100,7 @@ def _large(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line]
     model = folder / "model_105m"
     if not model.exists():
         small_models.write_105m(model)
-    recipe = Recipe(model=str(model), max_new_tokens=128, dtype="bfloat16", min_pixels=224 * 224, max_pixels=224 * 224)
+    recipe = Recipe(model=str(model), max_new_tokens=128, dtype="bfloat16")
     n = options.large_pictures
     root = _phantoms(folder, n)
     case = Case("105 M bf16, uneven lengths", recipe, root, n, ways.uneven_lengths(n, 33, 128), 16)
