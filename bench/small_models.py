@@ -8,18 +8,18 @@ from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
 from rococap.demo import MODEL
 
-VOCABULARY = 55_296
+VOCABULARY = 32_768
 
 
 def write_105m(folder: Path) -> Path:
-    """The demo model's processor and tokenizer around a larger model, saved in bfloat16."""
+    """The demo model's processor and tokenizer around a larger model, whose vision tower is a twelfth as in the 7 B."""
     shutil.copytree(MODEL, folder)
     (folder / "model.safetensors").unlink()
     config = AutoConfig.from_pretrained(MODEL)
-    text = {"vocab_size": VOCABULARY, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
-    text |= {"num_attention_heads": 8, "num_key_value_heads": 2, "initializer_range": 0.02}
+    text = {"vocab_size": VOCABULARY, "hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 13}
+    text |= {"num_attention_heads": 10, "num_key_value_heads": 2, "initializer_range": 0.02}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
-    vision = {"depth": 8, "embed_dim": 512, "hidden_size": 512, "num_heads": 8, "initializer_range": 0.02}
+    vision = {"depth": 8, "embed_dim": 256, "hidden_size": 640, "num_heads": 4, "initializer_range": 0.02}
     vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": 1e4}
     text = config.text_config.to_dict() | text
     del text["layer_types"]
