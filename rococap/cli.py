@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -30,6 +31,9 @@ LOST_AFTER_MS = 120_000  # workers beat at least every 30 s
 MANY = 10**12
 DAY_SEC = 86_400.0
 SHOWN_FAILURES = 10
+SHOWN_PROCESS = 16  # characters
+
+_NUMBER = re.compile(r"-?\d[\d.]*|-")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -140,7 +144,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns aligned with spaces: numbers to the right, words to the left."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    right = [all(isinstance(row[column], int | float) for row in rows) for column in range(len(header))]
+    right = [all(_NUMBER.fullmatch(row[column]) for row in cells[1:]) for column in range(len(header))]
 
     def line(values: Sequence[str]) -> str:
         padded = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True))
@@ -544,22 +548,53 @@ def _status_text(database: Database) -> str:
     counts, workers = _look(database)
     if not counts:
         return "Nothing is registered here yet. Register pictures first: rococap enqueue --split train"
-    states = ("pending", "leased", "waiting", "done", "failed", "cancelled")
+    paused = sorted({one.run for one in counts if one.paused})
+    told = [
+        *filter(None, map(_exceptions_of, counts)),
+        *(f"{run} is paused. Go on with: {_with_run('resume', run)}" for run in paused),
+    ]
+    return "\n".join([_counts_table(counts), *told, "", _living(workers)])
+
+
+def _counts_table(counts: Sequence[queue.Counts]) -> str:
     rows = [
         [
-            one.run,
-            one.split,
-            *(getattr(one, state) for state in states),
-            one.total,
-            round(one.per_minute, 1),
+            *(one.run, one.split, one.pending, one.leased, one.done, one.total, round(one.per_minute, 1)),
             _duration(one.eta_sec) if one.unfinished else "-",
         ]
         for one in counts
     ]
-    text = _table(["run", "split", *states, "total", "per min", "time left"], rows)
-    for paused in sorted({one.run for one in counts if one.paused}):
-        text += f"\n{paused} is paused. Go on with: {_with_run('resume', paused)}"
-    return text + "\n\n" + (_workers_table(workers) if workers else "No worker is running. Start one: rococap worker")
+    return _table(["run", "split", "pending", "leased", "done", "total", "per min", "time left"], rows)
+
+
+def _exceptions_of(counts: queue.Counts) -> str:
+    """On the states that the table leaves out, since they are rare and to be noticed; empty if there are none."""
+    n = {"failed": counts.failed, "waiting": counts.waiting, "cancelled": counts.cancelled}
+    told = ", ".join(f"{number} {state}" for state, number in n.items() if number)
+    why = f". Why: {_with_run('failures', counts.run)}" if counts.failed else ""
+    return f"{counts.run} {counts.split}: {told}{why}" if told else ""
+
+
+def _living(workers: Sequence[queue.WorkerSeen]) -> str:
+    """The workers in 80 columns: what they measured only of those that run."""
+    if not workers:
+        return "No worker is running. Start one: rococap worker"
+    told = [one.telemetry if one.state == "running" else None for one in workers]
+    rows = [
+        [_process(one), one.device, one.state, one.done, *_measured(measured)]
+        for one, measured in zip(workers, told, strict=True)
+    ]
+    table = _table(["worker", "device", "state", "done", *_MEASURED], rows)
+    rates = [one.pictures_per_sec for one in told if one is not None]
+    return table + (f"\n{len(rates)} workers together: {sum(rates):.2f} pictures/s" if len(rates) > 1 else "")
+
+
+def _process(worker: queue.WorkerSeen) -> str:
+    """host:pid, of a long host its beginning."""
+    pid = f":{worker.pid}"
+    room = max(SHOWN_PROCESS - len(pid), 1)
+    host = worker.host if len(worker.host) <= room else worker.host[: room - 1] + "…"
+    return host + pid
 
 
 def _watch(text: Callable[[], str]) -> None:
@@ -833,8 +868,46 @@ def workers(everyone: bool, as_json: bool) -> None:
 
 
 def _workers_table(seen: Sequence[queue.WorkerSeen]) -> str:
-    rows = [[w.id, f"{w.host}:{w.pid}", w.device, w.state, w.done, _ago(w.seen_sec_ago)] for w in seen]
-    return _table(["worker", "process", "device", "state", "done", "seen"], rows)
+    """Everything; of those that stopped, what they told at the end."""
+    rows = [
+        [
+            *(one.id, f"{one.host}:{one.pid}", one.device, one.state, one.done, _ago(one.seen_sec_ago)),
+            *_measured(one.telemetry),
+            *_further_measured(one.telemetry),
+        ]
+        for one in seen
+    ]
+    return _table(["worker", "process", "device", "state", "done", "seen", *_MEASURED, *_FURTHER_MEASURED], rows)
+
+
+_MEASURED = ("pic/s", "tok/s", "fill %", "wait %", "mem GB")
+_FURTHER_MEASURED = ("busy %", "batch", "of GB", "gpu %")
+
+
+def _measured(told: queue.Telemetry | None) -> list[str]:
+    """The memory is the GPU's where there is one, else the process's."""
+    if told is None:
+        return ["-"] * len(_MEASURED)
+    memory_mb = told.memory_mb if told.gpu_memory_mb is None else told.gpu_memory_mb
+    return [
+        f"{told.pictures_per_sec:.2f}",
+        f"{told.new_tokens_per_sec:.0f}",
+        _percent(told.fill),
+        _percent(told.waited_sec / told.captioning_sec if told.captioning_sec else None),
+        f"{memory_mb / 1000:.1f}",
+    ]
+
+
+def _further_measured(told: queue.Telemetry | None) -> list[str]:
+    if told is None:
+        return ["-"] * len(_FURTHER_MEASURED)
+    total_mb = told.gpu_memory_total_mb
+    total = "-" if total_mb is None else f"{total_mb / 1000:.1f}"
+    return [_percent(told.busy), str(told.batch_size), total, _percent(told.gpu_utilisation)]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f}"
 
 
 def _ago(seconds: float) -> str:

@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA = "0001"
+SCHEMA = "0002"
 """The alembic revision that this code reads and writes."""
 
 
@@ -137,6 +137,7 @@ workers = Table(
     Column("started_at", Int64, nullable=False),
     Column("seen_at", Int64, nullable=False),
     Column("stopped_at", Int64),
+    Column("telemetry", Text),  # JSON of queue.Telemetry, as of the last heartbeat
     Index(None, "seen_at"),
     sqlite_strict=True,
 )

@@ -15,7 +15,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sqlalchemy import Connection
@@ -83,6 +83,38 @@ class Timing:
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     store_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """What a worker made of its time and memory, as it told last. None: not known. MB are millions of bytes.
+
+    While it runs, the rates and shares are over its last minute or so; once it has said goodbye, over its whole time.
+    `fill`: rows decoded a step, as a share of the batch size. `busy`: the share of the time that the model worked.
+    `waited_sec`: how long in all it had no picture to work on. `memory_mb` and `gpu_memory_mb` are the process's peaks;
+    `gpu_utilisation` is the driver's share of a moment, by whatever process.
+    """
+
+    captioning_sec: float
+    pictures_per_sec: float
+    new_tokens_per_sec: float
+    fill: float | None
+    busy: float
+    waited_sec: float
+    batch_size: int
+    memory_mb: float
+    gpu_memory_mb: float | None = None
+    gpu_memory_total_mb: float | None = None
+    gpu_utilisation: float | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Telemetry":
+        """Without what only a later version knows."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
 
 def clean_text(text: str, most: int = MAX_TEXT) -> str:
@@ -202,9 +234,25 @@ def register_worker(conn: Connection, uuid: str, host: str, pid: int, info: Engi
     return int(row.scalar_one())
 
 
-def stop_worker(conn: Connection, worker_id: int, now: int | None = None) -> None:
+def stop_worker(
+    conn: Connection,
+    worker_id: int,
+    *,
+    store_ms: Mapping[int, float] | None = None,
+    telemetry: Telemetry | None = None,
+    now: int | None = None,
+) -> None:
+    """Its goodbye, with what it measured: milliseconds of storing by lease, and the rest."""
     at = _at(conn, now)
-    execute(conn, "UPDATE workers SET stopped_at = ?, seen_at = ? WHERE id = ?", (at, at, worker_id))
+    for lease_id, ms in sorted((store_ms or {}).items()):
+        _book(conn, worker_id, lease_id, ms)
+    execute(conn, "UPDATE workers SET stopped_at = ? WHERE id = ?", (at, worker_id))
+    _see(conn, worker_id, at, telemetry)
+
+
+def _see(conn: Connection, worker_id: int, at: int, telemetry: Telemetry | None) -> None:
+    sql = "UPDATE workers SET seen_at = ?, telemetry = COALESCE(?, telemetry) WHERE id = ?"
+    execute(conn, sql, (at, telemetry.to_json() if telemetry else None, worker_id))
 
 
 # --- A lease's life --------------------------------------------------------------------------------------------
@@ -269,22 +317,50 @@ def has_suspects(conn: Connection, run: Run, splits: Sequence[str]) -> bool:
 
 
 def heartbeat(
-    conn: Connection, worker_id: int, lease_ids: Iterable[int], *, ttl_ms: int, now: int | None = None
+    conn: Connection,
+    worker_id: int,
+    lease_ids: Iterable[int],
+    *,
+    ttl_ms: int,
+    store_ms: Mapping[int, float] | None = None,
+    telemetry: Telemetry | None = None,
+    now: int | None = None,
 ) -> set[int]:
-    """Extends the leases that are still this worker's; returns those. The others are lost: abandon their rows."""
+    """Extends the leases that are still this worker's; returns those. The others are lost: abandon their rows.
+
+    `store_ms` is what storing took since the last one, by lease: those may have ended.
+    """
     at = _at(conn, now)
-    kept = {
-        lease_id
-        for lease_id in sorted(lease_ids)
-        if execute(
-            conn,
-            "UPDATE leases SET beat_at = ?, expires_at = ? WHERE id = ? AND worker_id = ? AND state = 'open'",
-            (at, at + ttl_ms, lease_id, worker_id),
-        ).rowcount
-    }
+    held, took = set(lease_ids), store_ms or {}
+    kept = set()
+    for lease_id in sorted(held | took.keys()):
+        if lease_id in held and _extend(conn, worker_id, lease_id, at, ttl_ms):
+            kept.add(lease_id)
+        if lease_id in took:
+            _book(conn, worker_id, lease_id, took[lease_id])
     # After the leases, as in `complete`: PostgreSQL would find a deadlock between the two.
-    execute(conn, "UPDATE workers SET seen_at = ? WHERE id = ?", (at, worker_id))
+    _see(conn, worker_id, at, telemetry)
     return kept
+
+
+def _extend(conn: Connection, worker_id: int, lease_id: int, at: int, ttl_ms: int) -> bool:
+    """Whether it is this worker's still."""
+    sql = "UPDATE leases SET beat_at = ?, expires_at = ? WHERE id = ? AND worker_id = ? AND state = 'open'"
+    return bool(execute(conn, sql, (at, at + ttl_ms, lease_id, worker_id)).rowcount)
+
+
+def _book(conn: Connection, worker_id: int, lease_id: int, store_ms: float) -> None:
+    """Adds what storing took to a lease of this worker, whatever became of it."""
+    sql = "UPDATE leases SET store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"
+    execute(conn, sql, (store_ms, lease_id, worker_id))
+
+
+def lock_leases(conn: Connection, worker_id: int, lease_ids: Iterable[int]) -> None:
+    """Locks a worker's open leases and those named, in order of id, for who goes on to change some of each kind."""
+    ids = tuple(lease_ids)
+    if ids and conn.dialect.name != "sqlite":
+        sql = f"SELECT id FROM leases WHERE worker_id = ? AND (state = 'open' OR id IN ({', '.join('?' * len(ids))})) "
+        execute(conn, sql + "ORDER BY id" + db.for_update(conn, "leases"), (worker_id, *ids))
 
 
 def _hold(conn: Connection, lease: Lease, n_done: int = 0, timing: Timing = Timing()) -> None:
@@ -762,11 +838,15 @@ class WorkerSeen:
     state: str
     done: int
     seen_sec_ago: float
+    telemetry: Telemetry | None
+    """None before its first heartbeat."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseSeen:
-    """A lease. `lane`: normal, suspects or solo; `expires_in_sec` is negative if overdue, None once it has ended."""
+    """A lease. `lane`: normal, suspects or solo; `expires_in_sec` is negative if overdue, None once it has ended.
+    `timing`: of what is stored; the part of storing comes with the worker's next heartbeat.
+    """
 
     id: int
     worker: int
@@ -781,6 +861,7 @@ class LeaseSeen:
     age_sec: float
     beat_sec_ago: float
     expires_in_sec: float | None
+    timing: Timing
 
 
 @dataclass(frozen=True, slots=True)
@@ -869,7 +950,7 @@ def list_workers(
     since, stopped_since = (0, 0) if everyone else (at - 86_400_000, at - RATE_WINDOW_MS)
     rows = execute(
         conn,
-        "SELECT id, host, pid, device, stopped_at, n_done, seen_at FROM workers "
+        "SELECT id, host, pid, device, stopped_at, n_done, seen_at, telemetry FROM workers "
         "WHERE seen_at >= ? AND (stopped_at IS NULL OR stopped_at >= ?) ORDER BY id",
         (since, stopped_since),
     ).fetchall()
@@ -880,8 +961,11 @@ def list_workers(
         return "lost" if at - seen_at > lost_after_ms else "running"
 
     return [
-        WorkerSeen(id, host, pid, device, state(stopped, seen), done, max(0, at - seen) / 1000)
-        for id, host, pid, device, stopped, done, seen in rows
+        WorkerSeen(
+            *(id, host, pid, device, state(stopped, seen), done, max(0, at - seen) / 1000),
+            telemetry=Telemetry.from_json(told) if told else None,
+        )
+        for id, host, pid, device, stopped, done, seen, told in rows
     ]
 
 
@@ -893,7 +977,8 @@ def list_leases(conn: Connection, *, closed: int = 0, now: int | None = None) ->
     at = _at(conn, now)
     columns = (
         "SELECT l.id, w.id, w.host, w.pid, r.name, l.split, l.lane, l.state, l.n_jobs, l.n_done, l.claimed_at, "
-        "l.beat_at, l.expires_at FROM leases l JOIN workers w ON w.id = l.worker_id JOIN runs r ON r.id = l.run_id "
+        "l.beat_at, l.expires_at, l.load_ms, l.prepare_ms, l.prefill_ms, l.decode_ms, l.store_ms "
+        "FROM leases l JOIN workers w ON w.id = l.worker_id JOIN runs r ON r.id = l.run_id "
     )
     latest = columns + "WHERE l.closed_at IS NOT NULL ORDER BY l.closed_at DESC, l.id DESC LIMIT ?"
     ended = execute(conn, latest, (closed,)).fetchall()
@@ -902,11 +987,12 @@ def list_leases(conn: Connection, *, closed: int = 0, now: int | None = None) ->
 
 
 def _lease_seen(row: Sequence[Any], at: int) -> LeaseSeen:
-    id, worker, host, pid, run, split, lane, state, jobs, done, claimed, beat, expires = row
+    id, worker, host, pid, run, split, lane, state, jobs, done, claimed, beat, expires, *timing = row
     expires_in_sec = (expires - at) / 1000 if state == "open" else None
     age_sec, beat_sec_ago = (at - claimed) / 1000, (at - beat) / 1000
     return LeaseSeen(
-        *(id, worker, host, pid, run, split, _LANES[lane], state, jobs, done, age_sec, beat_sec_ago), expires_in_sec
+        *(id, worker, host, pid, run, split, _LANES[lane], state, jobs, done, age_sec, beat_sec_ago, expires_in_sec),
+        timing=Timing(*timing),
     )
 
 

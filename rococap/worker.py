@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import FrameType
 
@@ -31,6 +31,7 @@ from rococap.pipeline import Claims, Pipeline, clock
 from rococap.queue import Lease, Run
 from rococap.recipe import Recipe
 from rococap.spool import Entry, Spool
+from rococap.telemetry import Meter
 
 log = logging.getLogger(__name__)
 
@@ -155,11 +156,12 @@ def _work(
     completions: Completions = fifo.SimpleQueue()
     pipeline = Pipeline(database, claims, dataset.root, engine, lambda completion: store.put(completion))
     kept = Spool(spool.folder_of(database.url), name)
-    store = Store(database, claims, outcome, pipeline, kept, completions, report, stop)
+    meter = Meter(engine, pipeline.usage)
+    store = Store(database, claims, outcome, pipeline, kept, completions, report, stop, meter)
     try:
         _caption(database, engine, pipeline, store, worker_id, settings, stop)
     finally:
-        _say_goodbye(database, pipeline, worker_id)
+        _say_goodbye(database, pipeline, meter, worker_id)
         kept.close()
         engine.close()
     return outcome
@@ -183,13 +185,15 @@ def _register(database: Database, run: Run, engine: Engine, name: str, stop: thr
                 return None
 
 
-def _say_goodbye(database: Database, pipeline: Pipeline, worker_id: int) -> None:
+def _say_goodbye(database: Database, pipeline: Pipeline, meter: Meter, worker_id: int) -> None:
     """Gives back what a claim may have taken unknowingly; what waits in the spool keeps its lease."""
     held = {lease.id for lease in pipeline.open_leases()}
+    store_ms, telemetry = meter.unbooked(), meter.overall()
     try:
         with transaction(database, write=True, patience=STOP_PATIENCE_SEC) as conn:
+            queue.lock_leases(conn, worker_id, store_ms)
             queue.release_forgotten(conn, worker_id, held)
-            queue.stop_worker(conn, worker_id)
+            queue.stop_worker(conn, worker_id, store_ms=store_ms, telemetry=telemetry)
     except (DatabaseError, DriverError) as error:
         log.warning("left without telling the database: %s", error)
 
@@ -223,7 +227,9 @@ def _caption(
     started = time.monotonic()
     done = threading.Event()
     threads = [
-        threading.Thread(target=_beat, args=(database, pipeline, worker_id, settings, done), name="heartbeat"),
+        threading.Thread(
+            target=_beat, args=(database, pipeline, store.meter, worker_id, settings, done), name="heartbeat"
+        ),
         threading.Thread(target=_drain, args=(pipeline, store, settings, stop, done), name="drain"),
     ]
     store.start()
@@ -272,8 +278,10 @@ class Store:
         completions: Completions,
         report: Report,
         stop: threading.Event,
+        meter: Meter,
     ) -> None:
         self.outcome = outcome
+        self.meter = meter
         self._database = database
         self._claims = claims
         self._pipeline = pipeline
@@ -292,6 +300,7 @@ class Store:
 
     def put(self, completion: Completion) -> None:
         self._pipeline.finish(completion.job_id)
+        self.meter.count(completion)
         self._completions.put(completion)
 
     def close(self, *, is_patient: bool) -> None:
@@ -390,13 +399,13 @@ class Store:
         left = completions
         try:
             if captions:
-                with self._writing() as conn:
+                with self._writing(lease) as conn:
                     queue.complete(conn, lease, captions, timing=self._timing(lease, captions))
                 self.outcome.done += len(captions)
                 self._pipeline.settle(lease, [completion.job_id for completion in captions])
                 left = [completion for completion in completions if completion.failure is not None]
             if failed:
-                with self._writing() as conn:
+                with self._writing(lease) as conn:
                     queue.fail(conn, lease, failed)
                 self.outcome.failed += len(failed)
                 self._pipeline.settle(lease, failed)
@@ -468,7 +477,7 @@ class Store:
             is_ours = queue.belongs(conn, entry.lease, entry.uuid)
         if not is_ours:
             return [entry]
-        with self._writing() as conn:
+        with self._writing(entry.lease) as conn:
             result = queue.recover(conn, self._claims.worker_id, entry.lease, entry.completions)
             with suppress(LeaseLost):  # it has run out meanwhile
                 queue.release(conn, entry.lease, entry.released)
@@ -484,8 +493,15 @@ class Store:
     def _patience(self) -> float:
         return STOP_PATIENCE_SEC if self._stop.is_set() else STORE_PATIENCE_SEC
 
-    def _writing(self) -> AbstractContextManager[Connection]:
-        return transaction(self._database, write=True, patience=self._patience())
+    @contextmanager
+    def _writing(self, lease: Lease) -> Iterator[Connection]:
+        """What it takes is the lease's time of storing, the wait for the lock and the commit included."""
+        started = time.perf_counter()
+        try:
+            with transaction(self._database, write=True, patience=self._patience()) as conn:
+                yield conn
+        finally:
+            self.meter.stored(lease.id, (time.perf_counter() - started) * 1000)
 
     def _timing(self, lease: Lease, captions: Sequence[Completion]) -> queue.Timing:
         timing = self._pipeline.take_timing(lease)
@@ -497,16 +513,18 @@ class Store:
 # --- Heartbeats, signals, endings ------------------------------------------------------------------------------
 
 
-def _beat(database: Database, pipeline: Pipeline, worker_id: int, settings: Settings, done: threading.Event) -> None:
+def _beat(
+    database: Database, pipeline: Pipeline, meter: Meter, worker_id: int, settings: Settings, done: threading.Event
+) -> None:
     """Extends the open leases as long as the engine steps; a hung process must lose them, and end."""
     try:
-        _beat_until(database, pipeline, worker_id, settings, done)
+        _beat_until(database, pipeline, meter, worker_id, settings, done)
     except BaseException as error:
         pipeline.break_off(error)
 
 
 def _beat_until(
-    database: Database, pipeline: Pipeline, worker_id: int, settings: Settings, done: threading.Event
+    database: Database, pipeline: Pipeline, meter: Meter, worker_id: int, settings: Settings, done: threading.Event
 ) -> None:
     while not done.wait(min(settings.lease_ttl / 4, MAX_BEAT_SEC)):
         if pipeline.stalled_sec() > settings.stall_timeout:
@@ -515,13 +533,16 @@ def _beat_until(
             )
             os._exit(EXIT_STALLED)
         leases = [lease.id for lease in pipeline.open_leases()]
+        store_ms, telemetry = meter.unbooked(), meter.recent()
         runs_out_at = clock() + settings.lease_ttl
         try:
             with transaction(database, write=True, patience=min(settings.lease_ttl / 4, STORE_PATIENCE_SEC)) as conn:
-                kept = queue.heartbeat(conn, worker_id, leases, ttl_ms=int(settings.lease_ttl * 1000))
+                ttl_ms = int(settings.lease_ttl * 1000)
+                kept = queue.heartbeat(conn, worker_id, leases, ttl_ms=ttl_ms, store_ms=store_ms, telemetry=telemetry)
         except (RococapError, DriverError) as error:
             pipeline.contact.lost(error)
             continue
+        meter.booked(store_ms)
         pipeline.contact.made()
         pipeline.extend(kept, runs_out_at)
         still_held = {lease.id for lease in pipeline.open_leases()}

@@ -21,6 +21,7 @@ from rococap.cli import cli
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import EngineInfo, Failure
+from rococap.models import SCHEMA
 
 INFO = EngineInfo("small", {}, "tests/small", "", "float32", "cpu", "digest")
 
@@ -98,9 +99,8 @@ def test_status_tells_where_it_stands(here):
     write_shard(here / "set", "train", range(5))
     enqueue()
     header, row = lines(said("status"))[:2]
-    states = "pending leased waiting done failed cancelled"
-    assert " ".join(header) == f"run split {states} total per min time left"
-    assert " ".join(row) == "default train 5 0 0 0 0 0 5 0.0 ?"
+    assert " ".join(header) == "run split pending leased done total per min time left"
+    assert " ".join(row) == "default train 5 0 0 5 0.0 ?"
     assert said("status").endswith("No worker is running. Start one: rococap worker\n")
 
 
@@ -116,7 +116,9 @@ def test_status_as_json_has_the_fields_that_others_build_on(here):
     ]
     (worker,) = status["workers"]
     assert worker.pop("seen_sec_ago") < 60
-    assert worker == {"id": 1, "host": "host", "pid": 7, "device": "cpu", "state": "running", "done": 0}
+    assert worker == {"id": 1, "host": "host", "pid": 7, "device": "cpu", "state": "running", "done": 0} | {
+        "telemetry": None
+    }
 
 
 def fail_two(here: Path) -> None:
@@ -381,20 +383,19 @@ def test_a_file_that_is_no_database_is_refused(here):
     )
 
 
-def test_a_newer_and_an_older_database_are_refused_with_what_to_do(here, monkeypatch):
+def test_a_newer_and_an_older_database_are_refused_with_what_to_do(here):
     with sqlite3.connect("rococap.db") as conn:
         conn.execute("UPDATE alembic_version SET version_num = '9999'")
     conn.close()
     assert refused("status") == (
-        "sqlite:///rococap.db has schema 9999, made by a newer rococap than this one (0001). "
+        f"sqlite:///rococap.db has schema 9999, made by a newer rococap than this one ({SCHEMA}). "
         "Upgrade rococap, or name another database with --db."
     )
     with sqlite3.connect("rococap.db") as conn:
         conn.execute("UPDATE alembic_version SET version_num = '0001'")
     conn.close()
-    monkeypatch.setattr(db, "SCHEMA", "0002")
     assert refused("status") == (
-        "sqlite:///rococap.db has schema 0001; this rococap needs 0002. Upgrade it (a backup copy is made): "
+        f"sqlite:///rococap.db has schema 0001; this rococap needs {SCHEMA}. Upgrade it (a backup copy is made): "
         "rococap --db sqlite:///rococap.db migrate"
     )
 

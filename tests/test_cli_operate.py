@@ -4,6 +4,7 @@ import json
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from sqlalchemy import Engine
 from rococap import db, queue
 from rococap.cli import cli
 from rococap.engines import Completion, Failure
-from rococap.queue import Lease, Run
+from rococap.queue import Lease, Run, Telemetry, Timing
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +118,114 @@ def test_workers_tell_who_runs_and_all_who_ever_did(database, run):
         queue.stop_worker(conn, lease.worker_id, now=0)
     assert said("workers") == "No worker is running. Start one: rococap worker\n"
     assert json.loads(said("workers", "--all", "--json"))[0]["state"] == "stopped"
+
+
+# --- what workers measure --------------------------------------------------------------------------------------
+
+GPU = Telemetry(
+    captioning_sec=4_000.0,
+    pictures_per_sec=123.456,
+    new_tokens_per_sec=12_345.6,
+    fill=1.0,
+    busy=0.987,
+    waited_sec=400.0,
+    batch_size=128,
+    memory_mb=5_000.0,
+    gpu_memory_mb=71_234.5,
+    gpu_memory_total_mb=85_029.0,
+    gpu_utilisation=0.97,
+)
+CPU = replace(GPU, pictures_per_sec=0.02, gpu_memory_mb=None, gpu_memory_total_mb=None, gpu_utilisation=None)
+
+
+def beat(
+    database: Engine, name: str, telemetry: Telemetry | None, *, host: str = "host", device: str = "cuda:0"
+) -> int:
+    with db.transaction(database, write=True) as conn:
+        worker = queue.register_worker(conn, name, host, 31_415, replace(INFO, device=device))
+        queue.heartbeat(conn, worker, [], ttl_ms=60_000, telemetry=telemetry)
+    return worker
+
+
+def test_status_tells_what_each_running_worker_measured_and_their_rates_together(database, run):
+    beat(database, "one", GPU)
+    assert "together" not in said("status")
+    beat(database, "two", CPU, device="cpu")
+    beat(database, "new", None)
+    stopped = beat(database, "gone", GPU)
+    with db.transaction(database, write=True) as conn:
+        queue.stop_worker(conn, stopped)
+    _, table = said("status").split("\n\n")
+    assert table == (
+        "worker      device  state    done   pic/s  tok/s  fill %  wait %  mem GB\n"
+        "host:31415  cuda:0  running     0  123.46  12346     100      10    71.2\n"
+        "host:31415  cpu     running     0    0.02  12346     100      10     5.0\n"
+        "host:31415  cuda:0  running     0       -      -       -       -       -\n"
+        "host:31415  cuda:0  stopped     0       -      -       -       -       -\n"
+        "2 workers together: 123.48 pictures/s\n"
+    )
+
+
+def test_status_tells_what_failed_waits_or_was_cancelled_only_if_something_did(database, run):
+    assert "default train:" not in said("status")
+    lease = claim(database, run, 3)
+    failures = {1: Failure("empty", "No bytes."), 2: Failure("busy", "Later.", transient=True)}
+    with db.transaction(database, write=True) as conn:
+        queue.fail(conn, lease, failures)
+        queue.cancel(conn, run, image_ids=["train_00007"])
+    assert said("status").splitlines()[2] == ("default train: 1 failed, 1 waiting, 1 cancelled. Why: rococap failures")
+
+
+def test_status_fits_80_columns(database, run):
+    """With the counts of ROCOv2, a split of the longest name, a long host and a GPU that is full."""
+    for name in ("one", "two"):
+        beat(database, name, GPU, host="ip-172-31-45-123.eu-central-1.compute.internal")
+    n = {"pending": 41_234, "leased": 256, "done": 18_000, "failed": 12, "waiting": 345, "cancelled": 5}
+    with db.transaction(database, write=True) as conn:
+        queue.tally(conn, run.id, "validation", 0, n)
+        worker = db.execute(conn, "SELECT min(id) FROM workers").scalar_one()
+        db.execute(conn, "UPDATE workers SET n_done = 59962")
+        db.execute(
+            conn,
+            "INSERT INTO leases (worker_id, run_id, split, lane, state, n_jobs, n_done, claimed_at, beat_at, "
+            "expires_at) VALUES (?, ?, 'validation', 0, 'open', 300, 300, ?, 0, 0)",
+            (worker, run.id, db.now(conn) - 300_000),
+        )
+        queue.pause(conn, run, True)
+    text = said("status")
+    assert "11 h 37 min" in text
+    assert "\nip-172-31…:31415  cuda:0  running  59962  123.46  12346 " in text
+    assert "default validation: 12 failed, 345 waiting, 5 cancelled. Why: rococap failures" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_status_as_json_has_the_telemetry_of_each_worker(database, run):
+    beat(database, "one", GPU)
+    beat(database, "new", None)
+    measured, unmeasured = json.loads(said("status", "--json"))["workers"]
+    assert measured["telemetry"] == asdict(GPU)
+    assert unmeasured["telemetry"] is None
+
+
+def test_workers_tell_all_that_was_measured_also_of_those_that_stopped(database, run):
+    worker = beat(database, "one", None)
+    with db.transaction(database, write=True) as conn:
+        queue.stop_worker(conn, worker, telemetry=GPU)
+    header, row = (line.split() for line in said("workers").splitlines())
+    assert " ".join(header[5:]) == "seen pic/s tok/s fill % wait % mem GB busy % batch of GB gpu %"
+    assert row[-9:] == ["123.46", "12346", "100", "10", "71.2", "99", "128", "85.0", "97"]
+
+
+def test_leases_as_json_have_the_time_of_each_stage(database, run):
+    lease = claim(database, run)
+    with db.transaction(database, write=True) as conn:
+        queue.complete(conn, lease, [Completion(1, "A caption.")], timing=Timing(1.0, 2.0, 3.0, 4.0))
+        queue.heartbeat(conn, lease.worker_id, [], ttl_ms=60_000, store_ms={lease.id: 5.0})
+    (one,) = json.loads(said("leases", "--json"))
+    assert one["timing"] == {"load_ms": 1.0, "prepare_ms": 2.0, "prefill_ms": 3.0, "decode_ms": 4.0, "store_ms": 5.0}
+
+
+# --- keeping house ---------------------------------------------------------------------------------------------
 
 
 def test_vacuum_deletes_history_that_is_old_and_replaced_and_never_a_caption(database, run):

@@ -14,6 +14,7 @@ from sqlalchemy.exc import IntegrityError
 
 from rococap import db
 from rococap.errors import DatabaseError, DatabaseUnavailable
+from rococap.models import SCHEMA
 
 TABLES = {
     "alembic_version",
@@ -301,9 +302,9 @@ def test_a_database_opened_as_it_is_gets_no_tables(tmp_path):
 
 
 def test_an_older_schema_is_refused_with_the_command_that_upgrades_it(url, monkeypatch):
-    monkeypatch.setattr(db, "SCHEMA", "0002")
+    monkeypatch.setattr(db, "SCHEMA", "9999")
     assert refusal(db.connect, url) == (
-        f"{url} has schema 0001; this rococap needs 0002. Upgrade it (a backup copy is made): "
+        f"{url} has schema {SCHEMA}; this rococap needs 9999. Upgrade it (a backup copy is made): "
         f"rococap --db {url} migrate"
     )
 
@@ -311,7 +312,7 @@ def test_an_older_schema_is_refused_with_the_command_that_upgrades_it(url, monke
 def test_the_command_that_upgrades_can_be_pasted(tmp_path, path, monkeypatch):
     moved = tmp_path / "it's my queue & hers.db"
     path.rename(moved)
-    monkeypatch.setattr(db, "SCHEMA", "0002")
+    monkeypatch.setattr(db, "SCHEMA", "9999")
     command = shlex.split(refusal(db.connect, str(moved)).partition("(a backup copy is made): ")[2])
     assert (command[:2], command[3:]) == (["rococap", "--db"], ["migrate"])
     engine = db.connect(command[2], create=False)
@@ -323,13 +324,13 @@ def test_a_newer_schema_is_refused(url, path):
     with raw(path) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '0099'")
     assert refusal(db.connect, url) == (
-        f"{url} has schema 0099, made by a newer rococap than this one (0001). "
+        f"{url} has schema 0099, made by a newer rococap than this one ({SCHEMA}). "
         "Upgrade rococap, or name another database with --db."
     )
 
 
 def test_an_older_schema_may_be_opened_as_it_is(url, monkeypatch):
-    monkeypatch.setattr(db, "SCHEMA", "0002")
+    monkeypatch.setattr(db, "SCHEMA", "9999")
     db.connect(url, create=False).dispose()
 
 
@@ -347,7 +348,7 @@ db.connect(sys.argv[1]).dispose()
 def made_once(path):
     assert tables(path) - {"sqlite_sequence"} == TABLES
     with raw(path) as connection:
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(SCHEMA,)]
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     return schema_version(path)
 

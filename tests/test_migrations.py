@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import re
 import shutil
@@ -8,16 +7,12 @@ import sys
 import threading
 import time
 from contextlib import closing
-from io import StringIO
 from pathlib import Path
 
 import pytest
 from alembic import command
 from alembic.config import Config
-from alembic.operations import Operations
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_mock_engine
 
 from rococap import db, queue
 from rococap.engines import Completion, EngineInfo
@@ -25,6 +20,8 @@ from rococap.errors import DatabaseError
 from rococap.models import SCHEMA, metadata
 
 ROOT = Path(__file__).resolve().parents[1]
+NEXT = f"{int(SCHEMA) + 1:04}"
+BACKUP = f"queue.db.before-{NEXT}-from-{SCHEMA}"
 
 ROWS = """
 INSERT INTO datasets VALUES (1, '/data/rocov2', '');
@@ -94,7 +91,7 @@ def refusal(call, *args):
 
 @pytest.fixture
 def path(tmp_path, url):
-    """A database of the first schema with a row in every table; the last lease id was 3, and is gone."""
+    """A database of this schema with a row in every table; the last lease id was 3, and is gone."""
     path = tmp_path / "queue.db"
     with raw(path) as connection:
         connection.execute("PRAGMA foreign_keys = ON")
@@ -112,16 +109,17 @@ def engine(tmp_path):
 
 @pytest.fixture
 def next_schema(tmp_path, monkeypatch):
-    """Makes this rococap one whose schema is 0002, by the body of its upgrade(); the folder's name is awkward."""
+    """Makes this rococap one of the next schema, by the body of its upgrade(); the folder's name is awkward."""
 
     def make(*upgrade):
         folder = tmp_path / "50% of the migrations"
         shutil.copytree(ROOT / "migrations", folder, ignore=shutil.ignore_patterns("__pycache__"))
-        lines = ["import sqlalchemy as sa", "from alembic import op", "revision = '0002'", "down_revision = '0001'"]
+        lines = ["import sqlalchemy as sa", "from alembic import op"]
+        lines += [f"revision = '{NEXT}'", f"down_revision = '{SCHEMA}'"]
         lines += ["def upgrade():", *(f"    {line}" for line in upgrade), "def downgrade():", "    pass"]
-        (folder / "versions" / "0002_the_next.py").write_text("\n".join(lines))
+        (folder / "versions" / f"{NEXT}_the_next.py").write_text("\n".join(lines))
         monkeypatch.setattr(db, "migrations_dir", lambda: folder)
-        monkeypatch.setattr(db, "SCHEMA", "0002")
+        monkeypatch.setattr(db, "SCHEMA", NEXT)
 
     return make
 
@@ -235,37 +233,6 @@ def test_a_strict_table_refuses_text_for_a_number(path):
         connection.execute("UPDATE jobs SET attempts = 'many'")
 
 
-def postgresql_statements(emit):
-    """The DDL, a statement each, that `emit` gives on PostgreSQL; no server and no driver is needed."""
-    buffer = StringIO()
-    emit(buffer)
-    return sorted(filter(None, map(normalised, buffer.getvalue().split(";"))))
-
-
-def test_on_postgresql_the_migrations_make_what_the_models_say():
-    def by_models(buffer):
-        def write(statement, *args, **options):
-            buffer.write(f"{statement.compile(dialect=mock.dialect)};")
-
-        mock = create_mock_engine("postgresql://", write)
-        metadata.create_all(mock, checkfirst=False)
-
-    def by_migrations(buffer):
-        context = MigrationContext.configure(
-            dialect_name="postgresql", opts={"as_sql": True, "output_buffer": buffer, "target_metadata": metadata}
-        )
-        with Operations.context(context):
-            for file in sorted((ROOT / "migrations" / "versions").glob("*.py")):
-                spec = importlib.util.spec_from_file_location(file.stem, file)
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                module.upgrade()
-
-    statements = postgresql_statements(by_migrations)
-    assert statements == postgresql_statements(by_models)
-    assert "CREATE INDEX ix_jobs_waiting ON jobs(not_before)WHERE status = 'waiting'" in statements
-
-
 # --- alembic's own command -------------------------------------------------------------------------------------
 
 
@@ -326,7 +293,7 @@ def test_migrating_keeps_every_row_and_the_lease_sequence(path, url, next_schema
     next_schema(*ADD_COLUMNS)
     before = rows_of(path)
     db.migrate(url)
-    assert query(path, "SELECT version_num FROM alembic_version") == [("0002",)]
+    assert query(path, "SELECT version_num FROM alembic_version") == [(NEXT,)]
     after = rows_of(path)
     assert after.pop("jobs") == [(*row, None) for row in before.pop("jobs")]
     assert after.pop("leases") == [(*row, 0.0) for row in before.pop("leases")]
@@ -352,9 +319,9 @@ def test_the_backup_is_the_database_as_it_was(path, url, tmp_path, next_schema, 
     next_schema(*ADD_COLUMNS)
     rows, schema = rows_of(path), schema_of(path)
     backup = db.migrate(url).backup
-    assert backup == tmp_path / "queue.db.before-0002-from-0001"
+    assert backup == tmp_path / BACKUP
     assert (rows_of(backup), schema_of(backup)) == (rows, schema)
-    assert query(backup, "SELECT version_num FROM alembic_version") == [("0001",)]
+    assert query(backup, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
     assert query(backup, "PRAGMA integrity_check") == [("ok",)]
     assert "note" in columns(path, "jobs")
     assert not list(tmp_path.glob("*.part*"))
@@ -362,18 +329,18 @@ def test_the_backup_is_the_database_as_it_was(path, url, tmp_path, next_schema, 
 
 def test_a_backup_that_was_cut_off_is_made_anew(path, url, tmp_path, next_schema):
     next_schema(*ADD_COLUMNS)
-    (tmp_path / "queue.db.before-0002-from-0001.part").write_bytes(b"")
+    (tmp_path / f"{BACKUP}.part").write_bytes(b"")
     rows = rows_of(path)
     assert rows_of(db.migrate(url).backup) == rows
 
 
 def test_a_backup_that_cannot_be_made_stops_the_upgrade_with_a_reason(path, url, tmp_path, next_schema):
     next_schema(*ADD_COLUMNS)
-    (tmp_path / ".queue.db.before-0002-from-0001.part").mkdir()
+    (tmp_path / f".{BACKUP}.part").mkdir()
     message = refusal(db.migrate, url)
-    assert message.startswith(f"The copy {path}.before-0002-from-0001 cannot be written (")
+    assert message.startswith(f"The copy {tmp_path / BACKUP} cannot be written (")
     assert "nothing was changed. Check the folder's permissions and the disk" in message
-    assert query(path, "SELECT version_num FROM alembic_version") == [("0001",)]
+    assert query(path, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
 
 
 def test_migrating_is_refused_while_leases_are_open(path, url, tmp_path, next_schema):
@@ -395,7 +362,7 @@ def test_a_lease_that_expired_and_was_never_reaped_does_not_stop_a_migration(pat
     with raw(path) as connection:
         connection.execute("UPDATE leases SET state = 'open', closed_at = NULL WHERE id = 1")
     db.migrate(url)
-    assert query(path, "SELECT version_num FROM alembic_version") == [("0002",)]
+    assert query(path, "SELECT version_num FROM alembic_version") == [(NEXT,)]
     assert query(path, "SELECT state FROM leases ORDER BY id") == [("open",), ("expired",)]
 
 
@@ -403,7 +370,7 @@ def test_a_newer_database_is_not_migrated(path, url, tmp_path):
     with raw(path) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '0099'")
     assert refusal(db.migrate, url) == (
-        f"{url} has schema 0099, made by a newer rococap than this one (0001). "
+        f"{url} has schema 0099, made by a newer rococap than this one ({SCHEMA}). "
         "Upgrade rococap, or name another database with --db."
     )
     assert not list(tmp_path.glob("*.before-*"))
@@ -438,7 +405,7 @@ def test_upgrading_waits_for_a_database_that_is_locked(path, url, next_schema):
         finally:
             timer.join()
     engine.dispose()
-    assert query(path, "SELECT version_num FROM alembic_version") == [("0002",)]
+    assert query(path, "SELECT version_num FROM alembic_version") == [(NEXT,)]
 
 
 # --- A migration that goes wrong -------------------------------------------------------------------------------
@@ -449,7 +416,7 @@ def unchanged_by(url, path, fail):
     engine = db.connect(url, create=False)
     fail(engine)
     assert (rows_of(path), schema_of(path)) == before
-    assert query(path, "SELECT version_num FROM alembic_version") == [("0001",)]
+    assert query(path, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
     with engine.connect() as conn:
         assert conn.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
     with db.transaction(engine, write=True) as conn:
@@ -481,7 +448,7 @@ def test_a_migration_that_fails_leaves_its_backup(path, url, tmp_path, next_sche
     rows = rows_of(path)
     with pytest.raises(RuntimeError, match=r"^half-way$"):
         db.migrate(url)
-    assert rows_of(tmp_path / "queue.db.before-0002-from-0001") == rows
+    assert rows_of(tmp_path / BACKUP) == rows
 
 
 # --- Foreign keys ----------------------------------------------------------------------------------------------
@@ -526,7 +493,11 @@ def test_a_populated_database_of_each_release_is_upgraded_with_its_rows_and_goes
         tables = {table: columns(path, table) for table in TABLES if columns(path, table)}
     before = {table: query(path, f"SELECT {', '.join(names)} FROM {table}") for table, names in tables.items()}
     assert all(before.values()), "every table of the release holds something"
-    db.migrate(f"sqlite:///{path}")
+    migrated = db.migrate(f"sqlite:///{path}")
+    assert migrated.upgraded == (release != SCHEMA)
+    assert query(path, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
+    if migrated.backup:
+        assert query(migrated.backup, "SELECT version_num FROM alembic_version") == [(release,)]
     after = {table: query(path, f"SELECT {', '.join(names)} FROM {table}") for table, names in tables.items()}
     assert after == before
     assert query(path, "PRAGMA integrity_check") == [("ok",)]
@@ -539,4 +510,36 @@ def test_a_populated_database_of_each_release_is_upgraded_with_its_rows_and_goes
         assert lease.id == 5, "an id of a lease was used again"
         queue.complete(conn, lease, [Completion(job.id, "A caption.") for job in lease.jobs])
         assert [one.done for one in queue.counts(conn)] == [9, 0]
+    engine.dispose()
+
+
+FIRST = (ROOT / "tests" / "schemas" / "0001.sql").read_text()
+
+
+def test_the_first_release_is_upgraded_by_the_command_and_its_workers_are_seen_without_measurements(tmp_path):
+    path = tmp_path / "queue.db"
+    with raw(path) as connection:
+        connection.executescript(FIRST)
+    url = f"sqlite:///{path}"
+    command = [sys.executable, "-m", "rococap", "--db", url, "migrate"]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "queue.db.before-0002-from-0001" in told
+    engine = db.connect(url)
+    with db.transaction(engine) as conn:
+        assert [one.telemetry for one in queue.list_workers(conn, lost_after_ms=0, everyone=True)] == [None, None]
+    engine.dispose()
+
+
+def test_going_back_to_the_first_schema_and_on_again_keeps_every_row(tmp_path):
+    path = tmp_path / "queue.db"
+    with raw(path) as connection:
+        connection.executescript(FIRST)
+    schema = schema_of(path)
+    engine = db.connect(f"sqlite:///{path}", create=False)
+    db.upgrade(engine)
+    rows = rows_of(path)
+    downgrade(engine, "0001")
+    assert schema_of(path) == schema
+    db.upgrade(engine)
+    assert rows_of(path) == rows
     engine.dispose()

@@ -141,6 +141,19 @@ def test_somebody_elses_database_is_refused(url, engine):
         db.connect(url)
 
 
+def test_the_first_release_is_upgraded_with_its_rows(url, engine):
+    db.upgrade(engine, "0001")
+    with db.transaction(engine, write=True) as conn:
+        sql = "INSERT INTO workers (uuid, host, pid, device, engine, versions, started_at, seen_at) "
+        db.execute(conn, sql + "VALUES ('aa', 'host', 1, 'cpu', 'small', '{}', 5, 5)")
+    before = select(engine, "SELECT * FROM workers")
+    with pytest.raises(DatabaseError, match=f"has schema 0001; this rococap needs {SCHEMA}"):
+        db.connect(url)
+    assert db.migrate(url) == db.Migrated(True)
+    assert select(engine, "SELECT * FROM workers") == [(*row, None) for row in before]
+    db.connect(url).dispose()
+
+
 # --- connections -----------------------------------------------------------------------------------------------
 
 
@@ -272,6 +285,32 @@ def test_a_heartbeat_and_a_complete_of_one_worker_do_not_wait_for_each_other(url
         with db.transaction(engine, write=True) as conn:
             queue.complete(conn, lease, [Completion(job.id, "A caption.") for job in lease.jobs])
         beating.result(timeout=30)  # a deadlock would have made one of them raise
+    engine.dispose()
+    other.dispose()
+
+
+def test_a_goodbye_locks_leases_in_order_also_those_that_have_ended(url, tmp_path):
+    engine, other = db.connect(url), db.connect(url)
+    run = fill(engine, tmp_path / "set", 2)
+    with db.transaction(engine, write=True) as conn:
+        ((_, worker),) = workers(conn)
+        ended, forgotten = (queue.claim(conn, worker, run.id, "train", 1, ttl_ms=60_000) for _ in range(2))
+        queue.complete(conn, ended, [Completion(ended.jobs[0].id, "A caption.")])
+
+    def say_goodbye() -> None:
+        with db.transaction(other, write=True) as conn:
+            queue.lock_leases(conn, worker, [ended.id])
+            queue.release_forgotten(conn, worker, set())
+            queue.stop_worker(conn, worker, store_ms={ended.id: 5.0})
+
+    with ThreadPoolExecutor(1) as pool:
+        with db.transaction(engine, write=True) as conn:
+            db.execute(conn, "SELECT id FROM leases WHERE id = ? FOR UPDATE", (ended.id,))
+            leaving = pool.submit(say_goodbye)
+            time.sleep(0.3)
+            db.execute(conn, "SELECT id FROM leases WHERE id = ? FOR UPDATE", (forgotten.id,))
+        leaving.result(timeout=30)  # a deadlock would have made one of them raise
+    assert select(engine, "SELECT state, store_ms FROM leases ORDER BY id") == [("closed", 5.0), ("released", 0.0)]
     engine.dispose()
     other.dispose()
 

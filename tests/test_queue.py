@@ -1,6 +1,7 @@
 """The state machine. Every test passes the time in; the database fixture recounts the tallies at the end of each."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,25 @@ from sqlalchemy.exc import IntegrityError
 from rococap import db, queue
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import LeaseLost, RunError
-from rococap.queue import NORMAL, SOLO, SUSPECTS, Lease, Run
+from rococap.queue import NORMAL, SOLO, SUSPECTS, Lease, Run, Telemetry, Timing
 from rococap.recipe import Recipe
 
 pytestmark = pytest.mark.every_database
 
 TTL = 60_000
 INFO = EngineInfo("small", {"rococap": "0"}, "tests/small", "", "float32", "cpu", "digest")
+TOLD = Telemetry(
+    captioning_sec=90.0,
+    pictures_per_sec=12.5,
+    new_tokens_per_sec=640.0,
+    fill=0.93,
+    busy=0.98,
+    waited_sec=1.5,
+    batch_size=32,
+    memory_mb=2_345.6,
+    gpu_memory_mb=40_000.0,
+    gpu_memory_total_mb=80_000.0,
+)
 
 
 @pytest.fixture
@@ -287,6 +300,71 @@ def test_a_heartbeat_extends_a_lease(database, run):
         assert queue.heartbeat(conn, worker, [lease.id], ttl_ms=TTL, now=TTL - 1) == {lease.id}
     assert reap(database, TTL) == []
     assert reap(database, 2 * TTL - 1) == [lease.id]
+
+
+# --- what workers measure --------------------------------------------------------------------------------------
+
+
+def store_ms(database: Engine) -> dict[int, float]:
+    with db.transaction(database) as conn:
+        return {one.id: one.timing.store_ms for one in queue.list_leases(conn, closed=99)}
+
+
+def told_by(database: Engine) -> dict[int, Telemetry | None]:
+    with db.transaction(database) as conn:
+        return {one.id: one.telemetry for one in queue.list_workers(conn, lost_after_ms=TTL, everyone=True, now=0)}
+
+
+def test_a_heartbeat_and_a_goodbye_tell_what_a_worker_measured(database, run):
+    worker, other = new_worker(database), new_worker(database, "other")
+    assert told_by(database) == {worker: None, other: None}
+    with writing(database) as conn:
+        queue.heartbeat(conn, worker, [], ttl_ms=TTL, telemetry=TOLD, now=1)
+    assert told_by(database) == {worker: TOLD, other: None}
+    with writing(database) as conn:
+        queue.heartbeat(conn, worker, [], ttl_ms=TTL, now=2)
+        queue.stop_worker(conn, other, telemetry=replace(TOLD, fill=None), now=2)
+    assert told_by(database) == {worker: TOLD, other: replace(TOLD, fill=None)}
+
+
+def test_telemetry_of_a_later_version_is_read_as_far_as_it_is_known():
+    later = TOLD.to_json().replace('"fill"', '"watts": 300, "fill"')
+    assert Telemetry.from_json(later) == TOLD
+
+
+def test_what_storing_took_is_added_to_leases_also_when_they_have_ended(database, run):
+    worker = new_worker(database)
+    ended, open_one = claimed(database, worker, run), claimed(database, worker, run)
+    complete(database, ended)
+    with writing(database) as conn:
+        took = {open_one.id: 2.0, ended.id: 7.5}
+        assert queue.heartbeat(conn, worker, [open_one.id], ttl_ms=TTL, store_ms=took, now=1) == {open_one.id}
+        assert queue.heartbeat(conn, worker, [], ttl_ms=TTL, store_ms={open_one.id: 1.0}, now=1) == set()
+        queue.stop_worker(conn, worker, store_ms={ended.id: 0.5}, now=2)
+    assert store_ms(database) == {ended.id: 8.0, open_one.id: 3.0}
+    assert reap(database, TTL) == [], "telling of a lease is holding it"
+    assert reap(database, TTL + 1) == [open_one.id]
+
+
+def test_what_storing_took_is_added_to_no_lease_of_another_worker(database, run):
+    mine = claimed(database, new_worker(database), run)
+    other = new_worker(database, "other")
+    with writing(database) as conn:
+        assert queue.heartbeat(conn, other, [], ttl_ms=TTL, store_ms={mine.id: 5.0}, now=1) == set()
+        queue.stop_worker(conn, other, store_ms={mine.id: 5.0}, now=1)
+    assert store_ms(database) == {mine.id: 0.0}
+
+
+def test_a_lease_tells_the_time_of_each_stage(database, run):
+    lease = claimed(database, new_worker(database), run)
+    with writing(database) as conn:
+        queue.complete(conn, lease, [caption(1)], timing=Timing(1.0, 2.0, 3.0, 4.0), now=1)
+        queue.heartbeat(conn, lease.worker_id, [lease.id], ttl_ms=TTL, store_ms={lease.id: 5.0}, now=1)
+        (seen,) = queue.list_leases(conn, now=1)
+    assert seen.timing == Timing(1.0, 2.0, 3.0, 4.0, 5.0)
+
+
+# --- crashes and time ------------------------------------------------------------------------------------------
 
 
 def test_a_dead_workers_jobs_are_pending_with_the_attempt_refunded_and_the_crash_counted(database, run):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,63 @@ def test_a_worker_without_work_ends_at_once_and_loads_nothing(database, tmp_path
     run_worker(database)
     outcome = work(database, Settings(), load=lambda *_: pytest.fail("loaded a model for nothing"))
     assert outcome.done == 0
+
+
+# --- what it measures ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.every_database
+def test_a_worker_tells_what_it_measures_while_it_runs_and_what_storing_took_of_each_lease(database, url, tmp_path):
+    fill(database, tmp_path / "set", 60)
+    process = start(url, engine={"step_sec": 0.2}, batch_size=4, lease_ttl=2.0)
+    until(lambda: select(database, "SELECT 1 FROM workers WHERE telemetry IS NOT NULL"), "a heartbeat")
+    with db.transaction(database) as conn:
+        (running,) = queue.list_workers(conn, lost_after_ms=60_000)
+    assert running.state == "running"
+    assert running.telemetry.batch_size == 4
+    assert finish(process)["done"] == 60
+    with db.transaction(database) as conn:
+        (stopped,) = queue.list_workers(conn, lost_after_ms=60_000)
+        leases = queue.list_leases(conn, closed=99)
+    told = stopped.telemetry
+    assert running.telemetry.captioning_sec < told.captioning_sec < 60
+    assert told.pictures_per_sec == pytest.approx(60 / told.captioning_sec, rel=0.1)
+    assert told.new_tokens_per_sec == pytest.approx(3 * told.pictures_per_sec, rel=0.1)
+    assert 0.5 < told.fill <= 1.0
+    assert told.gpu_memory_mb is None
+    assert 0 <= told.waited_sec < told.captioning_sec
+    assert 30 < told.memory_mb < 2_000
+    assert len(leases) == 15
+    assert all(one.timing.store_ms > 0 for one in leases)
+    assert sum(one.timing.store_ms for one in leases) < 1_000 * told.captioning_sec
+
+
+def test_the_wait_for_the_lock_is_time_of_storing_and_is_booked_once(database, tmp_path):
+    fill(database, tmp_path / "set", 4)
+
+    class Waiting(SmallEngine):
+        """Its captions come while another process holds the lock, for a second; it goes on for some heartbeats."""
+
+        def run(self, source):
+            completions = list(super().run(source))
+            with closing(sqlite3.connect(database.url.database, isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                yield from completions
+                time.sleep(1)
+            time.sleep(3)
+
+    run_worker(database, Waiting(), limit=4, lease_ttl=2.0)
+    ((store_ms,),) = select(database, "SELECT store_ms FROM leases")
+    assert 800 < store_ms < 3_000
+
+
+def test_a_gpu_that_cannot_be_measured_does_not_end_a_worker(database, tmp_path):
+    fill(database, tmp_path / "set", 4)
+
+    class Elsewhere(SmallEngine):
+        info = replace(INFO, device="cuda:99")
+
+    assert run_worker(database, Elsewhere()).done == 4
 
 
 # --- which run -------------------------------------------------------------------------------------------------
