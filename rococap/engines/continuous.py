@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from rococap.engines import Completion, Prepared, Source
+from rococap.engines import Completion, Prepared, Source, gather
 from rococap.engines.decoding import Loaded, Row, out_of_memory, share
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class ContinuousDecoder:
         free = self.limit - held
         taken: list[Prepared] = []
         if not held:
-            taken = source.take(free, None)
+            taken = gather(source, max(1, self.limit // REFILL))
         elif free >= max(1, self.limit // REFILL):
             taken = source.take(free, 0)
         now = time.perf_counter()
