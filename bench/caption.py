@@ -97,16 +97,17 @@ def _uneven(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line
 
 
 def _large(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line]:
-    model = folder / "model_105m"
-    if not model.exists():
-        small_models.write_105m(model)
-    recipe = Recipe(model=str(model), max_new_tokens=128, dtype="bfloat16")
+    """In bfloat16, and in float32, which is faster where the CPU has no instructions for the other."""
+    model = small_models.write_105m(folder / "model_105m")
     n = options.large_pictures
-    root = _phantoms(folder, n)
-    case = Case("105 M bf16, uneven lengths", recipe, root, n, ways.uneven_lengths(n, 33, 128), 16)
-    lines = _against_static(case, options, ">= 1.2") + _against_pipeline(case, options, (8, 16))
-    lines += _of_the_worker(case, options, is_serial=False) + _against_old(case, options, ">= 6")
-    curves[case.name] = _by_batch_size(case, (1, 4, 16, 32))
+    root, lengths = _phantoms(folder, n), ways.uneven_lengths(n, 33, 128)
+    lines: list[Line] = []
+    for dtype in ("bfloat16", "float32"):
+        recipe = Recipe(model=str(model), max_new_tokens=128, dtype=dtype)
+        case = Case(f"105 M {dtype}, uneven lengths", recipe, root, n, lengths, 16)
+        lines += _against_static(case, options, ">= 1.2") + _against_pipeline(case, options, (8, 16))
+        lines += _of_the_worker(case, options, is_serial=False) + _against_old(case, options, ">= 6")
+        curves[case.name] = _by_batch_size(case, (1, 4, 16, 32))
     return lines
 
 
