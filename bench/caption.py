@@ -30,7 +30,7 @@ from rococap.engines.hf import TransformersEngine
 from rococap.enqueue import enqueue
 from rococap.recipe import Recipe
 
-PARTS = ("demo", "uneven", "large", "processes", "memory")
+PARTS = ("demo", "uneven", "bfloat16", "float32", "processes", "memory")
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "caption.png"
 
 
@@ -92,23 +92,31 @@ def _uneven(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line
     root = _phantoms(folder, options.pictures)
     case = Case("demo, uneven lengths", recipe, root, options.pictures, lengths, 16)
     lines = [line for size in (16, 32) for line in _against_static(replace(case, batch=size), options, ">= 1.5")]
+    lines += _against_pipeline(case, options, (16, 32, 64))
     curves[case.name] = _by_batch_size(case, (1, 2, 4, 8, 16, 32, 64))
     return lines
 
 
-def _large(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line]:
-    """In bfloat16, and in float32, which is faster where the CPU has no instructions for the other."""
-    model = small_models.write_105m(folder / "model_105m")
+def _bfloat16(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line]:
+    return _large(folder, options, "bfloat16")[1]
+
+
+def _float32(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line]:
+    """The same: faster where the CPU has no instructions for bfloat16."""
+    case, lines = _large(folder, options, "float32")
+    curves[case.name] = _by_batch_size(case, (1, 4, 16, 32))
+    return lines + _against_pipeline(case, options, (8, 16))
+
+
+def _large(folder: Path, options: argparse.Namespace, dtype: Any) -> tuple[Case, list[Line]]:
+    model = folder / "model_105m"
+    if not model.exists():
+        small_models.write_105m(model)
     n = options.large_pictures
-    root, lengths = _phantoms(folder, n), ways.uneven_lengths(n, 33, 128)
-    lines: list[Line] = []
-    for dtype in ("bfloat16", "float32"):
-        recipe = Recipe(model=str(model), max_new_tokens=128, dtype=dtype)
-        case = Case(f"105 M {dtype}, uneven lengths", recipe, root, n, lengths, 16)
-        lines += _against_static(case, options, ">= 1.2") + _against_pipeline(case, options, (8, 16))
-        lines += _of_the_worker(case, options, is_serial=False) + _against_old(case, options, ">= 6")
-        curves[case.name] = _by_batch_size(case, (1, 4, 16, 32))
-    return lines
+    recipe = Recipe(model=str(model), max_new_tokens=128, dtype=dtype)
+    case = Case(f"105 M {dtype}, uneven lengths", recipe, _phantoms(folder, n), n, ways.uneven_lengths(n, 33, 128), 16)
+    lines = _against_static(case, options, ">= 1.2") + _of_the_worker(case, options, is_serial=False)
+    return case, lines + _against_old(case, options, ">= 6")
 
 
 def _phantoms(folder: Path, n: int) -> Path:
@@ -256,7 +264,7 @@ def _memory(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line
     ]
 
 
-MEASURES = dict(zip(PARTS, (_demo, _uneven, _large, _processes, _memory), strict=True))
+MEASURES = dict(zip(PARTS, (_demo, _uneven, _bfloat16, _float32, _processes, _memory), strict=True))
 
 
 def _options() -> argparse.Namespace:
@@ -267,7 +275,7 @@ def _options() -> argparse.Namespace:
     add("--pictures", type=int, default=256, help="for the demo model")
     add("--large-pictures", type=int, default=64, help="for the model of 105 million parameters")
     add("--memory-pictures", type=int, default=20_000, help="captioned by one worker whose memory is watched")
-    add("--plot", type=Path, default=PLOT, help="drawn if uneven or large were measured")
+    add("--plot", type=Path, default=PLOT, help="drawn if uneven or float32 was measured")
     options = parser.parse_args()
     if unknown := set(options.only) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")

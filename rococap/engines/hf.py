@@ -51,6 +51,8 @@ class TransformersEngine:
 
     def load(self) -> None:
         _quieten()
+        if self.device.type == "cuda":
+            torch.set_num_threads(1)  # several threads prepare pictures, each of which would start one for every core
         name, revision = self.recipe.model, self.recipe.revision
         source = {"revision": revision, "local_files_only": _is_here_or_unreachable(name, revision)}
         self.processor = _load_processor(name, source)
