@@ -22,6 +22,7 @@ from report import Line, alternate, ratio_line, show, value_line
 from transformers.utils import logging as transformers_logging
 
 from rococap import db
+from rococap.bench import from_memory
 from rococap.datasets import locate
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
@@ -181,7 +182,7 @@ def _against_static(case: Case, options: argparse.Namespace, target: str) -> lis
     rounds = alternate(
         options.rounds,
         lambda: _timed(ways.static_batches, model, prepared, case.batch, case.lengths),
-        lambda: ways.from_memory(engine, prepared)[0],
+        lambda: from_memory(engine, prepared)[0],
     )
     return [_against(case, f"against generate in static batches of {case.batch}", rounds, target)]
 
@@ -192,9 +193,9 @@ def _of_the_worker(case: Case, options: argparse.Namespace, *, is_serial: bool) 
     prepared = case.prepare(engine)
 
     def serial() -> float:
-        return _timed(case.prepare, engine) + ways.from_memory(engine, prepared)[0]
+        return _timed(case.prepare, engine) + from_memory(engine, prepared)[0]
 
-    alone = serial if is_serial else lambda: ways.from_memory(engine, prepared)[0]
+    alone = serial if is_serial else lambda: from_memory(engine, prepared)[0]
     rounds = alternate(options.rounds, alone, _worker(case, engine))
     what = "whole worker against preparing, then captioning" if is_serial else "whole worker against its engine alone"
     lines = [_against(case, what, rounds, ">= 0.95")]
@@ -214,7 +215,7 @@ def _by_batch_size(case: Case, sizes: Sequence[int]) -> dict[str, list[tuple[int
         prepared = case.prepare(engine)
         pipe = ways.stock_pipeline(model, size, case.lengths)
         took = {
-            "rococap": ways.from_memory(engine, prepared)[0],
+            "rococap": from_memory(engine, prepared)[0],
             "generate in static batches": _timed(ways.static_batches, model, prepared, size, case.lengths),
             "pipeline": _timed(pipe, case.root),
         }

@@ -1,8 +1,7 @@
 """Ways of captioning the same pictures with the same weights, each written as its user would write it."""
 
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
 from pathlib import Path
@@ -15,8 +14,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, StoppingCriteriaList, pipeline
 
 from rococap import db
+from rococap.bench import Ready
 from rococap.datasets import locate
-from rococap.engines import Completion, Engine, Options, Prepared
+from rococap.engines import Engine, Options, Prepared
 from rococap.engines.decoding import Loaded, Row, collate
 from rococap.engines.hf import TransformersEngine
 from rococap.enqueue import enqueue
@@ -56,26 +56,6 @@ def load(recipe: Recipe, options: Options, lengths: Sequence[int] | None = None)
     return engine
 
 
-class Memory:
-    """A Source over pictures that are prepared."""
-
-    def __init__(self, prepared: Sequence[Prepared]) -> None:
-        self._left = list(prepared)
-
-    def take(self, most: int, wait: float | None) -> list[Prepared]:
-        taken, self._left = self._left[:most], self._left[most:]
-        return taken
-
-    def step(self, rows: int) -> Set[int]:
-        return frozenset()
-
-
-def from_memory(engine: Engine, prepared: Sequence[Prepared]) -> tuple[float, list[Completion]]:
-    started = time.perf_counter()
-    completions = list(engine.run(Memory(prepared)))
-    return time.perf_counter() - started, sorted(completions, key=lambda completion: completion.job_id)
-
-
 def whole_worker(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> tuple[float, float]:
     """Seconds from the loaded model to the last stored caption, and the share of them that the model worked."""
     database = db.connect(f"sqlite:///{folder / 'queue.db'}")
@@ -101,19 +81,6 @@ def resident(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> list[t
     )
     database.dispose()
     return sizes
-
-
-class Ready:
-    """An engine that is loaded already and stays so."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.info, self.batch_size = engine.info, engine.batch_size
-        self.prepare, self.run = engine.prepare, engine.run
-
-    def load(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 # --- the others ------------------------------------------------------------------------------------------------

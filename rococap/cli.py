@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -979,6 +980,138 @@ def migrate() -> None:
     click.echo("Upgraded." if done.upgraded else "The schema is up to date.")
     if done.backup:
         click.echo(f"The database as it was: {done.backup}")
+
+
+# --- bench -----------------------------------------------------------------------------------------------------
+
+
+def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    try:
+        sizes = [int(size) for size in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers. Write it like 1,4,16.") from None
+    return [click.IntRange(1, 4096)(size, param, ctx) for size in sizes]
+
+
+@cli.command()
+@run_option("The run to measure. [default: `default`, or the only one that has work]")
+@click.option("--split", type=click.Choice(SPLITS), help="[default: the first that the run has]")
+@click.option(
+    "--pictures", type=click.IntRange(1, 100_000), default=64, show_default=True, metavar="N", help="How many to use."
+)
+@click.option(
+    "--batch-size",
+    "sizes",
+    callback=_sizes,
+    metavar="N,N,…",
+    help="Batch sizes to measure. [default: powers of two up to the automatic one]",
+)
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="auto: the first GPU, else the CPU."
+)
+@click.option(
+    "--decode",
+    type=click.Choice(["auto", "continuous", "static"]),
+    default="auto",
+    show_default=True,
+    help="As worker.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("results_medical/bench"),
+    show_default=True,
+    metavar="FOLDER",
+    help="Where bench.json and bench.png go.",
+)
+@json_option
+@db_option
+def bench(
+    run_name: str | None,
+    split: str | None,
+    pictures: int,
+    sizes: list[int] | None,
+    device: str,
+    decode: Any,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Measure this machine with a run's model and pictures. The queue is only read.
+
+    Reading, preparing, captioning by batch size and the whole worker; what the split will take, and what to set. Each
+    batch size captions all N pictures: where the model takes minutes a picture, begin with --pictures 4.
+    """
+    from rococap import bench as bench_module
+    from rococap.engines import Options
+    from rococap.export import write_json
+
+    database = _database()
+    with _bar() as progress:
+        measured = bench_module.measure(
+            database,
+            Options(device, None, decode),
+            run_name=run_name,
+            split=split,
+            most=pictures,
+            sizes=sizes,
+            progress=progress,
+        )
+    write_json(output / "bench.json", asdict(measured))
+    is_drawn = bench_module.draw(measured, output / "bench.png")
+    if as_json:
+        _echo_json(asdict(measured))
+    else:
+        click.echo(_measured_text(measured))
+        click.echo(f"\nWritten: {output / 'bench.json'}" + (f", {output / 'bench.png'}" if is_drawn else ""))
+    if not is_drawn:
+        click.echo("For a plot beside it: pip install 'rococap[plot]'", err=True)
+
+
+def _measured_text(measured: Any) -> str:
+    """Within 80 columns, whatever the model's folder is."""
+    hours, share = measured.estimate, 100 * measured.efficiency
+    failures = f", and {measured.failures} that cannot be captioned" if measured.failures else ""
+    facts = [
+        ["model", _shortened(measured.model)],
+        ["device", f"{measured.device}, {measured.dtype}, {measured.cpu_count} CPU cores"],
+        ["pictures", f"{measured.pictures} of {_shortened(measured.run, 24)} {measured.split}{failures}"],
+        ["reading", f"{measured.load_ms:.1f} ms a picture"],
+        ["preparing", f"{measured.prepare_ms:.1f} ms a picture"],
+        ["automatic", f"batch size {measured.automatic_batch_size}"],
+        ["worker", f"{_significant(measured.worker_pictures_per_sec)} pictures/s, {share:.0f} % of the model alone"],
+        ["estimate", f"{_hours(hours.split_hours)} for all {measured.split_pictures} pictures of the split"],
+        ["", f"{_hours(hours.unfinished_hours)} for the {measured.unfinished_pictures} that are not finished"],
+    ]
+    rates = [
+        [rate.batch_size, _significant(rate.pictures_per_sec), _significant(rate.tokens_per_sec)]
+        for rate in measured.batch_sizes
+    ]
+    return "\n\n".join(
+        [
+            _lines(facts),
+            _table(["batch size", "pictures/s", "new tokens/s"], rates),
+            textwrap.fill(measured.recommendation, 80, break_on_hyphens=False),
+        ]
+    )
+
+
+def _lines(facts: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"{name:<11}{value}" for name, value in facts)
+
+
+def _shortened(text: str, most: int = 66) -> str:
+    """Its end, which tells folders apart."""
+    return text if len(text) <= most else "…" + text[1 - most :]
+
+
+def _hours(hours: float) -> str:
+    return f"about {_duration(3600 * hours)}"
+
+
+def _significant(number: float) -> float:
+    return round(number, 1) if number >= 10 else float(f"{number:.3g}")
 
 
 # --- demo ------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def export(
         manifest.unlink(missing_ok=True)  # killed before the next line, the new file has none rather than the old one's
     missing = counts.total - rows
     about = {"split": split, "file": path.name, "rows": rows, "missing": missing, "sha256": digest}
-    _write_json(manifest, _manifest(run) | about)
+    write_json(manifest, _manifest(run) | about)
     return Exported(path, rows, missing)
 
 
@@ -262,7 +262,8 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Raises RococapError, as `replacing` does."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -288,7 +289,7 @@ def write_checkpoints(database: Database, run: Run, split: str, folder: Path, ev
     with transaction(database) as conn:
         last = _last_checkpoint(conn, run, split)
     if last and not (folder / "run.json").exists():
-        _write_json(folder / "run.json", _manifest(run))
+        write_json(folder / "run.json", _manifest(run))
     missing = [n for n in range(1, last + 1) if not checkpoint_path(folder, split, n).exists()]
     for start in range(0, len(missing), SEGMENTS_AT_ONCE):
         _write_segments(database, run, split, folder, missing[start : start + SEGMENTS_AT_ONCE])

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 
 from sqlalchemy import Connection
@@ -103,9 +104,11 @@ def work(
     settings: Settings,
     report: Report = lambda outcome, counts: None,
     load: Callable[[Recipe, Options], Engine] = load_engine,
+    spool_folder: Path | None = None,
 ) -> Outcome:
     """Captions until nothing is left (or for ever, with `wait`), or until SIGTERM or SIGINT asks to stop.
 
+    `spool_folder` None: where the environment says, or beside the database.
     Raises RunError if there is nothing to work on, ModelError or DatasetError if the run's cannot be had.
     """
     with transaction(database) as conn:
@@ -122,7 +125,8 @@ def work(
         engine.load()
         if stop.is_set():
             return Outcome(run.name, drained=True)
-        return _work(database, settings, report, run, splits, dataset, engine, stop)
+        folder = spool_folder or spool.folder_of(database.url)
+        return _work(database, settings, report, run, splits, dataset, engine, folder, stop)
 
 
 def _work(
@@ -133,6 +137,7 @@ def _work(
     splits: Sequence[str],
     dataset: Dataset,
     engine: Engine,
+    spool_folder: Path,
     stop: threading.Event,
 ) -> Outcome:
     name = uuid.uuid4().hex
@@ -150,12 +155,12 @@ def _work(
         ttl_ms=int(settings.lease_ttl * 1000),
         limit=settings.limit,
         wait=settings.wait,
-        preparers=_n_preparers(engine.info.device),
+        preparers=n_preparers(engine.info.device),
     )
     outcome = Outcome(run.name, engine.info.device)
     completions: Completions = fifo.SimpleQueue()
     pipeline = Pipeline(database, claims, dataset.root, engine, lambda completion: store.put(completion))
-    kept = Spool(spool.folder_of(database.url), name)
+    kept = Spool(spool_folder, name)
     meter = Meter(engine, pipeline.usage)
     store = Store(database, claims, outcome, pipeline, kept, completions, report, stop, meter)
     try:
@@ -167,7 +172,7 @@ def _work(
     return outcome
 
 
-def _n_preparers(device: str) -> int:
+def n_preparers(device: str) -> int:
     """Threads that decode and prepare: beside a GPU as many as keep it busy, on the CPU the model needs the cores."""
     return 1 if device == "cpu" else min(8, max(1, (os.cpu_count() or 1) // 2))
 
@@ -198,8 +203,11 @@ def _say_goodbye(database: Database, pipeline: Pipeline, meter: Meter, worker_id
         log.warning("left without telling the database: %s", error)
 
 
-def choose_run(conn: Connection, name: str | None, splits: Sequence[str]) -> Run:
-    """The run of that name; without one, `default`, or the only run that has work. Raises RunError, naming them."""
+def choose_run(conn: Connection, name: str | None, splits: Sequence[str], command: str = "worker") -> Run:
+    """The run of that name; without one, `default`, or the only run that has work.
+
+    Raises RunError, naming them; `command` is the one to choose with.
+    """
     if name is not None:
         return queue.get_run(conn, name)
     runs = queue.list_runs(conn)
@@ -211,7 +219,7 @@ def choose_run(conn: Connection, name: str | None, splits: Sequence[str]) -> Run
             return run
     if len(busy) > 1:
         names = ", ".join(run.name for run in busy)
-        raise RunError(f"Several runs have work ({names}). Choose one: rococap worker --run NAME")
+        raise RunError(f"Several runs have work ({names}). Choose one: rococap {command} --run NAME")
     return busy[0] if busy else runs[-1]
 
 

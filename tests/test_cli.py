@@ -431,6 +431,7 @@ COMMANDS = [
     ["vacuum"],
     ["backup", "copy.db"],
     ["doctor"],
+    ["bench"],
     ["demo"],
 ]
 

@@ -104,6 +104,10 @@ class Engine(Protocol):
     def batch_size(self) -> int:
         """How many pictures it takes at a time."""
 
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        """Loaded, and while nothing runs. What runs out of memory with so many lowers it again by itself."""
+
     def load(self) -> None:
         """Loads the model. Raises ModelError if it cannot be had or is not one that captions pictures."""
 

@@ -80,6 +80,10 @@ class TransformersEngine:
     def batch_size(self) -> int:
         return self.decoder.limit
 
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self.decoder.limit = size
+
     def prepare(self, job_id: int, picture: Image) -> Prepared:
         try:
             tensors = self._process(picture)
