@@ -44,6 +44,7 @@ bench: $(VENV)/installed
 	$(BIN)/python bench/queue.py
 	$(BIN)/python bench/enqueue.py
 	$(BIN)/python bench/export.py
+	$(BIN)/python bench/caption.py
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel

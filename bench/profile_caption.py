@@ -16,6 +16,7 @@ import small_models
 import ways
 from torch.profiler import ProfilerActivity, profile
 
+from rococap.bench import from_memory
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Options
@@ -56,7 +57,7 @@ def _shares(recipe: Recipe, root: Path, n: int) -> list[float]:
     prepared = [engine.prepare(number, picture) for number, picture in pictures]
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         started = time.perf_counter()
-        ways.from_memory(engine, prepared)
+        from_memory(engine, prepared)
         wall = time.perf_counter() - started
     spent: Counter[str] = Counter()
     for event in profiler.key_averages():
