@@ -224,13 +224,18 @@ def stay(engine: Engine, sql: str, params: Row) -> None:
     def check(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
         try:
-            if cursor.execute(sql, tuple(params)).fetchone() is None:
-                raise DatabaseError(
-                    f"{engine.url.render_as_string()} is another database than when this process began: it was "
-                    "replaced. Start anew, with the one that you want."
-                )
+            is_there = cursor.execute(sql, tuple(params)).fetchone() is not None
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):
+                raise
+            is_there = False  # a new file that is being given its tables
         finally:
             cursor.close()
+        if not is_there:
+            raise DatabaseError(
+                f"{engine.url.render_as_string()} is another database than when this process began: it was "
+                "replaced. Start anew, with the one that you want."
+            )
 
     event.listen(engine, "connect", check)
 

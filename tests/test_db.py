@@ -752,6 +752,15 @@ def test_opening_a_locked_database_ends_with_what_to_do(url, path, monkeypatch):
         assert refusal(db.connect, url) == locked_message(path, 0)
 
 
+def test_a_file_without_tables_in_the_place_of_ours_is_another_database(engine, path):
+    db.stay(engine, "SELECT 1 FROM workers WHERE id = ?", (1,))
+    engine.dispose()
+    path.unlink()
+    path.touch()
+    with pytest.raises(DatabaseError, match="is another database than when this process began"), db.transaction(engine):
+        pass
+
+
 def test_the_database_tells_the_time_in_milliseconds(engine):
     with db.transaction(engine) as conn:
         before = time.time() * 1000
