@@ -326,7 +326,11 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
-    return None if value == "auto" else click.IntRange(1, 4096)(value, param, ctx)
+    if value == "auto":
+        return None
+    if not value.isdecimal():
+        raise click.BadParameter(f"{value!r} is neither auto nor a number.")
+    return click.IntRange(1, 4096)(value, param, ctx)
 
 
 def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:

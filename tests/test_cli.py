@@ -503,3 +503,17 @@ def test_a_traceback_is_shown_where_debug_asks_for_it(here):
     result = invoke("--debug", "--db", "notes.db", "status")
     assert result.exit_code == 1
     assert type(result.exception).__name__ == "DatabaseError"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("many", "'many' is neither auto nor a number."),
+        ("0", "0 is not in the range 1<=x<=4096."),
+        ("-1", "neither auto"),
+    ],
+)
+def test_a_batch_size_is_auto_or_a_number(tmp_path, value, told):
+    result = CliRunner().invoke(cli, ["--db", f"sqlite:///{tmp_path / 'queue.db'}", "worker", f"--batch-size={value}"])
+    assert result.exit_code == 2
+    assert told in result.output
