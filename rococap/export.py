@@ -88,12 +88,12 @@ def export(
         (counts,) = queue.counts_of(conn, run, [split])
         cutoff = db.now(conn)
     if require_complete:
-        _require_complete(split, counts.done, counts.total)
+        _require_complete(run, split, counts.done, counts.total)
     manifest = manifest_path(path)
     with replacing(path) as partial:
         rows = _write(_pages(database, run, split, cutoff, counts.done, progress), partial, path.suffix)
         if require_complete:  # once more, by what was written: a clock that stepped back hides what is done
-            _require_complete(split, rows, counts.total)
+            _require_complete(run, split, rows, counts.total)
         digest = _sha256(partial)
         manifest.unlink(missing_ok=True)  # killed before the next line, the new file has none rather than the old one's
     missing = counts.total - rows
@@ -107,11 +107,11 @@ def manifest_path(path: Path) -> Path:
     return path.with_suffix(".json") if path.suffix == ".csv" else path.with_name(f"{path.name}.json")
 
 
-def _require_complete(split: str, done: int, total: int) -> None:
+def _require_complete(run: Run, split: str, done: int, total: int) -> None:
     if done < total:
         raise IncompleteError(
             f"{total - done} of {total} images of {split} are not captioned (see rococap status). "
-            "Caption them: rococap worker; or leave out --require-complete."
+            f"Caption them: rococap worker --run {run.name}; or leave out --require-complete."
         )
 
 

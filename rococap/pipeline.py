@@ -367,7 +367,7 @@ class Pipeline:
     def _tell(self, left: dict[str, int]) -> None:
         """Once: why nothing happens."""
         if left["pending"] and self._is_paused():
-            why = "the run is paused; go on with: rococap resume"
+            why = f"run {self._claims.run.name} is paused; go on with: rococap resume --run {self._claims.run.name}"
         elif left["leased"]:
             why = (
                 f"{left['leased']} pictures are held by other workers: waiting for them, or for their leases to run out"
