@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from rococap.engines import Completion, Prepared, Source, gather
-from rococap.engines.decoding import Loaded, Row, out_of_memory, share
+from rococap.engines.decoding import Loaded, Row, free_memory, out_of_memory, share
 
 log = logging.getLogger(__name__)
 
@@ -292,7 +292,7 @@ class ContinuousDecoder:
         self._waiting.extendleft(reversed(rows))
         self._rows = []
         self._slots.clear()
-        self.loaded.free_memory()
+        free_memory(self.loaded.device)
         if len(rows) > 1:
             self.limit = len(rows) // 2
             log.warning("out of memory with %d pictures at a time: going on with %d", len(rows), self.limit)

@@ -50,11 +50,6 @@ class Loaded:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def free_memory(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
 
 @dataclass(slots=True)
 class Row:
@@ -114,6 +109,12 @@ def collate(rows: Sequence[dict[str, Tensor]], pad_token: int) -> dict[str, Tens
 
 def _pad_left(tensor: Tensor, prompt_shape: torch.Size, width: int, fill: int) -> Tensor:
     return pad(tensor, (width - tensor.shape[1], 0), value=fill) if tensor.shape == prompt_shape else tensor
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, continuous
 from rococap.engines.continuous import ContinuousDecoder
-from rococap.engines.decoding import Inputs, Loaded, dtype_name
+from rococap.engines.decoding import Inputs, Loaded, dtype_name, free_memory
 from rococap.engines.sizing import choose_limit
 from rococap.engines.static import StaticDecoder
 from rococap.errors import ModelError, PictureError
@@ -97,22 +97,22 @@ class TransformersEngine:
         """
         image = dict(self.processor.image_processor(images=[picture], return_tensors="pt"))
         shape = _shape(image)
-        if shape not in self._texts:
+        text = self._texts.get(shape)  # once: another thread may clear them
+        if text is None:
             whole = dict(self.processor(text=[self.prompt], images=[picture], return_tensors="pt"))
             if shape is None or not all(name in whole and torch.equal(whole[name], image[name]) for name in image):
                 return whole
             if len(self._texts) == MOST_TEXTS:
                 self._texts.clear()
-            self._texts[shape] = {name: tensor for name, tensor in whole.items() if name not in image}
-        return self._texts[shape] | image
+            text = self._texts[shape] = {name: tensor for name, tensor in whole.items() if name not in image}
+        return text | image
 
     def run(self, source: Source) -> Iterator[Completion]:
         return self.decoder.run(source)
 
     def close(self) -> None:
-        loaded = self.loaded
         del self.loaded, self.decoder, self.processor
-        loaded.free_memory()
+        free_memory(self.device)
 
     def _choose_decoder(self) -> ContinuousDecoder | StaticDecoder:
         way = self.options.decode

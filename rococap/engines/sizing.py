@@ -10,6 +10,7 @@ from PIL import Image
 
 from rococap.engines import Prepared
 from rococap.engines.continuous import GROUP_TOKENS, ContinuousDecoder
+from rococap.engines.decoding import free_memory
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Image.Image
     side = math.isqrt(max_pixels) if on_gpu else min(USUAL_SIDE, math.isqrt(max_pixels))
     picture = prepare(0, Image.effect_noise((side, side), 64).convert("RGB"))
     n_read = max(1, GROUP_TOKENS // picture.n_tokens) if on_gpu else 1
-    room = MEMORY_SHARE * _free_memory(decoder.loaded.device)
+    room = MEMORY_SHARE * _available(decoder.loaded.device)
     rates: dict[int, float] = {}
     n, seconds = SMALLEST, 0.0
     while n <= MOST["cuda" if on_gpu else "cpu"] and seconds < SLOW_SEC:
@@ -48,12 +49,12 @@ def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Image.Image
         n *= 2
         if n * row_bytes > room:
             break
-    decoder.loaded.free_memory()
+    free_memory(decoder.loaded.device)
     chosen = min((n for n, rate in rates.items() if GAIN * rate >= max(rates.values())), default=1)
     log.info("%d pictures at a time: %.0f tokens/s", chosen, rates.get(chosen, 0.0))
     return chosen
 
 
-def _free_memory(device: torch.device) -> int:
+def _available(device: torch.device) -> int:
     """Bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from rococap.engines import Completion, Prepared, Source, gather
-from rococap.engines.decoding import Loaded, Row, out_of_memory, share
+from rococap.engines.decoding import Loaded, Row, free_memory, out_of_memory, share
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class StaticDecoder:
             yield from (row.completion(self.loaded, now) for row in done)
 
     def _caption_smaller(self, rows: list[Row], source: Source) -> Iterator[Completion]:
-        self.loaded.free_memory()
+        free_memory(self.loaded.device)
         if len(rows) == 1:
             if (smaller := self._shrink(rows[0].picture)) is None:
                 yield out_of_memory(rows[0].picture)
