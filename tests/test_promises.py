@@ -13,8 +13,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pandas as pd
-import psycopg
 import pytest
+from postgres import lock_tables
 from samples import fill, register, write_shard
 from small_engine import INFO, SmallEngine, caption_of
 from sqlalchemy import Engine
@@ -337,10 +337,8 @@ def foreign_lock(database: Engine) -> Iterator[None]:
             other.execute("BEGIN IMMEDIATE")
             yield
     else:
-        with psycopg.connect(database.url.set(drivername="postgresql").render_as_string(hide_password=False)) as other:
-            other.execute("LOCK TABLE leases, jobs IN ACCESS EXCLUSIVE MODE")
+        with lock_tables(database.url.render_as_string(False), "LOCK TABLE leases, jobs IN ACCESS EXCLUSIVE MODE"):
             yield
-            other.rollback()
 
 
 def with_short_patience(url: str, monkeypatch: pytest.MonkeyPatch) -> Engine:

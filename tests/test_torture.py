@@ -19,10 +19,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psycopg
 import pytest
 from conftest import recount, tallies
-from postgres import Server
+from postgres import Server, lock_tables
 from samples import fill
 from small_engine import INFO, caption_of
 from sqlalchemy import Engine, event
@@ -453,20 +452,8 @@ def locked(url: str, sql: str = "") -> Iterator[None]:
             yield
             outsider.execute("ROLLBACK")
     else:
-        with psycopg.connect(make_url(url).set(drivername="postgresql").render_as_string(False)) as outsider:
-            _lock_tables(outsider, sql or "LOCK TABLE jobs")
+        with lock_tables(url, sql or "LOCK TABLE jobs"):
             yield
-            outsider.rollback()
-
-
-def _lock_tables(outsider: psycopg.Connection, sql: str) -> None:
-    """Again, where the server chose the outsider to end a deadlock with a worker."""
-    while True:
-        try:
-            outsider.execute(sql)
-            return
-        except psycopg.errors.DeadlockDetected:
-            outsider.rollback()
 
 
 def locked_for(world: World, seconds: float, sql: str = "") -> None:
