@@ -47,7 +47,7 @@ class Case:
     batch: int
 
     def engine(self, batch: int, decode: Any = "continuous") -> TransformersEngine:
-        return ways.load(self.recipe, Options("cpu", batch, decode), self.lengths)
+        return ways.load(self.recipe, Options(device="cpu", batch_size=batch, decode=decode), self.lengths)
 
     def prepare(self, engine: TransformersEngine) -> list[Any]:
         pictures = ways.pictures_of(self.root)
@@ -163,7 +163,7 @@ def _against_old(case: Case, options: argparse.Namespace, target: str) -> list[L
 
 def _auto(case: Case) -> TransformersEngine:
     """As a worker without options has it."""
-    return ways.load(case.recipe, Options("cpu"), case.lengths)
+    return ways.load(case.recipe, Options(device="cpu"), case.lengths)
 
 
 def _against_pipeline(case: Case, options: argparse.Namespace, sizes: Sequence[int]) -> list[Line]:

@@ -52,7 +52,7 @@ def main() -> None:
 
 def _shares(recipe: Recipe, root: Path, n: int) -> list[float]:
     """Of the wall time in the main thread, in which all operators are called."""
-    engine = ways.load(recipe, Options("cpu", 16), ways.uneven_lengths(n, 33, 128))
+    engine = ways.load(recipe, Options(device="cpu", batch_size=16), ways.uneven_lengths(n, 33, 128))
     pictures = zip(range(1, n + 1), ways.pictures_of(root), strict=False)
     prepared = [engine.prepare(number, picture) for number, picture in pictures]
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:

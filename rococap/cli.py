@@ -325,6 +325,43 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 # --- worker ----------------------------------------------------------------------------------------------------
 
 
+def engine_options(command: F) -> F:
+    """What Options says of an engine, but for the batch size."""
+    options = (
+        click.option(
+            "--engine",
+            type=click.Choice(["transformers", "vllm", "openai"]),
+            default="transformers",
+            show_default=True,
+            help="What runs the model; openai: any server with that interface, at --base-url.",
+        ),
+        click.option(
+            "--base-url",
+            metavar="URL",
+            help="With --engine openai, like http://localhost:8000/v1; key: OPENAI_API_KEY.",
+        ),
+        click.option("--served-model", metavar="NAME", help="What that server calls the model. [default: as the run]"),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="auto|cpu|cuda:N",
+            help="auto: the first GPU, else the CPU.",
+        ),
+        click.option(
+            "--decode",
+            type=click.Choice(["auto", "continuous", "static"]),
+            default="auto",
+            show_default=True,
+            help="A finished caption makes room for the next picture at once, or batch after batch. "
+            "[auto: as the model can]",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
     if value == "auto":
         return None
@@ -347,9 +384,7 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 @cli.command()
 @run_option("The run to work on. [default: `default`, or the only one that has work]")
 @splits_option()
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="auto: the first GPU, else the CPU."
-)
+@engine_options
 @click.option(
     "--devices",
     callback=_devices,
@@ -363,13 +398,6 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     show_default=True,
     metavar="auto|N",
     help="Pictures at a time. auto: as many as there is memory for and speed to gain.",
-)
-@click.option(
-    "--decode",
-    type=click.Choice(["auto", "continuous", "static"]),
-    default="auto",
-    show_default=True,
-    help="A finished caption makes room for the next picture at once, or batch after batch. [auto: as the model can]",
 )
 @click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Stop after N pictures in all.")
 @click.option("--wait", is_flag=True, help="Keep polling for new work instead of ending when all is done.")
@@ -1012,16 +1040,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     metavar="N,N,…",
     help="Batch sizes to measure. [default: powers of two up to the automatic one]",
 )
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda:N", help="auto: the first GPU, else the CPU."
-)
-@click.option(
-    "--decode",
-    type=click.Choice(["auto", "continuous", "static"]),
-    default="auto",
-    show_default=True,
-    help="As worker.",
-)
+@engine_options
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -1037,10 +1056,9 @@ def bench(
     split: str | None,
     pictures: int,
     sizes: list[int] | None,
-    device: str,
-    decode: Any,
     output: Path,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure this machine with a run's model and pictures. The queue is only read.
 
@@ -1055,7 +1073,7 @@ def bench(
     with _bar() as progress:
         measured = bench_module.measure(
             database,
-            Options(device, None, decode),
+            Options(**options),
             run_name=run_name,
             split=split,
             most=pictures,

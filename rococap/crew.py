@@ -177,6 +177,9 @@ def arguments(settings: Settings) -> list[str]:
     """`settings` as options of the `worker` command."""
     options = {
         "--run": settings.run,
+        "--engine": settings.engine,
+        "--base-url": settings.base_url,
+        "--served-model": settings.served_model,
         "--device": settings.device,
         "--batch-size": settings.batch_size,
         "--decode": settings.decode,

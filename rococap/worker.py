@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 
@@ -26,7 +26,7 @@ from sqlalchemy.exc import DatabaseError as DriverError
 from rococap import datasets, db, queue, spool
 from rococap.datasets import Dataset
 from rococap.db import transaction
-from rococap.engines import Completion, Decode, Engine, Options, load_engine
+from rococap.engines import Completion, Decode, Engine, EngineName, Options, load_engine
 from rococap.errors import DatabaseError, DatabaseUnavailable, LeaseLost, RococapError, RunError
 from rococap.pipeline import Claims, Pipeline, clock
 from rococap.queue import Lease, Run
@@ -60,6 +60,9 @@ class Settings:
 
     run: str | None = None
     splits: Sequence[str] = ()
+    engine: EngineName = "transformers"
+    base_url: str | None = None
+    served_model: str | None = None
     device: str = "auto"
     batch_size: int | None = None
     decode: Decode = "auto"
@@ -72,6 +75,10 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.lease_ttl >= MIN_LEASE_SEC:
             raise ValueError(f"A lease lasts {MIN_LEASE_SEC:.0f} s at least, not {self.lease_ttl} s.")
+
+    def options(self) -> Options:
+        """The engine's."""
+        return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
 
 
 @dataclass(slots=True)
@@ -121,7 +128,7 @@ def work(
     dataset = datasets.locate(run.dataset, present, run.dataset_revision or None)
     stop = threading.Event()
     with _signals(stop):
-        engine = load(run.recipe, Options(settings.device, settings.batch_size, settings.decode))
+        engine = load(run.recipe, settings.options())
         engine.load()
         if stop.is_set():
             return Outcome(run.name, drained=True)

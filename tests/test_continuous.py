@@ -66,7 +66,7 @@ class Arriving:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[TransformersEngine]:
-    engine = TransformersEngine(RECIPE, Options("cpu", 8, "continuous"))
+    engine = TransformersEngine(RECIPE, Options(device="cpu", batch_size=8, decode="continuous"))
     engine.load()
     yield engine
     engine.close()
@@ -158,18 +158,18 @@ def test_the_time_of_all_captions_is_the_time_of_the_steps(engine, prepared):
 def test_a_model_whose_cache_is_another_is_decoded_in_static_batches_and_the_log_says_so(engine, caplog, monkeypatch):
     monkeypatch.setattr(engine.loaded.model.config.text_config, "layer_types", ["sliding_attention"] * 3)
     monkeypatch.setattr(engine.loaded.model.config.text_config, "sliding_window", 16, raising=False)
-    monkeypatch.setattr(engine, "options", Options("cpu", 8, "auto"))
+    monkeypatch.setattr(engine, "options", Options(device="cpu", batch_size=8, decode="auto"))
     with caplog.at_level(logging.INFO):
         assert type(engine._choose_decoder()).__name__ == "StaticDecoder"
     assert "decoding in static batches: its cache is not one that the loop knows" in caplog.text
-    monkeypatch.setattr(engine, "options", Options("cpu", 8, "continuous"))
+    monkeypatch.setattr(engine, "options", Options(device="cpu", batch_size=8, decode="continuous"))
     with pytest.raises(ModelError, match=r"cannot be decoded continuously: its cache .* Use --decode static"):
         engine._choose_decoder()
 
 
 def test_a_recipe_that_is_not_greedy_is_decoded_in_static_batches():
     engine = TransformersEngine(
-        Recipe(model=str(MODEL), max_new_tokens=4, dtype="float32", num_beams=2), Options("cpu")
+        Recipe(model=str(MODEL), max_new_tokens=4, dtype="float32", num_beams=2), Options(device="cpu")
     )
     engine.load()
     assert type(engine.decoder).__name__ == "StaticDecoder"

@@ -49,7 +49,7 @@ class Pictures:
 
 @pytest.fixture(scope="module", params=["continuous", "static"])
 def engine(request) -> Iterator[TransformersEngine]:
-    engine = TransformersEngine(RECIPE, Options("cpu", 16, request.param))
+    engine = TransformersEngine(RECIPE, Options(device="cpu", batch_size=16, decode=request.param))
     engine.load()
     yield engine
     engine.close()
@@ -66,7 +66,7 @@ def texts(completions: Sequence[Completion]) -> list[str]:
 
 def loaded(folder: Path, **changes: object) -> TransformersEngine:
     engine = TransformersEngine(
-        Recipe(**{"model": str(folder), "dtype": "float32", "max_new_tokens": 64} | changes), Options("cpu")
+        Recipe(**{"model": str(folder), "dtype": "float32", "max_new_tokens": 64} | changes), Options(device="cpu")
     )
     engine.load()
     return engine
@@ -325,7 +325,7 @@ def test_logits_that_are_not_finite_are_a_failure_and_never_a_caption(folder):
 
 def error_of(recipe: Recipe, device: str = "cpu") -> str:
     with pytest.raises(ModelError) as error:
-        load_engine(recipe, Options(device)).load()
+        load_engine(recipe, Options(device=device)).load()
     return str(error.value)
 
 
@@ -371,7 +371,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
     hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     code = (
         "from rococap.engines import Options, load_engine; from rococap.recipe import Recipe\n"
-        "load_engine(Recipe(model='nobody/nothing'), Options('cpu')).load()"
+        "load_engine(Recipe(model='nobody/nothing'), Options(device='cpu')).load()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | hub, capture_output=True, text=True, timeout=60

@@ -11,13 +11,20 @@ from PIL.Image import Image
 
 from rococap.recipe import Recipe
 
+EngineName = Literal["transformers", "vllm", "openai"]
 Decode = Literal["auto", "continuous", "static"]
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a worker needs besides the recipe; it decides speed, never text. `batch_size` None: as measured."""
+    """What a worker needs besides the recipe; it decides speed, never text. `batch_size` None: as measured.
 
+    `base_url` and `served_model` are the server's of the engine `openai`; `batch_size` is then the requests in flight.
+    """
+
+    engine: EngineName = "transformers"
+    base_url: str | None = None
+    served_model: str | None = None
     device: str = "auto"
     batch_size: int | None = None
     decode: Decode = "auto"
@@ -137,6 +144,10 @@ def gather(source: Source, most: int) -> list[Prepared]:
 
 def load_engine(recipe: Recipe, options: Options) -> Engine:
     """The engine for a recipe, not loaded yet."""
-    from rococap.engines.hf import TransformersEngine
+    match options.engine:
+        case "transformers":
+            from rococap.engines.hf import TransformersEngine
 
-    return TransformersEngine(recipe, options)
+            return TransformersEngine(recipe, options)
+        case "vllm" | "openai":
+            raise NotImplementedError(options.engine)
