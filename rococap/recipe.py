@@ -9,7 +9,12 @@ DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 DEFAULT_PROMPT = "Describe this medical image in detail."
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
+LOAD_IN = ("8bit", "4bit")
+LATER = ("trust_remote_code", "load_in")
+"""Fields that the first release did not know: at their defaults they are left out, so that its runs keep their hash."""
+
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+LoadIn = Literal["8bit", "4bit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +23,7 @@ class Recipe:
 
     `min_pixels` and `max_pixels` are areas in pixels; one visual token of Qwen2-VL is 28 x 28 = 784 of them.
     Every decoding field is stated, since a checkpoint's own generation_config applies wherever one is not.
+    `adapter` is a folder or hub id of a PEFT adapter; `load_in` quantises the weights by bitsandbytes.
     Raises ValueError, naming the field, for values that no model could follow.
     """
 
@@ -35,6 +41,8 @@ class Recipe:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    trust_remote_code: bool = False
+    load_in: LoadIn | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -49,10 +57,13 @@ class Recipe:
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
+        if self.load_in not in (None, *LOAD_IN):
+            raise ValueError(f"load_in must be one of {', '.join(LOAD_IN)}, not {self.load_in}")
 
     def to_json(self) -> str:
         """The recipe as JSON with sorted keys: equal recipes give equal text."""
-        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+        stated = {name: value for name, value in asdict(self).items() if name not in LATER or value}
+        return json.dumps(stated, sort_keys=True, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:

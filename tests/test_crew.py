@@ -167,7 +167,9 @@ def test_processes_are_labelled_by_device():
     assert [label for label, _ in crew.share_out(Settings(), ["cpu"])] == ["cpu"]
 
 
-EVERY_SETTING = Settings("a", ("train", "test"), "cuda:1", 7, "static", 9, True, 33.5, 4.0, 50.0)
+EVERY_SETTING = Settings(
+    "a", ("train", "test"), "openai", "http://host/v1", "vl", "cuda:1", 7, "static", 9, True, 33.5, 4.0, 50.0
+)
 
 
 def test_every_setting_comes_through_a_members_command_line():

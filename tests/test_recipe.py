@@ -20,6 +20,8 @@ OTHER = {
     "temperature": 0.7,
     "top_p": 0.9,
     "top_k": 20,
+    "trust_remote_code": True,
+    "load_in": "4bit",
 }
 
 
@@ -69,7 +71,7 @@ def test_a_recipe_survives_json(recipe):
 
 
 def test_json_is_sorted_and_readable():
-    text = Recipe(prompt="Größe?").to_json()
+    text = Recipe(**OTHER | {"prompt": "Größe?"}).to_json()
     assert list(json.loads(text)) == sorted(field.name for field in fields(Recipe))
     assert '"prompt": "Größe?"' in text
 
@@ -104,6 +106,7 @@ def test_differences_name_each_field_with_both_values():
         ({"max_new_tokens": -5}, "max_new_tokens must be at least 1, not -5"),
         ({"min_pixels": 0}, "min_pixels (0) must be positive and at most max_pixels (1003520)"),
         ({"min_pixels": 785, "max_pixels": 784}, "min_pixels (785) must be positive and at most max_pixels (784)"),
+        ({"load_in": "2bit"}, "load_in must be one of 8bit, 4bit, not 2bit"),
         ({"dtype": "int8"}, "dtype must be one of auto, bfloat16, float16, float32, not int8"),
     ],
 )
