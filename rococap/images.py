@@ -166,3 +166,11 @@ def _orientation(picture: Image.Image) -> object:
 def _turn(picture: Image.Image, orientation: object) -> Image.Image:
     turn = TURNS.get(orientation) if isinstance(orientation, int) else None
     return picture if turn is None else picture.transpose(turn)
+
+
+def reduced(picture: Image.Image, most: int) -> Image.Image:
+    """The picture in at most so many pixels, in its own shape."""
+    ratio = math.sqrt(most / (picture.width * picture.height))
+    if ratio >= 1:
+        return picture
+    return picture.resize([max(1, math.floor(side * ratio)) for side in picture.size], Image.Resampling.LANCZOS)

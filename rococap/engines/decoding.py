@@ -97,14 +97,28 @@ def out_of_memory(picture: Prepared) -> Completion:
 
 
 def collate(rows: Sequence[dict[str, Tensor]], pad_token: int) -> dict[str, Tensor]:
-    """One batch from pictures prepared alone: what has the length of the prompt is padded on the left."""
+    """One batch from pictures prepared alone: what has the length of the prompt is padded on the left.
+
+    Pictures that were cut into fewer tiles than others get tiles of zeros, which the models that cut them leave out.
+    """
     width = max(row["input_ids"].shape[1] for row in rows)
 
     def column(name: str) -> Tensor:
         fill = pad_token if name == "input_ids" else 0
-        return torch.cat([_pad_left(row[name], row["input_ids"].shape, width, fill) for row in rows])
+        return _joined([_pad_left(row[name], row["input_ids"].shape, width, fill) for row in rows])
 
     return {name: column(name) for name in rows[0]}
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    return torch.cat([_filled_up(tensor, shape) for tensor in tensors])
+
+
+def _filled_up(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """With zeros behind, in every dimension but the first."""
+    gaps = [want - have for want, have in zip(shape, tensor.shape[1:], strict=True)]
+    return pad(tensor, [n for gap in reversed(gaps) for n in (0, gap)]) if any(gaps) else tensor
 
 
 def _pad_left(tensor: Tensor, prompt_shape: torch.Size, width: int, fill: int) -> Tensor:

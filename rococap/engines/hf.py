@@ -19,10 +19,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
+    PreTrainedConfig,
 )
 from transformers.utils import logging as transformers_logging
 
-from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, continuous
+from rococap import images
+from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, continuous, families
 from rococap.engines.continuous import ContinuousDecoder
 from rococap.engines.decoding import Inputs, Loaded, dtype_name, free_memory
 from rococap.engines.sizing import choose_limit
@@ -48,19 +50,26 @@ class TransformersEngine:
         self.device = _device(options.device)
         self.dtype = choose_dtype(recipe.dtype, self.device)
         self._texts: dict[Hashable, dict[str, Tensor]] = {}
+        self._keeps_prompts = True
+        self._reduces = False
 
     def load(self) -> None:
         _quieten()
         if self.device.type == "cuda":
             torch.set_num_threads(1)  # several threads prepare pictures, each of which would start one for every core
         name, revision = self.recipe.model, self.recipe.revision
-        source = {"revision": revision, "local_files_only": _is_here_or_unreachable(name, revision)}
+        families.check_name(name)
+        source: dict[str, Any] = {"revision": revision, "local_files_only": _is_here_or_unreachable(name, revision)}
+        source["trust_remote_code"] = self.recipe.trust_remote_code
+        model_type = _model_type(name, source)
         self.processor = _load_processor(name, source)
         # After loading: the bounds in a checkpoint's preprocessor_config.json override those given to from_pretrained.
-        self.processor.image_processor.size = {
-            "shortest_edge": self.recipe.min_pixels,
-            "longest_edge": self.recipe.max_pixels,
-        }
+        bounds = families.pixel_bounds(model_type, self.processor.image_processor, self.recipe)
+        for setting, value in (bounds or {}).items():
+            setattr(self.processor.image_processor, setting, value)
+        if bounds is None:
+            self._reduces = True
+            log.info("pictures are reduced to --max-pixels beforehand: how %s bounds them is not known", model_type)
         self.prompt = _prompt(self.processor, self.recipe.prompt, name)
         model = _load_model(name, source, self.dtype).to(self.device).eval()
         tokenizer = self.processor.tokenizer
@@ -85,6 +94,8 @@ class TransformersEngine:
         self.decoder.limit = size
 
     def prepare(self, job_id: int, picture: Image) -> Prepared:
+        if self._reduces:
+            picture = images.reduced(picture, self.recipe.max_pixels)
         try:
             tensors = self._process(picture)
         except ValueError as error:
@@ -93,19 +104,26 @@ class TransformersEngine:
 
     def _process(self, picture: Image) -> dict[str, Tensor]:
         """The processor's output. Half of its time goes into the prompt, of which only the number of image tokens
-        changes, and that with the shape of what the picture became: it is kept.
+        changes, and that with the shape of what the picture became: it is kept, unless the prompt of this processor
+        needs more than the image processor alone returns.
         """
+        if not self._keeps_prompts:
+            return self._process_whole(picture)
         image = dict(self.processor.image_processor(images=[picture], return_tensors="pt"))
         shape = _shape(image)
         text = self._texts.get(shape)  # once: another thread may clear them
         if text is None:
-            whole = dict(self.processor(text=[self.prompt], images=[picture], return_tensors="pt"))
+            whole = self._process_whole(picture)
             if shape is None or not all(name in whole and torch.equal(whole[name], image[name]) for name in image):
+                self._keeps_prompts = False
                 return whole
             if len(self._texts) == MOST_TEXTS:
                 self._texts.clear()
             text = self._texts[shape] = {name: tensor for name, tensor in whole.items() if name not in image}
         return text | image
+
+    def _process_whole(self, picture: Image) -> dict[str, Tensor]:
+        return dict(self.processor(text=[self.prompt], images=[picture], return_tensors="pt"))
 
     def run(self, source: Source) -> Iterator[Completion]:
         return self.decoder.run(source)
@@ -220,6 +238,17 @@ def _is_here_or_unreachable(name: str, revision: str) -> bool:
         log.warning("the hub cannot be reached (%s): loading what is cached of %s", error, name)
         return True
     return False
+
+
+def _model_type(name: str, source: dict[str, Any]) -> str:
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, **source)
+    except (OSError, ValueError) as error:
+        raise _missing(name, source["revision"], error) from error
+    model_type = str(config.get("model_type", ""))
+    if not source["trust_remote_code"]:
+        families.check_native(name, model_type)
+    return model_type
 
 
 def _load_processor(name: str, source: dict[str, Any]) -> Any:
