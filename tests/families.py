@@ -3,11 +3,13 @@
 Their weights are random, but so large that what a picture shows decides what they say.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     Gemma3Config,
@@ -16,6 +18,10 @@ from transformers import (
     Gemma3Processor,
     GenerationConfig,
     GotOcr2ImageProcessor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
@@ -157,6 +163,17 @@ def qwen3_vl(folder: Path) -> Path:
 
 
 def smolvlm(folder: Path) -> Path:
+    classes = (SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor, SmolVLMImageProcessor)
+    return _tiles(folder, classes, SmolVLMVideoProcessor)
+
+
+def idefics3(folder: Path) -> Path:
+    classes = (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, Idefics3ImageProcessor)
+    return _tiles(folder, classes)
+
+
+def _tiles(folder: Path, classes: tuple[Any, ...], *video: Any) -> Path:
+    config_class, model_class, processor_class, image_class = classes
     end = "<end_of_utterance>"
     grid = {f"row_{row}_col_{column}": f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)}
     tokenizer = _tokenizer(
@@ -167,7 +184,7 @@ def smolvlm(folder: Path) -> Path:
         end_of_utterance_token=end,
         **grid,
     )
-    config = SmolVLMConfig(
+    config = config_class(
         text_config=_text(tokenizer) | {"model_type": "llama"},
         vision_config=SIGLIP | {"image_size": SIDE},
         image_token_id=_token(tokenizer, "<image>"),
@@ -176,14 +193,14 @@ def smolvlm(folder: Path) -> Path:
         tie_word_embeddings=False,
     )
     size = {"max_image_size": {"longest_edge": SIDE}, "size": {"longest_edge": 4 * SIDE}}
-    processor = SmolVLMProcessor(
-        SmolVLMImageProcessor(do_image_splitting=True, **size),
+    processor = processor_class(
+        image_class(do_image_splitting=True, **size),
         tokenizer,
-        SmolVLMVideoProcessor(**size),
+        *(one(**size) for one in video),
         image_seq_len=4,
         chat_template=_chat("<image>", end=end),
     )
-    return _save(folder, processor, SmolVLMForConditionalGeneration, config)
+    return _save(folder, processor, model_class, config)
 
 
 SIGLIP = {
@@ -251,3 +268,60 @@ def gemma3(folder: Path) -> Path:
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     build.__name__: build for build in (qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm, internvl, gemma3)
 }
+
+
+def as_published_in_2024(folder: Path) -> Path:
+    """The demo model in the files that Qwen published Qwen2-VL in: flat, and with everything by its older name."""
+    folder.mkdir()
+    config, processor, tokenizer = (
+        json.loads((MODEL / name).read_text())
+        for name in ("config.json", "processor_config.json", "tokenizer_config.json")
+    )
+    text, vision = config.pop("text_config"), config.pop("vision_config")
+    rope, layers = text.pop("rope_parameters"), text.pop("layer_types")
+    older = {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    older |= {"torch_dtype": config.pop("dtype"), "transformers_version": "4.41.2", "num_hidden_layers": len(layers)}
+    _write(folder / "config.json", text | config | older | {"vision_config": vision, "model_type": "qwen2_vl"})
+    images = processor["image_processor"]
+    del images["size"]
+    images |= {"min_pixels": 3_136, "max_pixels": 12_845_056, "processor_class": "Qwen2VLProcessor"}
+    _write(folder / "preprocessor_config.json", images)
+    _write(folder / "chat_template.json", {"chat_template": (MODEL / "chat_template.jinja").read_text()})
+    sampling = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.001, "repetition_penalty": 1.05}
+    ends = {"bos_token_id": text["pad_token_id"], "eos_token_id": [text["eos_token_id"], text["pad_token_id"]]}
+    _write(folder / "generation_config.json", sampling | ends | {"pad_token_id": text["pad_token_id"]})
+    _write_tokenizer(folder, tokenizer)
+    _write_shards(folder)
+    return folder
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2))
+
+
+def _write_tokenizer(folder: Path, config: dict[str, Any]) -> None:
+    whole = json.loads((MODEL / "tokenizer.json").read_text())
+    added = [token["content"] for token in whole["added_tokens"]]
+    vocabulary = {token: i for token, i in whole["model"]["vocab"].items() if token not in added}
+    _write(folder / "vocab.json", vocabulary)
+    merges = "\n".join(" ".join(pair) for pair in whole["model"]["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    older = {"additional_special_tokens": config.pop("extra_special_tokens"), "tokenizer_class": "Qwen2Tokenizer"}
+    del config["backend"], config["processor_class"]
+    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    older["added_tokens_decoder"] = {
+        str(token["id"]): {name: token[name] for name in names} for token in whole["added_tokens"]
+    }
+    _write(folder / "tokenizer_config.json", config | older)
+
+
+def _write_shards(folder: Path, n: int = 2) -> None:
+    weights = load_file(MODEL / "model.safetensors")
+    names = {name: f"model-{1 + i % n:05}-of-{n:05}.safetensors" for i, name in enumerate(sorted(weights))}
+    for shard in sorted(set(names.values())):
+        save_file({name: weights[name] for name in names if names[name] == shard}, folder / shard, {"format": "pt"})
+    size = sum(tensor.nbytes for tensor in weights.values())
+    _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": names})

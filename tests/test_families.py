@@ -1,20 +1,26 @@
 """Every family of models: a small real one of the hub's architecture and file formats, through the stock classes."""
 
+import json
+import logging
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, SIDE
+from families import FAMILIES, SIDE, as_published_in_2024, idefics3
 from PIL import Image
+from safetensors.torch import save_file
 from test_engines import captions, error_of, mixed_pictures, texts
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM
 
-from rococap.engines import Options
+from rococap.demo import MODEL
+from rococap.engines import Options, families
 from rococap.engines.continuous import ContinuousDecoder
 from rococap.engines.decoding import collate
 from rococap.engines.hf import TransformersEngine
+from rococap.errors import ModelError
 from rococap.recipe import Recipe
 
 CONTINUOUS = set(FAMILIES) - {"gemma3"}
@@ -137,3 +143,78 @@ def test_a_bound_that_gemma_3_cannot_keep_is_refused(tmp_path):
     assert error_of(Recipe(model=str(FAMILIES["gemma3"](tmp_path)), max_pixels=3_135, min_pixels=1)) == (
         "max_pixels: this model brings every picture to 56 x 56. Enqueue a run with --max-pixels 3136 or more."
     )
+
+
+# --- as the hub has them ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_as_qwen2_vl_was_published_captions_greedily_within_the_recipes_bounds(tmp_path):
+    engine = loaded(as_published_in_2024(tmp_path / "hub"), max_new_tokens=64, max_pixels=12_544)
+    mine = loaded(MODEL, max_new_tokens=64, max_pixels=12_544)
+    images = [*mixed_pictures(), Image.new("RGB", (900, 700))]
+    assert texts(captions(engine, images)) == texts(captions(mine, images))
+    assert engine.prepare(1, images[-1]).inputs.tensors["image_grid_thw"].tolist() == [[1, 6, 8]]
+    assert isinstance(engine.decoder, ContinuousDecoder)
+
+
+def test_a_folder_as_published_without_one_of_its_shards_is_refused(tmp_path):
+    folder = as_published_in_2024(tmp_path / "hub")
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert error_of(Recipe(model=str(folder))).startswith(f"The folder {folder} holds no model that can be loaded: ")
+
+
+def test_code_that_comes_with_a_model_is_not_run_unless_the_recipe_says_so(tmp_path):
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForImageTextToText": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": code}))
+    (folder / "own.py").write_text(
+        "from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration\n"
+        "class OwnConfig(Qwen2VLConfig):\n    model_type = 'own'\n"
+        "class OwnModel(Qwen2VLForConditionalGeneration):\n    config_class = OwnConfig\n"
+    )
+    assert error_of(Recipe(model=str(folder))) == (
+        f"{folder} brings code of its own, which is not run unless you trust it: look at it, then enqueue a run with "
+        "--trust-remote-code."
+    )
+    stock = AutoModelForImageTextToText.from_pretrained(MODEL)
+    save_file({name: tensor.clone() for name, tensor in stock.state_dict().items()}, folder / "model.safetensors")
+    engine = loaded(folder, trust_remote_code=True)
+    assert type(engine.loaded.model).__name__ == "OwnModel"
+
+
+def test_a_model_that_transformers_has_no_class_for_is_refused_with_its_sister(tmp_path):
+    folder = tmp_path / "InternVL2-2B"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "internvl_chat"}))
+    assert error_of(Recipe(model=str(folder))) == (
+        f"transformers has no class for {folder} (internvl_chat). Enqueue a run with "
+        "--model OpenGVLab/InternVL3-2B-hf, or start the worker with --engine vllm or --engine openai."
+    )
+    with pytest.raises(ModelError, match=r"Enqueue a run with --model OpenGVLab/InternVL3-8B-hf, or start"):
+        families.check_native("OpenGVLab/InternVL3-8B", "internvl_chat")
+
+
+def test_a_name_that_circulates_and_is_not_on_the_hub_is_refused_with_the_right_one():
+    assert error_of(Recipe(model="HuggingFaceM4/SmolVLM2-256M")) == (
+        "The hub has no model HuggingFaceM4/SmolVLM2-256M: it is called HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
+    )
+
+
+def test_a_text_only_model_is_refused(tmp_path):
+    config = Qwen2Config(vocab_size=568, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    config.num_attention_heads = config.num_key_value_heads = 2
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    shutil.copy(MODEL / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    assert error_of(Recipe(model=str(tmp_path))) == (
+        f"{tmp_path} has no image processor, so it cannot caption pictures. Name a vision-language model."
+    )
+
+
+def test_a_type_of_model_that_the_table_does_not_have_gets_pictures_within_the_bounds(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        engine = loaded(idefics3(tmp_path), max_pixels=10_000)
+    assert "pictures are reduced to --max-pixels beforehand: how idefics3 bounds them is not known" in caplog.text
+    picture = engine.prepare(1, Image.new("RGB", (900, 700))).inputs.picture
+    assert picture.size == (113, 88)

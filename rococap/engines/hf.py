@@ -21,6 +21,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from rococap import images
@@ -242,12 +243,17 @@ def _is_here_or_unreachable(name: str, revision: str) -> bool:
 
 def _model_type(name: str, source: dict[str, Any]) -> str:
     try:
-        config, _ = PreTrainedConfig.get_config_dict(name, **source)
+        config, _ = PreTrainedConfig.get_config_dict(name, **source)  # reads it and runs nothing
     except (OSError, ValueError) as error:
         raise _missing(name, source["revision"], error) from error
     model_type = str(config.get("model_type", ""))
     if not source["trust_remote_code"]:
         families.check_native(name, model_type)
+        if "auto_map" in config and model_type not in CONFIG_MAPPING:
+            raise ModelError(
+                f"{name} brings code of its own, which is not run unless you trust it: look at it, then enqueue a run "
+                "with --trust-remote-code."
+            )
     return model_type
 
 
