@@ -16,11 +16,11 @@ import small_models
 import ways
 from torch.profiler import ProfilerActivity, profile
 
-from rococap.bench import from_memory
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Options
 from rococap.recipe import Recipe
+from rococap.trial import from_memory
 
 KINDS = {
     "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "aten::linear", "mkldnn"),

@@ -60,7 +60,7 @@ def whole_worker(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> tu
     """Seconds from the loaded model to the last stored caption, and the share of them that the model worked."""
     database = db.connect(f"sqlite:///{folder / 'queue.db'}")
     enqueue(database, locate(str(root), ["train"]), ["train"], run="default", recipe=recipe)
-    outcome = work(database, Settings(), load=lambda *_: Ready(engine))
+    outcome = work(database, Settings(self_check=False), load=lambda *_: Ready(engine))
     with db.transaction(database) as conn:
         model_ms = db.execute(conn, "SELECT sum(processing_ms) FROM captions").scalar_one()
     database.dispose()
@@ -75,7 +75,7 @@ def resident(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> list[t
     sizes: list[tuple[int, float]] = []
     work(
         database,
-        Settings(),
+        Settings(self_check=False),
         report=lambda outcome, _: sizes.append((outcome.done, process.memory_info().rss / 1e6)),
         load=lambda *_: Ready(engine),
     )

@@ -6,8 +6,7 @@ Only reads the queue. The whole worker is measured on a queue of its own, in a t
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,16 @@ from typing import Any
 from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
-from rococap import __version__, datasets, db, queue
-from rococap.datasets import SPLITS, Dataset, PictureReader, Place
+from rococap import __version__, datasets, db, queue, trial
+from rococap.datasets import SPLITS, Dataset, Place
 from rococap.db import execute, transaction
-from rococap.engines import Completion, Engine, Options, Prepared, load_engine
+from rococap.engines import Engine, Options, Prepared, load_engine
 from rococap.enqueue import Progress, enqueue
-from rococap.errors import PictureError, RococapError
+from rococap.errors import RococapError
 from rococap.export import replacing
-from rococap.images import open_picture
 from rococap.queue import Counts, Run
 from rococap.recipe import Recipe
+from rococap.trial import Read, from_memory, prepare
 from rococap.worker import Outcome, Settings, choose_run, n_preparers, work
 
 log = logging.getLogger(__name__)
@@ -107,7 +106,8 @@ def measure(
     with transaction(database) as conn:
         run = choose_run(conn, run_name, [split] if split else (), command="bench")
         counts = queue.counts_of(conn, run, [split] if split else SPLITS)[0]
-        places, offset = _places(conn, run, counts.split, most)
+        places = trial.places(conn, run, counts.split, most)
+        offset = _offset(conn, run, places[0])
     if sizes is not None:
         _fitting(sizes, len(places))  # before the model is loaded for nothing
     dataset = datasets.locate(run.dataset, [counts.split], run.dataset_revision or None)
@@ -121,21 +121,15 @@ def measure(
         engine.close()
 
 
-def _places(conn: Connection, run: Run, split: str, most: int) -> tuple[list[Place], int]:
-    """The run's first pictures of a split in the data set's order, and how many of it come before them."""
-    rows = execute(
+def _offset(conn: Connection, run: Run, first: Place) -> int:
+    """How many pictures of its split the data set has before it."""
+    n = execute(
         conn,
-        "SELECT i.id, s.path, i.split, i.row_group, i.row_in_group, i.image_id FROM jobs j "
-        "JOIN images i ON i.id = j.image_id JOIN shards s ON s.id = i.shard_id "
-        "WHERE j.run_id = ? AND j.split = ? ORDER BY j.image_id LIMIT ?",
-        (run.id, split, most),
-    ).fetchall()
-    before = execute(
-        conn,
-        "SELECT count(*) FROM images WHERE dataset_id = ? AND split = ? AND id < ?",
-        (run.dataset_id, split, rows[0][0]),
+        "SELECT count(*) FROM images WHERE dataset_id = ? AND split = ? AND id < "
+        "(SELECT id FROM images WHERE dataset_id = ? AND split = ? AND image_id = ?)",
+        (run.dataset_id, first.split, run.dataset_id, first.split, first.image_id),
     ).scalar_one()
-    return [Place(*row[1:]) for row in rows], int(before)
+    return int(n)
 
 
 def _measure(
@@ -150,7 +144,7 @@ def _measure(
 ) -> Measured:
     info, automatic = engine.info, engine.batch_size
     log.info("%s on %s (%s): %d pictures at a time by itself", info.model, info.device, info.dtype, automatic)
-    read = prepare(engine, dataset.root, places, progress)
+    read = _read(engine, dataset.root, places, progress)
     chosen = sizes_up_to(len(read.prepared), automatic) if sizes is None else _fitting(sizes, len(read.prepared))
     from_memory(engine, read.prepared[:1])  # what the device does once, it does now
     rates = _rates(engine, read.prepared, chosen, progress)
@@ -174,7 +168,7 @@ def _measure(
         split_pictures=counts.total,
         unfinished_pictures=counts.unfinished,
         pictures=len(read.prepared),
-        failures=read.failures,
+        failures=len(read.errors),
         load_ms=read.load_ms,
         prepare_ms=read.prepare_ms,
         automatic_batch_size=automatic,
@@ -189,73 +183,16 @@ def _measure(
 # --- Reading ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
-    """Pictures ready for the engine, and milliseconds that one took; `failures` were left out."""
-
-    prepared: list[Prepared]
-    failures: int
-    load_ms: float
-    prepare_ms: float
-
-
-def prepare(engine: Engine, root: Path, places: Sequence[Place], progress: Progress) -> Read:
-    """Reads, decodes and prepares on this thread. Raises RococapError if no picture can be."""
-    prepared: list[Prepared] = []
-    errors: list[PictureError] = []
-    load_sec = prepare_sec = 0.0
-    with PictureReader(root) as reader:
-        started = time.perf_counter()
-        for number, (_, data) in enumerate(reader.read(places), 1):
-            try:
-                picture = open_picture(_bytes(data))
-                loaded = time.perf_counter()
-                prepared.append(engine.prepare(number, picture))
-                load_sec, prepare_sec = load_sec + loaded - started, prepare_sec + time.perf_counter() - loaded
-            except PictureError as error:
-                errors.append(error)
-            progress("reading and preparing", number, len(places))
-            started = time.perf_counter()
-    if not prepared:
-        raise RococapError(f"None of the {len(places)} pictures can be measured. The first: {errors[0]}")
-    load_ms, prepare_ms = (1000 * seconds / len(prepared) for seconds in (load_sec, prepare_sec))
-    log.info("reading a picture: %.1f ms, preparing it: %.1f ms", load_ms, prepare_ms)
-    return Read(prepared, len(errors), load_ms, prepare_ms)
-
-
-def _bytes(data: bytes | PictureError) -> bytes:
-    if isinstance(data, PictureError):
-        raise data
-    return data
+def _read(engine: Engine, root: Path, places: Sequence[Place], progress: Progress) -> Read:
+    """Raises RococapError if no picture can be read and prepared."""
+    read = prepare(engine, root, places, lambda done: progress("reading and preparing", done, len(places)))
+    if not read.prepared:
+        raise RococapError(f"None of the {len(places)} pictures can be measured. The first: {read.errors[0]}")
+    log.info("reading a picture: %.1f ms, preparing it: %.1f ms", read.load_ms, read.prepare_ms)
+    return read
 
 
 # --- The model alone -------------------------------------------------------------------------------------------
-
-
-class Memory:
-    """A Source over pictures that are prepared."""
-
-    def __init__(self, prepared: Sequence[Prepared]) -> None:
-        self._left = list(prepared)
-
-    def take(self, most: int, wait: float | None) -> list[Prepared]:
-        taken, self._left = self._left[:most], self._left[most:]
-        return taken
-
-    def step(self, rows: int) -> Set[int]:
-        return frozenset()
-
-
-def from_memory(
-    engine: Engine, prepared: Sequence[Prepared], tell: Callable[[int], None] = lambda done: None
-) -> tuple[float, list[Completion]]:
-    """Seconds, and the completions in order of their jobs; `tell` is told how many there are."""
-    started = time.perf_counter()
-    completions = []
-    for completion in engine.run(Memory(prepared)):
-        completions.append(completion)
-        tell(len(completions))
-    return time.perf_counter() - started, sorted(completions, key=lambda completion: completion.job_id)
 
 
 def sizes_up_to(most: int, automatic: int) -> list[int]:
@@ -325,7 +262,7 @@ def _worker_rate(
             enqueue(database, dataset, [split], run=run.name, recipe=run.recipe, limit=n, offset=offset)
             outcome = work(
                 database,
-                Settings(run=run.name, splits=[split], limit=n),
+                Settings(run=run.name, splits=[split], limit=n, self_check=False),
                 lambda outcome, _: progress("the whole worker", outcome.done, n),
                 lambda *_: Ready(engine),
                 Path(folder) / "spool",

@@ -402,6 +402,13 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 @click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Stop after N pictures in all.")
 @click.option("--wait", is_flag=True, help="Keep polling for new work instead of ending when all is done.")
 @click.option(
+    "--self-check/--no-self-check",
+    default=True,
+    show_default=True,
+    help="Before the first claim: caption a handful of the run's pictures alone and together, and stop if that shows "
+    "an engine that does not look at them.",
+)
+@click.option(
     "--lease-ttl",
     type=Seconds(2, DAY_SEC),
     default=120.0,
@@ -605,7 +612,9 @@ def _exceptions_of(counts: queue.Counts) -> str:
     n = {"failed": counts.failed, "waiting": counts.waiting, "cancelled": counts.cancelled}
     told = ", ".join(f"{number} {state}" for state, number in n.items() if number)
     why = f". Why: {_with_run('failures', counts.run)}" if counts.failed else ""
-    return f"{counts.run} {counts.split}: {told}{why}" if told else ""
+    flags = ", ".join(f"{number} {flag}" for flag, number in counts.flags.items())
+    lines = [f"{told}{why}"] * bool(told) + [f"flagged captions: {flags}"] * bool(flags)
+    return "\n".join(f"{counts.run} {counts.split}: {line}" for line in lines)
 
 
 def _living(workers: Sequence[queue.WorkerSeen]) -> str:

@@ -192,6 +192,7 @@ def arguments(settings: Settings) -> list[str]:
         *(f"--split={split}" for split in settings.splits),
         *(f"{name}={value}" for name, value in options.items() if value is not None),
         *(["--wait"] if settings.wait else []),
+        *([] if settings.self_check else ["--no-self-check"]),
     ]
 
 

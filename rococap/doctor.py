@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -232,7 +233,9 @@ def _integrity(database: Engine) -> Iterator[Finding]:
 _TALLIED_AND_COUNTED = (
     "SELECT r.name, n.split, n.status, sum(n.tallied), sum(n.counted) FROM "
     "(SELECT run_id, split, status, n AS tallied, 0 AS counted FROM tallies UNION ALL "
-    "SELECT run_id, split, status, 0, count(*) FROM jobs GROUP BY run_id, split, status) AS n "
+    "SELECT run_id, split, status, 0, count(*) FROM jobs GROUP BY run_id, split, status UNION ALL "
+    "SELECT j.run_id, j.split, c.flags, 0, count(*) FROM captions c JOIN jobs j ON j.id = c.job_id "
+    "WHERE c.flags <> '' GROUP BY j.run_id, j.split, c.flags) AS n "
     "JOIN runs r ON r.id = n.run_id GROUP BY r.name, n.split, n.status ORDER BY r.name, n.split, n.status"
 )
 
@@ -240,15 +243,29 @@ _TALLIED_AND_COUNTED = (
 def _tallies(database: Engine) -> Iterator[Finding]:
     with transaction(database) as conn:
         rows = execute(conn, _TALLIED_AND_COUNTED).fetchall()
+    tallied: Counter[tuple[str, str, str]] = Counter()
+    counted: Counter[tuple[str, str, str]] = Counter()
+    for run, split, told, n_tallied, n_counted in rows:
+        for status in _statuses(told):
+            tallied[run, split, status] += int(n_tallied)
+            counted[run, split, status] += int(n_counted)
     drift = [
-        f"{run} {split} {status}: {tallied} tallied, {counted} there"
-        for run, split, status, tallied, counted in rows
-        if tallied != counted
+        f"{' '.join(key)}: {n} tallied, {counted[key]} there" for key, n in sorted(tallied.items()) if n != counted[key]
     ]
     if drift:
         yield FAIL, f"The counts of `rococap status` are wrong ({_listed(drift)}). {BUG}"
     else:
-        yield OK, f"agree with {sum(row[4] for row in rows)} jobs"
+        yield OK, f"agree with {sum(n for (_, _, status), n in counted.items() if status in _STATES)} jobs"
+
+
+_STATES = {state.value for state in models.JobState}
+
+
+def _statuses(told: str) -> list[str]:
+    """A state, or a tallied flag, as it is; of a caption's flags each as it is tallied."""
+    if told in _STATES or told.startswith(queue.flagged("")):
+        return [told]
+    return [queue.flagged(flag) for flag in told.split(",")]
 
 
 def _pictures(conn: Connection, where: str) -> str:

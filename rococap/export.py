@@ -529,16 +529,21 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
             moved[str(status)] += 1
             jobs[image_id] = (job_id, JobState.DONE, here)
             done.append((at, segment, job_id))
-            captions.append((job_id, clean_text(text), None if seconds is None else seconds * 1000, generated_at))
+            processing_ms = None if seconds is None else seconds * 1000
+            captions.append((job_id, clean_text(text), queue.flags_of(text, ""), processing_ms, generated_at))
     if done:
         execute(
             conn,
             "UPDATE jobs SET status = 'done', not_before = NULL, finished_at = ?, checkpoint = ? WHERE id = ?",
             done,
         )
-        execute(conn, "INSERT INTO captions (job_id, text, processing_ms, generated_at) VALUES (?, ?, ?, ?)", captions)
+        execute(
+            conn,
+            "INSERT INTO captions (job_id, text, flags, processing_ms, generated_at) VALUES (?, ?, ?, ?, ?)",
+            captions,
+        )
         changes: dict[str, int] = {status: -n for status, n in moved.items()} | {JobState.DONE: len(done)}
-        queue.tally(conn, run.id, split, 0, changes)
+        queue.tally(conn, run.id, split, 0, changes | queue.flag_counts(caption[2] for caption in captions))
     if segment and known:
         execute(conn, "UPDATE jobs SET checkpoint = ? WHERE id = ? AND checkpoint IS NULL", known)
     result.restored += len(done)

@@ -238,8 +238,9 @@ failures = Table(
     sqlite_strict=True,
 )
 
-# How many jobs of a run and split are in a state, kept in the transaction of every transition, so that status
-# costs the same at any size. Spread over slots, so that workers on PostgreSQL do not wait for one row.
+# How many jobs of a run and split are in a state, and how many captions carry a flag ("flag:loop"), kept in the
+# transaction of every transition, so that status costs the same at any size. Spread over slots, so that workers on
+# PostgreSQL do not wait for one row.
 tallies = Table(
     "tallies",
     metadata,

@@ -15,7 +15,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from sqlalchemy import Connection
@@ -25,6 +25,7 @@ from rococap.datasets import SPLITS, Place
 from rococap.db import execute
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import LeaseLost, RunError
+from rococap.flags import FLAGS, degenerate
 from rococap.models import JobState
 from rococap.recipe import Recipe
 
@@ -203,9 +204,16 @@ def create_run(conn: Connection, name: str, dataset_id: int, recipe: Recipe, now
 
 def pin(conn: Connection, run: Run, info: EngineInfo) -> None:
     """Fixes what the run's recipe came to on its first worker. Raises RunError for a worker that differs."""
+    pin_first(conn, run, info.resolved())
+    check_pinned(conn, run, info)
+
+
+def check_pinned(conn: Connection, run: Run, info: EngineInfo) -> None:
+    """Raises RunError for a worker that differs from what is pinned, if anything is."""
     mine = info.resolved()
-    pin_first(conn, run, mine)
-    pinned = get_run(conn, run.name).resolved or {}
+    pinned = get_run(conn, run.name).resolved
+    if pinned is None:
+        return
     if differing := [key for key in mine if mine[key] != pinned.get(key)]:
         told = "; ".join(f"{key}: {pinned.get(key)}, here {mine[key]}" for key in differing)
         raise RunError(
@@ -223,15 +231,45 @@ def pin_first(conn: Connection, run: Run, resolved: Mapping[str, str]) -> None:
 # --- Workers ---------------------------------------------------------------------------------------------------
 
 
-def register_worker(conn: Connection, uuid: str, host: str, pid: int, info: EngineInfo, now: int | None = None) -> int:
+def register_worker(
+    conn: Connection,
+    uuid: str,
+    host: str,
+    pid: int,
+    info: EngineInfo,
+    *,
+    self_check: str | None = None,
+    now: int | None = None,
+) -> int:
     at = _at(conn, now)
     row = execute(
         conn,
-        "INSERT INTO workers (uuid, host, pid, device, engine, versions, started_at, seen_at) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
-        (uuid, host, pid, info.device, info.name, json.dumps(info.versions, sort_keys=True), at, at),
+        "INSERT INTO workers (uuid, host, pid, device, engine, versions, self_check, started_at, seen_at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+        (uuid, host, pid, info.device, info.name, _versions(info), self_check, at, at),
     )
     return int(row.scalar_one())
+
+
+def _versions(info: EngineInfo) -> str:
+    return json.dumps(info.versions, sort_keys=True)
+
+
+def store_self_check(conn: Connection, worker_id: int, told: str) -> None:
+    execute(conn, "UPDATE workers SET self_check = ? WHERE id = ?", (told, worker_id))
+
+
+def last_self_check(conn: Connection, host: str, info: EngineInfo, run: str) -> tuple[int, str] | None:
+    """The pid of the latest worker with this engine on this device of this machine that looked at that run, and what
+    it found; None if none did.
+    """
+    rows = execute(
+        conn,
+        "SELECT pid, self_check FROM workers WHERE host = ? AND device = ? AND engine = ? AND versions = ? "
+        "AND self_check IS NOT NULL ORDER BY id DESC LIMIT 100",
+        (host, info.device, info.name, _versions(info)),
+    )
+    return next(((pid, told) for pid, told in rows.fetchall() if json.loads(told)["run"] == run), None)
 
 
 def stop_worker(
@@ -415,27 +453,49 @@ def complete(
         "WHERE id = ? AND lease_id = ? AND status = 'leased'",
         [(at, c.job_id, lease.id) for c in done],
     )
+    flags = {one.job_id: flags_of(one.text, one.finish_reason, one.flags) for one in done}
     execute(
         conn,
         "INSERT INTO captions (job_id, lease_id, text, flags, finish_reason, prompt_tokens, new_tokens, processing_ms, "
         "latency_ms, batch_size, generated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [
             (
-                *(c.job_id, lease.id, clean_text(c.text), _flags(c), c.finish_reason, c.prompt_tokens, c.new_tokens),
+                *(
+                    c.job_id,
+                    lease.id,
+                    clean_text(c.text),
+                    flags[c.job_id],
+                    c.finish_reason,
+                    c.prompt_tokens,
+                    c.new_tokens,
+                ),
                 *(c.processing_ms, c.latency_ms, c.batch_size, at),
             )
             for c in done
         ],
     )
-    tally(conn, lease.run_id, lease.split, lease.id, {JobState.LEASED: -len(done), JobState.DONE: len(done)})
+    changes: dict[str, int] = {JobState.LEASED: -len(done), JobState.DONE: len(done)}
+    tally(conn, lease.run_id, lease.split, lease.id, changes | flag_counts(flags.values()))
     execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", (len(done), at, lease.worker_id))
     _close_if_empty(conn, lease.id, "closed", at)
 
 
-def _flags(completion: Completion) -> str:
-    """What is odd about a caption; `replaced`: characters that no database can hold were replaced, or it was cut."""
-    is_whole = clean_text(completion.text) == completion.text
-    return completion.flags if is_whole else ",".join(filter(None, (completion.flags, "replaced")))
+def flags_of(text: str, finish_reason: str, told: str = "") -> str:
+    """What is odd about a caption, joined by commas: what its engine told, what it is like, and `replaced` where
+    `clean_text` had to change or cut it.
+    """
+    is_whole = clean_text(text) == text
+    return ",".join(filter(None, (told, *degenerate(text, finish_reason), "" if is_whole else "replaced")))
+
+
+def flagged(flag: str) -> str:
+    """The status under which captions with a flag are tallied, beside the states of jobs."""
+    return f"flag:{flag}"
+
+
+def flag_counts(flags: Iterable[str]) -> dict[str, int]:
+    """How many captions to tally under each flag."""
+    return dict(Counter(flagged(flag) for told in flags for flag in told.split(",") if flag))
 
 
 def backoff_ms(attempts: int, jitter: float | None = None) -> int:
@@ -817,6 +877,8 @@ class Counts:
     per_minute: float
     eta_sec: float | None
     paused: bool = False
+    flags: Mapping[str, int] = field(default_factory=dict)
+    """Captions by what is odd about them: see `rococap.flags`."""
 
     @property
     def total(self) -> int:
@@ -840,6 +902,8 @@ class WorkerSeen:
     seen_sec_ago: float
     telemetry: Telemetry | None
     """None before its first heartbeat."""
+    self_check: dict[str, Any] | None = None
+    """What it found before its first claim; None if it did not look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -908,7 +972,8 @@ def _counts(
     in_state = {state.value: n.get((run_id, split, state.value), 0) for state in JobState}
     left = in_state["pending"] + in_state["leased"] + in_state["waiting"]
     eta = 60 * left / per_minute if per_minute else (0.0 if not left else None)
-    return Counts(name, split, **in_state, per_minute=per_minute, eta_sec=eta, paused=paused)
+    flags = {flag: found for flag in FLAGS if (found := n.get((run_id, split, flagged(flag)), 0))}
+    return Counts(name, split, **in_state, per_minute=per_minute, eta_sec=eta, paused=paused, flags=flags)
 
 
 def _rates(conn: Connection, at: int) -> dict[tuple[int, str], float]:
@@ -950,7 +1015,7 @@ def list_workers(
     since, stopped_since = (0, 0) if everyone else (at - 86_400_000, at - RATE_WINDOW_MS)
     rows = execute(
         conn,
-        "SELECT id, host, pid, device, stopped_at, n_done, seen_at, telemetry FROM workers "
+        "SELECT id, host, pid, device, stopped_at, n_done, seen_at, telemetry, self_check FROM workers "
         "WHERE seen_at >= ? AND (stopped_at IS NULL OR stopped_at >= ?) ORDER BY id",
         (since, stopped_since),
     ).fetchall()
@@ -964,8 +1029,9 @@ def list_workers(
         WorkerSeen(
             *(id, host, pid, device, state(stopped, seen), done, max(0, at - seen) / 1000),
             telemetry=Telemetry.from_json(told) if told else None,
+            self_check=json.loads(checked) if checked else None,
         )
-        for id, host, pid, device, stopped, done, seen, told in rows
+        for id, host, pid, device, stopped, done, seen, told, checked in rows
     ]
 
 

@@ -19,18 +19,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 
+import psutil
 from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
 
-from rococap import datasets, db, queue, spool
-from rococap.datasets import Dataset
+from rococap import datasets, db, queue, selfcheck, spool, trial
+from rococap.datasets import Dataset, Place
 from rococap.db import transaction
 from rococap.engines import Completion, Decode, Engine, EngineName, Options, load_engine
-from rococap.errors import DatabaseError, DatabaseUnavailable, LeaseLost, RococapError, RunError
+from rococap.errors import DatabaseError, DatabaseUnavailable, LeaseLost, ModelError, RococapError, RunError
 from rococap.pipeline import Claims, Pipeline, clock
 from rococap.queue import Lease, Run
 from rococap.recipe import Recipe
+from rococap.selfcheck import SelfCheck
 from rococap.spool import Entry, Spool
 from rococap.telemetry import Meter
 
@@ -68,6 +70,7 @@ class Settings:
     decode: Decode = "auto"
     limit: int | None = None
     wait: bool = False
+    self_check: bool = True
     lease_ttl: float = 120.0
     drain_timeout: float = 25.0
     stall_timeout: float = 600.0
@@ -148,7 +151,7 @@ def _work(
     stop: threading.Event,
 ) -> Outcome:
     name = uuid.uuid4().hex
-    worker_id = _register(database, run, engine, name, stop)
+    worker_id = _register(database, run, splits, dataset, engine, name, settings, stop)
     if worker_id is None:
         return Outcome(run.name, drained=True)
     db.stay(database, "SELECT 1 FROM workers WHERE id = ? AND uuid = ?", (worker_id, name))
@@ -184,17 +187,96 @@ def n_preparers(device: str) -> int:
     return 1 if device == "cpu" else min(8, max(1, (os.cpu_count() or 1) // 2))
 
 
-def _register(database: Database, run: Run, engine: Engine, name: str, stop: threading.Event) -> int | None:
-    """The new worker's id; None if it was asked to stop while it waited for the database."""
+def _register(
+    database: Database,
+    run: Run,
+    splits: Sequence[str],
+    dataset: Dataset,
+    engine: Engine,
+    name: str,
+    settings: Settings,
+    stop: threading.Event,
+) -> int | None:
+    """The new worker's id, once it has checked itself; None if it was asked to stop meanwhile.
+
+    Raises ModelError if the check fails, RunError if the run was started with another model state.
+    """
+    worker_id = 0
+    places: list[Place] = []
+
+    def register(conn: Connection) -> None:
+        nonlocal worker_id, places
+        queue.check_pinned(conn, run, engine.info)
+        host = socket.gethostname()
+        places = _to_check(conn, run, splits, engine, host) if settings.self_check else []
+        told = selfcheck.under_way(run.name).to_json() if places else None
+        worker_id = queue.register_worker(conn, name, host, os.getpid(), engine.info, self_check=told)
+
+    if not _insist(database, stop, register):
+        return None
+    try:
+        if places:
+            _check(database, run, dataset, engine, worker_id, places, stop)
+        if not stop.is_set() and _insist(database, stop, lambda conn: queue.pin(conn, run, engine.info)):
+            return worker_id
+    except RococapError:
+        _withdraw(database, worker_id)
+        raise
+    _withdraw(database, worker_id)
+    return None
+
+
+def _withdraw(database: Database, worker_id: int) -> None:
+    """A goodbye before the first claim."""
+    try:
+        with transaction(database, write=True, patience=STOP_PATIENCE_SEC) as conn:
+            queue.stop_worker(conn, worker_id)
+    except (DatabaseError, DriverError) as error:
+        log.warning("left without telling the database: %s", error)
+
+
+def _insist(database: Database, stop: threading.Event, write: Callable[[Connection], None]) -> bool:
+    """Writes as soon as the database lets it; False if it was asked to stop while it waited."""
     while True:
         try:
             with transaction(database, write=True) as conn:
-                queue.pin(conn, run, engine.info)
-                return queue.register_worker(conn, name, socket.gethostname(), os.getpid(), engine.info)
+                write(conn)
+            return True
         except DatabaseUnavailable as error:
             log.warning("waiting for the database: %s", error)
             if stop.wait(REPLAY_EVERY_SEC):
-                return None
+                return False
+
+
+def _to_check(conn: Connection, run: Run, splits: Sequence[str], engine: Engine, host: str) -> list[Place]:
+    """Pictures for the self-check; none if a worker like this one has passed it, or did not survive it."""
+    if (last := queue.last_self_check(conn, host, engine.info, run.name)) is not None:
+        pid, told = last
+        if SelfCheck.from_json(told).passed:
+            return []
+        if SelfCheck.from_json(told) == selfcheck.under_way(run.name) and not psutil.pid_exists(pid):
+            log.warning("the worker before did not survive its self-check: going on without, picture by picture")
+            return []
+    found = (trial.places(conn, run, split, selfcheck.MOST) for split in splits)
+    return next(filter(None, found), [])
+
+
+def _check(
+    database: Database,
+    run: Run,
+    dataset: Dataset,
+    engine: Engine,
+    worker_id: int,
+    places: Sequence[Place],
+    stop: threading.Event,
+) -> None:
+    log.info("checking the engine on pictures of the run")
+    checked = selfcheck.check(engine, run.recipe, run.name, dataset.root, places, stop.is_set)
+    if stop.is_set():
+        return
+    _insist(database, stop, lambda conn: queue.store_self_check(conn, worker_id, checked.to_json()))
+    if not checked.passed:
+        raise ModelError(f"The self-check failed, and nothing was claimed: {checked.reason}")
 
 
 def _say_goodbye(database: Database, pipeline: Pipeline, meter: Meter, worker_id: int) -> None:

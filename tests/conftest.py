@@ -3,6 +3,7 @@
 import os
 import shutil
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -77,4 +78,9 @@ def tallies(conn) -> dict[tuple[int, str, str], int]:
 
 def recount(conn) -> dict[tuple[int, str, str], int]:
     rows = db.execute(conn, "SELECT run_id, split, status, count(*) FROM jobs GROUP BY 1, 2, 3").fetchall()
-    return {(row[0], row[1], row[2]): row[3] for row in rows}
+    flagged = db.execute(
+        conn,
+        "SELECT j.run_id, j.split, c.flags FROM captions c JOIN jobs j ON j.id = c.job_id WHERE c.flags <> ''",
+    ).fetchall()
+    flags = Counter((run, split, f"flag:{flag}") for run, split, told in flagged for flag in told.split(","))
+    return {(row[0], row[1], row[2]): row[3] for row in rows} | flags

@@ -31,7 +31,7 @@ def be_crew(url: str, devices: list[str], engine: dict[str, Any], settings: dict
     ended = crew.work(
         db.connect(url),
         url,
-        Settings(**settings),
+        Settings(**{"self_check": False} | settings),
         devices,
         small_command(**engine),
         echo=lambda line: print(line, file=sys.stderr, flush=True),

@@ -20,7 +20,7 @@ from rococap import db, queue
 from rococap.cli import cli
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
-from rococap.engines import EngineInfo, Failure
+from rococap.engines import Completion, EngineInfo, Failure
 from rococap.models import SCHEMA
 
 INFO = EngineInfo("small", {}, "tests/small", "", "float32", "cpu", "digest")
@@ -112,13 +112,27 @@ def test_status_as_json_has_the_fields_that_others_build_on(here):
     status = json.loads(said("status", "--json"))
     assert status["runs"] == [
         {"run": "default", "split": "train", "pending": 5, "leased": 0, "waiting": 0, "done": 0, "failed": 0}
-        | {"cancelled": 0, "total": 5, "per_minute": 0.0, "eta_sec": None, "paused": False}
+        | {"cancelled": 0, "total": 5, "per_minute": 0.0, "eta_sec": None, "paused": False, "flags": {}}
     ]
     (worker,) = status["workers"]
     assert worker.pop("seen_sec_ago") < 60
     assert worker == {"id": 1, "host": "host", "pid": 7, "device": "cpu", "state": "running", "done": 0} | {
-        "telemetry": None
+        "telemetry": None,
+        "self_check": None,
     }
+
+
+def test_status_counts_flagged_captions(here):
+    write_shard(here / "set", "train", range(5))
+    enqueue()
+    with db.transaction(db.connect("rococap.db"), write=True) as conn:
+        lease = queue.claim(conn, queue.register_worker(conn, "one", "host", 7, INFO), 1, "train", 3, ttl_ms=60_000)
+        queue.complete(conn, lease, [Completion(job.id, "") for job in lease.jobs[:2]])
+        queue.fail(conn, lease, {lease.jobs[2].id: Failure("empty", "No bytes.")})
+    assert "default train: 1 failed. Why: rococap failures\ndefault train: flagged captions: 2 empty\n" in said(
+        "status"
+    )
+    assert json.loads(said("status", "--json"))["runs"][0]["flags"] == {"empty": 2}
 
 
 def fail_two(here: Path) -> None:

@@ -168,7 +168,7 @@ def test_processes_are_labelled_by_device():
 
 
 EVERY_SETTING = Settings(
-    "a", ("train", "test"), "openai", "http://host/v1", "vl", "cuda:1", 7, "static", 9, True, 33.5, 4.0, 50.0
+    "a", ("train", "test"), "openai", "http://host/v1", "vl", "cuda:1", 7, "static", 9, True, False, 33.5, 4.0, 50.0
 )
 
 
@@ -331,7 +331,7 @@ def work_here(database: Engine, url: str, n: int, engine: dict | None = None, re
     return crew.work(
         database,
         url,
-        Settings(batch_size=4, lease_ttl=60, **settings),
+        Settings(batch_size=4, lease_ttl=60, self_check=False, **settings),
         ["cpu"] * n,
         small_command(**engine or {}),
         **({"report": report} if report else {}),

@@ -313,7 +313,11 @@ def test_bytes_that_were_overwritten_fail_and_the_other_checks_go_on(engine, run
     verdict, told = found(engine, "integrity")
     assert (verdict, told.startswith(f"{path} is damaged (")) == (FAIL, True)
     assert "rococap restore" in told
-    assert [name for name, verdict in verdicts(engine).items() if verdict is FAIL] == ["integrity", "captions"]
+    assert [name for name, verdict in verdicts(engine).items() if verdict is FAIL] == [
+        "integrity",
+        "tallies",
+        "captions",
+    ]
 
 
 def test_a_reference_to_nothing_fails(engine, run, path):

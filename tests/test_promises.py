@@ -71,7 +71,7 @@ def reap(database: Engine, now: int = TTL) -> list[int]:
 
 def run_worker(database: Engine, engine: SmallEngine | None = None, **settings) -> Outcome:
     chosen = engine or SmallEngine()
-    options = {"batch_size": chosen.batch_size, "lease_ttl": 60.0} | settings
+    options = {"batch_size": chosen.batch_size, "lease_ttl": 60.0, "self_check": False} | settings
     return work(database, Settings(**options), load=lambda *_: chosen)
 
 

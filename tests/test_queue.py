@@ -184,6 +184,26 @@ def test_a_job_cannot_be_completed_twice(database, run):
     assert column(database, "SELECT status FROM jobs WHERE id = 2 ORDER BY id") == ["leased"]
 
 
+def test_degenerate_captions_are_flagged_as_they_are_stored_and_counted_in_constant_time(database, run):
+    lease = claim(database, register_worker(database), run, 5)
+    said = ["", "!" * 64, "The heart. " + "No mass is seen. " * 9, "A CT.", "An X-ray.\0"]
+    reasons = ["stop", "length", "length", "stop", "stop"]
+    completions = [
+        Completion(job.id, text, finish_reason=reason)
+        for job, text, reason in zip(lease.jobs, said, reasons, strict=True)
+    ]
+    completions[3] = replace(completions[3], flags="fewer_pixels")
+    with writing(database) as conn:
+        queue.complete(conn, lease, completions)
+    flags = ["empty", "one_token", "loop", "fewer_pixels", "replaced"]
+    assert column(database, "SELECT flags FROM captions ORDER BY job_id") == flags
+    assert column(database, "SELECT text FROM captions ORDER BY job_id")[:3] == said[:3], "text is never edited"
+    with db.transaction(database) as conn:
+        (counts,) = queue.counts(conn)
+        assert counts.flags == dict.fromkeys(flags, 1)
+        assert (counts.done, counts.total) == (5, len(column(database, "SELECT id FROM jobs")))
+
+
 def test_a_caption_that_no_database_could_hold_is_mended_and_flagged(database, run):
     lease = claimed(database, new_worker(database), run, 2)
     with writing(database) as conn:

@@ -133,7 +133,7 @@ def test_what_another_database_leased_is_left_where_it_is(database, url, tmp_pat
     kept = Spool(folder, "of another database")
     kept.add(Lease(1, 1, 1, "train", 0, ()), [Completion(1, "Of another picture.")])
     kept.close()
-    work(database, Settings(batch_size=4), load=lambda *_: SmallEngine())
+    work(database, Settings(batch_size=4, self_check=False), load=lambda *_: SmallEngine())
     with db.transaction(database) as conn:
         texts = [row[0] for row in db.execute(conn, "SELECT text FROM captions ORDER BY job_id").fetchall()]
     assert texts == [caption_of(number) for number in range(4)]
@@ -156,7 +156,7 @@ def test_the_next_worker_stores_what_is_free_and_drops_what_another_did(database
         other = queue.register_worker(conn, "other", "host", 1, INFO)
         taken = queue.claim(conn, other, run.id, "train", 1, ttl_ms=60_000, lane=queue.SUSPECTS)
         queue.complete(conn, taken, [Completion(taken.jobs[0].id, "The other's.")])
-    outcome = work(database, Settings(batch_size=4), load=lambda *_: SmallEngine())
+    outcome = work(database, Settings(batch_size=4, self_check=False), load=lambda *_: SmallEngine())
     assert (outcome.recovered, outcome.done, outcome.lost) == (3, 7, 1)
     with db.transaction(database) as conn:
         texts = [row[0] for row in db.execute(conn, "SELECT text FROM captions ORDER BY job_id").fetchall()]

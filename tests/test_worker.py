@@ -30,7 +30,9 @@ SMALL = Path(__file__).with_name("small_engine.py")
 def run_worker(database: Engine, engine: SmallEngine | None = None, **settings) -> Outcome:
     chosen = engine or SmallEngine()
     return work(
-        database, Settings(**{"batch_size": chosen.batch_size, "lease_ttl": 60.0} | settings), load=lambda *_: chosen
+        database,
+        Settings(**{"batch_size": chosen.batch_size, "lease_ttl": 60.0, "self_check": False} | settings),
+        load=lambda *_: chosen,
     )
 
 

@@ -1,0 +1,51 @@
+"""Marks on captions that no one should read as a description: the text itself is never edited."""
+
+import re
+
+EMPTY = "empty"
+ONE_TOKEN = "one_token"
+LOOP = "loop"
+FLAGS = (EMPTY, ONE_TOKEN, LOOP, "fewer_pixels", "replaced")
+"""All that there are: an engine adds `fewer_pixels` for a picture that did not fit into memory as it was, the queue
+`replaced` for characters that no database holds."""
+
+_ONE_TOKEN = re.compile(r"(\S{1,12}?)\s?(?:\1\s?){7,}\S{0,12}", re.DOTALL)
+_TAIL = 2_000
+_ROUNDS = 3
+_SHORTEST = 24
+"""Characters. What repeats less of the end than that may be a word that a sentence needs."""
+
+
+def degenerate(text: str, finish_reason: str) -> tuple[str, ...]:
+    """What is wrong with a caption: nothing said, one token for ever ("!!!!"), or a loop until the longest caption."""
+    stripped = text.strip()
+    if not stripped:
+        return (EMPTY,)
+    if _ONE_TOKEN.fullmatch(stripped):
+        return (ONE_TOKEN,)
+    return (LOOP,) if finish_reason == "length" and _loops(stripped) else ()
+
+
+def _loops(text: str) -> bool:
+    """Whether the end is one piece of text at least three times over. Numbers count as the same: lists loop too."""
+    tail = re.sub(r"\d+", "0", text)[-_TAIL:][::-1]
+    return any(
+        length + period >= max(_ROUNDS * period, _SHORTEST)
+        for period, length in enumerate(_self_overlaps(tail))
+        if period
+    )
+
+
+def _self_overlaps(text: str) -> list[int]:
+    """For each place, how long the text from there on is as at its beginning (the Z algorithm: Gusfield 1997, 1.4)."""
+    n = len(text)
+    overlaps = [0] * n
+    left = right = 0
+    for at in range(1, n):
+        length = min(right - at, overlaps[at - left]) if at < right else 0
+        while at + length < n and text[length] == text[at + length]:
+            length += 1
+        overlaps[at] = length
+        if at + length > right:
+            left, right = at, at + length
+    return overlaps

@@ -1,0 +1,99 @@
+"""An engine on a few of a run's pictures, without claiming any: for measuring it, and for trusting it."""
+
+import time
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from rococap.datasets import PictureReader, Place
+from rococap.db import execute
+from rococap.engines import Completion, Engine, Prepared
+from rococap.errors import PictureError
+from rococap.images import open_picture
+from rococap.queue import Run
+
+
+def places(conn: Connection, run: Run, split: str, most: int) -> list[Place]:
+    """The run's first pictures of a split in the data set's order."""
+    rows = execute(
+        conn,
+        "SELECT s.path, i.split, i.row_group, i.row_in_group, i.image_id FROM jobs j "
+        "JOIN images i ON i.id = j.image_id JOIN shards s ON s.id = i.shard_id "
+        "WHERE j.run_id = ? AND j.split = ? ORDER BY j.image_id LIMIT ?",
+        (run.id, split, most),
+    ).fetchall()
+    return [Place(*row) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Pictures ready for the engine, milliseconds that one took, and why others are not."""
+
+    prepared: list[Prepared]
+    errors: list[PictureError]
+    load_ms: float
+    prepare_ms: float
+
+
+def prepare(
+    engine: Engine, root: Path, places: Sequence[Place], tell: Callable[[int], None] = lambda done: None
+) -> Read:
+    """Reads, decodes and prepares on this thread; a picture's id is its number, from 1."""
+    prepared: list[Prepared] = []
+    errors: list[PictureError] = []
+    load_sec = prepare_sec = 0.0
+    with PictureReader(root) as reader:
+        started = time.perf_counter()
+        for number, (_, data) in enumerate(reader.read(places), 1):
+            try:
+                picture = open_picture(_bytes(data))
+                loaded = time.perf_counter()
+                prepared.append(engine.prepare(number, picture))
+                load_sec, prepare_sec = load_sec + loaded - started, prepare_sec + time.perf_counter() - loaded
+            except PictureError as error:
+                errors.append(error)
+            tell(number)
+            started = time.perf_counter()
+    load_ms, prepare_ms = (1000 * seconds / max(1, len(prepared)) for seconds in (load_sec, prepare_sec))
+    return Read(prepared, errors, load_ms, prepare_ms)
+
+
+def _bytes(data: bytes | PictureError) -> bytes:
+    if isinstance(data, PictureError):
+        raise data
+    return data
+
+
+class Memory:
+    """A Source over pictures that are prepared. Once `is_over`, it ends and abandons what runs."""
+
+    def __init__(self, prepared: Sequence[Prepared], is_over: Callable[[], bool] = lambda: False) -> None:
+        self._left = list(prepared)
+        self._all = frozenset(picture.job_id for picture in prepared)
+        self._is_over = is_over
+
+    def take(self, most: int, wait: float | None) -> list[Prepared]:
+        if self._is_over():
+            return []
+        taken, self._left = self._left[:most], self._left[most:]
+        return taken
+
+    def step(self, rows: int) -> Set[int]:
+        return self._all if self._is_over() else frozenset()
+
+
+def from_memory(
+    engine: Engine,
+    prepared: Sequence[Prepared],
+    tell: Callable[[int], None] = lambda done: None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> tuple[float, list[Completion]]:
+    """Seconds, and the completions in order of their jobs; `tell` is told how many there are."""
+    started = time.perf_counter()
+    completions = []
+    for completion in engine.run(Memory(prepared, is_over)):
+        completions.append(completion)
+        tell(len(completions))
+    return time.perf_counter() - started, sorted(completions, key=lambda completion: completion.job_id)
