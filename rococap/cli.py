@@ -24,7 +24,7 @@ from sqlalchemy.exc import DatabaseError as DriverError
 from rococap import __version__, datasets, db, queue
 from rococap.datasets import SPLITS
 from rococap.errors import RococapError
-from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, Recipe
+from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, Recipe, refuse_placeholders
 
 DEFAULT_DATASET = "eltorio/ROCOv2-radiology"
 LOST_AFTER_MS = 120_000  # workers beat at least every 30 s
@@ -186,6 +186,60 @@ def splits_option(required: bool = False) -> Callable[[F], F]:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+# --- prompts ---------------------------------------------------------------------------------------------------
+
+prompts_option = click.option(
+    "--prompts",
+    envvar="ROCOCAP_PROMPTS",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Presets of your own, as TOML. Also from ROCOCAP_PROMPTS.",
+)
+
+
+def prompt_options(command: F) -> F:
+    """The ways to say the prompt, of which `_prompt` takes one."""
+    options = (
+        click.option("--prompt", help=f"What it is asked of each picture. [default: {DEFAULT_PROMPT}]"),
+        click.option("--preset", metavar="NAME", help="Instead: a prompt by its name. See: rococap prompts"),
+        click.option(
+            "--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="Instead: a file that holds it."
+        ),
+        prompts_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _prompt(prompt: str | None, preset: str | None, file: Path | None, prompts: Path | None) -> str:
+    from rococap import prompts as library
+
+    if sum(way is not None for way in (prompt, preset, file)) > 1:
+        raise click.UsageError("--prompt, --preset and --prompt-file each say the prompt: give one of them.")
+    if preset is not None:
+        return library.find(preset, prompts).prompt
+    if file is not None:
+        return library.read_prompt(file)
+    return DEFAULT_PROMPT if prompt is None else prompt
+
+
+@cli.command("prompts")
+@prompts_option
+@json_option
+def list_prompts(prompts: Path | None, as_json: bool) -> None:
+    """Prompts that `enqueue --preset NAME` knows: rococap's own, and those of your file."""
+    from rococap import prompts as library
+
+    known = library.presets(prompts).values()
+    if as_json:
+        _echo_json([asdict(preset) for preset in known])
+        return
+    for preset in known:
+        click.echo(f"{preset.name}: {preset.about}" if preset.about else preset.name)
+        click.echo(textwrap.fill(preset.prompt, 80, initial_indent="  ", subsequent_indent="  "))
+
+
 # --- enqueue ---------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +270,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option(
     "--revision", default="main", show_default=True, metavar="REV", help="Branch, tag or commit of the model."
 )
-@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, help="What it is asked of each picture.")
+@prompt_options
 @click.option(
     "--max-new-tokens", type=click.IntRange(1, 1_000_000), default=256, show_default=True, help="Longest caption."
 )
@@ -245,6 +299,10 @@ def enqueue(
     limit: int | None,
     offset: int,
     run_name: str,
+    prompt: str | None,
+    preset: str | None,
+    prompt_file: Path | None,
+    prompts: Path | None,
     **recipe: Any,
 ) -> None:
     """Register every picture of a split as pending in a run.
@@ -256,7 +314,8 @@ def enqueue(
     _check_run_name(run_name)
     recipe["model"] = _absolute_if_folder(recipe["model"])
     try:
-        wanted = Recipe(**recipe)
+        wanted = Recipe(prompt=_prompt(prompt, preset, prompt_file, prompts), **recipe)
+        refuse_placeholders(wanted.prompt)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     database = _database()

@@ -27,7 +27,7 @@ from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import LeaseLost, RunError
 from rococap.flags import FLAGS, degenerate
 from rococap.models import JobState
-from rococap.recipe import Recipe
+from rococap.recipe import Recipe, refuse_placeholders
 
 SLOTS = 16
 MAX_TEXT = 65_536
@@ -183,13 +183,17 @@ def find_run(conn: Connection, name: str | None) -> Run:
 
 
 def create_run(conn: Connection, name: str, dataset_id: int, recipe: Recipe, now: int | None = None) -> Run:
-    """The run of that name, made if it is new. Raises RunError if it exists with another recipe or data set."""
-    execute(
+    """The run of that name, made if it is new. Raises RunError if it exists with another recipe or data set, or if a
+    new one's prompt holds what would have to be filled in for each picture.
+    """
+    made = execute(
         conn,
         "INSERT INTO runs (name, dataset_id, recipe, recipe_hash, created_at) VALUES (?, ?, ?, ?, ?) "
         "ON CONFLICT (name) DO NOTHING",
         (name, dataset_id, recipe.to_json(), recipe.hash, _at(conn, now)),
     )
+    if made.rowcount:
+        _check_prompt(name, recipe)
     run = get_run(conn, name)
     if differences := run.recipe.differences(recipe):
         told = "; ".join(f"{field}: {mine!r}, not {asked!r}" for field, (mine, asked) in differences.items())
@@ -200,6 +204,13 @@ def create_run(conn: Connection, name: str, dataset_id: int, recipe: Recipe, now
             "Give this one a name of its own: --run NAME"
         )
     return run
+
+
+def _check_prompt(name: str, recipe: Recipe) -> None:
+    try:
+        refuse_placeholders(recipe.prompt)
+    except ValueError as error:
+        raise RunError(f"Run {name!r} cannot be: {error}") from error
 
 
 def pin(conn: Connection, run: Run, info: EngineInfo) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
@@ -12,6 +13,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_IN = ("8bit", "4bit")
 LATER = ("trust_remote_code", "load_in")
 """Fields that the first release did not know: at their defaults they are left out, so that its runs keep their hash."""
+
+_PLACEHOLDER = re.compile(r"\{\s*(caption|original_caption|image_id|split|cui)\s*\}")
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadIn = Literal["8bit", "4bit"]
@@ -78,3 +81,18 @@ class Recipe:
         """The fields in which the two differ: name -> (mine, the other's)."""
         pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
         return {name: (mine, theirs) for name, mine, theirs in pairs if mine != theirs}
+
+
+def refuse_placeholders(prompt: str) -> None:
+    """Raises ValueError for a prompt that asks for a column of the row, such as {caption}; other braces are text.
+
+    Asked where a run is registered, not by Recipe: one stored prompt would keep a whole older database from opening.
+    """
+    if found := _PLACEHOLDER.search(prompt):
+        name = found[1]
+        if name in ("caption", "original_caption"):
+            raise ValueError(f"prompt holds {{{name}}}: that would tell the model the answer. Leave it out.")
+        raise ValueError(
+            f"prompt holds {{{name}}}: a prompt is the same for every picture. "
+            "Leave it out, or write it without braces."
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
 os.environ.pop("ROCOCAP_DB", None)
 os.environ.pop("ROCOCAP_DATASET", None)
+os.environ.pop("ROCOCAP_PROMPTS", None)
 os.environ.pop("ROCOCAP_SPOOL", None)
 
 import pytest

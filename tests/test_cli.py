@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from samples import write_shard
 
-from rococap import db, queue
+from rococap import db, prompts, queue
 from rococap.cli import cli
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
@@ -447,6 +447,7 @@ COMMANDS = [
     ["doctor"],
     ["bench"],
     ["demo"],
+    ["prompts"],
 ]
 
 
@@ -458,6 +459,7 @@ def test_ctrl_c_is_one_line_in_every_command(here, monkeypatch, command):
     Path("file.csv").touch()
     monkeypatch.setattr(db, "connect", interrupt)
     monkeypatch.setattr(db, "migrate", interrupt)
+    monkeypatch.setattr(prompts, "presets", interrupt)
     result = invoke(*command)
     assert result.exit_code == 1
     assert result.stderr == "Error: Stopped. Nothing is half-written: the same command goes on from here.\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from samples import write_shard
 
-from rococap import __version__
+from rococap import __version__, prompts
 from rococap.cli import cli
 from rococap.models import SCHEMA
 
@@ -78,6 +78,12 @@ def test_the_wheel_brings_the_demos_model(wheel):
 
 
 @pytest.mark.slow
+def test_the_installed_package_brings_its_prompts(installed, tmp_path):
+    listed = json.loads(run("-m", "rococap", "prompts", "--json", cwd=tmp_path, PYTHONPATH=str(installed)))
+    assert [preset["name"] for preset in listed] == list(prompts.presets())
+
+
+@pytest.mark.slow
 def test_the_wheel_brings_its_licence_and_readme(wheel):
     with zipfile.ZipFile(wheel) as archive:
         [metadata] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
@@ -118,7 +124,7 @@ def test_the_installed_script_is_the_command(installed, tmp_path):
 
 IMPORTED = """
 import json, sys
-from rococap import __version__
+from rococap import __version__, prompts
 from rococap.cli import cli
 
 loaded = {}

@@ -1,0 +1,85 @@
+"""Prompts by name: the package's presets and a user's own. Text is taken as it is; nothing is filled in."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rococap.errors import RococapError
+from rococap.recipe import Recipe, refuse_placeholders
+
+OURS = Path(__file__).parent / "prompts.toml"
+KEYS = ("prompt", "about")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A prompt with a name; `about` says in one line what it is for."""
+
+    name: str
+    prompt: str
+    about: str = ""
+
+
+def presets(extra: Path | None = None) -> dict[str, Preset]:
+    """The package's presets by name, then those of a TOML file, which replace ours of the same name.
+
+    Raises RococapError for a file that cannot be read or holds something else.
+    """
+    return _read(OURS) | (_read(extra) if extra else {})
+
+
+def find(name: str, extra: Path | None = None) -> Preset:
+    """The preset of that name. Raises RococapError, naming those that exist."""
+    known = presets(extra)
+    if name not in known:
+        raise RococapError(f"There is no preset {name!r}. Presets here: {', '.join(known)}. See: rococap prompts")
+    return known[name]
+
+
+def read_prompt(path: Path) -> str:
+    """A text file's prompt, without the newline at its end. Raises RococapError if it is not UTF-8 or empty."""
+    text = _text(path).removesuffix("\n").removesuffix("\r")
+    if not text.strip():
+        raise RococapError(f"{path} holds no prompt: write one into it.")
+    return text
+
+
+def _read(path: Path) -> dict[str, Preset]:
+    try:
+        tables = tomllib.loads(_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise RococapError(
+            f'{path} is not TOML ({error}). Write each preset as [name], and below it: prompt = "…"'
+        ) from error
+    return {name: _preset(path, name, table) for name, table in tables.items()}
+
+
+def _text(path: Path) -> str:
+    """Its newlines as they are; a byte order mark is none of the text."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RococapError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise RococapError(f"{path} cannot be read ({error.strerror or error}). Name another file.") from error
+
+
+def _preset(path: Path, name: str, table: Any) -> Preset:
+    whose = f"{path}: preset {name!r}"
+    if not isinstance(table, dict):
+        raise RococapError(f'{path}: {name!r} is no preset. Write it as [{name}], and below it: prompt = "…"')
+    if unknown := sorted(table.keys() - set(KEYS)):
+        raise RococapError(f"{whose} has what no preset has ({', '.join(unknown)}). Leave only {' and '.join(KEYS)}.")
+    if "prompt" not in table:
+        raise RococapError(f'{whose} has no prompt. Write below it: prompt = "…"')
+    if not_text := [key for key in KEYS if not isinstance(table.get(key, ""), str)]:
+        raise RococapError(f"{whose}: {not_text[0]} is no text. Put it in quotes.")
+    if "\n" in table.get("about", ""):
+        raise RococapError(f"{whose}: about has several lines. Make it one.")
+    try:
+        Recipe(prompt=table["prompt"])
+        refuse_placeholders(table["prompt"])
+    except ValueError as error:
+        raise RococapError(f"{whose}: {error}") from error
+    return Preset(name, **table)
