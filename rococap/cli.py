@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -690,6 +691,20 @@ def _living(workers: Sequence[queue.WorkerSeen]) -> str:
     return table + (f"\n{len(rates)} workers together: {sum(rates):.2f} pictures/s" if len(rates) > 1 else "")
 
 
+def _within_80(header: Sequence[str], rows: Sequence[list[str]], *shorten: int) -> str:
+    """A table of 80 columns at most: those named by their place give way, one after the other."""
+    for column in shorten:
+        excess = max(map(len, _table(header, rows).splitlines())) - 80
+        if excess > 0:
+            width = max(len(header[column]), max(len(row[column]) for row in rows) - excess)
+            rows = [[*row[:column], _cut(row[column], width), *row[column + 1 :]] for row in rows]
+    return _table(header, rows)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def _process(worker: queue.WorkerSeen) -> str:
     """host:pid, of a long host its beginning."""
     pid = f":{worker.pid}"
@@ -710,6 +725,103 @@ def _watch(text: Callable[[], str]) -> None:
                 live.update(Text(text()))
     except KeyboardInterrupt:
         return
+
+
+# --- runs, compare ---------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@json_option
+@db_option
+def runs(as_json: bool) -> None:
+    """List the runs: model, recipe, and how far each is."""
+    with db.transaction(_database()) as conn:
+        seen = queue.runs_seen(conn)
+    if as_json:
+        _echo_json([_run_json(one) for one in seen])
+    elif seen:
+        header = ["run", "model", "recipe", "done", "failed", "state"]
+        click.echo(_within_80(header, [_run_row(one) for one in seen], 2, 1, 0))
+    else:
+        click.echo("Nothing is registered here yet. Register pictures first: rococap enqueue --split train")
+
+
+def _run_json(seen: queue.RunSeen) -> dict[str, Any]:
+    created_at = datetime.fromtimestamp(seen.created_at / 1000, UTC).isoformat(timespec="milliseconds")
+    return {
+        **asdict(seen.run),
+        "recipe_hash": seen.run.recipe.hash,
+        "created_at": created_at.replace("+00:00", "Z"),
+        "state": _state(seen),
+        "splits": [{**asdict(one), "total": one.total} for one in seen.counts],
+    }
+
+
+def _run_row(seen: queue.RunSeen) -> list[str]:
+    done, total = sum(one.done for one in seen.counts), sum(one.total for one in seen.counts)
+    failed = sum(one.failed for one in seen.counts)
+    model = Path(seen.run.recipe.model).name
+    return [seen.run.name, model, _recipe_text(seen.run.recipe), f"{done}/{total}", str(failed), _state(seen)]
+
+
+def _state(seen: queue.RunSeen) -> str:
+    if seen.run.paused:
+        return "paused"
+    if any(one.leased for one in seen.counts):
+        return "running"
+    if any(one.unfinished for one in seen.counts):
+        return "waiting"
+    return "finished" if seen.counts else "empty"
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    """What of it is not the default, but for the model; the prompt first, by its name if it has one."""
+    from rococap import prompts as library
+
+    others = recipe.differences(Recipe(model=recipe.model))
+    told = []
+    if "prompt" in others:
+        del others["prompt"]
+        names = [preset.name for preset in library.presets().values() if preset.prompt == recipe.prompt]
+        told = names[:1] or [repr(recipe.prompt)]
+    return ", ".join([*told, *(f"{name} {mine}" for name, (mine, _) in others.items())]) or "default"
+
+
+@cli.command()
+@click.argument("names", metavar="RUN…", nargs=-1, required=True)
+@splits_option()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Ends in .csv, .parquet or .jsonl. [default: results_medical/compare_RUN_RUN….csv]",
+)
+@click.option("--all-done", is_flag=True, help="Only pictures that every run has captioned.")
+@json_option
+@db_option
+def compare(
+    names: tuple[str, ...], splits: tuple[str, ...], output: Path | None, all_done: bool, as_json: bool
+) -> None:
+    """Put runs side by side: a file with a row for each picture, and speed, length and flags of each run."""
+    from rococap import compare as comparison
+
+    path = output or comparison.default_path(names)
+    database = _database()
+    with _bar() as progress:
+        compared = comparison.compare(database, names, path, splits=splits, all_done=all_done, progress=progress)
+    if as_json:
+        _echo_json({**asdict(compared), "path": str(compared.path)})
+        return
+    header = ["run", "captions", "s/pic", "pic/s", "tokens", "chars", "words", "flag %", "cut %"]
+    click.echo(_within_80(header, [_compared_row(one) for one in compared.runs], 0))
+    shared = f", {compared.shared} of them captioned by every run" if len(names) > 1 else ""
+    click.echo(f"\n{compared.path}: {compared.rows} pictures{shared}")
+
+
+def _compared_row(run: Any) -> list[str]:
+    means = (run.sec_per_picture, run.pictures_per_sec, run.new_tokens, run.characters, run.words)
+    shares = (None if share is None else 100 * share for share in (run.flagged, run.cut))
+    return [run.run, str(run.captions), *("-" if n is None else str(_significant(n)) for n in (*means, *shares))]
 
 
 # --- export, restore -------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def export(
         _require_complete(run, split, counts.done, counts.total)
     manifest = manifest_path(path)
     with replacing(path) as partial:
-        rows = _write(_pages(database, run, split, cutoff, counts.done, progress), partial, path.suffix)
+        rows = write_frames(_pages(database, run, split, cutoff, counts.done, progress), partial, path.suffix)
         if require_complete:  # once more, by what was written: a clock that stepped back hides what is done
             _require_complete(run, split, rows, counts.total)
         digest = _sha256(partial)
@@ -115,8 +115,8 @@ def _require_complete(run: Run, split: str, done: int, total: int) -> None:
         )
 
 
-_SELECT = (
-    "SELECT j.image_id, j.checkpoint, i.image_id, i.caption, c.text, c.processing_ms, c.generated_at "
+_COLUMNS = "j.image_id, j.checkpoint, i.image_id, i.caption, c.text, c.processing_ms, c.generated_at"
+_DONE = (
     "FROM jobs j JOIN captions c ON c.job_id = j.id JOIN images i ON i.id = j.image_id "
     "WHERE j.run_id = ? AND j.split = ? AND "
 )
@@ -125,24 +125,37 @@ _SELECT = (
 def _pages(
     database: Database, run: Run, split: str, cutoff: int, total: int, progress: Progress
 ) -> Iterator[pd.DataFrame]:
-    after, done = 0, 0
-    with _short_reads(database) as read:
-        while True:
-            with read() as conn:
-                rows = execute(
-                    conn,
-                    _SELECT + "j.status = 'done' AND j.finished_at <= ? AND j.image_id > ? ORDER BY j.image_id LIMIT ?",
-                    (run.id, split, cutoff, after, PAGE),
-                ).fetchall()
-            if not rows:
-                return
-            after, done = rows[-1][0], done + len(rows)
+    done = 0
+    with short_reads(database) as read:
+        for rows in done_pages(read, run, split, cutoff, _COLUMNS):
+            done += len(rows)
             yield _frame(rows, run, split)
             progress(f"{split}: exporting", done, total)
 
 
+Read = Callable[[], AbstractContextManager[Connection]]
+
+
+def done_pages(read: Read, run: Run, split: str, cutoff: int, columns: str) -> Iterator[Sequence[Sequence[Any]]]:
+    """What was done by the cutoff, in data set order. The first of the columns is j.image_id; i is the image, c its
+    caption.
+    """
+    select = (
+        f"SELECT {columns} {_DONE}j.status = 'done' AND j.finished_at <= ? AND j.image_id > ? "
+        "ORDER BY j.image_id LIMIT ?"
+    )
+    after = 0
+    while True:
+        with read() as conn:
+            rows = execute(conn, select, (run.id, split, cutoff, after, PAGE)).fetchall()
+        if not rows:
+            return
+        after = rows[-1][0]
+        yield rows
+
+
 @contextmanager
-def _short_reads(database: Database) -> Iterator[Callable[[], AbstractContextManager[Connection]]]:
+def short_reads(database: Database) -> Iterator[Read]:
     """Each page is a transaction of its own on SQLite, where a long read blocks every commit under the DELETE
     journal; on PostgreSQL all pages share one snapshot.
     """
@@ -162,27 +175,28 @@ def _frame(rows: Sequence[Sequence[Any]], run: Run, split: str) -> pd.DataFrame:
     return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), dtype=object)
 
 
-def _write(frames: Iterator[pd.DataFrame], path: Path, suffix: str) -> int:
+def write_frames(frames: Iterator[pd.DataFrame], path: Path, suffix: str, schema: pa.Schema = _SCHEMA) -> int:
+    """Writes the format that the suffix names; returns how many rows."""
     match suffix:
         case ".csv":
-            return _write_csv(frames, path)
+            return _write_csv(frames, path, schema)
         case ".jsonl":
             return _write_jsonl(frames, path)
         case ".parquet":
-            return _write_parquet(frames, path)
+            return _write_parquet(frames, path, schema)
     raise ValueError(f"the file's name must end in one of {', '.join(FORMATS)}, not {suffix}")
 
 
-def _write_csv(frames: Iterator[pd.DataFrame], path: Path) -> int:
+def _write_csv(frames: Iterator[pd.DataFrame], path: Path, schema: pa.Schema = _SCHEMA) -> int:
     """RFC 4180 with \\n and a plain header. Arrow quotes every text, where the csv module before Python 3.13 leaves a
     bare \\r unquoted, and takes half the time of pandas.
     """
     rows = 0
     with path.open("wb") as file:
-        file.write(",".join(COLUMNS).encode() + b"\n")
-        with CSVWriter(file, _SCHEMA, write_options=WriteOptions(include_header=False)) as writer:
+        file.write(",".join(schema.names).encode() + b"\n")
+        with CSVWriter(file, schema, write_options=WriteOptions(include_header=False)) as writer:
             for frame in frames:
-                writer.write_table(_table(frame))
+                writer.write_table(_table(frame, schema))
                 rows += len(frame)
     return rows
 
@@ -196,17 +210,17 @@ def _write_jsonl(frames: Iterator[pd.DataFrame], path: Path) -> int:
     return rows
 
 
-def _write_parquet(frames: Iterator[pd.DataFrame], path: Path) -> int:
+def _write_parquet(frames: Iterator[pd.DataFrame], path: Path, schema: pa.Schema) -> int:
     rows = 0
-    with pq.ParquetWriter(path, _SCHEMA) as writer:
+    with pq.ParquetWriter(path, schema) as writer:
         for frame in frames:
-            writer.write_table(_table(frame))
+            writer.write_table(_table(frame, schema))
             rows += len(frame)
     return rows
 
 
-def _table(frame: pd.DataFrame) -> pa.Table:
-    return pa.Table.from_pandas(frame, schema=_SCHEMA, preserve_index=False)
+def _table(frame: pd.DataFrame, schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
 
 
 def _manifest(run: Run) -> dict[str, Any]:
@@ -348,7 +362,7 @@ def _write_segments(database: Database, run: Run, split: str, folder: Path, numb
     with transaction(database) as conn:
         rows = execute(
             conn,
-            _SELECT + "j.checkpoint IS NOT NULL AND j.checkpoint BETWEEN ? AND ? "
+            f"SELECT {_COLUMNS} {_DONE}j.checkpoint IS NOT NULL AND j.checkpoint BETWEEN ? AND ? "
             # Not finished_at, which is the time of restoring for what was restored.
             "ORDER BY j.checkpoint, c.generated_at, j.id",
             (run.id, split, numbers[0], numbers[-1]),

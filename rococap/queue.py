@@ -901,6 +901,15 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class RunSeen:
+    """A run and where it stands, by split. `counts` is empty if it has no pictures yet."""
+
+    run: Run
+    created_at: int
+    counts: tuple[Counts, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSeen:
     """A worker process. `state`: running, stopped, or lost (not seen for a while, and never said goodbye)."""
 
@@ -975,6 +984,15 @@ def counts_of(conn: Connection, run: Run, splits: Sequence[str] = SPLITS) -> lis
             f"recipe: rococap enqueue --run {run.name} --split {splits[0]} …"
         )
     return mine
+
+
+def runs_seen(conn: Connection) -> list[RunSeen]:
+    """Every run, at a cost that does not depend on how many pictures it has."""
+    of_run: dict[str, list[Counts]] = {}
+    for one in counts(conn):
+        of_run.setdefault(one.run, []).append(one)
+    created = {row[0]: row[1] for row in execute(conn, "SELECT id, created_at FROM runs")}
+    return [RunSeen(run, created[run.id], tuple(of_run.get(run.name, ()))) for run in list_runs(conn)]
 
 
 def _counts(

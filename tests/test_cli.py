@@ -448,6 +448,8 @@ COMMANDS = [
     ["bench"],
     ["demo"],
     ["prompts"],
+    ["runs"],
+    ["compare", "default"],
 ]
 
 

@@ -208,7 +208,7 @@ def test_a_full_disk_is_a_clear_error_that_changes_nothing(database, run, out, m
     path = export.export(database, run, "train", out / "x.csv").path
     before = path.read_bytes()
 
-    def no_space(frames, path):
+    def no_space(frames, path, schema):
         path.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
