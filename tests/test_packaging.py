@@ -139,7 +139,7 @@ MODEL = {"torch", "torchvision", "transformers", "accelerate", "safetensors"}
 def test_only_workers_import_a_model_library(tmp_path):
     """One process runs them all; the first that loads too much fails, and all after it."""
     write_shard(tmp_path, "train", range(3))
-    lean = [["--help"], *([name, "--help"] for name in COMMANDS), ["status"]]
+    lean = [["--help"], *([name, "--help"] for name in COMMANDS), ["status"], ["runs"], ["prompts"]]
     with_data = [
         ["enqueue", "--split", "train", "--dataset", str(tmp_path)],
         ["status"],
