@@ -422,6 +422,13 @@ def engine_options(command: F) -> F:
     return command
 
 
+def _check_engine(options: dict[str, Any]) -> None:
+    for name in ("base_url", "served_model"):
+        if options[name] is not None and options["engine"] != "openai":
+            flag = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{flag} is the engine openai's: add --engine openai, or leave {flag} out.")
+
+
 def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
     if value == "auto":
         return None
@@ -507,6 +514,7 @@ def worker(
     """Claim pictures in batches, caption them, store them. Any number may run at once; --devices starts several."""
     from rococap import worker as process
 
+    _check_engine(options)
     if devices and ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
         raise click.UsageError("--devices says it for every process: leave --device out.")
     settings = process.Settings(run=run_name, splits=splits, **options)
@@ -1249,6 +1257,7 @@ def bench(
     from rococap.engines import Options
     from rococap.export import write_json
 
+    _check_engine(options)
     database = _database()
     with _bar() as progress:
         measured = bench_module.measure(

@@ -99,6 +99,7 @@ class Source(Protocol):
     def step(self, rows: int) -> Set[int]:
         """Called after every step: vouches for progress, and names the jobs whose rows to abandon.
 
+        The set is live: an engine that waits for another machine may look into it without vouching for anything.
         `rows` is how many were decoded in it; 0 for a step that reads pictures and prompts.
         """
 
@@ -149,5 +150,9 @@ def load_engine(recipe: Recipe, options: Options) -> Engine:
             from rococap.engines.hf import TransformersEngine
 
             return TransformersEngine(recipe, options)
-        case "vllm" | "openai":
+        case "openai":
+            from rococap.engines.openai import OpenAIEngine
+
+            return OpenAIEngine(recipe, options)
+        case "vllm":
             raise NotImplementedError(options.engine)
