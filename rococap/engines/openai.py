@@ -22,7 +22,7 @@ from pathlib import Path
 from PIL.Image import Image, Resampling
 
 from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source
-from rococap.engines.chat import LONGEST_WAIT_SEC, Answer, Away, Refused, Server
+from rococap.engines.chat import Answer, Away, Refused, Server
 from rococap.errors import ModelError
 from rococap.recipe import Recipe
 
@@ -277,7 +277,7 @@ class _Gate:
         if not self.is_away:
             self.is_away = True
             log.warning("%s is away: waiting until it answers again (%s)", self._url, error)
-        wait = min(error.wait, LONGEST_WAIT_SEC)
+        wait = error.wait
         if sent_at > self._closed_at:  # else it was in flight when another told the same
             self._closed_at = now
             wait = max(wait, _backoff(self._n_failed))

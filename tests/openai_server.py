@@ -1,0 +1,297 @@
+"""A server of OpenAI's chat interface on loopback, which can misbehave on purpose.
+
+Its model is a function from a picture and a request to a caption: `measure` says what it measured in the picture, so
+that a swapped caption is noticed, and `Batched` is a real engine which all requests in flight share. Run as a script it
+serves the demonstration model: `python openai_server.py JSON` prints its URL, and ends with its standard input.
+"""
+
+import base64
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from itertools import count
+from typing import Any, Self
+
+from PIL import Image
+
+from rococap.engines import Completion, Engine, Prepared
+
+Request = dict[str, Any]
+Model = Callable[[Image.Image, Request], Completion]
+
+HTML = b"<html><body>Welcome to nginx!</body></html>"
+
+
+def measure(picture: Image.Image, request: Request) -> Completion:
+    grey = picture.getpixel((0, 0))[0]
+    return Completion(0, f"{picture.width} by {picture.height}, grey {grey}", prompt_tokens=7, new_tokens=3)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What one request meets instead of a caption: after `delay` seconds, a cut connection, or this answer.
+
+    `body` None: the caption after all, with `changes` to the answer.
+    """
+
+    status: int = 200
+    body: bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    delay: float = 0.0
+    cut: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def failing(status: int, message: str = "", **headers: str) -> Trouble:
+    body = json.dumps({"error": {"message": message}}).encode()
+    return Trouble(status, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+class ChatServer:
+    """`with ChatServer() as server`; `server.url` ends in /v1. Every request is kept, with the time it came."""
+
+    def __init__(self, model: Model = measure, port: int = 0) -> None:
+        self.model = model
+        self.listed: list[dict[str, Any]] = [{"id": "tests/small", "root": "small", "owned_by": "tests", "created": 1}]
+        self.models: Trouble | None = None
+        self.version: str | None = None
+        self.key: str | None = None
+        self.requests: list[Request] = []
+        self.came_at: list[float] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        # For the chat requests to come: one each; by grey, as often as that picture comes; or for all.
+        self.troubles: deque[Trouble] = deque()
+        self.of_grey: dict[int, list[Trouble]] = {}
+        self.always: Trouble | None = None
+        self.sec = 0.0
+        self.in_flight = self.most_in_flight = self.answered = 0
+        self.go_on = threading.Event()
+        self.lock = threading.Lock()
+        self._server = _Listener(("127.0.0.1", port), _handler(self))
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.go_on.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def next_trouble(self, grey: int) -> Trouble | None:
+        with self.lock:
+            if self.always is not None:
+                return self.always
+            if self.of_grey.get(grey):
+                return self.of_grey[grey].pop(0)
+            return self.troubles.popleft() if self.troubles else None
+
+
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(address, handler)
+        self.connections: list[socket.socket] = []
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
+    def server_close(self) -> None:
+        """Ends also the connections that are kept open, each of which has its own thread."""
+        super().server_close()
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that hung up
+
+
+def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        server_version, sys_version = "tests/1", ""
+        disable_nagle_algorithm = True
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            server.paths.append(self.path)
+            if not self.is_known():
+                return self.answer(failing(401, f"Incorrect API key: {self.headers.get('Authorization')}"))
+            if self.path == "/version" and server.version is not None:
+                return self.send(200, json.dumps({"version": server.version}).encode())
+            if self.path == "/v1/models":
+                return self.answer(server.models) if server.models else self.send(200, _json({"data": server.listed}))
+            return self.send(404, b"Not Found")
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            request = json.loads(body)
+            with server.lock:
+                server.paths.append(self.path)
+                server.headers.append(dict(self.headers))
+                server.requests.append(request)
+                server.came_at.append(time.monotonic())
+                server.in_flight += 1
+                server.most_in_flight = max(server.most_in_flight, server.in_flight)
+            try:
+                self.caption(request)
+            finally:
+                with server.lock:
+                    server.in_flight -= 1
+
+        def caption(self, request: Request) -> None:
+            if not self.is_known():
+                return self.answer(failing(401, f"Incorrect API key: {self.headers.get('Authorization')}"))
+            picture = picture_of(request)
+            trouble = server.next_trouble(picture.getpixel((0, 0))[0])
+            server.go_on.wait(server.sec + (trouble.delay if trouble else 0))
+            if trouble is not None and (trouble.cut or trouble.body is not None or trouble.status != 200):
+                return self.answer(trouble)
+            said = _answer(request, server.model(picture, request)) | (trouble.changes if trouble else {})
+            with server.lock:
+                server.answered += 1
+            return self.send(200, _json(said))
+
+        def is_known(self) -> bool:
+            return server.key is None or self.headers.get("Authorization") == f"Bearer {server.key}"
+
+        def answer(self, trouble: Trouble) -> None:
+            if trouble.cut:
+                return self.reset()
+            return self.send(trouble.status, trouble.body or b"", trouble.headers)
+
+        def reset(self) -> None:
+            # A linger of 0 seconds makes close send RST instead of FIN.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
+            self.close_connection = True
+
+        def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def finish(self) -> None:
+            if self.connection.fileno() != -1:
+                super().finish()
+
+    return Handler
+
+
+def picture_of(request: Request) -> Image.Image:
+    url = request["messages"][0]["content"][0]["image_url"]["url"]
+    return Image.open(BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))).convert("RGB")
+
+
+def _json(content: object) -> bytes:
+    return json.dumps(content).encode()
+
+
+def _answer(request: Request, said: Completion) -> dict[str, Any]:
+    message = {"role": "assistant", "content": said.text}
+    return {
+        "object": "chat.completion",
+        "model": request["model"],
+        "choices": [{"index": 0, "message": message, "finish_reason": said.finish_reason}],
+        "usage": {"prompt_tokens": said.prompt_tokens, "completion_tokens": said.new_tokens},
+    }
+
+
+# --- a real model ----------------------------------------------------------------------------------------------
+
+
+class Batched:
+    """A Source of what is asked, for one engine: a model for ChatServer. Requests are numbered from 1."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._numbers = count(1)
+        self._changed = threading.Condition()
+        self._ready: deque[Prepared] = deque()
+        self._asked: dict[int, Future[Completion]] = {}
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def __call__(self, picture: Image.Image, request: Request) -> Completion:
+        with self._changed:
+            number = next(self._numbers)
+        prepared = self._engine.prepare(number, picture)
+        with self._changed:
+            asked = self._asked[number] = Future()
+            self._ready.append(prepared)
+            self._changed.notify_all()
+        return asked.result()
+
+    def _run(self) -> None:
+        for completion in self._engine.run(self):
+            self._asked.pop(completion.job_id).set_result(completion)
+
+    def take(self, most: int, wait: float | None) -> list[Prepared]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._is_closed, timeout=wait)
+            return [self._ready.popleft() for _ in range(min(most, len(self._ready)))]
+
+    def step(self, rows: int) -> set[int]:
+        return set()
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._engine.close()
+
+
+def serve_demo_model(batch_size: int, max_new_tokens: int, lengths: list[int] | None = None) -> None:
+    """Until standard input ends; `lengths`: as bench/ways.py forces them."""
+    from rococap.demo import MODEL
+    from rococap.engines import Options
+    from rococap.engines.hf import TransformersEngine
+    from rococap.recipe import Recipe
+
+    recipe = Recipe(model=str(MODEL), max_new_tokens=max_new_tokens, dtype="float32")
+    options = Options(device="cpu", batch_size=batch_size)
+    if lengths is None:
+        engine = TransformersEngine(recipe, options)
+        engine.load()
+    else:
+        import ways
+
+        engine = ways.load(recipe, options, lengths)
+    model = Batched(engine)
+    with ChatServer(model) as server:
+        server.listed = [{"id": "demo", "owned_by": "tests"}]
+        print(server.url, flush=True)
+        sys.stdin.read()
+    model.close()
+
+
+if __name__ == "__main__":
+    serve_demo_model(**json.loads(sys.argv[1]))
