@@ -150,9 +150,11 @@ def load_engine(recipe: Recipe, options: Options) -> Engine:
             from rococap.engines.hf import TransformersEngine
 
             return TransformersEngine(recipe, options)
+        case "vllm":
+            from rococap.engines.vllm import VLLMEngine
+
+            return VLLMEngine(recipe, options)
         case "openai":
             from rococap.engines.openai import OpenAIEngine
 
             return OpenAIEngine(recipe, options)
-        case "vllm":
-            raise NotImplementedError(options.engine)

