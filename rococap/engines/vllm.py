@@ -6,6 +6,7 @@ otherwise, the model runs in this process, so that it dies with its worker and l
 Logits that are NaN are a failure with a name; infinite ones are not told by vLLM, and not noticed here.
 """
 
+import copy
 import importlib.util
 import logging
 import os
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ REFILL = 4
 """The first batch starts with one in so many of the rows; the others join as they come."""
 CPU_CACHE_BYTES = 4 << 30
 """Keys and values on the CPU, unless VLLM_CPU_KVCACHE_SPACE says: vLLM would take nine tenths of the machine."""
+VISION_THETA = 10_000
 ENVIRONMENT = {
     "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
     "VLLM_CONFIGURE_LOGGING": "0",
@@ -83,6 +86,7 @@ class VLLMEngine:
         self._prompt = _prompt(processor, recipe.prompt, recipe.model)
         folder = _folder(recipe.model, source)
         self._llm = _load(folder, recipe, self.options, device)
+        _turn_as_configured(self._llm)
         model, tokenizer = self._llm.model_config, processor.tokenizer  # of a model, a caption needs its dtype alone
         ends = _ends(folder, model, tokenizer)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
@@ -126,13 +130,10 @@ class VLLMEngine:
             self._abandon(source.step(n_decoded), rows)
 
     def close(self) -> None:
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
         self._llm.engine_core.shutdown()
         self._llm.renderer.shutdown()
         device = self.loaded.device
         del self._llm, self.loaded
-        cleanup_dist_env_and_memory()
         free_memory(device)
 
     def _take(self, source: Source, n_rows: int) -> list[Prepared]:
@@ -252,6 +253,24 @@ def _load(folder: Path, recipe: Recipe, options: Options, device: torch.device) 
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise _missing(recipe.model, recipe.revision, error) from error
+
+
+def _turn_as_configured(llm: Any) -> None:
+    """Gives a vision tower the base of its rotary positions: vLLM's Qwen2-VL has 10,000 whatever its config says.
+
+    Without it another base, like the demonstration model's, would give captions of something else, and no error.
+    """
+    vision = getattr(llm.model_config.hf_config, "vision_config", None)
+    theta = (getattr(vision, "rope_parameters", None) or {}).get("rope_theta", VISION_THETA)
+    if llm.model_config.hf_config.model_type == "qwen2_vl" and theta != VISION_THETA:
+        llm.apply_model(partial(_turn, theta=theta))
+
+
+def _turn(model: Any, theta: float) -> None:
+    rope = copy.deepcopy(model.visual.rotary_pos_emb)  # vLLM shares it with every model of that size in this process
+    rope.base = theta
+    rope.cos_sin_cache.copy_(rope._compute_cos_sin_cache())
+    model.visual.rotary_pos_emb = rope
 
 
 def _ends(folder: Path, model: Any, tokenizer: Any) -> list[int]:
