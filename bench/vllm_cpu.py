@@ -71,7 +71,7 @@ def _measure(options: argparse.Namespace) -> None:
             Case("105 M float32, uneven lengths", str(large), "float32", more, True),
             Case("105 M bfloat16, uneven lengths", str(large), "bfloat16", more, True),
         ]
-        for case in cases:
+        for case in (case for case in cases if options.only in case.name):
             root = Path(folder) / f"phantoms_{case.n}"
             if not root.exists():
                 write_dataset(root, {"train": case.n})
@@ -164,6 +164,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--python", default=".venv/bin/python", help="of the environment without vLLM")
+    add("--only", default="", help="cases whose names hold this")
     add("--rounds", type=int, default=5, help="in which the two take turns")
     add("--pictures", type=int, default=256, help="for the demo model")
     add("--large-pictures", type=int, default=64, help="for the model of 105 million parameters")

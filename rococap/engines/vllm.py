@@ -113,7 +113,7 @@ class VLLMEngine:
         try:
             with self._preparing:  # vLLM's own server never runs a processor in two threads
                 (inputs,) = self._llm.renderer.render_cmpl([prompt])
-        except ValueError as error:
+        except _refusals() as error:
             raise PictureError("unprocessable", f"The model's processor refuses this picture: {error}") from error
         return Prepared(job_id, Request(inputs), len(inputs["prompt_token_ids"]))
 
