@@ -25,7 +25,8 @@ from sqlalchemy.exc import DatabaseError as DriverError
 from rococap import __version__, datasets, db, queue
 from rococap.datasets import SPLITS
 from rococap.errors import RococapError
-from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, Recipe, refuse_placeholders
+from rococap.flags import FLAGS
+from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, LOAD_IN, Recipe, refuse_placeholders
 
 DEFAULT_DATASET = "eltorio/ROCOv2-radiology"
 LOST_AFTER_MS = 120_000  # workers beat at least every 30 s
@@ -169,7 +170,7 @@ def run_option(help: str) -> Callable[[F], F]:
     return click.option("--run", "run_name", metavar="NAME", help=help)
 
 
-def splits_option(required: bool = False) -> Callable[[F], F]:
+def splits_option(required: bool = False, help: str | None = None) -> Callable[[F], F]:
     def expand(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(split for split in SPLITS if split in value or "all" in value)
 
@@ -180,7 +181,7 @@ def splits_option(required: bool = False) -> Callable[[F], F]:
         multiple=True,
         required=required,
         callback=expand,
-        help="May be repeated." if required else "May be repeated. [default: all]",
+        help=help or ("May be repeated." if required else "May be repeated. [default: all]"),
     )
 
 
@@ -245,7 +246,7 @@ def list_prompts(prompts: Path | None, as_json: bool) -> None:
 
 
 @cli.command()
-@splits_option(required=True)
+@splits_option(help="May be repeated. [required, but with --from: all that it has]")
 @click.option(
     "--dataset",
     envvar="ROCOCAP_DATASET",
@@ -267,11 +268,36 @@ def list_prompts(prompts: Path | None, as_json: bool) -> None:
     metavar="NAME",
     help="Captions of one model, prompt and settings; each run has its own.",
 )
+@click.option(
+    "--from",
+    "source",
+    metavar="RUN",
+    help="Instead of a data set: that run's pictures, and its recipe but for what is said here.",
+)
+@click.option(
+    "--flag",
+    "flags",
+    type=click.Choice(FLAGS),
+    multiple=True,
+    help="Of --from only those whose caption is flagged so. May be repeated.",
+)
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="FOLDER|HUB_ID", help="What captions.")
 @click.option(
     "--revision", default="main", show_default=True, metavar="REV", help="Branch, tag or commit of the model."
 )
+@click.option("--adapter", metavar="FOLDER|HUB_ID", help="A LoRA or other adapter for the model, in PEFT's format.")
+@click.option(
+    "--load-in", type=click.Choice(LOAD_IN), help="Quantise the weights by bitsandbytes, for models that do not fit."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model. Look at it first.")
 @prompt_options
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(0.1, 10),
+    default=1.0,
+    show_default=True,
+    help="Above 1, what was said is less likely to be said again. Decodes in static batches.",
+)
 @click.option(
     "--max-new-tokens", type=click.IntRange(1, 1_000_000), default=256, show_default=True, help="Longest caption."
 )
@@ -293,13 +319,18 @@ def list_prompts(prompts: Path | None, as_json: bool) -> None:
     help="auto: bfloat16 on a GPU that has it, float16 on an older one, float32 on the CPU.",
 )
 @db_option
+@click.pass_context
 def enqueue(
+    ctx: click.Context,
+    /,
     splits: tuple[str, ...],
     dataset: str,
     dataset_revision: str | None,
     limit: int | None,
     offset: int,
     run_name: str,
+    source: str | None,
+    flags: tuple[str, ...],
     prompt: str | None,
     preset: str | None,
     prompt_file: Path | None,
@@ -309,24 +340,73 @@ def enqueue(
     """Register every picture of a split as pending in a run.
 
     Again costs almost nothing and changes nothing. Another model, prompt or setting is another run: --run NAME.
+    Captions that are flagged are done again under another recipe: --run NEW --from OLD --flag loop.
     """
     from rococap import enqueue as registration
 
+    _check_enqueue(ctx, source, bool(splits), bool(flags))
     _check_run_name(run_name)
-    recipe["model"] = _absolute_if_folder(recipe["model"])
-    try:
-        wanted = Recipe(prompt=_prompt(prompt, preset, prompt_file, prompts), **recipe)
-        refuse_placeholders(wanted.prompt)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    recipe["model"] = _model(recipe["model"])
+    if recipe["adapter"] is not None:
+        recipe["adapter"] = _absolute_if_folder(recipe["adapter"], "an adapter")
+    recipe["prompt"] = _prompt(prompt, preset, prompt_file, prompts)
     database = _database()
-    located = datasets.locate(dataset, splits, dataset_revision or _pinned_revision(database, run_name, dataset))
-    with _bar() as progress:
-        results = registration.enqueue(
-            database, located, splits, run=run_name, recipe=wanted, limit=limit, offset=offset, progress=progress
-        )
+    if source is not None:
+        old, present = _look_at_run(database, source, splits)
+        wanted = _recipe(asdict(old.recipe) | _given(ctx, recipe))
+        with _bar() as progress:
+            results = registration.enqueue_from(
+                database, old, present, run=run_name, recipe=wanted, flags=flags, progress=progress
+            )
+    else:
+        wanted = _recipe(recipe)
+        located = datasets.locate(dataset, splits, dataset_revision or _pinned_revision(database, run_name, dataset))
+        with _bar() as progress:
+            results = registration.enqueue(
+                database, located, splits, run=run_name, recipe=wanted, limit=limit, offset=offset, progress=progress
+            )
     for result in results:
         _echo_enqueued(run_name, result)
+
+
+def _recipe(fields: dict[str, Any]) -> Recipe:
+    try:
+        recipe = Recipe(**fields)
+        refuse_placeholders(recipe.prompt)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    return recipe
+
+
+def _check_enqueue(ctx: click.Context, source: str | None, has_splits: bool, has_flags: bool) -> None:
+    if source is None:
+        if has_flags:
+            raise click.UsageError("--flag chooses among another run's captions: name it with --from RUN.")
+        if not has_splits:
+            raise click.UsageError("Missing option '--split'. Choose from: train, validation, test, all.")
+        return
+    for name in ("dataset", "dataset_revision", "limit", "offset"):
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--from takes another run's pictures: leave --{name.replace('_', '-')} out.")
+    if ctx.get_parameter_source("run_name") is ParameterSource.DEFAULT:
+        raise click.UsageError("--from needs a name for the new run: --run NAME.")
+
+
+def _look_at_run(database: Database, name: str, splits: Sequence[str]) -> tuple[queue.Run, list[str]]:
+    """A run, and what it has of these splits; of all, if none is named."""
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, name)
+        return run, [one.split for one in queue.counts_of(conn, run, splits or SPLITS)]
+
+
+def _given(ctx: click.Context, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe was said on the command line."""
+    names = dict.fromkeys(recipe, ()) | {"prompt": ("prompt", "preset", "prompt_file")}
+    return {
+        name: recipe[name]
+        for name, options in names.items()
+        if any(ctx.get_parameter_source(option) is ParameterSource.COMMANDLINE for option in options or (name,))
+    }
 
 
 def _with_run(command: str, name: str) -> str:
@@ -340,11 +420,18 @@ def _check_run_name(name: str) -> None:
         raise click.BadParameter(f"{name!r} is no file name. Use letters, digits, dots, dashes.", param_hint="--run")
 
 
-def _absolute_if_folder(model: str) -> str:
-    path = Path(os.path.expanduser(model))
-    if not path.is_dir() and not datasets.HUB_ID.fullmatch(model):
-        raise RococapError(f"There is no folder {model}: check the path, or name a model of the hub as owner/name.")
-    return str(path.resolve()) if path.is_dir() else model
+def _model(model: str) -> str:
+    from rococap.engines import families
+
+    families.check_name(model)
+    return _absolute_if_folder(model, "a model")
+
+
+def _absolute_if_folder(name: str, what: str) -> str:
+    path = Path(os.path.expanduser(name))
+    if not path.is_dir() and not datasets.HUB_ID.fullmatch(name):
+        raise RococapError(f"There is no folder {name}: check the path, or name {what} of the hub as owner/name.")
+    return str(path.resolve()) if path.is_dir() else name
 
 
 def _pinned_revision(database: Database, run_name: str, dataset: str) -> str | None:
@@ -415,6 +502,11 @@ def engine_options(command: F) -> F:
             show_default=True,
             help="A finished caption makes room for the next picture at once, or batch after batch. "
             "[auto: as the model can]",
+        ),
+        click.option(
+            "--device-map",
+            type=click.Choice(["auto"]),
+            help="auto: spread a model that does not fit on one GPU over all of them, by accelerate.",
         ),
     )
     for option in reversed(options):

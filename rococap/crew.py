@@ -183,6 +183,7 @@ def arguments(settings: Settings) -> list[str]:
         "--device": settings.device,
         "--batch-size": settings.batch_size,
         "--decode": settings.decode,
+        "--device-map": settings.device_map,
         "--limit": settings.limit,
         "--lease-ttl": settings.lease_ttl,
         "--drain-timeout": settings.drain_timeout,

@@ -178,11 +178,14 @@ def _device(database: Engine) -> Iterator[Finding]:
     try:
         import torch
 
-        from rococap.engines import hf
+        from rococap.engines import checkpoint
         from rococap.engines.decoding import dtype_name
 
         gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-        told = [(gpu, torch.cuda.get_device_properties(gpu), dtype_name(hf.choose_dtype("auto", gpu))) for gpu in gpus]
+        told = [
+            (gpu, torch.cuda.get_device_properties(gpu), dtype_name(checkpoint.choose_dtype("auto", gpu)))
+            for gpu in gpus
+        ]
     except (ImportError, OSError, RuntimeError) as error:
         yield FAIL, f"PyTorch cannot be used ({error}). Install it again: pip install --force-reinstall torch"
         return
@@ -192,7 +195,7 @@ def _device(database: Engine) -> Iterator[Finding]:
         found = f"There is a GPU ({NVIDIA}), and torch {torch.__version__} cannot use it."
         yield WARN, f"{found} Update the driver, or install the build of torch for the CUDA that nvidia-smi shows."
     elif not told:
-        dtype = dtype_name(hf.choose_dtype("auto", torch.device("cpu")))
+        dtype = dtype_name(checkpoint.choose_dtype("auto", torch.device("cpu")))
         yield OK, f"CPU, dtype auto is {dtype}. Captioning with Qwen2-VL takes minutes a picture: for trying things."
 
 

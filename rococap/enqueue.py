@@ -4,7 +4,7 @@ The whole split is entered in `images`, whatever `limit` says, so that ids follo
 are a selection of them. A shard is one transaction and so is a page of jobs: killed half-way, the next enqueue goes on.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -64,6 +64,30 @@ def enqueue(
         _register_jobs(engine, target, split, limit, offset, result, progress)
         results.append(result)
     return results
+
+
+def enqueue_from(
+    engine: Engine,
+    old: queue.Run,
+    splits: Sequence[str],
+    *,
+    run: str,
+    recipe: Recipe,
+    flags: Sequence[str] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> list[Enqueued]:
+    """Makes the pictures of another run pending in a run; with `flags`, those whose caption there has one of them.
+
+    Raises RunError if the run exists with another recipe or data set, or if the recipe is the other run's.
+    """
+    if recipe == old.recipe:
+        raise RunError(
+            f"Run {old.name!r} has this recipe, which would say the same again. Change something: --prompt, --model, "
+            "--max-new-tokens, --repetition-penalty …"
+        )
+    with transaction(engine, write=True) as conn:
+        target = queue.create_run(conn, run, old.dataset_id, recipe)
+    return [_register_from(engine, old, target, split, frozenset(flags), progress) for split in splits]
 
 
 def register_dataset(conn: Connection, dataset: Dataset) -> int:
@@ -227,6 +251,36 @@ def _register_jobs(
         with transaction(engine, write=True) as conn:
             first = _register_page(conn, run, split, first, min(PAGE, total - done), result)
         progress(f"{split}: registering", result.new + result.known, total)
+
+
+def _register_from(
+    engine: Engine, old: queue.Run, run: queue.Run, split: str, flags: Set[str], progress: Progress
+) -> Enqueued:
+    result = Enqueued(split)
+    with transaction(engine) as conn:
+        total = sum(one.total for one in queue.counts(conn) if (one.run, one.split) == (old.name, split))
+    seen, last = 0, 0
+    while True:
+        with transaction(engine, write=True) as conn:
+            page = execute(conn, _FLAGGED if flags else _JOBS, (old.id, split, last, PAGE)).fetchall()
+            if not page:
+                return result
+            chosen = [row[1] for row in page if not flags or flags & set(row[2].split(","))]
+            rows = [(run.id, image_id, split) for image_id in chosen]
+            new = execute(conn, _ADD_JOB, rows).rowcount if rows else 0
+            queue.tally(conn, run.id, split, 0, {JobState.PENDING: new})
+        result.new += new
+        result.known += len(chosen) - new
+        seen, last = seen + len(page), page[-1][0]
+        progress(f"{split}: registering", seen, total)
+
+
+_JOBS = "SELECT id, image_id FROM jobs WHERE run_id = ? AND split = ? AND id > ? ORDER BY id LIMIT ?"
+_FLAGGED = (
+    "SELECT j.id, j.image_id, c.flags FROM jobs j JOIN captions c ON c.job_id = j.id "
+    "WHERE j.run_id = ? AND j.split = ? AND j.id > ? AND c.flags <> '' ORDER BY j.id LIMIT ?"
+)
+_ADD_JOB = "INSERT INTO jobs (run_id, image_id, split) VALUES (?, ?, ?) ON CONFLICT (run_id, image_id) DO NOTHING"
 
 
 def _register_page(conn: Connection, run: queue.Run, split: str, first: int, size: int, result: Enqueued) -> int:

@@ -27,7 +27,7 @@ from sqlalchemy.exc import DatabaseError as DriverError
 from rococap import datasets, db, queue, selfcheck, spool, trial
 from rococap.datasets import Dataset, Place
 from rococap.db import transaction
-from rococap.engines import Completion, Decode, Engine, EngineName, Options, load_engine
+from rococap.engines import Completion, Decode, DeviceMap, Engine, EngineName, Options, load_engine
 from rococap.errors import DatabaseError, DatabaseUnavailable, LeaseLost, ModelError, RococapError, RunError
 from rococap.pipeline import Claims, Pipeline, clock
 from rococap.queue import Lease, Run
@@ -68,6 +68,7 @@ class Settings:
     device: str = "auto"
     batch_size: int | None = None
     decode: Decode = "auto"
+    device_map: DeviceMap | None = None
     limit: int | None = None
     wait: bool = False
     self_check: bool = True

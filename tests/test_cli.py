@@ -253,6 +253,50 @@ def test_a_missing_split_is_a_usage_error():
     assert "Missing option '--split'" in refused("enqueue", code=2)
 
 
+def test_flagged_captions_go_to_a_new_run_with_the_old_recipe_but_for_what_is_said(here):
+    write_shard(here / "set", "train", range(5))
+    enqueue("--max-new-tokens", "48", "--preset", "anatomy")
+    with db.transaction(db.connect("rococap.db"), write=True) as conn:
+        lease = queue.claim(conn, queue.register_worker(conn, "one", "host", 7, INFO), 1, "train", 3, ttl_ms=60_000)
+        queue.complete(conn, lease, [Completion(job.id, "!" * 64 * (job.id != 2)) for job in lease.jobs])
+    again = ("enqueue", "--run", "again", "--from", "default", "--flag", "one_token", "--flag", "loop")
+    assert said(*again, "--repetition-penalty", "1.1") == "again train: 2 new, 0 known, 0 changed\n"
+    with db.transaction(db.connect("rococap.db")) as conn:
+        old, new = (queue.get_run(conn, name).recipe for name in ("default", "again"))
+    assert old.differences(new) == {"repetition_penalty": (1.0, 1.1)}
+    assert refused(*again) == (
+        "Run 'default' has this recipe, which would say the same again. Change something: --prompt, --model, "
+        "--max-new-tokens, --repetition-penalty …"
+    )
+    assert said("enqueue", "--run", "other", "--from", "default", "--prompt", "What?") == (
+        "other train: 5 new, 0 known, 0 changed\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--flag", "loop"], "--flag chooses among another run's captions: name it with --from RUN."),
+        (["--from", "default"], "--from needs a name for the new run: --run NAME."),
+        (["--from", "a", "--run", "b", "--limit", "5"], "--from takes another run's pictures: leave --limit out."),
+        (
+            ["--from", "a", "--run", "b", "--dataset", "set"],
+            "--from takes another run's pictures: leave --dataset out.",
+        ),
+    ],
+)
+def test_what_does_not_go_with_another_runs_pictures_is_a_usage_error(here, args, message):
+    assert refused("enqueue", *args, code=2).endswith(f"Error: {message}")
+
+
+def test_a_model_whose_name_circulates_wrongly_is_refused_before_anything_is_registered(here):
+    write_shard(here / "set", "train", range(5))
+    args = ("enqueue", "--split", "train", "--dataset", "set", "--model", "HuggingFaceM4/SmolVLM2-256M")
+    assert refused(*args) == (
+        "The hub has no model HuggingFaceM4/SmolVLM2-256M: it is called HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
+    )
+
+
 def test_pixel_bounds_that_no_model_could_follow_are_a_usage_error(here):
     assert "min_pixels (9000) must be positive and at most max_pixels (800)" in refused(
         "enqueue", "--split", "train", "--min-pixels", "9000", "--max-pixels", "800", code=2

@@ -168,7 +168,21 @@ def test_processes_are_labelled_by_device():
 
 
 EVERY_SETTING = Settings(
-    "a", ("train", "test"), "openai", "http://host/v1", "vl", "cuda:1", 7, "static", 9, True, False, 33.5, 4.0, 50.0
+    "a",
+    ("train", "test"),
+    "openai",
+    "http://host/v1",
+    "vl",
+    "cuda:1",
+    7,
+    "static",
+    "auto",
+    9,
+    True,
+    False,
+    33.5,
+    4.0,
+    50.0,
 )
 
 

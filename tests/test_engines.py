@@ -19,8 +19,9 @@ from transformers import AutoModelForImageTextToText
 from rococap.demo import MODEL
 from rococap.demo.phantoms import HELD_OUT_SEEDS, draw
 from rococap.engines import Completion, Options, Prepared, load_engine
+from rococap.engines.checkpoint import choose_dtype, folder_digest
 from rococap.engines.decoding import Row, collate, share
-from rococap.engines.hf import TransformersEngine, choose_dtype, folder_digest
+from rococap.engines.hf import TransformersEngine
 from rococap.engines.static import _Meter
 from rococap.errors import ModelError
 from rococap.recipe import Recipe

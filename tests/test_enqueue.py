@@ -1,12 +1,17 @@
 """Registering: what is new, known, changed and left out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from samples import register, write_shard
+from conftest import recount, tallies
+from samples import fill, register, write_shard
+from small_engine import INFO
 from sqlalchemy import Engine
 
 from rococap import db, queue
+from rococap.engines import Completion
+from rococap.enqueue import Enqueued, enqueue_from
 from rococap.errors import DatasetError, RunError
 from rococap.recipe import Recipe
 
@@ -205,3 +210,49 @@ def test_a_split_without_rows_says_so(database, root):
     write_shard(root, "train", [])
     with pytest.raises(RunError, match=r"Split train has 0 rows: choose another\."):
         register(database, root, ["train"])
+
+
+# --- from another run ------------------------------------------------------------------------------------------
+
+
+def caption_some(database, n: int) -> queue.Run:
+    """The default run with the first n pictures captioned, the even ones empty."""
+    with db.transaction(database, write=True) as conn:
+        run = queue.get_run(conn, "default")
+        lease = queue.claim(
+            conn, queue.register_worker(conn, "one", "host", 1, INFO), run.id, "train", n, ttl_ms=60_000
+        )
+        queue.complete(conn, lease, [Completion(job.id, "A CT." * (i % 2)) for i, job in enumerate(lease.jobs)])
+    return run
+
+
+def test_flagged_captions_are_done_again_in_a_run_of_their_own(database, tmp_path, monkeypatch):
+    monkeypatch.setattr("rococap.enqueue.PAGE", 2)
+    fill(database, tmp_path / "set", 9)
+    old = caption_some(database, 7)
+    recipe = replace(old.recipe, repetition_penalty=1.1)
+    again = {"run": "again", "recipe": recipe, "flags": ["empty", "loop"]}
+    assert enqueue_from(database, old, ["train"], **again) == [Enqueued("train", new=4)]
+    assert image_ids(database, "again") == names(0, 2, 4, 6)
+    assert enqueue_from(database, old, ["train"], **again) == [Enqueued("train", known=4)]
+    with db.transaction(database) as conn:
+        assert queue.get_run(conn, "again").dataset_id == old.dataset_id
+        assert tallies(conn) == recount(conn)
+
+
+def test_a_run_may_take_all_pictures_of_another(database, tmp_path):
+    fill(database, tmp_path / "set", 9)
+    old = caption_some(database, 3)
+    recipe = replace(old.recipe, prompt="What is this?")
+    assert enqueue_from(database, old, ["train"], run="all", recipe=recipe) == [Enqueued("train", new=9)]
+
+
+def test_the_same_recipe_would_say_the_same_again(database, tmp_path):
+    fill(database, tmp_path / "set", 3)
+    old = caption_some(database, 3)
+    with pytest.raises(RunError) as caught:
+        enqueue_from(database, old, ["train"], run="again", recipe=old.recipe, flags=["empty"])
+    assert str(caught.value) == (
+        "Run 'default' has this recipe, which would say the same again. Change something: --prompt, --model, "
+        "--max-new-tokens, --repetition-penalty …"
+    )

@@ -189,9 +189,9 @@ def test_a_model_that_transformers_has_no_class_for_is_refused_with_its_sister(t
     (folder / "config.json").write_text(json.dumps({"model_type": "internvl_chat"}))
     assert error_of(Recipe(model=str(folder))) == (
         f"transformers has no class for {folder} (internvl_chat). Enqueue a run with "
-        "--model OpenGVLab/InternVL3-2B-hf, or start the worker with --engine vllm or --engine openai."
+        "--model OpenGVLab/InternVL3-2B-hf, or serve it, as with vllm serve, and start the worker with --engine openai."
     )
-    with pytest.raises(ModelError, match=r"Enqueue a run with --model OpenGVLab/InternVL3-8B-hf, or start"):
+    with pytest.raises(ModelError, match=r"Enqueue a run with --model OpenGVLab/InternVL3-8B-hf, or serve"):
         families.check_native("OpenGVLab/InternVL3-8B", "internvl_chat")
 
 

@@ -184,8 +184,8 @@ def test_a_job_cannot_be_completed_twice(database, run):
     assert column(database, "SELECT status FROM jobs WHERE id = 2 ORDER BY id") == ["leased"]
 
 
-def test_degenerate_captions_are_flagged_as_they_are_stored_and_counted_in_constant_time(database, run):
-    lease = claim(database, register_worker(database), run, 5)
+def test_degenerate_captions_are_flagged_as_they_are_stored_and_counted(database, run):
+    lease = claimed(database, new_worker(database), run, 5)
     said = ["", "!" * 64, "The heart. " + "No mass is seen. " * 9, "A CT.", "An X-ray.\0"]
     reasons = ["stop", "length", "length", "stop", "stop"]
     completions = [

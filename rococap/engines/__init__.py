@@ -13,6 +13,7 @@ from rococap.recipe import Recipe
 
 EngineName = Literal["transformers", "vllm", "openai"]
 Decode = Literal["auto", "continuous", "static"]
+DeviceMap = Literal["auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Options:
     """What a worker needs besides the recipe; it decides speed, never text. `batch_size` None: as measured.
 
     `base_url` and `served_model` are the server's of the engine `openai`; `batch_size` is then the requests in flight.
+    `device_map` "auto" spreads a model that does not fit on one GPU over all.
     """
 
     engine: EngineName = "transformers"
@@ -28,13 +30,15 @@ class Options:
     device: str = "auto"
     batch_size: int | None = None
     decode: Decode = "auto"
+    device_map: DeviceMap | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What made the captions, as loaded: `auto` and branch names are resolved here.
 
-    `digest` names the exact weights: the hub's commit, or SHA-256 over a local folder's files.
+    `digest` names the exact weights: the hub's commit, or SHA-256 over a local folder's files; `adapter` those of an
+    adapter on them.
     """
 
     name: str
@@ -44,10 +48,12 @@ class EngineInfo:
     dtype: str
     device: str
     digest: str
+    adapter: str = ""
 
     def resolved(self) -> dict[str, str]:
         """What a run pins, so that it never mixes: two workers of a run agree in all of it."""
-        return {"engine": self.name, "dtype": self.dtype, "revision": self.revision, "digest": self.digest}
+        pinned = {"engine": self.name, "dtype": self.dtype, "revision": self.revision, "digest": self.digest}
+        return pinned | ({"adapter": self.adapter} if self.adapter else {})
 
 
 @dataclass(frozen=True, slots=True)

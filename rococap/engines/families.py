@@ -80,5 +80,5 @@ def check_native(model: str, model_type: str) -> None:
     sister = model + "-hf" if model.startswith("OpenGVLab/InternVL3") else INTERNVL_SISTER
     raise ModelError(
         f"transformers has no class for {model} (internvl_chat). Enqueue a run with --model {sister}, "
-        "or start the worker with --engine vllm or --engine openai."
+        "or serve it, as with vllm serve, and start the worker with --engine openai."
     )

@@ -1,8 +1,7 @@
 """The transformers engine: any vision-language model that the stock Auto classes load."""
 
-import hashlib
+import importlib.util
 import logging
-import sys
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -10,38 +9,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    GenerationConfig,
-    PreTrainedConfig,
-)
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
 
 from rococap import images
-from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, continuous, families
+from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, adapters, continuous, families
+from rococap.engines.checkpoint import (
+    cannot_load,
+    chat_prompt,
+    choose_dtype,
+    end_tokens,
+    folder_digest,
+    is_here_or_unreachable,
+    load_processor,
+    quieten,
+    type_of,
+)
 from rococap.engines.continuous import ContinuousDecoder
 from rococap.engines.decoding import Inputs, Loaded, dtype_name, free_memory
 from rococap.engines.sizing import choose_limit
 from rococap.engines.static import StaticDecoder
 from rococap.errors import ModelError, PictureError
-from rococap.recipe import Recipe
+from rococap.recipe import LoadIn, Recipe
 
 log = logging.getLogger(__name__)
 
 STATIC_BATCH = 16
 MOST_TEXTS = 2_000
 SMALL_TABLE = 32
+WEIGHTS_SHARE = 0.8
+"""Of a GPU's free memory."""
 SHRINK = 0.7
 """By how much the sides of a picture that is too large are reduced: its area is halved."""
-
-MODEL_FILES = frozenset({".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".txt"})
 
 
 class TransformersEngine:
@@ -55,15 +56,15 @@ class TransformersEngine:
         self._reduces = False
 
     def load(self) -> None:
-        _quieten()
+        quieten()
         if self.device.type == "cuda":
             torch.set_num_threads(1)  # several threads prepare pictures, each of which would start one for every core
         name, revision = self.recipe.model, self.recipe.revision
         families.check_name(name)
-        source: dict[str, Any] = {"revision": revision, "local_files_only": _is_here_or_unreachable(name, revision)}
+        source: dict[str, Any] = {"revision": revision, "local_files_only": is_here_or_unreachable(name, revision)}
         source["trust_remote_code"] = self.recipe.trust_remote_code
-        model_type = _model_type(name, source)
-        self.processor = _load_processor(name, source)
+        model_type = type_of(name, source)
+        self.processor = load_processor(name, source)
         # After loading: the bounds in a checkpoint's preprocessor_config.json override those given to from_pretrained.
         bounds = families.pixel_bounds(model_type, self.processor.image_processor, self.recipe)
         for setting, value in (bounds or {}).items():
@@ -71,16 +72,21 @@ class TransformersEngine:
         if bounds is None:
             self._reduces = True
             log.info("pictures are reduced to --max-pixels beforehand: how %s bounds them is not known", model_type)
-        self.prompt = _prompt(self.processor, self.recipe.prompt, name)
-        model = _load_model(name, source, self.dtype).to(self.device).eval()
+        self.prompt = chat_prompt(self.processor, self.recipe.prompt, name)
+        model = self._load_model(name, source)
+        adapter = ""
+        if self.recipe.adapter is not None:
+            is_quantised = self.recipe.load_in is not None
+            model, adapter = adapters.put_on(model, self.recipe.adapter, name, is_quantised=is_quantised)
+        model = model.eval()
         tokenizer = self.processor.tokenizer
-        ends = _end_tokens(model.generation_config, tokenizer)
+        ends = end_tokens(model.generation_config, tokenizer)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
         # The model's own is replaced, not amended: whatever a checkpoint sets applies where a field is unset.
         model.generation_config = _generation_config(self.recipe, ends, pad)
         self.loaded = Loaded(model, tokenizer, self.device, frozenset(ends), pad, self.recipe.max_new_tokens)
         self.decoder = self._choose_decoder()
-        self._info = _info(self.recipe, model, self.device, self.dtype)
+        self._info = _info(self.recipe, model, self.device, self.dtype, adapter)
 
     @property
     def info(self) -> EngineInfo:
@@ -133,6 +139,29 @@ class TransformersEngine:
         del self.loaded, self.decoder, self.processor
         free_memory(self.device)
 
+    def _load_model(self, name: str, source: dict[str, Any]) -> Any:
+        """On its device, or spread over all GPUs where it does not fit on one."""
+        settings: dict[str, Any] = {"dtype": self.dtype}
+        if self.recipe.load_in is not None:
+            settings |= {
+                "quantization_config": _quantisation(self.recipe.load_in, self.dtype),
+                "device_map": {"": self.device},
+            }
+        if self.options.device_map is not None and not self._fits(name, source):
+            settings["device_map"] = self.options.device_map
+        model = _load_model(name, source, settings)
+        return model if "device_map" in settings else model.to(self.device)
+
+    def _fits(self, name: str, source: dict[str, Any]) -> bool:
+        """Whether the weights leave room on one GPU for keys, values and reading pictures."""
+        if self.device.type != "cuda":
+            raise ModelError("--device-map auto spreads a model over GPUs, and there is none. Leave it out.")
+        n_bytes, free = _weight_bytes(name, source, self.dtype, self.recipe.load_in), _free_bytes(self.device)
+        if n_bytes <= WEIGHTS_SHARE * free:
+            log.info("%s fits on %s: it is not spread over all GPUs", name, self.device)
+            return True
+        return False
+
     def _choose_decoder(self) -> ContinuousDecoder | StaticDecoder:
         way = self.options.decode
         if way == "auto":
@@ -153,6 +182,8 @@ class TransformersEngine:
         recipe = self.recipe
         if recipe.do_sample or recipe.num_beams > 1 or recipe.repetition_penalty != 1.0:
             return "the recipe is not greedy"
+        if len(set(getattr(self.loaded.model, "hf_device_map", {}).values())) > 1:
+            return "it is spread over several devices"
         return None if continuous.is_known(self.loaded.model) else "its cache is not one that the loop knows"
 
     def _shrink(self, picture: Prepared) -> Prepared | None:
@@ -199,83 +230,33 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the GPU has it, float16 on older ones, float32 on the CPU; or what the recipe says."""
-    if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+def _quantisation(load_in: LoadIn, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """LLM.int8 (Dettmers et al. 2022), or 4-bit NormalFloat (Dettmers et al. 2023) calculating in `dtype`."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("--load-in needs bitsandbytes. Install it: pip install 'rococap[bitsandbytes]'")
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def _quieten() -> None:
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+def _weight_bytes(name: str, source: dict[str, Any], dtype: torch.dtype, load_in: LoadIn | None) -> int:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name, **source))
+    bits = {"8bit": 8, "4bit": 4, None: 8 * dtype.itemsize}[load_in]
+    return int(sum(parameter.numel() for parameter in model.parameters())) * bits // 8
 
 
-def _missing(name: str, revision: str, error: Exception) -> ModelError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".") + "."
-    if Path(name).is_dir():
-        return ModelError(f"The folder {name} holds no model that can be loaded: {reason}")
-    if name.startswith((".", "/", "~")):
-        return ModelError(f"There is no model folder {name}. Name an existing folder or a hub id with --model.")
-    return ModelError(
-        f"The model {name} (revision {revision}) cannot be had: {reason} "
-        "Check the name and the network, or download it where there is one: hf download " + name
-    )
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0]
 
 
-def _is_here_or_unreachable(name: str, revision: str) -> bool:
-    """Whether to load without asking the hub: asked once here, where transformers asks for every file, and waits."""
-    if Path(name).is_dir():
-        return True
-    try:
-        HfApi().model_info(name, revision=revision, timeout=10)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        return False  # loading says it best
-    except Exception as error:  # its errors have no base in common
-        log.warning("the hub cannot be reached (%s): loading what is cached of %s", error, name)
-        return True
-    return False
-
-
-def _model_type(name: str, source: dict[str, Any]) -> str:
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name, **source)  # reads it and runs nothing
-    except (OSError, ValueError) as error:
-        raise _missing(name, source["revision"], error) from error
-    model_type = str(config.get("model_type", ""))
-    if not source["trust_remote_code"]:
-        families.check_native(name, model_type)
-        if "auto_map" in config and model_type not in CONFIG_MAPPING:
-            raise ModelError(
-                f"{name} brings code of its own, which is not run unless you trust it: look at it, then enqueue a run "
-                "with --trust-remote-code."
-            )
-    return model_type
-
-
-def _load_processor(name: str, source: dict[str, Any]) -> Any:
-    try:
-        processor = AutoProcessor.from_pretrained(name, **source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _missing(name, source["revision"], error) from error
-    # For a processor class that it does not know, AutoProcessor returns a bare tokenizer without a word.
-    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
-        raise ModelError(f"{name} has no image processor, so it cannot caption pictures. Name a vision-language model.")
-    processor.tokenizer.padding_side = "left"
-    return processor
-
-
-def _load_model(name: str, source: dict[str, Any], dtype: torch.dtype) -> Any:
+def _load_model(name: str, source: dict[str, Any], settings: dict[str, Any]) -> Any:
     try:
         model, loading = AutoModelForImageTextToText.from_pretrained(
-            name, **source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            name, **source, **settings, attn_implementation="sdpa", output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _missing(name, source["revision"], error) from error
+        raise cannot_load(name, source["revision"], error) from error
     if lacking := sorted(loading["missing_keys"]):  # transformers would leave them random, and only warn
         raise ModelError(f"{name} lacks {len(lacking)} weights ({lacking[0]} …). Download it again, or name another.")
     for module in model.modules():
@@ -298,18 +279,6 @@ def _multiply(conv: nn.Conv3d) -> None:
     conv.forward = forward  # type: ignore[assignment, method-assign]
 
 
-def _prompt(processor: Any, prompt: str, name: str) -> str:
-    if not (processor.chat_template or processor.tokenizer.chat_template):
-        raise ModelError(f"{name} has no chat template, so it does not follow prompts. Name an instruct model.")
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-    return str(processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
-
-
-def _end_tokens(config: GenerationConfig, tokenizer: Any) -> list[int]:
-    ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
-    return list(ends) if isinstance(ends, list) else [ends]
-
-
 def _generation_config(recipe: Recipe, ends: list[int], pad_token: int) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=recipe.max_new_tokens,
@@ -324,10 +293,11 @@ def _generation_config(recipe: Recipe, ends: list[int], pad_token: int) -> Gener
     )
 
 
-def _info(recipe: Recipe, model: Any, device: torch.device, dtype: torch.dtype) -> EngineInfo:
+def _info(recipe: Recipe, model: Any, device: torch.device, dtype: torch.dtype, adapter: str) -> EngineInfo:
     folder = Path(recipe.model)
     commit = getattr(model.config, "_commit_hash", None) or ""
-    packages = ("rococap", "torch", "transformers", "accelerate", "pillow")
+    packages = ["rococap", "torch", "transformers", "accelerate", "pillow"]
+    packages += ["peft"] * (recipe.adapter is not None) + ["bitsandbytes"] * (recipe.load_in is not None)
     return EngineInfo(
         name="transformers",
         versions={package: version(package) for package in packages},
@@ -336,14 +306,5 @@ def _info(recipe: Recipe, model: Any, device: torch.device, dtype: torch.dtype) 
         dtype=dtype_name(dtype),
         device=str(device),
         digest=folder_digest(folder) if folder.is_dir() else commit,
+        adapter=adapter,
     )
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of the files that decide a model folder's captions, in hex."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in MODEL_FILES):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256")
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + content.digest())
-    return digest.hexdigest()

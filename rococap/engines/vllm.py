@@ -24,19 +24,20 @@ from huggingface_hub import snapshot_download
 from PIL.Image import Image
 from transformers import GenerationConfig
 
-from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source, gather
-from rococap.engines.decoding import Loaded, Row, dtype_name, free_memory, share
-from rococap.engines.hf import (
+from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source, families, gather
+from rococap.engines.checkpoint import (
     MODEL_FILES,
-    _end_tokens,
-    _is_here_or_unreachable,
-    _load_processor,
-    _missing,
-    _prompt,
-    _quieten,
+    cannot_load,
+    chat_prompt,
     choose_dtype,
+    end_tokens,
     folder_digest,
+    is_here_or_unreachable,
+    load_processor,
+    quieten,
+    type_of,
 )
+from rococap.engines.decoding import Loaded, Row, dtype_name, free_memory, share
 from rococap.errors import ModelError, PictureError
 from rococap.recipe import Recipe
 
@@ -76,16 +77,19 @@ class VLLMEngine:
             raise ModelError("The engine vllm is not installed. Install it: pip install 'rococap[vllm]'")
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        _quieten()
+        quieten()
         logging.getLogger("vllm").setLevel(logging.ERROR)
         recipe = self.recipe
         device = _device(self.options.device)
-        here = _is_here_or_unreachable(recipe.model, recipe.revision)
+        here = is_here_or_unreachable(recipe.model, recipe.revision)
         source = {"revision": recipe.revision, "local_files_only": here}
-        processor = _load_processor(recipe.model, source | {"trust_remote_code": recipe.trust_remote_code})
-        self._prompt = _prompt(processor, recipe.prompt, recipe.model)
+        trusting = source | {"trust_remote_code": recipe.trust_remote_code}
+        model_type = type_of(recipe.model, trusting)
+        processor = load_processor(recipe.model, trusting)
+        bounds = families.pixel_bounds(model_type, processor.image_processor, recipe)
+        self._prompt = chat_prompt(processor, recipe.prompt, recipe.model)
         folder = _folder(recipe.model, source)
-        self._llm = _load(folder, recipe, self.options, device)
+        self._llm = _load(folder, recipe, self.options, device, bounds or {})
         _turn_as_configured(self._llm)
         model, tokenizer = self._llm.model_config, processor.tokenizer  # of a model, a caption needs its dtype alone
         ends = _ends(folder, model, tokenizer)
@@ -225,10 +229,10 @@ def _folder(name: str, source: dict[str, Any]) -> Path:
     try:
         return Path(snapshot_download(name, **source, allow_patterns=[f"*{suffix}" for suffix in sorted(MODEL_FILES)]))
     except (OSError, ValueError) as error:
-        raise _missing(name, source["revision"], error) from error
+        raise cannot_load(name, source["revision"], error) from error
 
 
-def _load(folder: Path, recipe: Recipe, options: Options, device: torch.device) -> Any:
+def _load(folder: Path, recipe: Recipe, options: Options, device: torch.device, bounds: families.Bounds) -> Any:
     from vllm import EngineArgs, LLMEngine
 
     is_cpu = device.type == "cpu"
@@ -240,7 +244,7 @@ def _load(folder: Path, recipe: Recipe, options: Options, device: torch.device) 
                 trust_remote_code=recipe.trust_remote_code,
                 generation_config="vllm",  # a checkpoint's own would apply wherever a field is unset
                 limit_mm_per_prompt={"image": 1, "video": 0},
-                mm_processor_kwargs={"size": {"shortest_edge": recipe.min_pixels, "longest_edge": recipe.max_pixels}},
+                mm_processor_kwargs=dict(bounds),
                 mm_processor_cache_gb=0,  # no picture comes twice, and none begins as another does
                 enable_prefix_caching=False,
                 max_num_seqs=options.batch_size,
@@ -252,7 +256,7 @@ def _load(folder: Path, recipe: Recipe, options: Options, device: torch.device) 
             )
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise _missing(recipe.model, recipe.revision, error) from error
+        raise cannot_load(recipe.model, recipe.revision, error) from error
 
 
 def _turn_as_configured(llm: Any) -> None:
@@ -276,8 +280,8 @@ def _turn(model: Any, theta: float) -> None:
 def _ends(folder: Path, model: Any, tokenizer: Any) -> list[int]:
     """As transformers has them for this model."""
     if (folder / "generation_config.json").exists():
-        return _end_tokens(GenerationConfig.from_pretrained(folder), tokenizer)
-    return _end_tokens(GenerationConfig.from_model_config(model.hf_config), tokenizer)
+        return end_tokens(GenerationConfig.from_pretrained(folder), tokenizer)
+    return end_tokens(GenerationConfig.from_model_config(model.hf_config), tokenizer)
 
 
 def _sampling(recipe: Recipe, ends: list[int]) -> Any:
