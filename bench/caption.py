@@ -31,7 +31,7 @@ from rococap.enqueue import enqueue
 from rococap.recipe import Recipe
 from rococap.trial import from_memory
 
-PARTS = ("demo", "uneven", "bfloat16", "float32", "processes", "memory")
+PARTS = ("demo", "uneven", "bfloat16", "float32", "processes", "memory", "selfcheck")
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "caption.png"
 
 
@@ -265,7 +265,21 @@ def _memory(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line
     ]
 
 
-MEASURES = dict(zip(PARTS, (_demo, _uneven, _bfloat16, _float32, _processes, _memory), strict=True))
+def _selfcheck(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line]:
+    """What a worker's look at itself takes, beside the captioning of 1,000 pictures."""
+    recipe = Recipe(model=str(MODEL), max_new_tokens=64, dtype="float32")
+    case = Case("demo, its own captions", recipe, _phantoms(folder, 1_000), 1_000, None, 32)
+    engine = case.engine(case.batch)
+    checks, runs = [], []
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory(prefix="bench_queue_") as queue_folder:
+            runs.append(ways.whole_worker(engine, case.root, Path(queue_folder), recipe)[0])
+            checks.append(ways.self_check(engine, case.root, Path(queue_folder), recipe))
+    shares = [check / run for check, run in zip(checks, runs, strict=True)]
+    return [value_line("demo: self-check, as a share of captioning 1,000 pictures", shares, "", "<= 0.05")]
+
+
+MEASURES = dict(zip(PARTS, (_demo, _uneven, _bfloat16, _float32, _processes, _memory, _selfcheck), strict=True))
 
 
 def _options() -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Ways of captioning the same pictures with the same weights, each written as its user would write it."""
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, StoppingCriteriaList, pipeline
 
-from rococap import db
+from rococap import db, queue, selfcheck, trial
 from rococap.bench import Ready
 from rococap.datasets import locate
 from rococap.engines import Engine, Options, Prepared
@@ -65,6 +66,18 @@ def whole_worker(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> tu
         model_ms = db.execute(conn, "SELECT sum(processing_ms) FROM captions").scalar_one()
     database.dispose()
     return outcome.seconds, model_ms / 1000 / outcome.seconds
+
+
+def self_check(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> float:
+    """Seconds of a worker's self-check on the run that `whole_worker` captioned."""
+    database = db.connect(f"sqlite:///{folder / 'queue.db'}")
+    with db.transaction(database) as conn:
+        places = trial.places(conn, queue.get_run(conn, "default"), "train", selfcheck.MOST)
+    database.dispose()
+    started = time.perf_counter()
+    checked = selfcheck.check(Ready(engine), recipe, "default", root, places)
+    assert checked.passed, checked.reason
+    return time.perf_counter() - started
 
 
 def resident(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> list[tuple[int, float]]:
