@@ -1,7 +1,7 @@
 """An engine on a few of a run's pictures, without claiming any: for measuring it, and for trusting it."""
 
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,13 +66,30 @@ def _bytes(data: bytes | PictureError) -> bytes:
     return data
 
 
+class _Abandoned(Set[int]):
+    """All of some jobs, once it is over. It is live: an engine may ask it while a request hangs."""
+
+    def __init__(self, job_ids: Sequence[int], is_over: Callable[[], bool]) -> None:
+        self._job_ids = job_ids
+        self._is_over = is_over
+
+    def __contains__(self, job_id: object) -> bool:
+        return job_id in self._job_ids and self._is_over()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._job_ids if self._is_over() else ())
+
+    def __len__(self) -> int:
+        return len(self._job_ids) if self._is_over() else 0
+
+
 class Memory:
     """A Source over pictures that are prepared. Once `is_over`, it ends and abandons what runs."""
 
     def __init__(self, prepared: Sequence[Prepared], is_over: Callable[[], bool] = lambda: False) -> None:
         self._left = list(prepared)
-        self._all = frozenset(picture.job_id for picture in prepared)
         self._is_over = is_over
+        self._abandoned = _Abandoned([picture.job_id for picture in prepared], is_over)
 
     def take(self, most: int, wait: float | None) -> list[Prepared]:
         if self._is_over():
@@ -81,7 +98,7 @@ class Memory:
         return taken
 
     def step(self, rows: int) -> Set[int]:
-        return self._all if self._is_over() else frozenset()
+        return self._abandoned
 
 
 def from_memory(

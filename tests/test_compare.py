@@ -114,7 +114,7 @@ def test_texts_come_out_as_they_went_in_and_what_is_missing_is_told_from_what_is
     compare(database, ["a", "b"], path)
     if format == "csv":
         assert [row["generated_caption_a"] for row in read(path)] == [*AWKWARD, ""]
-        assert '"Original caption 4.","",,"",,0,,0,,"stop",\n' in path.read_text()
+        assert '"Original caption 4.","",,"empty",,0,,0,,"stop",\n' in path.read_text()
         return
     rows = (
         [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
@@ -224,7 +224,7 @@ def test_a_summary_is_of_the_captions_in_the_file(database, runs, out):
         "characters": 11.25,
         "words": 2.25,
         "flagged": 0.5,
-        "flags": {"loop": 2, "replaced": 1},
+        "flags": {"empty": 1, "loop": 2, "replaced": 1},
         "cut": 0.25,
     }
     unknown = dict.fromkeys(asdict(one)) | {"run": "b", "model": "tests/other", "captions": 0, "flags": {}}
