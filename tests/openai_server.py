@@ -132,6 +132,7 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
         server_version, sys_version = "tests/1", ""
         disable_nagle_algorithm = True
+        wbufsize = -1  # an answer is one write
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -225,6 +226,10 @@ def _answer(request: Request, said: Completion) -> dict[str, Any]:
 
 # --- a real model ----------------------------------------------------------------------------------------------
 
+GROUP = 4
+MOMENT_SEC = 0.1
+"""Beside rows that run, fewer requests than these wait so long for others: a lone one costs as much as a few."""
+
 
 class Batched:
     """A Source of what is asked, for one engine: a model for ChatServer. Requests are numbered from 1."""
@@ -235,6 +240,7 @@ class Batched:
         self._changed = threading.Condition()
         self._ready: deque[Prepared] = deque()
         self._asked: dict[int, Future[Completion]] = {}
+        self._came_at = 0.0  # the first that is ready
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -245,6 +251,8 @@ class Batched:
         prepared = self._engine.prepare(number, picture)
         with self._changed:
             asked = self._asked[number] = Future()
+            if not self._ready:
+                self._came_at = time.monotonic()
             self._ready.append(prepared)
             self._changed.notify_all()
         return asked.result()
@@ -256,6 +264,8 @@ class Batched:
     def take(self, most: int, wait: float | None) -> list[Prepared]:
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._is_closed, timeout=wait)
+            if wait == 0 and len(self._ready) < min(most, GROUP) and time.monotonic() < self._came_at + MOMENT_SEC:
+                return []
             return [self._ready.popleft() for _ in range(min(most, len(self._ready)))]
 
     def step(self, rows: int) -> set[int]:

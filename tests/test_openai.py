@@ -165,11 +165,22 @@ def test_pictures_are_sent_in_at_most_max_pixels_and_in_their_ratio(server, load
 
 def test_a_picture_arrives_as_it_was(server, load):
     engine = load()
-    picture = Image.effect_noise((60, 40), 90).convert("RGB")
-    source = Pictures(engine, [])
-    source.left = [engine.prepare(1, picture)]
-    run(engine, source)
-    assert picture_of(server.requests[0]).tobytes() == picture.tobytes()
+    grey = Image.effect_noise((60, 40), 90).convert("RGB")
+    marked = grey.copy()
+    marked.putpixel((59, 39), (1, 1, 2))
+    coloured = Image.merge("RGB", [Image.effect_noise((60, 40), 90) for _ in range(3)])
+    pictures = [grey, marked, coloured]
+    for picture in pictures:
+        source = Pictures(engine, [])
+        source.left = [engine.prepare(1, picture)]
+        run(engine, source)
+    assert [picture_of(request).tobytes() for request in server.requests] == [one.tobytes() for one in pictures]
+
+
+def test_requests_use_the_connections_of_those_before_them(server, load):
+    engine = load(batch_size=4)
+    run(engine, Pictures(engine, range(40)))
+    assert len(server._server.connections) <= 4
 
 
 def test_requests_in_flight_reach_the_batch_size_and_never_exceed_it(server, load):

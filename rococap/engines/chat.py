@@ -7,9 +7,9 @@ ModelError needs a person. Knows no picture and no queue. The API key is sent, a
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -77,19 +77,21 @@ class Server:
         """Raises ModelError for what is no base URL."""
         self.url = _checked(base_url)
         self.place = urlsplit(self.url).netloc
+        self._chat = httpx.URL(f"{self.url}/chat/completions")
         self._key = _key()
         self._model = ""
         self._others: frozenset[str] = frozenset()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._idle: list[httpx.AsyncClient] = []
 
     def open(self, model: str) -> Served:
         """Finds the model that every request will name. Raises ModelError if it is not to be had."""
         self._model = model
+        self._trusted = httpx.create_ssl_context()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
         self._thread.start()
         try:
-            self._client = self._start(self._new_client()).result()
             return self._start(self._find()).result()
         except BaseException:
             self.close()
@@ -113,9 +115,19 @@ class Server:
         assert self._loop is not None, "not open"
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _new_client(self) -> httpx.AsyncClient:
+    @contextmanager
+    def _client(self) -> Iterator[httpx.AsyncClient]:
+        """Each for one request at a time: with every request a client looks at all of its connections, and twice."""
+        client = self._idle.pop() if self._idle else self._new_client()
+        try:
+            yield client
+        finally:
+            self._idle.append(client)
+
+    def _new_client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            verify=self._trusted,
             timeout=httpx.Timeout(None, connect=CONNECT_SEC),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_SEC),
             trust_env=urlsplit(self.url).hostname not in LOCAL,  # clusters set a proxy, which cannot reach this machine
@@ -126,8 +138,8 @@ class Server:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        if hasattr(self, "_client"):
-            await self._client.aclose()
+        while self._idle:
+            await self._idle.pop().aclose()
 
     # --- at the start ---
 
@@ -155,8 +167,9 @@ class Server:
 
     async def _get(self, url: str) -> httpx.Response:
         try:
-            async with asyncio.timeout(LOAD_SEC):
-                return await self._client.get(url)
+            with self._client() as client:
+                async with asyncio.timeout(LOAD_SEC):
+                    return await client.get(url)
         except (httpx.RequestError, TimeoutError) as error:
             raise ModelError(
                 f"Nothing answers at {self.url} ({_reason(error)}): start the server, or correct --base-url."
@@ -184,10 +197,9 @@ class Server:
 
     async def _ask(self, body: bytes) -> Answer:
         try:
-            async with asyncio.timeout(REQUEST_SEC):
-                response = await self._client.post(
-                    f"{self.url}/chat/completions", content=body, headers={"Content-Type": "application/json"}
-                )
+            with self._client() as client:
+                async with asyncio.timeout(REQUEST_SEC):
+                    response = await client.post(self._chat, content=body, headers={"Content-Type": "application/json"})
         except httpx.ConnectError as error:
             raise Away(_reason(error)) from error
         except httpx.ConnectTimeout as error:
