@@ -169,8 +169,10 @@ def _turn(picture: Image.Image, orientation: object) -> Image.Image:
 
 
 def reduced(picture: Image.Image, most: int) -> Image.Image:
-    """The picture in at most so many pixels, in its own shape."""
-    ratio = math.sqrt(most / (picture.width * picture.height))
-    if ratio >= 1:
+    """The picture in at most so many pixels, in its own shape as far as whole pixels allow."""
+    width, height = picture.size
+    if width * height <= most:
         return picture
-    return picture.resize([max(1, math.floor(side * ratio)) for side in picture.size], Image.Resampling.LANCZOS)
+    ratio = math.sqrt(most / (width * height))
+    width, height = (max(1, math.floor(side * ratio)) for side in picture.size)
+    return picture.resize((min(width, most // height), min(height, most // width)), Image.Resampling.LANCZOS)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from rococap.errors import PictureError
-from rococap.images import MAX_PIXELS, open_picture
+from rococap.images import MAX_PIXELS, open_picture, reduced
 
 PICTURES = Path(__file__).parent / "pictures"
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "images"
@@ -425,3 +425,16 @@ def test_real_pictures_open_with_their_size_and_contrast():
         opened = open_picture(path.read_bytes())
         assert (opened.mode, opened.size) == ("RGB", size), path.name
         assert np.asarray(opened).std() > 10, path.name
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "reduced_to"),
+    [
+        ((900, 700), 10_000, (113, 88)),
+        ((100, 100), 10_000, (100, 100)),
+        ((2_000, 10), 100, (100, 1)),
+        ((7, 9), 1, (1, 1)),
+    ],
+)
+def test_a_picture_is_reduced_to_so_many_pixels_in_its_own_shape(size, most, reduced_to):
+    assert reduced(Image.new("RGB", size), most).size == reduced_to

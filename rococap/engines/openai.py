@@ -19,8 +19,9 @@ from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
-from PIL.Image import Image, Resampling
+from PIL.Image import Image
 
+from rococap import images
 from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source
 from rococap.engines.chat import Answer, Away, Refused, Server
 from rococap.errors import ModelError
@@ -69,7 +70,7 @@ class OpenAIEngine:
         return self._info
 
     def prepare(self, job_id: int, picture: Image) -> Prepared:
-        picture = _within(picture, self.recipe.max_pixels)
+        picture = images.reduced(picture, self.recipe.max_pixels)
         n_tokens = math.ceil(picture.width * picture.height / TOKEN_PIXELS)
         return Prepared(job_id, self._body(_data_url(picture)), n_tokens)
 
@@ -328,16 +329,6 @@ def _refuse_what_it_cannot(recipe: Recipe) -> None:
                 f"The engine openai cannot honour {name} = {value}: the server decides it. "
                 f"Enqueue a run that leaves it at {getattr(only, name)}, or use --engine transformers."
             )
-
-
-def _within(picture: Image, max_pixels: int) -> Image:
-    """The picture with its sides' ratio, in at most so many pixels."""
-    width, height = picture.size
-    if width * height <= max_pixels:
-        return picture
-    scale = math.sqrt(max_pixels / (width * height))
-    width, height = max(1, int(width * scale)), max(1, int(height * scale))
-    return picture.resize((min(width, max_pixels // height), min(height, max_pixels // width)), Resampling.LANCZOS)
 
 
 def _data_url(picture: Image) -> str:
