@@ -175,5 +175,5 @@ def reduced(picture: Image.Image, most: int) -> Image.Image:
         return picture
     ratio = math.sqrt(most / (width * height))
     width, height = (max(1, math.floor(side * ratio)) for side in picture.size)
-    width = min(width, most // height)  # a side that would be less than a pixel is one
+    width = max(1, min(width, most // height))  # a side that would be less than a pixel is one
     return picture.resize((width, min(height, most // width)), Image.Resampling.LANCZOS)
