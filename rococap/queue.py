@@ -266,7 +266,7 @@ def _versions(info: EngineInfo) -> str:
     return json.dumps(info.versions, sort_keys=True)
 
 
-def store_self_check(conn: Connection, worker_id: int, told: str) -> None:
+def store_self_check(conn: Connection, worker_id: int, told: str | None) -> None:
     execute(conn, "UPDATE workers SET self_check = ? WHERE id = ?", (told, worker_id))
 
 

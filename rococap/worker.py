@@ -256,7 +256,7 @@ def _to_check(conn: Connection, run: Run, splits: Sequence[str], engine: Engine,
         if SelfCheck.from_json(told).passed:
             return []
         if SelfCheck.from_json(told) == selfcheck.under_way(run.name) and not psutil.pid_exists(pid):
-            log.warning("the worker before did not survive its self-check: going on without, picture by picture")
+            log.warning("the worker before did not survive its self-check: going on without it")
             return []
     found = (trial.places(conn, run, split, selfcheck.MOST) for split in splits)
     return next(filter(None, found), [])
@@ -273,9 +273,10 @@ def _check(
 ) -> None:
     log.info("checking the engine on pictures of the run")
     checked = selfcheck.check(engine, run.recipe, run.name, dataset.root, places, stop.is_set)
+    told = None if stop.is_set() else checked.to_json()  # it was broken off: nothing is known
+    _insist(database, stop, lambda conn: queue.store_self_check(conn, worker_id, told))
     if stop.is_set():
         return
-    _insist(database, stop, lambda conn: queue.store_self_check(conn, worker_id, checked.to_json()))
     if not checked.passed:
         raise ModelError(f"The self-check failed, and nothing was claimed: {checked.reason}")
 

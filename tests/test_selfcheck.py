@@ -179,7 +179,7 @@ def test_a_worker_asked_to_stop_in_its_self_check_claims_nothing(database, tmp_p
         process.terminate()
         assert process.wait(timeout=30) == 0
     (worker,) = workers(database)
-    assert worker.state == "stopped"
+    assert (worker.state, worker.self_check) == ("stopped", None)
     with db.transaction(database) as conn:
         assert db.execute(conn, "SELECT count(*) FROM leases").scalar_one() == 0
 
