@@ -239,7 +239,8 @@ def list_prompts(prompts: Path | None, as_json: bool) -> None:
         return
     for preset in known:
         click.echo(f"{preset.name}: {preset.about}" if preset.about else preset.name)
-        click.echo(textwrap.fill(preset.prompt, 80, initial_indent="  ", subsequent_indent="  "))
+        for line in preset.prompt.splitlines():
+            click.echo(textwrap.fill(line, 80, initial_indent="  ", subsequent_indent="  "))
 
 
 # --- enqueue ---------------------------------------------------------------------------------------------------
@@ -618,7 +619,7 @@ def worker(
         database = _database()
         with _worker_progress() as report:
             outcome = process.work(database, settings, report)
-        _echo_outcome(outcome)
+        _echo_outcome(outcome, settings)
 
 
 def _work_on(devices: Sequence[str], settings: Any) -> None:
@@ -632,7 +633,7 @@ def _work_on(devices: Sequence[str], settings: Any) -> None:
     if len(ended.signals) > 1:
         sys.exit(128 + ended.signals[-1])
     if ended.outcome.seconds or not ended.errors:
-        _echo_outcome(ended.outcome)
+        _echo_outcome(ended.outcome, settings)
     if ended.errors:
         raise RococapError("\n".join(ended.errors))
 
@@ -649,7 +650,7 @@ def _echo_log_line(line: str) -> None:
     _console().out(line, highlight=False)
 
 
-def _echo_outcome(outcome: Any) -> None:
+def _echo_outcome(outcome: Any, settings: Any) -> None:
     if not (outcome.seconds or outcome.drained):
         click.echo(f"{outcome.run}: nothing is left to do. See: rococap status")
         return
@@ -668,7 +669,15 @@ def _echo_outcome(outcome: Any) -> None:
             f"{outcome.spooled} captions could not be stored and wait in {outcome.spool}: the next worker stores them."
         )
     if outcome.drained:
-        click.echo(f"Stopped as asked; what was left was given back. Go on with: {_with_run('worker', outcome.run)}")
+        again = _worker_again(outcome.run, settings)
+        click.echo(f"Stopped as asked; what was left was given back. Go on with: {again}")
+
+
+def _worker_again(run: str, settings: Any) -> str:
+    """With the engine, which a run does not change."""
+    options = {"--base-url": settings.base_url, "--served-model": settings.served_model}
+    engine = "" if settings.engine == "transformers" else f" --engine {settings.engine}"
+    return _with_run("worker", run) + engine + "".join(f" {name} {value}" for name, value in options.items() if value)
 
 
 @contextmanager
@@ -759,12 +768,12 @@ def _status_text(database: Database) -> str:
 def _counts_table(counts: Sequence[queue.Counts]) -> str:
     rows = [
         [
-            *(one.run, one.split, one.pending, one.leased, one.done, one.total, round(one.per_minute, 1)),
+            *map(str, (one.run, one.split, one.pending, one.leased, one.done, one.total, round(one.per_minute, 1))),
             _duration(one.eta_sec) if one.unfinished else "-",
         ]
         for one in counts
     ]
-    return _table(["run", "split", "pending", "leased", "done", "total", "per min", "time left"], rows)
+    return _within_80(["run", "split", "pending", "leased", "done", "total", "per min", "time left"], rows, 0)
 
 
 def _exceptions_of(counts: queue.Counts) -> str:

@@ -86,6 +86,9 @@ def enqueue_from(
             "--max-new-tokens, --repetition-penalty …"
         )
     with transaction(engine, write=True) as conn:
+        counts = [one for one in queue.counts_of(conn, old, splits) if not flags or one.flags.keys() & set(flags)]
+        if not counts:
+            raise RunError(f"No caption of run {old.name!r} is flagged {' or '.join(flags)}. See: rococap status")
         target = queue.create_run(conn, run, old.dataset_id, recipe)
     return [_register_from(engine, old, target, split, frozenset(flags), progress) for split in splits]
 

@@ -10,6 +10,7 @@ FLAGS = (EMPTY, ONE_TOKEN, LOOP, "fewer_pixels", "replaced")
 `replaced` for characters that no database holds."""
 
 _ONE_TOKEN = re.compile(r"(\S{1,12}?)\s?(?:\1\s?){7,}\S{0,12}", re.DOTALL)
+_STUTTER = re.compile(r"\b(\w{2,})(?:\W+\1\b){5}")
 _TAIL = 2_000
 _ROUNDS = 3
 _SHORTEST = 24
@@ -17,13 +18,15 @@ _SHORTEST = 24
 
 
 def degenerate(text: str, finish_reason: str) -> tuple[str, ...]:
-    """What is wrong with a caption: nothing said, one token for ever ("!!!!"), or a loop until the longest caption."""
+    """What is wrong with a caption: nothing said, one token for ever ("!!!!"), a word six times in a row, or a piece of
+    text again and again until the longest caption.
+    """
     stripped = text.strip()
     if not stripped:
         return (EMPTY,)
     if _ONE_TOKEN.fullmatch(stripped):
         return (ONE_TOKEN,)
-    return (LOOP,) if finish_reason == "length" and _loops(stripped) else ()
+    return (LOOP,) if _STUTTER.search(stripped) or (finish_reason == "length" and _loops(stripped)) else ()
 
 
 def _loops(text: str) -> bool:

@@ -229,7 +229,7 @@ def check_pinned(conn: Connection, run: Run, info: EngineInfo) -> None:
         told = "; ".join(f"{key}: {pinned.get(key)}, here {mine[key]}" for key in differing)
         raise RunError(
             f"Run {run.name!r} was started with another model state ({told}), and a run never mixes. "
-            "Use the same model and dtype, or enqueue a new run: rococap enqueue --run NAME"
+            "Use the same engine (--engine), model and dtype, or enqueue a new run: rococap enqueue --run NAME"
         )
 
 

@@ -27,9 +27,12 @@ LIKE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
-    """`reason` says why it failed, or, if it passed, what it could not find out."""
+    """`way` is how the engine was told to work; `reason` says why it failed, or, if it passed, what it could not
+    find out.
+    """
 
     run: str
+    way: str
     passed: bool
     pictures: int
     equal_in_batch: int
@@ -44,15 +47,16 @@ class SelfCheck:
         return cls(**json.loads(text))
 
 
-def under_way(run: str) -> SelfCheck:
+def under_way(run: str, way: str) -> SelfCheck:
     """What stands there until the outcome is known, and for ever if a picture kills the worker meanwhile."""
-    return SelfCheck(run, False, 0, 0, 0, "under way")
+    return SelfCheck(run, way, False, 0, 0, 0, "under way")
 
 
 def check(
     engine: Engine,
     recipe: Recipe,
     run: str,
+    way: str,
     root: Path,
     places: Sequence[Place],
     is_over: Callable[[], bool] = lambda: False,
@@ -64,7 +68,7 @@ def check(
         return from_memory(engine, pictures, is_over=is_over)[1]
 
     def ended(passed: bool, reason: str, equal: int = 0, compared: int = 0) -> SelfCheck:
-        return SelfCheck(run, passed, len(prepared), equal, compared, reason)
+        return SelfCheck(run, way, passed, len(prepared), equal, compared, reason)
 
     together = captions(prepared)
     failed = [one.failure for one in together if one.failure is not None]
@@ -101,7 +105,7 @@ def _compared(
     least = 1.0 if engine.info.dtype == "float32" else LIKE
     for id, text in alone.items():
         if SequenceMatcher(None, text, texts[id], autojunk=False).ratio() < least:
-            return ended(False, _another_in_batch(text, texts[id]), equal, len(alone))
+            return ended(False, _another_in_batch(text, texts[id], engine.info.name), equal, len(alone))
     return ended(True, "", equal, len(alone))
 
 
@@ -112,10 +116,11 @@ def _one_for_all(text: str, n: int) -> str:
     )
 
 
-def _another_in_batch(alone: str, together: str) -> str:
+def _another_in_batch(alone: str, together: str, engine: str) -> str:
+    static = ", or with --decode static" if engine == "transformers" else ""
     return (
-        f"a picture is captioned {_quoted(alone)} alone and {_quoted(together)} in a batch. Start it with "
-        "--batch-size 1, or with --decode static."
+        f"a picture is captioned {_quoted(alone)} alone and {_quoted(together)} in a batch. "
+        f"Start it with --batch-size 1{static}."
     )
 
 

@@ -80,6 +80,12 @@ class Settings:
         if not self.lease_ttl >= MIN_LEASE_SEC:
             raise ValueError(f"A lease lasts {MIN_LEASE_SEC:.0f} s at least, not {self.lease_ttl} s.")
 
+    @property
+    def way(self) -> str:
+        """What of it may change how an engine works, and so whether an earlier self-check counts."""
+        size = "auto" if self.batch_size is None else self.batch_size
+        return f"decode {self.decode}, batch size {size}" + (", spread" if self.device_map else "")
+
     def options(self) -> Options:
         """The engine's."""
         return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
@@ -209,15 +215,15 @@ def _register(
         nonlocal worker_id, places
         queue.check_pinned(conn, run, engine.info)
         host = socket.gethostname()
-        places = _to_check(conn, run, splits, engine, host) if settings.self_check else []
-        told = selfcheck.under_way(run.name).to_json() if places else None
+        places = _to_check(conn, run, splits, engine, host, settings.way) if settings.self_check else []
+        told = selfcheck.under_way(run.name, settings.way).to_json() if places else None
         worker_id = queue.register_worker(conn, name, host, os.getpid(), engine.info, self_check=told)
 
     if not _insist(database, stop, register):
         return None
     try:
         if places:
-            _check(database, run, dataset, engine, worker_id, places, stop)
+            _check(database, run, settings.way, dataset, engine, worker_id, places, stop)
         if not stop.is_set() and _insist(database, stop, lambda conn: queue.pin(conn, run, engine.info)):
             return worker_id
     except RococapError:
@@ -249,13 +255,13 @@ def _insist(database: Database, stop: threading.Event, write: Callable[[Connecti
                 return False
 
 
-def _to_check(conn: Connection, run: Run, splits: Sequence[str], engine: Engine, host: str) -> list[Place]:
+def _to_check(conn: Connection, run: Run, splits: Sequence[str], engine: Engine, host: str, way: str) -> list[Place]:
     """Pictures for the self-check; none if a worker like this one has passed it, or did not survive it."""
     if (last := queue.last_self_check(conn, host, engine.info, run.name)) is not None:
-        pid, told = last
-        if SelfCheck.from_json(told).passed:
+        pid, told = last[0], SelfCheck.from_json(last[1])
+        if told.passed and told.way == way:
             return []
-        if SelfCheck.from_json(told) == selfcheck.under_way(run.name) and not psutil.pid_exists(pid):
+        if told == selfcheck.under_way(run.name, told.way) and not psutil.pid_exists(pid):
             log.warning("the worker before did not survive its self-check: going on without it")
             return []
     found = (trial.places(conn, run, split, selfcheck.MOST) for split in splits)
@@ -265,6 +271,7 @@ def _to_check(conn: Connection, run: Run, splits: Sequence[str], engine: Engine,
 def _check(
     database: Database,
     run: Run,
+    way: str,
     dataset: Dataset,
     engine: Engine,
     worker_id: int,
@@ -272,13 +279,15 @@ def _check(
     stop: threading.Event,
 ) -> None:
     log.info("checking the engine on pictures of the run")
-    checked = selfcheck.check(engine, run.recipe, run.name, dataset.root, places, stop.is_set)
+    checked = selfcheck.check(engine, run.recipe, run.name, way, dataset.root, places, stop.is_set)
     told = None if stop.is_set() else checked.to_json()  # it was broken off: nothing is known
     _insist(database, stop, lambda conn: queue.store_self_check(conn, worker_id, told))
     if stop.is_set():
         return
     if not checked.passed:
-        raise ModelError(f"The self-check failed, and nothing was claimed: {checked.reason}")
+        raise ModelError(
+            f"The self-check failed, and nothing was claimed: {checked.reason} To go on all the same: --no-self-check"
+        )
 
 
 def _say_goodbye(database: Database, pipeline: Pipeline, meter: Meter, worker_id: int) -> None:

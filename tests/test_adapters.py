@@ -104,6 +104,20 @@ def test_a_folder_that_is_no_adapter_is_refused(tmp_path):
     )
 
 
+def test_a_damaged_adapter_is_refused(tmp_path, adapter):
+    damaged = Path(shutil.copytree(adapter, tmp_path / "damaged"))
+    recipe = Recipe(model=str(MODEL), adapter=str(damaged))
+    (damaged / "adapter_model.safetensors").write_bytes(b"no weights")
+    assert error_of(recipe).startswith(f"The adapter {damaged} does not fit {MODEL}: ")
+    for config in ("no json", "[]"):
+        (damaged / "adapter_config.json").write_text(config)
+        assert error_of(recipe) == (
+            f"The adapter {damaged} has a damaged adapter_config.json. Copy or download it again."
+        )
+    (damaged / "adapter_model.safetensors").unlink()
+    assert error_of(recipe) == (f"The adapter {damaged} has no adapter_model.safetensors. Copy or download it again.")
+
+
 @pytest.mark.parametrize(
     ("package", "recipe", "message"),
     [

@@ -335,6 +335,12 @@ def test_a_folder_without_weights_is_refused(folder):
     assert error_of(Recipe(model=str(folder))).startswith(f"The folder {folder} holds no model that can be loaded: ")
 
 
+def test_weights_that_were_cut_off_are_refused(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:100_000])
+    assert error_of(Recipe(model=str(folder))).startswith(f"The folder {folder} holds no model that can be loaded: ")
+
+
 def test_a_checkpoint_that_lacks_a_weight_is_refused(folder):
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if name.endswith("patch_embed.proj.weight"))

@@ -247,6 +247,24 @@ def test_a_run_may_take_all_pictures_of_another(database, tmp_path):
     assert enqueue_from(database, old, ["train"], run="all", recipe=recipe) == [Enqueued("train", new=9)]
 
 
+def test_flags_that_no_caption_has_make_no_run(database, tmp_path):
+    fill(database, tmp_path / "set", 3)
+    old = caption_some(database, 3)
+    with pytest.raises(
+        RunError, match=r"^No caption of run 'default' is flagged loop or one_token. See: rococap status$"
+    ):
+        enqueue_from(
+            database,
+            old,
+            ["train"],
+            run="again",
+            recipe=replace(old.recipe, prompt="What?"),
+            flags=["loop", "one_token"],
+        )
+    with db.transaction(database) as conn:
+        assert [run.name for run in queue.list_runs(conn)] == ["default"]
+
+
 def test_the_same_recipe_would_say_the_same_again(database, tmp_path):
     fill(database, tmp_path / "set", 3)
     old = caption_some(database, 3)

@@ -32,6 +32,7 @@ def test_one_token_for_ever_is_marked_however_it_ends(text):
         "An axial CT of the chest. " + "The heart is enlarged. " * 6,
         "Findings:\n" + "".join(f"{n}. **Lung**: clear, no opacity.\n" for n in range(1, 30)),
         "A long and truthful beginning that does not repeat at all. " + "no effusion, " * 4 + "no eff",
+        "A CT of cavitating cavitating cavitating, cavitating cavitating cavitating nodules.",
         "A CT. " + "The liver, the spleen, the kidneys and the pancreas are all seen here. " * 3,
     ],
 )
@@ -50,6 +51,11 @@ def test_a_loop_until_the_longest_caption_is_marked(text):
 )
 def test_what_a_person_might_write_is_not_marked(text):
     assert degenerate(text, "length") == ()
+
+
+def test_a_word_again_and_again_is_marked_wherever_it_stands():
+    assert degenerate("A chest " + "X-ray of the " * 2 + "lung " * 6 + "with a nodule.", "stop") == ("loop",)
+    assert degenerate("A chest X-ray of the " + "lung " * 5 + "with a nodule.", "stop") == ()
 
 
 def test_a_caption_that_ended_by_itself_may_repeat():

@@ -61,7 +61,8 @@ def refusal(database: Engine, engine: SmallEngine, **settings) -> str:
         run_worker(database, engine, **settings)
     with db.transaction(database) as conn:
         assert db.execute(conn, "SELECT count(*) FROM leases").scalar_one() == 0
-    return str(caught.value).removeprefix("The self-check failed, and nothing was claimed: ")
+    told = str(caught.value).removeprefix("The self-check failed, and nothing was claimed: ")
+    return told.removesuffix(" To go on all the same: --no-self-check")
 
 
 def workers(database: Engine) -> list[queue.WorkerSeen]:
@@ -78,8 +79,11 @@ def test_a_worker_that_passes_says_so_and_those_after_it_look_no_more(database, 
     newer = SmallEngine()
     newer.info = replace(INFO, versions={"rococap": "1"})
     assert run_worker(database, newer, limit=5).done == 5
-    passed = {"run": "default", "passed": True, "pictures": 4, "equal_in_batch": 2, "compared": 2, "reason": ""}
-    assert [worker.self_check for worker in workers(database)] == [passed, None, passed]
+    assert run_worker(database, limit=2, batch_size=1).done == 2
+    passed = {"run": "default", "way": "decode auto, batch size auto", "passed": True, "pictures": 4}
+    passed |= {"equal_in_batch": 2, "compared": 2, "reason": ""}
+    other_way = passed | {"way": "decode auto, batch size 1"}
+    assert [worker.self_check for worker in workers(database)] == [passed, None, passed, other_way]
 
 
 @pytest.mark.every_database
@@ -117,7 +121,7 @@ def test_captions_that_are_others_in_a_batch_stop_the_worker(database, tmp_path)
     swapped.info = replace(INFO, dtype="float32")
     assert refusal(database, swapped) == (
         "a picture is captioned '28 by 28, grey 0' alone and '31 by 31, grey 3' in a batch. Start it with "
-        "--batch-size 1, or with --decode static."
+        "--batch-size 1."
     )
 
 
@@ -198,7 +202,7 @@ def check(phantoms, database, engine, **recipe) -> SelfCheck:
     enqueue(database, locate(str(phantoms), ["train"]), ["train"], run="default", recipe=DEMO)
     with db.transaction(database) as conn:
         places = trial.places(conn, queue.get_run(conn, "default"), "train", selfcheck.MOST)
-    return selfcheck.check(engine, replace(DEMO, **recipe), "default", phantoms, places)
+    return selfcheck.check(engine, replace(DEMO, **recipe), "default", "as usual", phantoms, places)
 
 
 @pytest.fixture
@@ -210,7 +214,7 @@ def demo():
 
 
 def test_the_demonstration_model_passes(phantoms, database, demo):
-    assert check(phantoms, database, demo) == SelfCheck("default", True, 4, 2, 2)
+    assert check(phantoms, database, demo) == SelfCheck("default", "as usual", True, 4, 2, 2)
 
 
 def test_padding_on_the_wrong_side_is_noticed(phantoms, database, demo, monkeypatch):
@@ -222,6 +226,7 @@ def test_padding_on_the_wrong_side_is_noticed(phantoms, database, demo, monkeypa
     checked = check(phantoms, database, demo)
     assert not checked.passed
     assert checked.reason.startswith("a picture is captioned '")
+    assert checked.reason.endswith("Start it with --batch-size 1, or with --decode static.")
 
 
 def test_a_model_without_its_vision_is_noticed(tmp_path, database, demo):
@@ -245,5 +250,5 @@ def test_weights_that_overflow_are_noticed(phantoms, database, demo):
     with torch.no_grad():
         demo.loaded.model.get_input_embeddings().weight[5] = float("nan")
     assert check(phantoms, database, demo).reason == (
-        "The model's output is not finite in float32: enqueue a run with another --dtype."
+        "The model's output is not finite in float32: its weights are damaged."
     )

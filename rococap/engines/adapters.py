@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 
 from rococap.engines.checkpoint import folder_digest, is_here_or_unreachable
 from rococap.errors import ModelError
 
 CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def put_on(model: Any, adapter: str, name: str, *, is_quantised: bool) -> tuple[Any, str]:
@@ -32,7 +34,7 @@ def put_on(model: Any, adapter: str, name: str, *, is_quantised: bool) -> tuple[
             # They would be left as they were before training.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, folder)
-    except (OSError, ValueError, KeyError, RuntimeError, Warning) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, Warning) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise ModelError(f"The adapter {adapter} does not fit {name}: {reason}") from error
     # PEFT has put its layers into the model itself.
@@ -45,14 +47,24 @@ def _folder(adapter: str) -> Path:
         try:
             folder = Path(snapshot_download(adapter, local_files_only=is_here_or_unreachable(adapter, "main")))
         except (OSError, ValueError) as error:
-            raise ModelError(f"The adapter {adapter} cannot be had: {str(error).splitlines()[0]}") from error
+            raise ModelError(
+                f"The adapter {adapter} cannot be had. Check the name and the network, or download it where there is "
+                f"one: hf download {adapter}"
+            ) from error
     if not (folder / CONFIG).exists():
         raise ModelError(f"{adapter} is no adapter: it has no {CONFIG}. Name a folder or hub id in PEFT's format.")
+    if not any((folder / name).exists() for name in WEIGHTS):
+        raise ModelError(f"The adapter {adapter} has no {WEIGHTS[0]}. Copy or download it again.")
     return folder
 
 
 def _check_base(folder: Path, adapter: str, name: str) -> None:
     """By the last part of the name: a model may have been copied since."""
-    base = str(json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path") or "")
+    try:
+        base = str(json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] or "")
+    except KeyError:
+        return
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"The adapter {adapter} has a damaged {CONFIG}. Copy or download it again.") from error
     if base and Path(base).name != Path(name).name:
         raise ModelError(f"The adapter {adapter} was trained on {base}, not on {name}. Name that with --model.")

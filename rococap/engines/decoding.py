@@ -66,7 +66,8 @@ class Row:
     def completion(self, loaded: Loaded, now: float) -> Completion:
         if not self.is_finite:
             dtype = dtype_name(loaded.model.dtype)
-            message = f"The model's output is not finite in {dtype}: enqueue a run with another --dtype."
+            mend = "its weights are damaged" if dtype == "float32" else "enqueue a run with another --dtype"
+            message = f"The model's output is not finite in {dtype}: {mend}."
             return Completion(self.picture.job_id, failure=Failure("non_finite", message))
         end = next((at for at, token in enumerate(self.tokens) if token in loaded.ends), None)
         return Completion(

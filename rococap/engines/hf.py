@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image, Resampling
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
@@ -181,7 +182,7 @@ class TransformersEngine:
         """Why the continuous loop cannot take it; None if it can."""
         recipe = self.recipe
         if recipe.do_sample or recipe.num_beams > 1 or recipe.repetition_penalty != 1.0:
-            return "the recipe is not greedy"
+            return "the recipe samples, searches by beams or penalises repetition"
         if len(set(getattr(self.loaded.model, "hf_device_map", {}).values())) > 1:
             return "it is spread over several devices"
         return None if continuous.is_known(self.loaded.model) else "its cache is not one that the loop knows"
@@ -255,7 +256,7 @@ def _load_model(name: str, source: dict[str, Any], settings: dict[str, Any]) -> 
         model, loading = AutoModelForImageTextToText.from_pretrained(
             name, **source, **settings, attn_implementation="sdpa", output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise cannot_load(name, source["revision"], error) from error
     if lacking := sorted(loading["missing_keys"]):  # transformers would leave them random, and only warn
         raise ModelError(f"{name} lacks {len(lacking)} weights ({lacking[0]} …). Download it again, or name another.")
