@@ -30,6 +30,7 @@ from rococap.engines.checkpoint import (
 )
 from rococap.engines.continuous import ContinuousDecoder
 from rococap.engines.decoding import Inputs, Loaded, dtype_name, free_memory
+from rococap.engines.packing import pack
 from rococap.engines.sizing import choose_limit
 from rococap.engines.static import StaticDecoder
 from rococap.errors import ModelError, PictureError
@@ -80,6 +81,8 @@ class TransformersEngine:
             is_quantised = self.recipe.load_in is not None
             model, adapter = adapters.put_on(model, self.recipe.adapter, name, is_quantised=is_quantised)
         model = model.eval()
+        if self.device.type == "cpu" and self.recipe.load_in is None:
+            pack(model)
         tokenizer = self.processor.tokenizer
         ends = end_tokens(model.generation_config, tokenizer)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
