@@ -27,12 +27,12 @@ import small_models
 import ways
 from report import Line, alternate, ratio_line, show
 
-from rococap.bench import from_memory
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Engine, Options
 from rococap.engines.vllm import VLLMEngine
 from rococap.recipe import Recipe
+from rococap.trial import from_memory
 
 MEAN, MOST = 33, 128
 """Tokens of the forced captions: as those of ROCOv2 are spread."""
