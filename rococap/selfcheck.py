@@ -4,7 +4,6 @@ A wrong template, wrong padding, weights that overflow or a server without its i
 """
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
@@ -15,8 +14,6 @@ from rococap.datasets import Place
 from rococap.engines import Completion, Engine, Prepared
 from rococap.recipe import Recipe
 from rococap.trial import from_memory, prepare
-
-log = logging.getLogger(__name__)
 
 BATCH = 4
 MOST = 12
@@ -63,23 +60,25 @@ def check(
 ) -> SelfCheck:
     """Captions a handful of the run's own pictures, together and two of them alone; ends early once `is_over`."""
     prepared = prepare(engine, root, places[:BATCH]).prepared
+    looked_at = len(prepared)
 
     def captions(pictures: Sequence[Prepared]) -> list[Completion]:
         return from_memory(engine, pictures, is_over=is_over)[1]
 
     def ended(passed: bool, reason: str, equal: int = 0, compared: int = 0) -> SelfCheck:
-        return SelfCheck(run, way, passed, len(prepared), equal, compared, reason)
+        return SelfCheck(run, way, passed, looked_at, equal, compared, reason)
 
     together = captions(prepared)
     failed = [one.failure for one in together if one.failure is not None]
-    if any(failure.code == "non_finite" for failure in failed):
-        return ended(False, failed[0].message)
+    if overflowed := [failure for failure in failed if failure.code == "non_finite"]:
+        return ended(False, overflowed[0].message)
     texts = {one.job_id: one.text for one in together if one.failure is None}
     if len(texts) < 2:
         return ended(True, f"too few pictures to compare. {failed[0].message if failed else ''}".rstrip())
     if len(set(texts.values())) == 1:
-        prepared += prepare(engine, root, places[BATCH:MOST]).prepared
-        more = captions(prepared[BATCH:])
+        others = prepare(engine, root, places[BATCH:MOST]).prepared  # numbered from 1 again
+        looked_at += len(others)
+        more = [one for one in captions(others) if one.failure is None]
         if len({*texts.values(), *(one.text for one in more)}) == 1:
             return ended(False, _one_for_all(next(iter(texts.values())), len(texts) + len(more)))
     if recipe.do_sample:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from families import qwen2_vl
 from test_engines import captions, mixed_pictures, texts
+from test_families import one_by_one
 from torch import nn
 from torch.nn.functional import linear
-from transformers import AutoModelForImageTextToText
 
 from rococap.engines import Options, packing
 from rococap.engines.hf import TransformersEngine
@@ -48,12 +48,4 @@ def test_an_engine_with_packed_layers_says_what_the_stock_model_says(tmp_path, m
     engine.load()
     assert is_packed(engine.loaded.model.lm_head)
     images = mixed_pictures()[:6]
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    said = []
-    for image in images:
-        inputs = engine.processor(text=[engine.prompt], images=[image], return_tensors="pt")
-        with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-        new = output[0, inputs["input_ids"].shape[1] :]
-        said.append(engine.processor.tokenizer.decode(new, skip_special_tokens=True))
-    assert texts(captions(engine, images)) == said
+    assert texts(captions(engine, images)) == one_by_one(folder, engine, images)

@@ -103,11 +103,13 @@ def test_one_string_for_all_pictures_stops_the_worker_before_its_first_claim(dat
 
 
 def test_pictures_that_look_alike_are_asked_for_others_before_the_model_is_blamed(database, tmp_path):
-    write_shard(tmp_path / "set", "train", range(20), pictures={n: picture(0) for n in range(9)})
+    write_shard(tmp_path / "set", "train", range(20), pictures={n: picture(0) for n in range(4)})
     enqueue(
         database, locate(str(tmp_path / "set"), ["train"]), ["train"], run="default", recipe=Recipe(model="tests/small")
     )
-    assert run_worker(database).done == 20
+    engine = SmallEngine()
+    engine.info = replace(INFO, dtype="float32")
+    assert run_worker(database, engine).done == 20
 
 
 def test_logits_that_are_not_finite_stop_the_worker(database, tmp_path):

@@ -24,6 +24,7 @@ from huggingface_hub import snapshot_download
 from PIL.Image import Image
 from transformers import GenerationConfig
 
+from rococap import images
 from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source, families, gather
 from rococap.engines.checkpoint import (
     MODEL_FILES,
@@ -87,6 +88,7 @@ class VLLMEngine:
         model_type = type_of(recipe.model, trusting)
         processor = load_processor(recipe.model, trusting)
         bounds = families.pixel_bounds(model_type, processor.image_processor, recipe)
+        self._reduces = bounds is None
         self._prompt = chat_prompt(processor, recipe.prompt, recipe.model)
         folder = _folder(recipe.model, source)
         self._llm = _load(folder, recipe, self.options, device, bounds or {})
@@ -113,6 +115,8 @@ class VLLMEngine:
         self.limit = min(size, self._most)
 
     def prepare(self, job_id: int, picture: Image) -> Prepared:
+        if self._reduces:
+            picture = images.reduced(picture, self.recipe.max_pixels)
         prompt = {"prompt": self._prompt, "multi_modal_data": {"image": picture}}
         try:
             with self._preparing:  # vLLM's own server never runs a processor in two threads
