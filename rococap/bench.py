@@ -330,15 +330,13 @@ def _what_limits(efficiency: float, costs: Costs, pictures: int, enough: int) ->
 # --- A plot ----------------------------------------------------------------------------------------------------
 
 
-def draw(measured: Measured, path: Path) -> bool:
-    """Pictures and tokens a second by batch size, as PNG. False, and no file, if matplotlib is not installed.
+def draw(measured: Measured, path: Path) -> None:
+    """Pictures and tokens a second by batch size, as PNG.
 
     Raises RococapError if the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     sizes = [rate.batch_size for rate in measured.batch_sizes]
     pictures, tokens = figure.subplots(1, 2)
@@ -349,7 +347,6 @@ def draw(measured: Measured, path: Path) -> bool:
     figure.suptitle(f"{Path(measured.model).name} on {measured.device} ({measured.dtype})")
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
-    return True
 
 
 def _plot(axes: Any, sizes: Sequence[int], rates: Sequence[float], what: str) -> None:

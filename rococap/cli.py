@@ -1371,14 +1371,12 @@ def bench(
             progress=progress,
         )
     write_json(output / "bench.json", asdict(measured))
-    is_drawn = bench_module.draw(measured, output / "bench.png")
+    bench_module.draw(measured, output / "bench.png")
     if as_json:
         _echo_json(asdict(measured))
     else:
         click.echo(_measured_text(measured))
-        click.echo(f"\nWritten: {output / 'bench.json'}" + (f", {output / 'bench.png'}" if is_drawn else ""))
-    if not is_drawn:
-        click.echo("For a plot beside it: pip install 'rococap[plot]'", err=True)
+        click.echo(f"\nWritten: {output / 'bench.json'}, {output / 'bench.png'}")
 
 
 def _measured_text(measured: Any) -> str:

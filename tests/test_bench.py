@@ -1,6 +1,5 @@
 """What `rococap bench` measures, says and leaves alone."""
 
-import builtins
 import hashlib
 import json
 import os
@@ -132,7 +131,6 @@ def test_the_file_holds_what_was_printed(measured, registered):
 
 
 def test_the_plot_is_a_picture(measured, registered):
-    pytest.importorskip("matplotlib")
     with Image.open(registered / "results_medical" / "bench" / "bench.png") as plot:
         assert plot.format == "PNG"
         assert min(plot.size) > 300
@@ -147,22 +145,6 @@ def test_the_table_fits_80_columns_and_names_the_files(here):
     assert "about " in text.split("\n\n")[0]
     assert f"Written: {Path('out/bench.json')}" in text
     assert len(json.loads(Path("out/bench.json").read_text())["batch_sizes"]) == 2
-
-
-def test_without_matplotlib_it_tells_how_to_get_a_plot(here, monkeypatch):
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    result = invoke("--pictures", "2", "--batch-size", "2", "--json")
-    assert result.exit_code == 0, result.output
-    assert "pip install 'rococap[plot]'" in result.stderr
-    assert json.loads(result.stdout) == json.loads(Path("results_medical/bench/bench.json").read_text())
-    assert not Path("results_medical/bench/bench.png").exists()
 
 
 # --- with a small engine ---------------------------------------------------------------------------------------
