@@ -1,0 +1,281 @@
+"""Scores of a caption against its reference. Pure: text in, numbers out; nothing here knows the database.
+
+Each score is on the scale of its paper: 0 to 1, CIDEr-D 0 to 10. Variants that give other numbers have other names:
+`rouge_l` is rouge-score's, `rouge_l_coco` that of the COCO caption evaluation; `meteor_nltk` is not METEOR 1.5.
+"""
+
+import re
+import string
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = Sequence[str]
+Vector = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+ORDERS = 4
+"""The longest n-grams of BLEU and CIDEr-D."""
+WORDNET_COMMAND = "apt-get install wordnet-base wordnet-sense-index, or: python -m nltk.downloader wordnet omw-1.4"
+
+# --- Text ------------------------------------------------------------------------------------------------------
+
+_BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ufeff]+")
+
+
+def fold(text: str) -> str:
+    """White space and control characters, \\r, \\v, \\f and U+2028 among them, become one space: tools that read a
+    caption a line would else see two, and every later pair would shift.
+    """
+    return _BLANK.sub(" ", text).strip()
+
+
+_TOKEN = re.compile(
+    r"""
+      https?://\S+[\w/]
+    | (?:[^\W\d_]\.){2,}                                    # e.g. u.s.
+    | (?:dr|mr|mrs|ms|st|vs|no|al|figs?)\.(?=\ )
+    | \w+?(?=n't\b) | n't\b | can(?=not\b) | '(?:s|re|ve|ll|d|m)\b
+    | \d+[.,]\d+(?=(?:cm|hu|t)\b)                           # 1.5 t
+    | (?<!\S)-\d+(?:[.,]\d+)*\b | \d+:\d+
+    | \w+(?:[-/.,_@&\u2010]+\w+|'(?!(?:s|re|ve|ll|d|m|t)\b)\w+)*
+    | \S
+    """,
+    re.VERBOSE,
+)
+_DROPPED = frozenset(["''", "'", "``", "`", *'.?!,:;-"“”‘„–—…', "--", "..."])
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+
+
+def tokens(text: str) -> list[str]:
+    """Lower-case words in the manner of the Penn Treebank, without punctuation, as the COCO caption evaluation scores
+    them (Chen et al., 2015, arXiv:1504.00325), whose brackets stay, as `-lrb-`. docs/metrics.md says how often they
+    are those of its tokeniser, Stanford's.
+    """
+    words = _TOKEN.findall(fold(text).lower().replace("’", "'"))
+    return [_BRACKETS.get(word, word) for word in words if word not in _DROPPED]
+
+
+# --- One caption -----------------------------------------------------------------------------------------------
+
+
+def bleu_statistics(hypothesis: Tokens, references: Sequence[Tokens]) -> list[int]:
+    """N-grams that match, n = 1 to 4, n-grams that there are, and the lengths of hypothesis and closest reference: ten
+    counts, whose sums over captions are a corpus's.
+    """
+    scored = _bleu().corpus_score([" ".join(hypothesis)], [[" ".join(reference)] for reference in references])
+    return [*scored.counts, *scored.totals, scored.sys_len, scored.ref_len]
+
+
+@cache
+def _bleu() -> Any:
+    from sacrebleu.metrics.bleu import BLEU
+
+    # force: or it warns that the text looks tokenised.
+    return BLEU(tokenize="none", smooth_method="none", force=True)
+
+
+def bleu(statistics: Sequence[float], order: int) -> float:
+    """BLEU of a corpus (Papineni et al., 2002) up to n-grams of this order, 0 to 1, from summed `bleu_statistics`."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    *counts, hypothesis, reference = map(int, statistics)
+    matches, n_grams = counts[:order], counts[ORDERS : ORDERS + order]
+    scored = BLEU.compute_bleu(matches, n_grams, hypothesis, reference, smooth_method="none", max_ngram_order=order)
+    return float(scored.score) / 100
+
+
+def rouge(hypothesis: str, reference: str) -> dict[str, float]:
+    """F of ROUGE-1 and ROUGE-L (Lin, 2004) by rouge-score, without stemming."""
+    scores = _rouge("rouge1", "rougeL").score(reference, hypothesis)
+    return {"rouge_1": scores["rouge1"].fmeasure, "rouge_l": scores["rougeL"].fmeasure}
+
+
+@cache
+def _rouge(*kinds: str) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(kinds), use_stemmer=False)
+
+
+_DIGITS = re.compile(r"\d+")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def imageclef_text(text: str) -> str:
+    """As ImageCLEFmedical Caption prepares both texts: lower case, each run of digits the word `number`, no ASCII
+    punctuation.
+    """
+    return _DIGITS.sub("number", text.lower()).translate(_PUNCTUATION)
+
+
+def rouge1_imageclef(hypothesis: str, reference: str) -> float:
+    """F of ROUGE-1 as ImageCLEFmedical Caption ranks by it; 1 if both texts are empty."""
+    if not hypothesis and not reference:
+        return 1.0
+    scored = _rouge("rouge1").score(imageclef_text(reference), imageclef_text(hypothesis))
+    return float(scored["rouge1"].fmeasure)
+
+
+def rouge_l_coco(hypothesis: Tokens, references: Sequence[Tokens], beta: float = 1.2) -> float:
+    """ROUGE-L of the COCO caption evaluation (Lin, 2004): the best precision and the best recall of any reference,
+    recall weighted by `beta`.
+    """
+    common = [_longest_common_subsequence(hypothesis, reference) for reference in references]
+    if not any(common):
+        return 0.0
+    precision = max(common) / len(hypothesis)
+    recall = max(n / len(reference) for n, reference in zip(common, references, strict=True) if n)
+    return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+
+
+def _longest_common_subsequence(one: Tokens, other: Tokens) -> int:
+    """Its length: one bit a token, as in Hyyrö (2004), Bit-Parallel LCS-length Computation Revisited."""
+    places: dict[str, int] = {}
+    for at, token in enumerate(one):
+        places[token] = places.get(token, 0) | 1 << at
+    every = (1 << len(one)) - 1
+    bits = every
+    for token in other:
+        matches = bits & places.get(token, 0)
+        bits = (bits + matches | bits - matches) & every
+    return len(one) - bits.bit_count()
+
+
+# --- METEOR ----------------------------------------------------------------------------------------------------
+
+
+def meteor(wordnet: Any) -> Callable[[Tokens, Tokens], float]:
+    """nltk's METEOR (Banerjee and Lavie, 2005), 0 to 1, of hypothesis and reference; stems and synonyms are looked up
+    once a word.
+    """
+    from nltk.translate.meteor_score import single_meteor_score
+
+    stemmer, words = _Stems(), _Synonyms(wordnet)
+
+    def score(hypothesis: Tokens, reference: Tokens) -> float:
+        return float(single_meteor_score(reference, hypothesis, stemmer=stemmer, wordnet=words))
+
+    return score
+
+
+class _Stems:
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer
+
+        self.stem = lru_cache(maxsize=100_000)(PorterStemmer().stem)
+
+
+class _Synonyms:
+    """What METEOR asks WordNet: the lemmas of a word's synsets, here of one synset that holds them all."""
+
+    def __init__(self, wordnet: Any) -> None:
+        self._wordnet = wordnet
+        self.synsets = lru_cache(maxsize=100_000)(self._look_up)
+
+    def _look_up(self, word: str) -> list["_Lemmas"]:
+        names = {lemma.name() for synset in self._wordnet.synsets(word) for lemma in synset.lemmas()}
+        return [_Lemmas([_Lemma(name) for name in names])]
+
+
+class _Lemma(str):
+    __slots__ = ()
+
+    def name(self) -> str:
+        return self
+
+
+class _Lemmas:
+    def __init__(self, lemmas: list[_Lemma]) -> None:
+        self._lemmas = lemmas
+
+    def lemmas(self) -> list[_Lemma]:
+        return self._lemmas
+
+
+def open_wordnet(folder: Path = Path("/usr/share/wordnet")) -> Any:
+    """WordNet 3.0 as Debian installs it, else as nltk's downloader does. None if it is neither here nor there."""
+    import nltk
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+
+    class Reader(WordNetCorpusReader):  # type: ignore[misc]
+        def open(self, file: str) -> Any:
+            """Debian leaves out `lexnames`, the 45 files that words were edited in, which no score asks for."""
+            if file == "lexnames" and not (folder / file).exists():
+                return StringIO("".join(f"{at:02}\tunknown\t0\n" for at in range(45)))
+            return super().open(file)
+
+        def map_wn(self, version: str = "wordnet") -> None:
+            """To the synsets of other languages' WordNets, which it would look for in nltk's own folders."""
+
+    if all((folder / f"data.{kind}").exists() for kind in ("noun", "verb", "adj", "adv")):
+        nltk.data.path.append(str(folder))  # it reads nothing that is not under these
+        return Reader(str(folder), omw_reader=False)  # None instead of False: it warns that other languages lack
+    try:
+        nltk.corpus.wordnet.ensure_loaded()
+    except LookupError:
+        return None
+    return nltk.corpus.wordnet
+
+
+# --- CIDEr-D ---------------------------------------------------------------------------------------------------
+
+
+def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], sigma: float = 6.0) -> Vector:
+    """CIDEr-D of each hypothesis, 0 to 10 (Vedantam, Zitnick and Parikh, 2015, arXiv:1411.5726, section 5), as the COCO
+    caption evaluation computes it: document frequencies are those of the references given here, one document a
+    picture, and the lengths that `sigma` compares are counted in bigrams.
+    """
+    n, owner = len(hypotheses), np.repeat(np.arange(len(references)), [len(several) for several in references])
+    texts = [*hypotheses, *(reference for several in references for reference in several)]
+    n_bigrams = np.array([max(0, len(text) - 1) for text in texts], dtype=np.float64)
+    penalty = np.exp(-((n_bigrams[:n][owner] - n_bigrams[n:]) ** 2) / (2 * sigma**2))
+    similarity = np.zeros(len(owner))
+    for text, gram in _n_grams(texts):
+        similarity += _cosine(text, gram, owner, n)
+    of_picture = np.bincount(owner, similarity * penalty, minlength=n)
+    return 10 * of_picture / ORDERS / np.maximum(1, np.bincount(owner, minlength=n))
+
+
+def _n_grams(texts: Sequence[Tokens]) -> Iterator[tuple[Integers, Integers]]:
+    """For n = 1 to 4: the text and the number of each n-gram, in order; equal n-grams have one number."""
+    lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    text = np.repeat(np.arange(len(texts)), lengths)
+    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(text))
+    numbers: dict[str, int] = {}
+    words = np.array([numbers.setdefault(word, len(numbers)) for tokens in texts for word in tokens], dtype=np.int64)
+    gram = words
+    for order in range(1, ORDERS + 1):
+        starts = np.flatnonzero(left >= order)
+        if order > 1:
+            keys = gram[starts] * len(numbers) + words[starts + order - 1]
+            gram = np.full(len(words), -1)
+            gram[starts] = np.unique(keys, return_inverse=True)[1]
+        yield text[starts], gram[starts]
+
+
+def _cosine(text: Integers, gram: Integers, owner: Integers, n: int) -> Vector:
+    """Of each reference with its hypothesis, the hypothesis' weights clipped to the reference's."""
+    n_grams = int(gram.max(initial=-1)) + 1
+    if not n_grams:
+        return np.zeros(len(owner))
+    codes, counts = np.unique(text * n_grams + gram, return_counts=True)
+    text, gram = codes // n_grams, codes % n_grams
+    first = int(np.searchsorted(text, n))  # what follows are the references'
+    picture, reference = owner[text[first:] - n], text[first:] - n
+    wanted = picture * n_grams + gram[first:]  # the code of the same n-gram in the picture's hypothesis
+    frequency = np.bincount(np.unique(wanted) % n_grams, minlength=n_grams)
+    weights = counts * (np.log(n) - np.log(np.maximum(1, frequency)))[gram]
+    norms = np.sqrt(np.bincount(text, weights**2, minlength=n + len(owner)))
+    at = np.minimum(np.searchsorted(codes[:first], wanted), max(0, first - 1))
+    is_shared = codes[at] == wanted
+    theirs, ours = weights[first:][is_shared], weights[at[is_shared]]
+    products = np.bincount(reference[is_shared], np.minimum(ours, theirs) * theirs, minlength=len(owner))
+    both = norms[:n][owner] * norms[n:]
+    cosines: Vector = np.divide(products, both, out=np.zeros(len(owner)), where=both > 0)
+    return cosines

@@ -1,0 +1,237 @@
+"""Scores against published values, identities and floors on real captions, and what must hold for any text."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rococap import metrics
+
+CAPTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
+PUBLISHED = json.loads((Path(__file__).parent / "metrics_published.json").read_text())
+needs_captions = pytest.mark.skipif(not CAPTIONS.exists(), reason="needs the real captions of ../shared")
+
+SPACES = ["\r", "\v", "\f", "\u2028", "\u2029", "\x85", "\x1c", "\t", "\n", "\r\n", "\x00", "\ufeff"]
+
+
+def corpus_bleu(hypotheses, references, order):
+    counts = [metrics.bleu_statistics(one, several) for one, several in zip(hypotheses, references, strict=True)]
+    return metrics.bleu(np.sum(counts, axis=0), order)
+
+
+def published(name):
+    example = PUBLISHED[name]
+    hypotheses, references = example["hyp"], example["refs"]
+    if isinstance(hypotheses, str):
+        hypotheses, references = [hypotheses], [references]
+    return (
+        [text.split() for text in hypotheses],
+        [[text.split() for text in several] for several in references],
+        example["expected"],
+    )
+
+
+def real_captions(file="roco_v1_2000.csv"):
+    with (CAPTIONS / file).open(encoding="utf-8", newline="") as lines:
+        return [row["caption"] for row in csv.DictReader(lines)]
+
+
+@pytest.fixture(scope="module")
+def meteor():
+    wordnet = metrics.open_wordnet()
+    if wordnet is None:
+        pytest.skip(f"needs WordNet: {metrics.WORDNET_COMMAND}")
+    return metrics.meteor(wordnet)
+
+
+# --- Published values ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nlg_eval_readme_example", "nlg_eval_single"])
+def test_bleu_rouge_l_and_cider_d_are_those_that_nlg_eval_publishes(name):
+    hypotheses, references, expected = published(name)
+    for order in (1, 2, 3):
+        assert corpus_bleu(hypotheses, references, order) == pytest.approx(expected[f"bleu_{order}"], abs=5e-6)
+    pairs = zip(hypotheses, references, strict=True)
+    assert np.mean([metrics.rouge_l_coco(*pair) for pair in pairs]) == pytest.approx(expected["rouge_l_coco"], abs=5e-6)
+    assert metrics.cider_d(hypotheses, references).mean() == pytest.approx(expected["cider_d"], abs=5e-6)
+
+
+def test_bleu_4_is_nlg_evals_but_where_nothing_matches_and_coco_adds_a_little():
+    hypotheses, references, expected = published("nlg_eval_readme_example")
+    assert corpus_bleu(hypotheses, references, 4) == pytest.approx(expected["bleu_4"], abs=5e-6)
+
+    from sacrebleu.metrics.bleu import BLEU
+
+    (hypothesis,), (several,), expected = published("nlg_eval_single")
+    counts = metrics.bleu_statistics(hypothesis, several)
+    assert metrics.bleu(counts, 4) == 0
+    with_a_little = BLEU.compute_bleu(counts[:4], counts[4:8], *counts[8:], smooth_method="floor", smooth_value=1e-15)
+    assert with_a_little.score / 100 == pytest.approx(expected["bleu_4"], abs=5e-6)
+
+
+def test_bleu_1_and_cider_d_are_those_that_aac_metrics_publishes():
+    hypotheses, references, expected = published("aac_metrics_readme")
+    assert corpus_bleu(hypotheses, references, 1) == pytest.approx(expected["bleu_1"], abs=5e-5)
+    scores = metrics.cider_d(hypotheses, references)
+    assert scores == pytest.approx(expected["cider_d_per"], abs=5e-5)
+    assert scores.mean() == pytest.approx(expected["cider_d"], abs=5e-5)
+
+
+def test_meteor_is_that_of_nltks_documentation(meteor):
+    hypothesis = "It is a guide to action which ensures that the military always obeys the commands of the party"
+    reference = "It is a guide to action that ensures that the military will forever heed Party commands"
+    assert meteor(hypothesis.split(), reference.split()) == pytest.approx(
+        PUBLISHED["nltk_meteor_docs"]["expected"], abs=5e-5
+    )
+
+
+def test_meteor_with_its_words_looked_up_once_is_nltks_own(meteor):
+    from nltk.translate.meteor_score import single_meteor_score
+
+    wordnet = metrics.open_wordnet()
+    rng = random.Random(6)
+    words = "the scan shows a lesion mass tumour tumor large big liver livers images picture".split()  # noqa: SIM905
+    for _ in range(200):
+        one, other = (rng.choices(words, k=rng.randint(1, 9)) for _ in range(2))
+        assert meteor(one, other) == single_meteor_score(other, one, wordnet=wordnet)
+
+
+# --- Real captions ---------------------------------------------------------------------------------------------
+
+
+@needs_captions
+def test_an_unrelated_caption_scores_at_the_floor():
+    texts = real_captions()
+    words = [metrics.tokens(text) for text in texts]
+    others = words[1000:] + words[:1000]
+    references = [[reference] for reference in words]
+    assert corpus_bleu(others, references, 1) == pytest.approx(0.097, abs=0.02)
+    assert metrics.cider_d(others, references).mean() == pytest.approx(0.014, abs=0.01)
+    rouges = [metrics.rouge(*pair)["rouge_1"] for pair in zip(texts[1000:], texts[:1000], strict=True)]
+    assert np.mean(rouges) == pytest.approx(0.085, abs=0.01)
+
+
+@needs_captions
+def test_a_caption_scores_itself_at_the_maximum():
+    texts = real_captions()[:500]
+    words = [metrics.tokens(text) for text in texts]
+    assert [corpus_bleu(words, [[one] for one in words], order) for order in (1, 2, 3, 4)] == pytest.approx([1] * 4)
+    assert {metrics.rouge_l_coco(one, [one]) for one in words} == {1}
+    assert {metrics.rouge1_imageclef(text, text) for text in texts} == {1}
+    assert {score for text in texts for score in metrics.rouge(text, text).values()} == {1}
+
+
+@needs_captions
+def test_identity_is_less_than_10_in_cider_d_since_short_captions_have_no_n_grams_of_four():
+    words = [metrics.tokens(text) for text in real_captions()]
+    scores = metrics.cider_d(words, [[one] for one in words])
+    assert scores == pytest.approx([10 * min(4, len(one)) / 4 for one in words])
+    assert scores.mean() == pytest.approx(9.885, abs=0.02)
+
+
+# --- Tokens ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CT (axial): a [large] mass, e.g. 3.5 cm.", "ct -lrb- axial -rrb- a -lsb- large -rsb- mass e.g. 3.5 cm"),
+        ("A 45-year-old man's X-ray/CT: L4/L5.", "a 45-year-old man 's x-ray/ct l4/l5"),
+        ("It isn't “well” – see Fig. 2; we cannot.", "it is n't well see fig. 2 we can not"),
+        ("Dr. Smith’s 1.5T scanner, 50% of <5 mm", "dr. smith 's 1.5 t scanner 50 % of < 5 mm"),
+        ("", ""),
+        (" . , - -- ... ! ", ""),
+    ],
+)  # fmt: skip
+def test_tokens_are_those_of_the_penn_treebank(text, expected):
+    assert metrics.tokens(text) == expected.split()
+
+
+@pytest.mark.parametrize("space", SPACES, ids=ascii)
+def test_no_space_or_control_character_makes_a_line_or_a_word_of_its_own(space):
+    text = f"{space}A CT{space}of the{space}{space}liver.{space}"
+    assert metrics.fold(text) == "A CT of the liver."
+    assert metrics.tokens(text) == ["a", "ct", "of", "the", "liver"]
+    assert len(metrics.fold(text).splitlines()) == 1
+
+
+def test_imageclef_text_is_lower_case_with_numbers_as_a_word_and_no_punctuation():
+    assert metrics.imageclef_text("A 45-year-old, T1: 3.5×2 cm (L4/5)!") == (
+        "a numberyearold tnumber numbernumber×number cm lnumbernumber"
+    )
+
+
+# --- What holds for any text -----------------------------------------------------------------------------------
+
+WORDS = st.lists(st.sampled_from([*"a.,(", "ct", "scan", "of", "the", "liver", "lesion"]), max_size=12)
+PAIRS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PAIRS, st.randoms(use_true_random=False))
+def test_the_order_of_the_pairs_changes_no_score(pairs, rng):
+    order = list(range(len(pairs)))
+    rng.shuffle(order)
+    hypotheses, references = zip(*pairs, strict=True)
+    shuffled = [hypotheses[at] for at in order], [[references[at]] for at in order]
+    plain = hypotheses, [[reference] for reference in references]
+    assert metrics.cider_d(*shuffled) == pytest.approx(metrics.cider_d(*plain)[order], abs=1e-9)
+    assert [corpus_bleu(*shuffled, n) for n in (1, 4)] == [corpus_bleu(*plain, n) for n in (1, 4)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(WORDS.filter(bool), WORDS)
+def test_a_perfect_caption_scores_the_maximum_and_an_empty_one_the_minimum(reference, other):
+    others = [[reference], [["another"]]]
+    best, given_other, empty = (metrics.cider_d([one, ["another"]], others)[0] for one in (reference, other, []))
+    assert empty == 0 <= given_other <= best + 1e-9
+    assert metrics.rouge_l_coco([], [reference]) == 0 <= metrics.rouge_l_coco(other, [reference]) <= 1
+    assert metrics.rouge_l_coco(reference, [reference]) == pytest.approx(1)
+    assert corpus_bleu([reference], [[reference]], 1) == pytest.approx(1)
+    assert corpus_bleu([[]], [[reference]], 1) == 0
+    text = " ".join([*reference, "x"])
+    assert set(metrics.rouge(text, text).values()) == {1}
+    assert set(metrics.rouge("", text).values()) == {0}
+    assert (metrics.rouge1_imageclef(text, text), metrics.rouge1_imageclef("", text)) == (1, 0)
+
+
+def test_empty_against_empty_is_1_for_imageclef_only():
+    assert metrics.rouge1_imageclef("", "") == 1
+    assert metrics.rouge_l_coco([], [[]]) == 0
+    assert metrics.cider_d([[]], [[[]]]) == pytest.approx([0])
+    assert len(metrics.cider_d([], [])) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(WORDS, WORDS)
+def test_the_longest_common_subsequence_is_that_of_the_table(one, other):
+    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+    for i, left in enumerate(one):
+        for j, right in enumerate(other):
+            table[i + 1][j + 1] = table[i][j] + 1 if left == right else max(table[i][j + 1], table[i + 1][j])
+    assert metrics._longest_common_subsequence(one, other) == table[-1][-1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(WORDS.filter(lambda words: len(words) > 1), st.randoms(use_true_random=False))
+def test_meteor_ranks_the_reference_itself_first(meteor, reference, rng):
+    shuffled = reference.copy()
+    rng.shuffle(shuffled)
+    assert meteor([], reference) == 0 <= meteor(shuffled, reference) <= meteor(reference, reference)
+
+
+def test_without_wordnet_there_is_none(tmp_path, monkeypatch):
+    import nltk
+
+    class Absent:
+        def ensure_loaded(self):
+            raise LookupError
+
+    monkeypatch.setattr(nltk.corpus, "wordnet", Absent())
+    assert metrics.open_wordnet(tmp_path) is None
