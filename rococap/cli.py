@@ -113,7 +113,7 @@ def _set_up_logging(debug: bool) -> None:
         )
     else:
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
-    for chatty in ("alembic", "httpx", "urllib3", "filelock", "PIL"):
+    for chatty in ("absl", "alembic", "httpx", "urllib3", "filelock", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
@@ -931,6 +931,95 @@ def _compared_row(run: Any) -> list[str]:
     means = (run.sec_per_picture, run.pictures_per_sec, run.new_tokens, run.characters, run.words)
     shares = (None if share is None else 100 * share for share in (run.flagged, run.cut))
     return [run.run, str(run.captions), *("-" if n is None else str(_significant(n)) for n in (*means, *shares))]
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------
+
+SHOWN_BY_MODALITY = ("bleu_4", "rouge_l", "meteor_nltk", "cider_d", "concept_f1")
+
+
+def runs_option(help: str) -> Callable[[F], F]:
+    return click.option("--run", "names", multiple=True, metavar="NAME", help=help)
+
+
+@cli.command()
+@splits_option(required=True)
+@runs_option("May be repeated: runs side by side. [default: `default`, or the only one]")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The scores of each caption: .parquet, .csv or .jsonl. [default: results_medical/scores_RUN….parquet]",
+)
+@json_option
+@db_option
+def evaluate(splits: tuple[str, ...], names: tuple[str, ...], output: Path | None, as_json: bool) -> None:
+    """Score captions against the original ones: BLEU, ROUGE, METEOR, CIDEr-D and concepts, overall and by modality.
+
+    Scores are kept in the database: what was scored costs nothing again. CIDEr-D weighs words by how rare they are in
+    all originals, so that one more caption has it computed anew for all.
+    """
+    from rococap import compare as comparison
+    from rococap import evaluate as evaluation
+
+    if output is not None:
+        comparison.check_suffix(output)
+    database = _database()
+    with _bar() as progress:
+        found = evaluation.evaluate(database, names, splits, progress=progress)
+    told = evaluation.to_json(found)
+    path = output or evaluation.default_path(found)
+    rows = evaluation.write(found, path)
+    if as_json:
+        _echo_json(told)
+    else:
+        click.echo("\n\n".join(_scores_text(told, split) for split in splits))
+        click.echo(f"\n{path}: {rows} captions")
+    for warning in dict.fromkeys(text for run in told["runs"] for text in run["warnings"]):
+        click.echo(f"Warning: {warning}", err=True)
+
+
+def _scores_text(told: dict[str, Any], split: str) -> str:
+    runs = [run for run in told["runs"] if run["split"] == split]
+    paired = [one for one in told["paired"] if one["split"] == split]
+    counts = ", ".join(f"{run['n']} captions of {run['run']}" for run in runs)
+    names = dict.fromkeys(name for run in runs for name in run["metrics"])
+    parts = [f"{split}: {counts}", _overall_table(list(names), runs, paired), _modalities_table(runs)]
+    reasons = dict.fromkeys((name, why) for run in runs for name, why in run["not_computed"].items())
+    parts += [f"{name}: not computed: {why}" for name, why in reasons]
+    return "\n\n".join(parts)
+
+
+def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[Any]) -> str:
+    """With 95 % intervals, and the difference and its p, of two runs at most: more do not fit."""
+    with_intervals = len(runs) <= 2
+    header = ["score", *(run["run"] for run in runs)]
+    rows = [
+        [name, *(_score(run["metrics"].get(name), with_intervals and run["intervals"].get(name)) for run in runs)]
+        for name in names
+    ]
+    if len(paired) == 1:
+        header += ["difference", "p"]
+        for row in rows:
+            row += [_score(paired[0][key].get(row[0])) for key in ("differences", "p")]
+    return _within_80(header, rows, *range(1, len(runs) + 1))
+
+
+def _score(value: float | None, interval: Sequence[float] | bool | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]" if isinstance(interval, Sequence) else f"{value:.3f}"
+
+
+def _modalities_table(runs: Sequence[Any]) -> str:
+    modalities = dict.fromkeys(name for run in runs for name in run["by_modality"])
+    rows = [
+        [name, run["run"], str(of["n"]), *(_score(of["metrics"].get(shown)) for shown in SHOWN_BY_MODALITY)]
+        for name in modalities
+        for run in runs
+        if (of := run["by_modality"].get(name))
+    ]
+    return _within_80(["modality", "run", "n", *SHOWN_BY_MODALITY], rows, 1)
 
 
 # --- export, restore -------------------------------------------------------------------------------------------

@@ -90,9 +90,9 @@ def compare(
     Raises RunError for runs that do not exist, cannot be compared or have no captions, RococapError if the file cannot
     be written; then an older file stays as it was.
     """
-    _check_suffix(path)
+    check_suffix(path)
     with transaction(database) as conn:
-        runs = _find_runs(conn, names)
+        runs = find_runs(conn, names)
         counts = [one for run in runs for one in queue.counts_of(conn, run, splits or SPLITS)]
         cutoff = db.now(conn)
     done = {split: sum(one.done for one in counts if one.split == split) for split in SPLITS}
@@ -109,13 +109,13 @@ def compare(
     return Compared(path, rows, join.shared, tuple(measure.summary() for measure in join.measures))
 
 
-def _check_suffix(path: Path) -> None:
+def check_suffix(path: Path) -> None:
     if path.suffix.removeprefix(".") not in FORMATS:
         known = [f".{format}" for format in FORMATS]
         raise RococapError(f"{path} ends in none of {', '.join(known)}: name it so with --output.")
 
 
-def _find_runs(conn: Connection, names: Sequence[str]) -> list[Run]:
+def find_runs(conn: Connection, names: Sequence[str]) -> list[Run]:
     runs = [queue.get_run(conn, name) for name in names]
     if twice := [name for name, n in Counter(names).items() if n > 1]:
         raise RunError(f"Run {twice[0]!r} is named twice: name each run once.")

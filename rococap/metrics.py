@@ -80,14 +80,17 @@ def _bleu() -> Any:
     return BLEU(tokenize="none", smooth_method="none", force=True)
 
 
-def bleu(statistics: Sequence[float], order: int) -> float:
-    """BLEU of a corpus (Papineni et al., 2002) up to n-grams of this order, 0 to 1, from summed `bleu_statistics`."""
-    from sacrebleu.metrics.bleu import BLEU
-
-    *counts, hypothesis, reference = map(int, statistics)
-    matches, n_grams = counts[:order], counts[ORDERS : ORDERS + order]
-    scored = BLEU.compute_bleu(matches, n_grams, hypothesis, reference, smooth_method="none", max_ngram_order=order)
-    return float(scored.score) / 100
+def bleu(statistics: npt.NDArray[Any]) -> Vector:
+    """BLEU-1 to 4 of corpora (Papineni et al., 2002), 0 to 1 without smoothing, from sums of `bleu_statistics`:
+    shape (..., 10) -> (..., 4).
+    """
+    matches, n_grams = statistics[..., :ORDERS], statistics[..., ORDERS : 2 * ORDERS]
+    ours, theirs = statistics[..., 2 * ORDERS], statistics[..., 2 * ORDERS + 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = np.cumsum(np.log(matches / n_grams), axis=-1) / np.arange(1, ORDERS + 1)
+        brevity = np.minimum(0, 1 - theirs / ours)
+        scores: Vector = np.nan_to_num(np.exp(precision + brevity[..., None]))
+    return scores
 
 
 def rouge(hypothesis: str, reference: str) -> dict[str, float]:

@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA = "0002"
+SCHEMA = "0003"
 """The alembic revision that this code reads and writes."""
 
 
@@ -222,6 +222,18 @@ captions = Table(
     Column("latency_ms", Real),
     Column("batch_size", Int64),
     Column("generated_at", Int64, nullable=False),
+    sqlite_strict=True,
+)
+
+# What `evaluate` computed of a caption. `digest` is of all that it hangs on, texts and versions: if that is another by
+# now, the score is stale.
+scores = Table(
+    "scores",
+    metadata,
+    _to("job_id", "captions.job_id", primary_key=True),
+    Column("metric", Text, primary_key=True),
+    Column("digest", Text, nullable=False),
+    Column("value", Text, nullable=False),  # JSON: name -> number, or null where it is not defined
     sqlite_strict=True,
 )
 

@@ -21,7 +21,7 @@ SPACES = ["\r", "\v", "\f", "\u2028", "\u2029", "\x85", "\x1c", "\t", "\n", "\r\
 
 def corpus_bleu(hypotheses, references, order):
     counts = [metrics.bleu_statistics(one, several) for one, several in zip(hypotheses, references, strict=True)]
-    return metrics.bleu(np.sum(counts, axis=0), order)
+    return metrics.bleu(np.sum(counts, axis=0))[order - 1]
 
 
 def published(name):
@@ -70,7 +70,7 @@ def test_bleu_4_is_nlg_evals_but_where_nothing_matches_and_coco_adds_a_little():
 
     (hypothesis,), (several,), expected = published("nlg_eval_single")
     counts = metrics.bleu_statistics(hypothesis, several)
-    assert metrics.bleu(counts, 4) == 0
+    assert metrics.bleu(np.array(counts))[3] == 0
     with_a_little = BLEU.compute_bleu(counts[:4], counts[4:8], *counts[8:], smooth_method="floor", smooth_value=1e-15)
     assert with_a_little.score / 100 == pytest.approx(expected["bleu_4"], abs=5e-6)
 
@@ -199,6 +199,19 @@ def test_a_perfect_caption_scores_the_maximum_and_an_empty_one_the_minimum(refer
     assert set(metrics.rouge(text, text).values()) == {1}
     assert set(metrics.rouge("", text).values()) == {0}
     assert (metrics.rouge1_imageclef(text, text), metrics.rouge1_imageclef("", text)) == (1, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PAIRS)
+def test_bleu_from_sums_is_sacrebleus_of_the_corpus(pairs):
+    from sacrebleu.metrics.bleu import BLEU
+
+    hypotheses, references = ([" ".join(words) for words in side] for side in zip(*pairs, strict=True))
+    for order in (1, 2, 3, 4):
+        scorer = BLEU(tokenize="none", smooth_method="none", force=True, max_ngram_order=order)
+        expected = scorer.corpus_score(hypotheses, [references]).score / 100
+        ours = corpus_bleu(*zip(*((one, [other]) for one, other in pairs), strict=True), order)
+        assert ours == pytest.approx(expected, abs=1e-12)
 
 
 def test_empty_against_empty_is_1_for_imageclef_only():

@@ -37,6 +37,7 @@ INSERT INTO leases (id, worker_id, run_id, split, lane, state, n_jobs, claimed_a
 INSERT INTO jobs (id, run_id, image_id, split, status, finished_at) VALUES (1, 1, 1, 'train', 'done', 7);
 INSERT INTO jobs (id, run_id, image_id, split, status) VALUES (2, 1, 2, 'train', 'pending');
 INSERT INTO captions (job_id, lease_id, text, generated_at) VALUES (1, 1, 'A chest X-ray.', 7);
+INSERT INTO scores VALUES (1, 'cider_d', 'dd', '{"cider_d": 1.5}');
 INSERT INTO failures VALUES (1, 2, 2, 'crash', 'The worker died.', 9);
 INSERT INTO tallies VALUES (1, 'train', 'done', 0, 1), (1, 'train', 'pending', 0, 1);
 DELETE FROM leases WHERE id = 3;
@@ -184,7 +185,7 @@ def test_the_migrations_make_what_the_models_say_word_for_word(engine, tmp_path)
 
 def test_every_table_is_strict_and_only_lease_ids_are_never_used_again(path):
     sql = {name: text for (kind, name), text in schema_of(path).items() if kind == "table" and name in TABLES}
-    assert len(sql) == 10
+    assert len(sql) == 11
     assert {name: text.endswith(")STRICT") for name, text in sql.items()} == dict.fromkeys(sql, True)
     assert [name for name, text in sql.items() if "AUTOINCREMENT" in text] == ["leases"]
     assert "(id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT," in sql["leases"]
@@ -523,7 +524,7 @@ def test_the_first_release_is_upgraded_by_the_command_and_its_workers_are_seen_w
     url = f"sqlite:///{path}"
     command = [sys.executable, "-m", "rococap", "--db", url, "migrate"]
     told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert "queue.db.before-0002-from-0001" in told
+    assert f"queue.db.before-{SCHEMA}-from-0001" in told
     engine = db.connect(url)
     with db.transaction(engine) as conn:
         assert [one.telemetry for one in queue.list_workers(conn, lost_after_ms=0, everyone=True)] == [None, None]

@@ -1,0 +1,500 @@
+"""Scores of captions against the original ones, by run, split and modality.
+
+A score is computed once and kept beside its caption, with a digest of all that it hangs on; what is absent or stale is
+computed anew. Corpus scores, intervals and tests are made of sums over captions, and so of what is kept.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+from sqlalchemy import Engine as Database
+
+from rococap import concepts, db, metrics, queue
+from rococap.compare import find_runs
+from rococap.db import execute, transaction
+from rococap.errors import RococapError, RunError
+from rococap.export import FOLDER, PAGE, Progress, Read, done_pages, replacing, short_reads, write_frames
+from rococap.metrics import ORDERS, Vector
+from rococap.queue import Run
+
+BLEUS = tuple(f"bleu_{order}" for order in range(1, ORDERS + 1))
+RESAMPLES = 1_000
+SEED = 20_411  # intervals and tests are the same whenever they are computed
+STORE = 500  # captions whose scores are stored at once, and lost at most where evaluating is killed
+TRAINING = "rococap_training.json"
+"""Beside an adapter or model that rococap trained: {"dataset": name, "splits": [what it was trained on]}."""
+
+Matrix = npt.NDArray[np.float64]
+
+
+class NotComputed(RococapError):
+    """A score cannot be had here; the message says why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A caption and the original one."""
+
+    job_id: int
+    image_id: str
+    reference: str
+    cui: str
+    text: str
+    flags: str
+
+
+# --- Kinds of scores -------------------------------------------------------------------------------------------
+
+Scores = dict[str, Any]
+"""Of one caption: name -> number, None where it is not defined; `bleu` is its counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """`score` yields one Scores for each pair, in order, or raises NotComputed. `packages`: whose versions decide the
+    numbers; `edition` changes with our own code. A metric `of_corpus` hangs on all references of the evaluation.
+    """
+
+    name: str
+    scores: tuple[str, ...]
+    score: Callable[[Sequence[Pair]], Iterator[Scores]]
+    packages: tuple[str, ...] = ()
+    edition: str = "1"
+    of_corpus: bool = False
+
+    def digests(self, pairs: Sequence[Pair]) -> list[str]:
+        """What the score of each pair hangs on."""
+        made_by = " ".join([self.name, self.edition, *(f"{name} {version(name)}" for name in self.packages)])
+        if self.of_corpus:
+            made_by += _digest(*sorted(pair.reference for pair in pairs))
+        return [_digest(made_by, pair.text, pair.reference, pair.cui) for pair in pairs]
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+
+
+def _overlap(pairs: Sequence[Pair]) -> Iterator[Scores]:
+    for pair in pairs:
+        text, reference = metrics.fold(pair.text), metrics.fold(pair.reference)
+        hypothesis, words = metrics.tokens(text), metrics.tokens(reference)
+        yield {
+            "bleu": metrics.bleu_statistics(hypothesis, [words]),
+            **metrics.rouge(text, reference),
+            "rouge_l_coco": metrics.rouge_l_coco(hypothesis, [words]),
+            "rouge1_imageclef": metrics.rouge1_imageclef(text, reference),
+        }
+
+
+def _meteor(pairs: Sequence[Pair]) -> Iterator[Scores]:
+    wordnet = metrics.open_wordnet()
+    if wordnet is None:
+        raise NotComputed(f"WordNet is not installed. {metrics.WORDNET_COMMAND}")
+    score = metrics.meteor(wordnet)
+    for pair in pairs:
+        yield {"meteor_nltk": score(metrics.tokens(pair.text), metrics.tokens(pair.reference))}
+
+
+def _cider_d(pairs: Sequence[Pair]) -> Iterator[Scores]:
+    references = [[metrics.tokens(pair.reference)] for pair in pairs]
+    for score in metrics.cider_d([metrics.tokens(pair.text) for pair in pairs], references):
+        yield {"cider_d": float(score)}
+
+
+def _concepts(pairs: Sequence[Pair]) -> Iterator[Scores]:
+    """Against the manually curated ones, which are those that the matcher knows."""
+    for pair in pairs:
+        found, reference = concepts.found(pair.text), concepts.parse(pair.cui) & concepts.MANUAL
+        yield {
+            "concept_f1": concepts.f1(found, reference),
+            "concept_recall": concepts.recall(found, reference),
+        }
+
+
+METRICS = (
+    Metric(
+        "overlap",
+        (*BLEUS, "rouge_1", "rouge_l", "rouge_l_coco", "rouge1_imageclef"),
+        _overlap,
+        ("sacrebleu", "rouge-score"),
+    ),
+    Metric("meteor_nltk", ("meteor_nltk",), _meteor, ("nltk",)),
+    Metric("cider_d", ("cider_d",), _cider_d, of_corpus=True),
+    Metric("concepts", ("concept_f1", "concept_recall"), _concepts, edition=concepts.DIGEST),
+)
+
+# --- What is kept ----------------------------------------------------------------------------------------------
+
+Kept = dict[tuple[int, str], tuple[str, str]]
+"""(job, metric) -> digest and scores, as JSON."""
+
+
+def _read(read: Read, run: Run, split: str, cutoff: int) -> tuple[list[Pair], Kept]:
+    pairs: list[Pair] = []
+    kept: Kept = {}
+    for rows in done_pages(read, run, split, cutoff, "j.image_id, j.id, i.image_id, i.caption, i.cui, c.text, c.flags"):
+        page = [Pair(*row[1:]) for row in rows]
+        pairs += page
+        sql = "SELECT job_id, metric, digest, value FROM scores WHERE job_id IN ({})".format(", ".join("?" * len(page)))
+        with read() as conn:
+            found = execute(conn, sql, tuple(pair.job_id for pair in page)).fetchall()
+        kept |= {(job_id, metric): (digest, value) for job_id, metric, digest, value in found}
+    return pairs, kept
+
+
+def _scores(
+    database: Database, metric: Metric, pairs: Sequence[Pair], kept: Kept, progress: Callable[[int, int], None]
+) -> tuple[list[Scores], int]:
+    """The scores of each pair, and of how many they were computed now."""
+    digests = metric.digests(pairs)
+    scores: list[Scores] = [{}] * len(pairs)
+    stale = []
+    for at, (pair, digest) in enumerate(zip(pairs, digests, strict=True)):
+        known, value = kept.get((pair.job_id, metric.name), ("", ""))
+        if known == digest:
+            scores[at] = json.loads(value)
+        else:
+            stale.append(at)
+    if metric.of_corpus and stale:
+        stale = list(range(len(pairs)))
+    fresh = zip(stale, metric.score([pairs[at] for at in stale]), strict=True) if stale else iter(())
+    n = 0
+    while some := list(islice(fresh, STORE)):
+        _keep(database, metric, [(pairs[at].job_id, digests[at], one) for at, one in some])
+        for at, one in some:
+            scores[at] = one
+        n += len(some)
+        progress(n, len(stale))
+    return scores, n
+
+
+def _keep(database: Database, metric: Metric, rows: Sequence[tuple[int, str, Scores]]) -> None:
+    """In order of the image, as all who evaluate do: two at once wait for each other, and never in a circle."""
+    sql = (
+        "INSERT INTO scores (job_id, metric, digest, value) VALUES (?, ?, ?, ?) ON CONFLICT (job_id, metric) "
+        "DO UPDATE SET digest = excluded.digest, value = excluded.value"
+    )
+    with transaction(database, write=True) as conn:
+        execute(conn, sql, [(job_id, metric.name, digest, json.dumps(one)) for job_id, digest, one in rows])
+
+
+# --- Sums ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Scored:
+    """The captions of one run and split, with their scores.
+
+    `counts` are BLEU's of each caption, shape (n, 10); `values` each score's, shape (n,), NaN where it is not defined.
+    `missing` counts the jobs of the split that are not done; `computed` the captions that a score was computed of.
+    """
+
+    run: Run
+    split: str
+    missing: int
+    pairs: list[Pair]
+    modalities: list[str]
+    counts: Matrix
+    values: dict[str, Vector]
+    not_computed: dict[str, str]
+    computed: int
+    warnings: list[str] = field(default_factory=list)
+
+    def statistics(self) -> Matrix:
+        """One row a caption: BLEU's counts, and for each score its value and whether it has one. Their sums, over
+        any captions, give the scores of these: see `totals`.
+        """
+        columns = [column for value in self.values.values() for column in (np.nan_to_num(value), ~np.isnan(value))]
+        return np.column_stack([self.counts, *columns]).astype(np.float64)
+
+    def totals(self, sums: Matrix) -> dict[str, Vector]:
+        """Scores from sums of `statistics`, shape (..., columns) -> (...); NaN where nothing has a score."""
+        n = 2 * ORDERS + 2
+        found = dict(zip(BLEUS, np.moveaxis(metrics.bleu(sums[..., :n]), -1, 0), strict=True))
+        for at, name in enumerate(self.values):
+            found[name] = _ratio(sums[..., n + 2 * at], sums[..., n + 2 * at + 1])
+        found["length_ratio"] = _ratio(sums[..., n - 2], sums[..., n - 1])
+        return found
+
+
+def _ratio(part: Vector, whole: Vector) -> Vector:
+    ratio: Vector = np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
+    return ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Scores of n captions: overall values, and the 95 % intervals that the bootstrap gives them."""
+
+    n: int
+    metrics: dict[str, float | None]
+    intervals: dict[str, tuple[float, float] | None]
+
+
+def summarise(scored: Scored, modality: str | None = None) -> Summary:
+    """Of all captions, or of one modality's.
+
+    The interval is the percentile bootstrap's (Efron and Tibshirani, 1993): captions are drawn with replacement.
+    """
+    statistics = scored.statistics()
+    if modality is not None:
+        statistics = statistics[np.array(scored.modalities) == modality]
+    n = len(statistics)
+    rng = np.random.default_rng(SEED)
+    drawn = np.array([np.bincount(rng.integers(n, size=n), minlength=n) @ statistics for _ in range(RESAMPLES)])
+    overall, resampled = scored.totals(statistics.sum(axis=0)), scored.totals(drawn)
+    return Summary(
+        n,
+        {name: _number(value) for name, value in overall.items()},
+        {name: _interval(resampled[name]) for name in overall},
+    )
+
+
+def _interval(values: Vector) -> tuple[float, float] | None:
+    known = values[~np.isnan(values)]
+    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
+    return None if np.isnan(low) else (float(low), float(high))
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Two runs on the pictures that both captioned. `differences` are the second's score less the first's; `p` is how
+    often captions that are swapped at random between the runs differ as much.
+    """
+
+    split: str
+    runs: tuple[str, str]
+    n: int
+    differences: dict[str, float | None]
+    p: dict[str, float | None]
+
+
+def pair_up(one: Scored, other: Scored) -> Paired:
+    """Approximate randomisation (Noreen, 1989; Riezler and Maxwell, 2005), two-sided, of the scores that both have."""
+    places = {pair.image_id: at for at, pair in enumerate(other.pairs)}
+    shared = [(at, places[pair.image_id]) for at, pair in enumerate(one.pairs) if pair.image_id in places]
+    ours, theirs = np.array(shared, dtype=np.int64).reshape(-1, 2).T
+    one, other = _only(one, ours, other.values), _only(other, theirs, one.values)
+    first, second = one.statistics(), other.statistics()
+    rng = np.random.default_rng(SEED)
+    swapped = np.array([(rng.random(len(shared)) < 0.5) @ (second - first) for _ in range(RESAMPLES)])
+    before, after = one.totals(first.sum(axis=0)), one.totals(second.sum(axis=0))
+    trial_before, trial_after = one.totals(first.sum(axis=0) + swapped), one.totals(second.sum(axis=0) - swapped)
+    differences = {name: _number(after[name] - before[name]) for name in before}
+    return Paired(
+        one.split,
+        (one.run.name, other.run.name),
+        len(shared),
+        differences,
+        {name: _p(differences[name], trial_after[name] - trial_before[name]) for name in before},
+    )
+
+
+def _only(scored: Scored, rows: npt.NDArray[np.int64], names: Mapping[str, Vector]) -> Scored:
+    """Of these captions, the scores that are among the names."""
+    values = {name: value[rows] for name, value in scored.values.items() if name in names}
+    pairs = [scored.pairs[at] for at in rows]
+    return Scored(scored.run, scored.split, 0, pairs, [], scored.counts[rows], values, {}, 0)
+
+
+def _p(difference: float | None, trials: Vector) -> float | None:
+    if difference is None:
+        return None
+    # Less a rounding error: the sums of a trial that swaps everything come in another order.
+    as_large = np.count_nonzero(np.abs(trials) >= abs(difference) - 1e-12)
+    return float(as_large + 1) / (len(trials) + 1)
+
+
+# --- Evaluating ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Runs side by side on each split, and each further run against the first."""
+
+    scored: list[Scored]
+    paired: list[Paired]
+
+    def modalities(self) -> list[str]:
+        """Those there are, the most frequent first."""
+        return [name for name, _ in Counter(chain.from_iterable(one.modalities for one in self.scored)).most_common()]
+
+
+def evaluate(
+    database: Database,
+    names: Sequence[str],
+    splits: Sequence[str],
+    *,
+    also: Sequence[Metric] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> Evaluation:
+    """Scores what the runs have captioned of the splits up to now; without names, the default run or the only one.
+
+    Raises RunError for runs that do not exist, are of different data sets, or captioned nothing of a split.
+    """
+    with transaction(database) as conn:
+        runs = find_runs(conn, names or [queue.find_run(conn, None).name])
+        counts = {(run.name, one.split): one for run in runs for one in queue.counts_of(conn, run, splits)}
+        cutoff = db.now(conn)
+    scored = []
+    for split in splits:
+        for run in runs:
+            total = counts[run.name, split].total if (run.name, split) in counts else 0
+            scored.append(_evaluate(database, run, split, cutoff, total, (*METRICS, *also), progress))
+    paired = []
+    for split in splits:
+        first, *others = [one for one in scored if one.split == split]
+        paired += [pair_up(first, other) for other in others]
+    return Evaluation(scored, paired)
+
+
+def _evaluate(
+    database: Database,
+    run: Run,
+    split: str,
+    cutoff: int,
+    total: int,
+    kinds: Sequence[Metric],
+    progress: Progress,
+) -> Scored:
+    with short_reads(database) as read:
+        pairs, kept = _read(read, run, split, cutoff)
+    if not pairs:
+        raise RunError(
+            f"Run {run.name!r} captioned nothing of {split} yet. Caption pictures: rococap worker --run {run.name}"
+        )
+    modalities = [concepts.modality(concepts.parse(pair.cui)) for pair in pairs]
+    scored = Scored(run, split, total - len(pairs), pairs, modalities, np.zeros((len(pairs), 10)), {}, {}, 0)
+    for metric in kinds:
+        what = f"{run.name}, {split}: {metric.name}"
+        try:
+            scores, n = _scores(
+                database,
+                metric,
+                pairs,
+                kept,
+                lambda done, of, what=what: progress(what, done, of),  # type: ignore[misc]
+            )
+        except NotComputed as why:
+            scored.not_computed |= dict.fromkeys(metric.scores, str(why))
+            continue
+        scored.computed = max(scored.computed, n)
+        _add(scored, scores)
+    scored.values["flagged"] = np.array([float(bool(pair.flags)) for pair in pairs])
+    scored.warnings += _warnings(scored)
+    return scored
+
+
+def _add(scored: Scored, scores: Sequence[Scores]) -> None:
+    for name in scores[0]:
+        column = np.array([one[name] for one in scores], dtype=np.float64)
+        if name == "bleu":
+            scored.counts = column
+        else:
+            scored.values[name] = column
+
+
+def _warnings(scored: Scored) -> Iterator[str]:
+    if scored.missing:
+        yield (
+            f"{scored.missing} pictures of {scored.split} are not captioned by {scored.run.name}: these scores are of "
+            "the others."
+        )
+    recipe, dataset = scored.run.recipe, scored.run.dataset
+    for folder in filter(None, (recipe.adapter, recipe.model)):
+        trained = _training(Path(folder) / TRAINING)
+        if trained.get("dataset") == dataset and scored.split in trained.get("splits", ()):
+            yield (
+                f"{folder} was trained on {scored.split} of this data set: its scores there say how well it "
+                "remembers. Evaluate a split that it has not seen."
+            )
+
+
+def _training(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # absent, or not ours
+        return {}
+
+
+# --- What is written -------------------------------------------------------------------------------------------
+
+
+def default_path(evaluation: Evaluation) -> Path:
+    names = dict.fromkeys(one.run.name for one in evaluation.scored)
+    return FOLDER / f"scores_{'_'.join(names)}.parquet"
+
+
+def to_json(evaluation: Evaluation) -> dict[str, Any]:
+    """Everything but the captions: what --json prints."""
+    return {
+        "runs": [_run_json(one) for one in evaluation.scored],
+        "paired": [
+            {"split": one.split, "runs": list(one.runs), "n": one.n, "differences": one.differences, "p": one.p}
+            for one in evaluation.paired
+        ],
+    }
+
+
+def _run_json(scored: Scored) -> dict[str, Any]:
+    of = {name: summarise(scored, name) for name, _ in Counter(scored.modalities).most_common()}
+    overall = summarise(scored)
+    return {
+        "run": scored.run.name,
+        "model": scored.run.recipe.model,
+        "recipe_hash": scored.run.recipe.hash,
+        "dataset": scored.run.dataset,
+        "split": scored.split,
+        "n": overall.n,
+        "missing": scored.missing,
+        "metrics": overall.metrics,
+        "intervals": overall.intervals,
+        "not_computed": scored.not_computed,
+        "by_modality": {
+            name: {"n": one.n, "metrics": one.metrics, "intervals": one.intervals} for name, one in of.items()
+        },
+        "warnings": scored.warnings,
+    }
+
+
+TEXTS = ("run", "split", "image_id", "modality", "original_caption", "generated_caption", "flags")
+
+
+def write(evaluation: Evaluation, path: Path) -> int:
+    """One row a run and picture, to a .parquet, .csv or .jsonl file; returns how many. BLEU of one caption has no
+    smoothing: it is 0 unless n-grams of each length match.
+    """
+    scored = evaluation.scored
+    names = [*BLEUS, *dict.fromkeys(name for one in scored for name in one.values if name != "flagged")]
+    schema = pa.schema([*((name, pa.string()) for name in TEXTS), *((name, pa.float64()) for name in names)])
+    with replacing(path) as partial:
+        pages = chain.from_iterable(frames(one) for one in scored)
+        return write_frames((page.reindex(columns=schema.names) for page in pages), partial, path.suffix, schema)
+
+
+def frames(scored: Scored) -> Iterator[pd.DataFrame]:
+    """A row a caption, a page at a time: TEXTS and the scores."""
+    scores = dict(zip(BLEUS, metrics.bleu(scored.counts).T, strict=True)) | scored.values
+    for start in range(0, len(scored.pairs), PAGE):
+        page = slice(start, start + PAGE)
+        rows = [
+            (scored.run.name, scored.split, pair.image_id, modality, pair.reference, pair.text, pair.flags)
+            for pair, modality in zip(scored.pairs[page], scored.modalities[page], strict=True)
+        ]
+        texts = pd.DataFrame(rows, columns=list(TEXTS), dtype=object)
+        yield texts.assign(**{name: value[page] for name, value in scores.items()})
