@@ -6,8 +6,10 @@ It knows no pictures and no models: text in, UMLS CUIs out.
 import hashlib
 import re
 import tomllib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,17 +31,20 @@ class Concept:
 
 
 def found(text: str) -> frozenset[str]:
-    """The CUIs that a text names; body regions and directions only of an X-ray, as ROCOv2 has them."""
+    """The CUIs that a text names: the first modality and, of an X-ray, the first body region and direction.
+
+    ROCOv2 gives a picture no more than one of each, and the last two to X-rays only.
+    """
     folded = " ".join(text.split())
-    modalities = _named("modality", folded)
-    if _XRAY not in modalities:
-        return modalities
-    return modalities | _named("region", folded) | _named("direction", folded)
+    named = _first("modality", folded)
+    if _XRAY in named:
+        named |= _first("region", folded) | _first("direction", folded)
+    return named
 
 
 def modality(cuis: Collection[str]) -> str:
     """The modality's name, or "unknown"; of several, the one that comes first in concepts.toml."""
-    return next((concept.name for concept in _of("modality") if concept.cui in cuis), "unknown")
+    return next((concept.name for concept in CONCEPTS if concept.kind == "modality" and concept.cui in cuis), "unknown")
 
 
 def parse(cui: str) -> frozenset[str]:
@@ -61,36 +66,48 @@ def recall(found: Collection[str], reference: Collection[str]) -> float | None:
     return len(theirs.intersection(found)) / len(theirs) if theirs else None
 
 
-def _of(kind: str) -> Iterator[Concept]:
-    return (concept for concept in CONCEPTS if concept.kind == kind)
-
-
-def _named(kind: str, folded: str) -> frozenset[str]:
-    return frozenset(match.lastgroup for match in _MATCHERS[kind].finditer(folded) if match.lastgroup)
-
-
-def _concept(table: dict[str, Any]) -> Concept:
-    abbreviations = tuple(table.get("abbreviations", ()))
-    return Concept(table["cui"], table["name"], table["kind"], tuple(table["terms"]), abbreviations)
-
-
-def _pattern(term: str) -> str:
-    """ "…" stands for up to three words; a hyphen also for a dash, a space or nothing."""
-    words = re.escape(term).replace(r"\ …\ ", r" (?:\S+ ){0,3}?").replace(r"\ ", " ")
-    return words.replace(r"\-", "[-‐‑–— ]?") + "s?"
+def _first(kind: str, folded: str) -> frozenset[str]:
+    cuis = (match.lastgroup for match in _MATCHERS[kind].finditer(folded))
+    return frozenset(islice(filter(None, cuis), 1))
 
 
 def _matcher(kind: str) -> re.Pattern[str]:
-    """One group for each concept, named by its CUI."""
-    groups = "|".join(f"(?P<{concept.cui}>{_alternatives(concept)})" for concept in _of(kind))
-    return re.compile(rf"(?<!\w)(?:{groups})(?!\w)")
+    """A group for each concept, named by its CUI; traps come first and have none."""
+    traps = [_alternatives(*_terms(table)) for table in _TABLES["trap"] if table["kind"] == kind]
+    concepts = [f"(?P<{one.cui}>{_alternatives(one.terms, one.abbreviations)})" for one in CONCEPTS if one.kind == kind]
+    return re.compile(rf"(?<!\w)(?:{'|'.join(traps + concepts)})(?!\w)")
 
 
-def _alternatives(concept: Concept) -> str:
-    terms = "|".join(map(_pattern, concept.terms))
-    return "|".join([f"(?i:{terms})", *map(_pattern, concept.abbreviations)])
+def _alternatives(terms: tuple[str, ...], abbreviations: tuple[str, ...]) -> str:
+    return "|".join([*_by_first(terms, _any_case), *_by_first(abbreviations, re.escape)])
 
 
-CONCEPTS: Final = tuple(map(_concept, tomllib.loads(_SOURCE.decode())["concept"]))
+def _by_first(terms: tuple[str, ...], cased: Callable[[str], str]) -> Iterator[str]:
+    """Those of one first character together, which a regular expression fails at once; of them the longest first."""
+    longest_first = sorted(terms, key=lambda term: (term[0], -len(term)))
+    for first, same in groupby(longest_first, itemgetter(0)):
+        yield f"{cased(first)}(?:{'|'.join(_pattern(term[1:], cased) for term in same)})s?"
+
+
+def _pattern(term: str, cased: Callable[[str], str]) -> str:
+    return "".join(_WILD.get(part, cased(part)) for part in re.split("(… |-| )", term))
+
+
+def _any_case(text: str) -> str:
+    """Letter by letter, for the flag for it costs twice the time."""
+    return "".join(f"[{one}{one.upper()}]" if one.isalpha() else re.escape(one) for one in text)
+
+
+def _terms(table: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return tuple(table.get("terms", ())), tuple(table.get("abbreviations", ()))
+
+
+def _concept(table: dict[str, Any]) -> Concept:
+    return Concept(table["cui"], table["name"], table["kind"], *_terms(table))
+
+
+_WILD: Final = {"-": "[-‐‑–—−/ ]{0,3}", "… ": r"(?:[^ .;]+ ){0,3}?", " ": " "}
+_TABLES: Final = tomllib.loads(_SOURCE.decode())
+CONCEPTS: Final = tuple(map(_concept, _TABLES["concept"]))
 MANUAL: Final = frozenset(concept.cui for concept in CONCEPTS)
 _MATCHERS: Final = {kind: _matcher(kind) for kind in ("modality", "region", "direction")}
