@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -48,12 +49,15 @@ def modality(cuis: Collection[str]) -> str:
 
 
 def parse(cui: str) -> frozenset[str]:
-    """The CUIs of a column that joins them by ";"."""
+    """The CUIs of the `cui` column, which joins them by ";"."""
     return frozenset(cui.replace(";", " ").split())
 
 
 def f1(found: Collection[str], reference: Collection[str]) -> float:
-    """Binary F1 over the union of both, as ImageCLEF scores the concepts of a picture; 1.0 if both are empty."""
+    """Binary F1 over the union of both, as ImageCLEF scores the concepts of a picture; 1.0 if both are empty.
+
+    ImageCLEF leaves pictures out whose reference is empty.
+    """
     ours, theirs = set(found), set(reference)
     if not ours and not theirs:
         return 1.0
@@ -67,10 +71,11 @@ def recall(found: Collection[str], reference: Collection[str]) -> float | None:
 
 
 def _first(kind: str, folded: str) -> frozenset[str]:
-    cuis = (match.lastgroup for match in _MATCHERS[kind].finditer(folded))
+    cuis = (match.lastgroup for match in _matcher(kind).finditer(folded))
     return frozenset(islice(filter(None, cuis), 1))
 
 
+@cache
 def _matcher(kind: str) -> re.Pattern[str]:
     """A group for each concept, named by its CUI; traps come first and have none."""
     traps = [_alternatives(*_terms(table)) for table in _TABLES["trap"] if table["kind"] == kind]
@@ -90,7 +95,7 @@ def _by_first(terms: tuple[str, ...], cased: Callable[[str], str]) -> Iterator[s
 
 
 def _pattern(term: str, cased: Callable[[str], str]) -> str:
-    return "".join(_WILD.get(part, cased(part)) for part in re.split("(… |-| )", term))
+    return "".join(_WILD.get(part, cased(part)) for part in re.split("(… |-)", term))
 
 
 def _any_case(text: str) -> str:
@@ -106,8 +111,7 @@ def _concept(table: dict[str, Any]) -> Concept:
     return Concept(table["cui"], table["name"], table["kind"], *_terms(table))
 
 
-_WILD: Final = {"-": "[-‐‑–—−/ ]{0,3}", "… ": r"(?:[^ .;]+ ){0,3}?", " ": " "}
+_WILD: Final = {"-": "[-‐‑–—−/ ]{0,3}", "… ": r"(?:[^ .;]+ ){0,3}?"}
 _TABLES: Final = tomllib.loads(_SOURCE.decode())
 CONCEPTS: Final = tuple(map(_concept, _TABLES["concept"]))
 MANUAL: Final = frozenset(concept.cui for concept in CONCEPTS)
-_MATCHERS: Final = {kind: _matcher(kind) for kind in ("modality", "region", "direction")}
