@@ -56,7 +56,7 @@ def parse(cui: str) -> frozenset[str]:
 def f1(found: Collection[str], reference: Collection[str]) -> float:
     """Binary F1 over the union of both, as ImageCLEF scores the concepts of a picture; 1.0 if both are empty.
 
-    ImageCLEF leaves pictures out whose reference is empty.
+    A picture whose reference is empty has no part in ImageCLEF's mean over manual concepts.
     """
     ours, theirs = set(found), set(reference)
     if not ours and not theirs:
@@ -88,9 +88,8 @@ def _alternatives(terms: tuple[str, ...], abbreviations: tuple[str, ...]) -> str
 
 
 def _by_first(terms: tuple[str, ...], cased: Callable[[str], str]) -> Iterator[str]:
-    """Those of one first character together, which a regular expression fails at once; of them the longest first."""
-    longest_first = sorted(terms, key=lambda term: (term[0], -len(term)))
-    for first, same in groupby(longest_first, itemgetter(0)):
+    """Those of one first character together, which a regular expression tries at once."""
+    for first, same in groupby(sorted(terms), itemgetter(0)):
         yield f"{cased(first)}(?:{'|'.join(_pattern(term[1:], cased) for term in same)})s?"
 
 
