@@ -53,6 +53,14 @@ def parse(cui: str) -> frozenset[str]:
     return frozenset(cui.replace(";", " ").split())
 
 
+def curated(cuis: Collection[str]) -> frozenset[str]:
+    """Those of a picture's CUIs that `found` can give: its modality and, of an X-ray, region and direction. The rest
+    a program read from the original caption, or is of a kind that ROCOv2 curates of X-rays only.
+    """
+    kinds = ("modality", "region", "direction") if _XRAY in cuis else ("modality",)
+    return frozenset(one.cui for one in CONCEPTS if one.kind in kinds and one.cui in cuis)
+
+
 def f1(found: Collection[str], reference: Collection[str]) -> float:
     """Binary F1 over the union of both, as ImageCLEF scores the concepts of a picture; 1.0 if both are empty.
 

@@ -113,9 +113,9 @@ def _cider_d(pairs: Sequence[Pair]) -> Iterator[Scores]:
 
 
 def _concepts(pairs: Sequence[Pair]) -> Iterator[Scores]:
-    """Against the manually curated ones, which are those that the matcher knows."""
+    """Against the curated ones, which are those that the matcher knows."""
     for pair in pairs:
-        found, reference = concepts.found(pair.text), concepts.parse(pair.cui) & concepts.MANUAL
+        found, reference = concepts.found(pair.text), concepts.curated(concepts.parse(pair.cui))
         yield {
             "concept_f1": concepts.f1(found, reference),
             "concept_recall": concepts.recall(found, reference),
@@ -351,16 +351,23 @@ def evaluate(
         runs = find_runs(conn, names or [queue.find_run(conn, None).name])
         counts = {(run.name, one.split): one for run in runs for one in queue.counts_of(conn, run, splits)}
         cutoff = db.now(conn)
-    scored = []
-    for split in splits:
-        for run in runs:
-            total = counts[run.name, split].total if (run.name, split) in counts else 0
-            scored.append(_evaluate(database, run, split, cutoff, total, (*METRICS, *also), progress))
-    paired = []
-    for split in splits:
-        first, *others = [one for one in scored if one.split == split]
-        paired += [pair_up(first, other) for other in others]
-    return Evaluation(scored, paired)
+    for run in runs:
+        if not any(counts[run.name, split].done for split in splits if (run.name, split) in counts):
+            raise RunError(
+                f"Run {run.name!r} captioned nothing of {', '.join(splits)} yet. "
+                f"Caption pictures: rococap worker --run {run.name}"
+            )
+    scored = [
+        _evaluate(database, run, split, cutoff, counts[run.name, split].total, (*METRICS, *also), progress)
+        for split in splits
+        for run in runs
+        if (run.name, split) in counts and counts[run.name, split].done
+    ]
+    return Evaluation(scored, [pair for split in splits for pair in _pairs([s for s in scored if s.split == split])])
+
+
+def _pairs(scored: Sequence[Scored]) -> Iterator[Paired]:
+    return (pair_up(scored[0], other) for other in scored[1:])
 
 
 def _evaluate(
@@ -374,10 +381,8 @@ def _evaluate(
 ) -> Scored:
     with short_reads(database) as read:
         pairs, kept = _read(read, run, split, cutoff)
-    if not pairs:
-        raise RunError(
-            f"Run {run.name!r} captioned nothing of {split} yet. Caption pictures: rococap worker --run {run.name}"
-        )
+    if not pairs:  # a clock that stepped back
+        raise RunError(f"Run {run.name!r} captioned nothing of {split} by the database's clock. Try again in a moment.")
     modalities = [concepts.modality(concepts.parse(pair.cui)) for pair in pairs]
     scored = Scored(run, split, total - len(pairs), pairs, modalities, np.zeros((len(pairs), 10)), {}, {}, 0)
     for metric in kinds:

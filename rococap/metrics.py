@@ -201,6 +201,7 @@ class _Lemmas:
         return self._lemmas
 
 
+@cache
 def open_wordnet(folder: Path = Path("/usr/share/wordnet")) -> Any:
     """WordNet 3.0 as Debian installs it, else as nltk's downloader does. None if it is neither here nor there."""
     import nltk

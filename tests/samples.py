@@ -7,9 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from small_engine import INFO
 from sqlalchemy import Engine
 
 from rococap import datasets, db, queue
+from rococap.engines import Completion
 from rococap.enqueue import Enqueued, enqueue
 from rococap.queue import Run
 from rococap.recipe import Recipe
@@ -37,15 +39,17 @@ def write_shard(
     numbers: Sequence[int],
     name: str = "00000-of-00001",
     pictures: dict[int, bytes] | None = None,
+    captions: dict[int, str] | None = None,
+    cuis: dict[int, list[str]] | None = None,
 ) -> Path:
-    """One shard of rows `{split}_00007` …, of ten rows a group; `pictures` replaces the bytes of some."""
+    """One shard of rows `{split}_00007` …, of ten rows a group; the last three replace what some rows hold."""
     (root / "data").mkdir(parents=True, exist_ok=True)
     rows = [
         {
             "image": {"bytes": (pictures or {}).get(n, picture(n)), "path": None},
             "image_id": f"{split}_{n:05}",
-            "caption": f"Original caption {n}.",
-            "cui": ["C0040405"],
+            "caption": (captions or {}).get(n, f"Original caption {n}."),
+            "cui": (cuis or {}).get(n, ["C0040405"]),
         }
         for n in numbers
     ]
@@ -75,3 +79,19 @@ def register(
 ) -> list[Enqueued]:
     located = datasets.locate(str(root), splits)
     return enqueue(engine, located, splits, run=run, recipe=recipe or Recipe(model="tests/small"), **window)
+
+
+def caption(
+    database: Engine, run: Run, completions: list[dict], *, skip: int = 0, split: str = "train", now: int = 1_000
+) -> None:
+    """Captions the next pending jobs after leaving out some, with these fields of Completion."""
+    with db.transaction(database, write=True) as conn:
+        worker = queue.register_worker(conn, f"{run.name} {split} {now} {skip}", "host", 1, INFO)
+        lease = queue.claim(conn, worker, run.id, split, skip + len(completions), ttl_ms=60_000, now=now)
+        queue.release(conn, lease, [job.id for job in lease.jobs[:skip]], now=now)
+        done = [Completion(job.id, **given) for job, given in zip(lease.jobs[skip:], completions, strict=True)]
+        queue.complete(conn, lease, done, now=now)
+
+
+def texts(*given: str) -> list[dict]:
+    return [{"text": text} for text in given]

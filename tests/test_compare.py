@@ -10,15 +10,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from samples import fill, register, write_shard
-from small_engine import INFO
+from samples import caption, fill, register, texts, write_shard
 from sqlalchemy import Engine
 
 from rococap import compare as comparison
 from rococap import db, export, queue
 from rococap.cli import cli
 from rococap.compare import compare
-from rococap.engines import Completion
 from rococap.errors import RococapError, RunError
 from rococap.queue import Run
 from rococap.recipe import Recipe
@@ -29,22 +27,6 @@ COLUMNS = [
     *("new_tokens_a", "new_tokens_b", "processing_time_sec_a", "processing_time_sec_b"),
     *("finish_reason_a", "finish_reason_b"),
 ]
-
-
-def caption(
-    database: Engine, run: Run, completions: list[dict], *, skip: int = 0, split: str = "train", now: int = 1_000
-) -> None:
-    """Captions the next pending jobs after leaving out some, with these fields of Completion."""
-    with db.transaction(database, write=True) as conn:
-        worker = queue.register_worker(conn, f"{run.name} {split} {now} {skip}", "host", 1, INFO)
-        lease = queue.claim(conn, worker, run.id, split, skip + len(completions), ttl_ms=60_000, now=now)
-        queue.release(conn, lease, [job.id for job in lease.jobs[:skip]], now=now)
-        done = [Completion(job.id, **given) for job, given in zip(lease.jobs[skip:], completions, strict=True)]
-        queue.complete(conn, lease, done, now=now)
-
-
-def texts(*given: str) -> list[dict]:
-    return [{"text": text} for text in given]
 
 
 def read(path: Path) -> list[dict[str, str]]:

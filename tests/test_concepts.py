@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from rococap import concepts
-from rococap.concepts import CONCEPTS, DIGEST, MANUAL, f1, found, modality, parse, recall
+from rococap.concepts import CONCEPTS, DIGEST, MANUAL, curated, f1, found, modality, parse, recall
 
 FILE = Path(concepts.__file__).parent / "concepts.toml"
 CUI_OF = {concept.name: concept.cui for concept in CONCEPTS}
@@ -321,3 +321,16 @@ def test_recall_is_the_part_that_was_found():
     assert recall({"C1", "C3", "C4"}, ["C1", "C2"]) == 0.5
     assert recall(set(), {"C1"}) == 0.0
     assert recall({"C1"}, set()) is None
+
+
+@pytest.mark.parametrize(
+    ("cuis", "expected"),
+    [
+        ({"C0040405", "C0817096", "C0022646"}, {"C0040405"}),  # a CT of the chest, with the kidney
+        ({"C1306645", "C0817096", "C1996865", "C0022646"}, {"C1306645", "C0817096", "C1996865"}),
+        ({"C0022646"}, set()),
+        ((), set()),
+    ],
+)
+def test_curated_concepts_are_those_that_a_caption_can_be_read_for(cuis, expected):
+    assert curated(cuis) == expected

@@ -1,0 +1,445 @@
+"""Scores beside the captions: computed once, summed up rightly, and honest about what is missing."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from samples import caption, fill, register, texts, write_shard
+from sqlalchemy import Engine
+
+from rococap import db, evaluate, metrics, queue
+from rococap.cli import cli
+from rococap.errors import RunError
+from rococap.queue import Run
+from rococap.recipe import Recipe
+
+ORIGINALS = [
+    "CT of the chest with a mass in the left lung.",
+    "MRI of the brain showing a lesion (arrow).",
+    "Chest X-ray, PA view, of a man with pneumonia.",
+    "Ultrasound of the liver with a stone.",
+    "CT of the abdomen: a cyst in the right kidney.",
+    "MRI of the spine with a herniated disc at L4/L5.",
+]
+CUIS = [
+    ["C0040405"],
+    ["C0024485"],
+    ["C1306645", "C0817096", "C1996865"],
+    ["C0041618"],
+    ["C0040405", "C0022646"],
+    [],
+]
+CAPTIONS = [*ORIGINALS[:4], "CT with a mass.", "nothing"]
+
+
+def originals(root: Path, **others: str) -> None:
+    captions = dict(enumerate(ORIGINALS)) | {int(n.removeprefix("n")): text for n, text in others.items()}
+    write_shard(root, "train", range(len(ORIGINALS)), captions=captions, cuis=dict(enumerate(CUIS)))
+
+
+def make(database: Engine, root: Path, name: str = "default", model: str = "tests/small") -> Run:
+    originals(root)
+    register(database, root, ["train"], run=name, recipe=Recipe(model=model))
+    with db.transaction(database) as conn:
+        return queue.get_run(conn, name)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def run(database: Engine, root: Path) -> Run:
+    return make(database, root)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(metric, captions) of each time that scores are computed."""
+    calls: list[tuple[str, int]] = []
+
+    def counted(metric: evaluate.Metric) -> evaluate.Metric:
+        def score(pairs):
+            calls.append((metric.name, len(pairs)))
+            return metric.score(pairs)
+
+        return replace(metric, score=score)
+
+    monkeypatch.setattr(evaluate, "METRICS", tuple(map(counted, evaluate.METRICS)))
+    return calls
+
+
+def told(database: Engine, *names: str) -> dict:
+    return evaluate.to_json(evaluate.evaluate(database, names, ["train"]))
+
+
+def of(database: Engine, *names: str) -> dict:
+    return told(database, *names)["runs"][0]
+
+
+# --- Once ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.every_database
+def test_what_was_scored_is_not_scored_again(database, run, computed):
+    caption(database, run, texts(*CAPTIONS))
+    first = told(database)
+    assert [n for _, n in computed] == [6] * len(evaluate.METRICS)
+    computed.clear()
+    assert told(database) == first
+    assert computed == []
+
+
+@pytest.mark.every_database
+def test_a_new_caption_costs_itself_but_in_cider_d(database, run, computed):
+    caption(database, run, texts(*CAPTIONS[:4]))
+    told(database)
+    computed.clear()
+    caption(database, run, texts(*CAPTIONS[4:]), now=2_000)
+    found = of(database)
+    assert dict(computed) == {"overlap": 2, "meteor_nltk": 2, "concepts": 2, "cider_d": 6}
+    assert found["n"] == 6
+    words = [metrics.tokens(text) for text in CAPTIONS]
+    expected = metrics.cider_d(words, [[metrics.tokens(text)] for text in ORIGINALS])
+    assert found["metrics"]["cider_d"] == pytest.approx(expected.mean())
+
+
+def test_an_original_that_changed_has_its_caption_scored_anew(database, run, root, computed):
+    caption(database, run, texts(*CAPTIONS))
+    before = of(database)["metrics"]
+    computed.clear()
+    originals(root, n1="Something else altogether.")
+    register(database, root, ["train"])
+    after = of(database)["metrics"]
+    assert dict(computed) == {"overlap": 1, "meteor_nltk": 1, "concepts": 1, "cider_d": 6}
+    assert after["rouge_l"] < before["rouge_l"] - 0.1
+
+
+def test_a_matcher_that_changed_has_concepts_read_anew(database, run, computed, monkeypatch):
+    caption(database, run, texts(*CAPTIONS))
+    told(database)
+    computed.clear()
+    newer = [replace(one, edition="2") if one.name == "concepts" else one for one in evaluate.METRICS]
+    monkeypatch.setattr(evaluate, "METRICS", tuple(newer))
+    told(database)
+    assert computed == [("concepts", 6)]
+
+
+def test_evaluating_that_is_killed_keeps_what_it_had(database, run, computed, monkeypatch):
+    caption(database, run, texts(*CAPTIONS))
+    monkeypatch.setattr(evaluate, "STORE", 2)
+    real = metrics.bleu_statistics
+    left = iter(range(5))
+
+    def killed(*args):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(metrics, "bleu_statistics", killed)
+    with pytest.raises(KeyboardInterrupt):
+        told(database)
+    monkeypatch.setattr(metrics, "bleu_statistics", real)
+    computed.clear()
+    told(database)
+    assert dict(computed)["overlap"] == 2
+
+
+# --- Numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_the_libraries(database, run):
+    from sacrebleu.metrics.bleu import BLEU
+
+    caption(database, run, texts(*CAPTIONS))
+    found = of(database)["metrics"]
+    lines, references = ([" ".join(metrics.tokens(text)) for text in side] for side in (CAPTIONS, ORIGINALS))
+    bleu = BLEU(tokenize="none", smooth_method="none", force=True).corpus_score(lines, [references])
+    assert found["bleu_4"] == pytest.approx(bleu.score / 100, abs=1e-12)
+    assert found["length_ratio"] == pytest.approx(bleu.ratio)
+    pairs = list(zip(CAPTIONS, ORIGINALS, strict=True))
+    assert found["rouge_l"] == pytest.approx(np.mean([metrics.rouge(*pair)["rouge_l"] for pair in pairs]))
+    assert found["rouge1_imageclef"] == pytest.approx(np.mean([metrics.rouge1_imageclef(*pair) for pair in pairs]))
+
+
+def test_concepts_are_scored_against_the_curated_ones(database, run):
+    caption(database, run, texts(*CAPTIONS))
+    with_concepts = evaluate.evaluate(database, [], ["train"]).scored[0].values
+    # Of the kidney, C0022646, the matcher knows nothing; the last picture has no concepts, and none are read.
+    assert with_concepts["concept_f1"].tolist() == [1, 1, 1, 1, 1, 1]
+    assert np.isnan(with_concepts["concept_recall"]).tolist() == [False] * 5 + [True]
+
+
+def test_by_modality_of_the_original_concepts(database, run):
+    caption(database, run, texts(*CAPTIONS))
+    found = of(database)
+    assert {name: one["n"] for name, one in found["by_modality"].items()} == {
+        "CT": 2, "MRI": 1, "X-ray": 1, "ultrasound": 1, "unknown": 1,
+    }  # fmt: skip
+    assert found["by_modality"]["MRI"]["metrics"]["bleu_4"] == pytest.approx(1)
+    assert found["by_modality"]["unknown"]["metrics"]["bleu_1"] == 0
+    assert found["by_modality"]["unknown"]["metrics"]["concept_recall"] is None
+    n = sum(one["n"] * one["metrics"]["cider_d"] for one in found["by_modality"].values())
+    assert found["metrics"]["cider_d"] == pytest.approx(n / 6)
+
+
+def test_the_order_of_the_captions_changes_nothing(database, run, root):
+    other = make(database, root, "other", "tests/other")
+    caption(database, run, texts(*CAPTIONS))
+    for at in (5, 0, 3, 1, 2, 4):
+        skip = sum(1 for n in range(at) if n in pending(database, other))
+        caption(database, other, texts(CAPTIONS[at]), skip=skip, now=1_000 + at)
+    one, two = told(database, "default", "other")["runs"]
+    assert one["metrics"] == two["metrics"]
+
+
+def pending(database: Engine, run: Run) -> set[int]:
+    with db.transaction(database) as conn:
+        sql = (
+            "SELECT i.image_id FROM jobs j JOIN images i ON i.id = j.image_id "
+            "WHERE j.run_id = ? AND j.status = 'pending'"
+        )
+        return {int(row[0].removeprefix("train_")) for row in db.execute(conn, sql, (run.id,))}
+
+
+def test_white_space_of_any_kind_shifts_no_pair(database, run):
+    awkward = [text.replace(" ", space) for text, space in zip(ORIGINALS, "\r\v\f\u2028\x85\n", strict=True)]
+    caption(database, run, texts(*awkward))
+    found = of(database)
+    assert (found["n"], found["metrics"]["bleu_4"], found["metrics"]["rouge_l_coco"]) == (6, 1, 1)
+
+
+def test_an_interval_holds_its_score_and_is_the_same_again(database, run):
+    caption(database, run, texts(*CAPTIONS))
+    found = of(database)
+    for name, value in found["metrics"].items():
+        low, high = found["intervals"][name]
+        assert low <= value <= high, name
+    assert found["intervals"]["bleu_1"][0] < found["intervals"]["bleu_1"][1]
+    assert of(database) == found
+
+
+def test_the_interval_is_as_wide_as_the_normal_one_of_a_mean(database, run):
+    caption(database, run, texts(*CAPTIONS))
+    (scored,) = evaluate.evaluate(database, [], ["train"]).scored
+    rng = np.random.default_rng(3)
+    values = rng.normal(0.5, 0.1, 400)
+    many = replace(
+        scored,
+        pairs=[scored.pairs[0]] * 400,
+        modalities=["CT"] * 400,
+        counts=np.repeat(scored.counts[:1], 400, axis=0),
+        values={"x": values},
+    )
+    low, high = evaluate.summarise(many).intervals["x"]
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=half / 5)
+
+
+# --- Two runs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(database: Engine, root: Path, run: Run) -> tuple[Run, Run]:
+    return run, make(database, root, "other", "tests/other")
+
+
+def test_a_run_against_its_like_differs_in_nothing(database, two):
+    for run in two:
+        caption(database, run, texts(*CAPTIONS))
+    (paired,) = told(database, "default", "other")["paired"]
+    assert (paired["runs"], paired["n"], paired["split"]) == (["default", "other"], 6, "train")
+    assert set(paired["differences"].values()) == {0}
+    assert set(paired["p"].values()) == {1}
+
+
+def test_two_runs_are_compared_on_the_pictures_that_both_captioned(database, two):
+    caption(database, two[0], texts(*CAPTIONS[:4]))
+    caption(database, two[1], texts("nothing", *CAPTIONS[3:]), skip=2)
+    found = told(database, "default", "other")
+    (paired,) = found["paired"]
+    assert paired["n"] == 2
+    assert paired["differences"]["rouge_l_coco"] == pytest.approx(-0.5)
+    assert [one["missing"] for one in found["runs"]] == [2, 2]
+
+
+def test_a_run_that_is_always_worse_is_so_by_more_than_chance(tmp_path, database):
+    one = fill(database, tmp_path / "many", 12, run="one")
+    other = fill(database, tmp_path / "many", 12, run="other", recipe=Recipe(model="tests/other"))
+    caption(database, one, texts(*(f"Original caption {n}." for n in range(12))))
+    caption(database, other, texts(*(f"Original picture {n}." for n in range(12))))
+    (paired,) = told(database, "one", "other")["paired"]
+    for name in ("bleu_1", "rouge_1", "rouge_l_coco", "cider_d"):
+        assert paired["differences"][name] < 0, name
+        assert paired["p"][name] < 0.01, name  # all 12 alike by chance: 2 of 4,096
+    assert paired["p"]["flagged"] == 1
+
+
+def test_a_score_that_one_run_lacks_is_in_no_difference(database, two, monkeypatch):
+    for run in two:
+        caption(database, run, texts(*CAPTIONS))
+    told(database, "default")
+    monkeypatch.setattr(metrics, "open_wordnet", lambda: None)
+    found = told(database, "default", "other")
+    assert "meteor_nltk" in found["runs"][0]["metrics"]
+    assert "meteor_nltk" in found["runs"][1]["not_computed"]
+    assert "meteor_nltk" not in found["paired"][0]["differences"]
+
+
+# --- Honest ----------------------------------------------------------------------------------------------------
+
+
+def test_without_wordnet_meteor_is_not_computed_and_says_why(database, run, monkeypatch):
+    caption(database, run, texts(*CAPTIONS))
+    monkeypatch.setattr(metrics, "open_wordnet", lambda: None)
+    found = of(database)
+    assert "meteor_nltk" not in found["metrics"]
+    assert found["not_computed"]["meteor_nltk"] == f"WordNet is not installed. {metrics.WORDNET_COMMAND}"
+
+
+def test_a_split_that_is_not_done_says_so(database, run):
+    caption(database, run, texts(*CAPTIONS[:4]))
+    found = of(database)
+    assert (found["n"], found["missing"]) == (4, 2)
+    assert found["warnings"] == ["2 pictures of train are not captioned by default: these scores are of the others."]
+
+
+@pytest.mark.parametrize(
+    ("marker", "warns"),
+    [
+        ('{{"dataset": "{set}", "splits": ["train"]}}', True),
+        ('{{"dataset": "{set}", "splits": ["test"]}}', False),
+        ('{{"dataset": "/another", "splits": ["train"]}}', False),
+        ("not JSON", False),
+    ],
+)
+def test_an_adapter_that_was_trained_on_the_split_is_told(database, root, tmp_path, marker, warns):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "rococap_training.json").write_text(marker.format(set=root))
+    originals(root)
+    register(database, root, ["train"], recipe=Recipe(model="tests/small", adapter=str(adapter)))
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, "default")
+    caption(database, run, texts(*CAPTIONS))
+    assert [f"{adapter} was trained on train" in text for text in of(database)["warnings"]] == [True] * warns
+
+
+def test_flagged_captions_are_counted(database, run):
+    caption(
+        database, run, [{"text": text, "flags": flags} for text, flags in zip(CAPTIONS, ["", "loop"] * 3, strict=True)]
+    )
+    assert of(database)["metrics"]["flagged"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("names", "splits", "message"),
+    [
+        (["nobody"], ["train"], "nobody"),
+        (["default", "default"], ["train"], "named twice"),
+        (["default"], ["train"], "captioned nothing of train yet. Caption pictures: rococap worker --run default"),
+        ([], ["test"], "has no pictures of test. Register them"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_with_the_next_step(database, run, names, splits, message):
+    with pytest.raises(RunError, match=message):
+        evaluate.evaluate(database, names, splits)
+
+
+# --- What is written -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_the_scores_of_each_caption_are_written_in_data_set_order(database, two, tmp_path, suffix):
+    for run in two:
+        caption(database, run, texts(*CAPTIONS))
+    path = tmp_path / "out" / f"scores{suffix}"
+    found = evaluate.evaluate(database, ["default", "other"], ["train"])
+    assert evaluate.write(found, path) == 12
+    match suffix:
+        case ".parquet":
+            rows = pd.read_parquet(path)
+        case ".csv":
+            rows = pd.read_csv(path)
+        case _:
+            rows = pd.read_json(path, lines=True)
+    assert list(rows.columns[:7]) == list(evaluate.TEXTS)
+    assert rows["generated_caption"].tolist() == CAPTIONS * 2
+    assert rows["split"].unique().tolist() == ["train"]
+    assert rows.groupby("run")["rouge_l"].mean().to_dict() == pytest.approx(
+        {one["run"]: one["metrics"]["rouge_l"] for one in evaluate.to_json(found)["runs"]}
+    )
+    assert rows["concept_recall"].isna().tolist() == ([False] * 5 + [True]) * 2
+
+
+def test_a_score_that_a_run_lacks_is_empty_in_its_rows(database, two, tmp_path, monkeypatch):
+    for run in two:
+        caption(database, run, texts(*CAPTIONS))
+    told(database, "default")
+    monkeypatch.setattr(metrics, "open_wordnet", lambda: None)
+    evaluate.write(evaluate.evaluate(database, ["default", "other"], ["train"]), tmp_path / "x.parquet")
+    rows = pd.read_parquet(tmp_path / "x.parquet")
+    assert rows["meteor_nltk"].isna().tolist() == [False] * 6 + [True] * 6
+
+
+# --- The command -----------------------------------------------------------------------------------------------
+
+
+def invoke(url: str, *args: str):
+    return CliRunner().invoke(cli, ["--db", url, "evaluate", *args])
+
+
+@pytest.fixture
+def here(database: Engine, two: tuple[Run, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in two:
+        caption(database, run, texts(*CAPTIONS[:5]))
+
+
+def test_the_command_prints_json_and_writes_the_scores(url, here):
+    result = invoke(url, "--split", "train", "--run", "default", "--json")
+    assert result.exit_code == 0, result.output
+    (one,) = json.loads(result.stdout)["runs"]
+    assert (one["run"], one["split"], one["n"]) == ("default", "train", 5)
+    assert {
+        *("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_1", "rouge_l", "cider_d", "rouge1_imageclef"),
+        *("concept_f1", "concept_recall", "length_ratio", "flagged"),
+    } <= set(one["metrics"])
+    assert "Warning: 1 pictures of train" in result.stderr
+    assert len(pd.read_parquet("results_medical/scores_default.parquet")) == 5
+
+
+@pytest.mark.parametrize("names", [[], ["--run", "default", "--run", "other"]])
+def test_the_command_prints_tables_of_80_columns(url, here, names):
+    result = invoke(url, "--split", "train", *names)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "train: 5 captions of default" in lines[0]
+    assert any(line.startswith("bleu_4 ") for line in lines)
+    assert any(line.startswith("CT ") for line in lines)
+    assert ("difference" in result.stdout) == bool(names)
+
+
+def test_the_command_refuses_a_file_that_it_cannot_write_before_it_scores(url, here, computed):
+    result = invoke(url, "--split", "train", "--output", "scores.xlsx")
+    assert (result.exit_code, computed) == (1, [])
+    assert "scores.xlsx ends in none of .csv, .parquet, .jsonl" in result.stderr
+
+
+def test_a_second_call_imports_neither_torch_nor_nltk(url, here, tmp_path):
+    assert invoke(url, "--split", "train", "--run", "default").exit_code == 0
+    code = (
+        "import sys; from rococap.cli import cli\n"
+        f"cli(['--db', {url!r}, 'evaluate', '--split', 'train', '--run', 'default'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'nltk', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
