@@ -9,13 +9,14 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-vllm torture lint fix bench wheel revision clean help
+.PHONY: demo test test-vllm test-coco torture lint fix bench wheel revision clean help
 
 help:
 	@echo "make demo   draw phantoms, caption them with the demo model, show the result in demo/"
 	@echo "make test   every test        make lint   ruff and mypy       make fix    ruff's fixes"
 	@echo "make torture  kills by the hundred, and mutants that the tests must catch: half an hour"
 	@echo "make test-vllm  the vLLM engine, in .venv-vllm: 7 GB"
+	@echo "make test-coco  scores against the COCO caption evaluation's own: needs Java"
 	@echo "make bench  the numbers       make wheel  build the wheel     make clean  remove .venv and the like"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -38,6 +39,10 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 
 test-vllm: $(VLLM_VENV)/installed
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm.py
+
+test-coco: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[coco]"
+	$(BIN)/python -m pytest -rP tests/test_coco.py
 
 torture: $(VENV)/installed
 	$(BIN)/python -m pytest -m torture

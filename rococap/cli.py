@@ -935,6 +935,7 @@ def _compared_row(run: Any) -> list[str]:
 
 # --- evaluate --------------------------------------------------------------------------------------------------
 
+EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
 SHOWN_BY_MODALITY = ("bleu_4", "rouge_l", "meteor_nltk", "cider_d", "concept_f1")
 
 
@@ -951,9 +952,17 @@ def runs_option(help: str) -> Callable[[F], F]:
     metavar="FILE",
     help="The scores of each caption: .parquet, .csv or .jsonl. [default: results_medical/scores_RUN….parquet]",
 )
+@click.option(
+    "--also",
+    type=click.Choice(EXTRA_METRICS),
+    multiple=True,
+    help="Compute this too: it needs an extra of rococap, and BERTScore hours without a GPU. May be repeated.",
+)
 @json_option
 @db_option
-def evaluate(splits: tuple[str, ...], names: tuple[str, ...], output: Path | None, as_json: bool) -> None:
+def evaluate(
+    splits: tuple[str, ...], names: tuple[str, ...], output: Path | None, also: tuple[str, ...], as_json: bool
+) -> None:
     """Score captions against the original ones: BLEU, ROUGE, METEOR, CIDEr-D and concepts, overall and by modality.
 
     Scores are kept in the database: what was scored costs nothing again. CIDEr-D weighs words by how rare they are in
@@ -966,7 +975,7 @@ def evaluate(splits: tuple[str, ...], names: tuple[str, ...], output: Path | Non
         comparison.check_suffix(output)
     database = _database()
     with _bar() as progress:
-        found = evaluation.evaluate(database, names, splits, progress=progress)
+        found = evaluation.evaluate(database, names, splits, also=also, progress=progress)
     told = evaluation.to_json(found)
     path = output or evaluation.default_path(found)
     rows = evaluation.write(found, path)
@@ -986,8 +995,8 @@ def _scores_text(told: dict[str, Any], split: str) -> str:
     names = dict.fromkeys(name for run in runs for name in run["metrics"])
     parts = [f"{split}: {counts}", _overall_table(list(names), runs, paired), _modalities_table(runs)]
     reasons = dict.fromkeys((name, why) for run in runs for name, why in run["not_computed"].items())
-    parts += [f"{name}: not computed: {why}" for name, why in reasons]
-    return "\n\n".join(parts)
+    reasons_told = [textwrap.fill(f"{name}: not computed: {why}", 80, subsequent_indent="  ") for name, why in reasons]
+    return "\n\n".join([*parts, "\n".join(reasons_told)]).rstrip()
 
 
 def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[Any]) -> str:

@@ -7,9 +7,9 @@ computed anew. Corpus scores, intervals and tests are made of sums over captions
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,30 @@ class Pair:
 # --- Kinds of scores -------------------------------------------------------------------------------------------
 
 Scores = dict[str, Any]
-"""Of one caption: name -> number, None where it is not defined; `bleu` is its counts."""
+"""Of one caption: name -> number, None where it is not defined; what is in COUNTED, a list of counts."""
+
+
+def _bleus_and_length_ratio(counts: Matrix) -> Matrix:
+    return np.concatenate([metrics.bleu(counts), _ratio(counts[..., -2], counts[..., -1])[..., None]], axis=-1)
+
+
+def _ratio(part: Vector, whole: Vector) -> Vector:
+    ratio: Vector = np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
+    return ratio
+
+
+COUNTED: dict[str, tuple[tuple[str, ...], Callable[[Matrix], Matrix]]] = {
+    "bleu": ((*BLEUS, "length_ratio"), _bleus_and_length_ratio),
+    "meteor_1_5": (("meteor_1_5",), metrics.meteor_1_5),
+}
+"""Scores of a corpus that are no means of its captions': their names, and what makes them of summed counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
     """`score` yields one Scores for each pair, in order, or raises NotComputed. `packages`: whose versions decide the
-    numbers; `edition` changes with our own code. A metric `of_corpus` hangs on all references of the evaluation.
+    numbers; `edition` changes with our own code. A metric `of_corpus` hangs on all references of the evaluation; an
+    `extra` one takes long, or a package that rococap does not bring, and is computed if it is asked for.
     """
 
     name: str
@@ -72,13 +89,21 @@ class Metric:
     packages: tuple[str, ...] = ()
     edition: str = "1"
     of_corpus: bool = False
+    extra: str = ""
 
     def digests(self, pairs: Sequence[Pair]) -> list[str]:
         """What the score of each pair hangs on."""
-        made_by = " ".join([self.name, self.edition, *(f"{name} {version(name)}" for name in self.packages)])
+        made_by = " ".join([self.name, self.edition, *(f"{name} {_version(name)}" for name in self.packages)])
         if self.of_corpus:
             made_by += _digest(*sorted(pair.reference for pair in pairs))
         return [_digest(made_by, pair.text, pair.reference, pair.cui) for pair in pairs]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _digest(*texts: str) -> str:
@@ -122,6 +147,29 @@ def _concepts(pairs: Sequence[Pair]) -> Iterator[Scores]:
         }
 
 
+def _bertscore(pairs: Sequence[Pair]) -> Iterator[Scores]:
+    texts = [metrics.fold(pair.text) for pair in pairs]
+    references = [metrics.fold(pair.reference) for pair in pairs]
+    try:
+        for score in metrics.bertscore(texts, references):
+            yield {"bertscore_f1": score}
+    except ImportError as error:
+        raise NotComputed(f"It needs bert-score ({error}): pip install 'rococap[bertscore]'") from error
+    except OSError as error:
+        raise NotComputed(f"Its model {metrics.BERT} is not here, and cannot be fetched: {error}") from error
+
+
+def _meteor_1_5(pairs: Sequence[Pair]) -> Iterator[Scores]:
+    words = ((metrics.tokens(pair.text), metrics.tokens(pair.reference)) for pair in pairs)
+    try:
+        for counts in metrics.meteor_1_5_statistics(words):
+            yield {"meteor_1_5": counts}
+    except ImportError as error:
+        raise NotComputed(f"It needs pycocoevalcap ({error}): pip install 'rococap[coco]'") from error
+    except OSError as error:
+        raise NotComputed(f"It needs Java ({error}): apt-get install default-jre-headless") from error
+
+
 METRICS = (
     Metric(
         "overlap",
@@ -132,7 +180,18 @@ METRICS = (
     Metric("meteor_nltk", ("meteor_nltk",), _meteor, ("nltk",)),
     Metric("cider_d", ("cider_d",), _cider_d, of_corpus=True),
     Metric("concepts", ("concept_f1", "concept_recall"), _concepts, edition=concepts.DIGEST),
+    Metric(
+        "bertscore_f1",
+        ("bertscore_f1",),
+        _bertscore,
+        ("bert-score",),
+        edition=metrics.BERT,
+        of_corpus=True,
+        extra="bertscore",
+    ),
+    Metric("meteor_1_5", ("meteor_1_5",), _meteor_1_5, ("pycocoevalcap",), extra="coco"),
 )
+EXTRAS = tuple(metric.name for metric in METRICS if metric.extra)
 
 # --- What is kept ----------------------------------------------------------------------------------------------
 
@@ -154,9 +213,9 @@ def _read(read: Read, run: Run, split: str, cutoff: int) -> tuple[list[Pair], Ke
 
 
 def _scores(
-    database: Database, metric: Metric, pairs: Sequence[Pair], kept: Kept, progress: Callable[[int, int], None]
+    database: Database, metric: Metric, pairs: Sequence[Pair], kept: Kept, asked: bool, progress: Progress
 ) -> tuple[list[Scores], int]:
-    """The scores of each pair, and of how many they were computed now."""
+    """The scores of each pair, and of how many they were computed now. Raises NotComputed."""
     digests = metric.digests(pairs)
     scores: list[Scores] = [{}] * len(pairs)
     stale = []
@@ -166,6 +225,8 @@ def _scores(
             scores[at] = json.loads(value)
         else:
             stale.append(at)
+    if metric.extra and stale and not asked:
+        raise NotComputed(f"Ask for it: --also {metric.name}. It needs: pip install 'rococap[{metric.extra}]'")
     if metric.of_corpus and stale:
         stale = list(range(len(pairs)))
     fresh = zip(stale, metric.score([pairs[at] for at in stale]), strict=True) if stale else iter(())
@@ -175,7 +236,7 @@ def _scores(
         for at, one in some:
             scores[at] = one
         n += len(some)
-        progress(n, len(stale))
+        progress(metric.name, n, len(stale))
     return scores, n
 
 
@@ -196,7 +257,8 @@ def _keep(database: Database, metric: Metric, rows: Sequence[tuple[int, str, Sco
 class Scored:
     """The captions of one run and split, with their scores.
 
-    `counts` are BLEU's of each caption, shape (n, 10); `values` each score's, shape (n,), NaN where it is not defined.
+    `counts` are those of COUNTED, shape (n, how many it counts); `values` each other score's, shape (n,), NaN where it
+    is not defined.
     `missing` counts the jobs of the split that are not done; `computed` the captions that a score was computed of.
     """
 
@@ -205,32 +267,31 @@ class Scored:
     missing: int
     pairs: list[Pair]
     modalities: list[str]
-    counts: Matrix
+    counts: dict[str, Matrix]
     values: dict[str, Vector]
     not_computed: dict[str, str]
     computed: int
     warnings: list[str] = field(default_factory=list)
 
     def statistics(self) -> Matrix:
-        """One row a caption: BLEU's counts, and for each score its value and whether it has one. Their sums, over
-        any captions, give the scores of these: see `totals`.
+        """One row a caption: counts, and for each other score its value and whether it has one. Their sums, over any
+        captions, give the scores of these: see `totals`.
         """
-        columns = [column for value in self.values.values() for column in (np.nan_to_num(value), ~np.isnan(value))]
-        return np.column_stack([self.counts, *columns]).astype(np.float64)
+        values = [column for value in self.values.values() for column in (np.nan_to_num(value), ~np.isnan(value))]
+        return np.column_stack([*self.counts.values(), *values]).astype(np.float64)
 
     def totals(self, sums: Matrix) -> dict[str, Vector]:
         """Scores from sums of `statistics`, shape (..., columns) -> (...); NaN where nothing has a score."""
-        n = 2 * ORDERS + 2
-        found = dict(zip(BLEUS, np.moveaxis(metrics.bleu(sums[..., :n]), -1, 0), strict=True))
-        for at, name in enumerate(self.values):
-            found[name] = _ratio(sums[..., n + 2 * at], sums[..., n + 2 * at + 1])
-        found["length_ratio"] = _ratio(sums[..., n - 2], sums[..., n - 1])
+        found: dict[str, Vector] = {}
+        at = 0
+        for kind, counts in self.counts.items():
+            names, score = COUNTED[kind]
+            found |= zip(names, np.moveaxis(score(sums[..., at : at + counts.shape[1]]), -1, 0), strict=True)
+            at += counts.shape[1]
+        for name in self.values:
+            found[name] = _ratio(sums[..., at], sums[..., at + 1])
+            at += 2
         return found
-
-
-def _ratio(part: Vector, whole: Vector) -> Vector:
-    ratio: Vector = np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
-    return ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +350,7 @@ def pair_up(one: Scored, other: Scored) -> Paired:
     places = {pair.image_id: at for at, pair in enumerate(other.pairs)}
     shared = [(at, places[pair.image_id]) for at, pair in enumerate(one.pairs) if pair.image_id in places]
     ours, theirs = np.array(shared, dtype=np.int64).reshape(-1, 2).T
-    one, other = _only(one, ours, other.values), _only(other, theirs, one.values)
+    one, other = _only(one, ours, other), _only(other, theirs, one)
     first, second = one.statistics(), other.statistics()
     rng = np.random.default_rng(SEED)
     swapped = np.array([(rng.random(len(shared)) < 0.5) @ (second - first) for _ in range(RESAMPLES)])
@@ -305,11 +366,11 @@ def pair_up(one: Scored, other: Scored) -> Paired:
     )
 
 
-def _only(scored: Scored, rows: npt.NDArray[np.int64], names: Mapping[str, Vector]) -> Scored:
-    """Of these captions, the scores that are among the names."""
-    values = {name: value[rows] for name, value in scored.values.items() if name in names}
-    pairs = [scored.pairs[at] for at in rows]
-    return Scored(scored.run, scored.split, 0, pairs, [], scored.counts[rows], values, {}, 0)
+def _only(scored: Scored, rows: npt.NDArray[np.int64], like: Scored) -> Scored:
+    """Of these captions, the scores that the other has too."""
+    counts = {name: value[rows] for name, value in scored.counts.items() if name in like.counts}
+    values = {name: value[rows] for name, value in scored.values.items() if name in like.values}
+    return Scored(scored.run, scored.split, 0, [scored.pairs[at] for at in rows], [], counts, values, {}, 0)
 
 
 def _p(difference: float | None, trials: Vector) -> float | None:
@@ -340,10 +401,11 @@ def evaluate(
     names: Sequence[str],
     splits: Sequence[str],
     *,
-    also: Sequence[Metric] = (),
+    also: Sequence[str] = (),
     progress: Progress = lambda what, done, total: None,
 ) -> Evaluation:
     """Scores what the runs have captioned of the splits up to now; without names, the default run or the only one.
+    `also` names the extra metrics to compute.
 
     Raises RunError for runs that do not exist, are of different data sets, or captioned nothing of a split.
     """
@@ -358,7 +420,7 @@ def evaluate(
                 f"Caption pictures: rococap worker --run {run.name}"
             )
     scored = [
-        _evaluate(database, run, split, cutoff, counts[run.name, split].total, (*METRICS, *also), progress)
+        _evaluate(database, run, split, cutoff, counts[run.name, split].total, also, progress)
         for split in splits
         for run in runs
         if (run.name, split) in counts and counts[run.name, split].done
@@ -376,7 +438,7 @@ def _evaluate(
     split: str,
     cutoff: int,
     total: int,
-    kinds: Sequence[Metric],
+    also: Sequence[str],
     progress: Progress,
 ) -> Scored:
     with short_reads(database) as read:
@@ -384,22 +446,19 @@ def _evaluate(
     if not pairs:  # a clock that stepped back
         raise RunError(f"Run {run.name!r} captioned nothing of {split} by the database's clock. Try again in a moment.")
     modalities = [concepts.modality(concepts.parse(pair.cui)) for pair in pairs]
-    scored = Scored(run, split, total - len(pairs), pairs, modalities, np.zeros((len(pairs), 10)), {}, {}, 0)
-    for metric in kinds:
-        what = f"{run.name}, {split}: {metric.name}"
+    scored = Scored(run, split, total - len(pairs), pairs, modalities, {}, {}, {}, 0)
+
+    def told(what: str, done: int, total: int) -> None:
+        progress(f"{run.name}, {split}: {what}", done, total)
+
+    for metric in METRICS:
         try:
-            scores, n = _scores(
-                database,
-                metric,
-                pairs,
-                kept,
-                lambda done, of, what=what: progress(what, done, of),  # type: ignore[misc]
-            )
+            scores, n = _scores(database, metric, pairs, kept, metric.name in also, told)
         except NotComputed as why:
             scored.not_computed |= dict.fromkeys(metric.scores, str(why))
-            continue
-        scored.computed = max(scored.computed, n)
-        _add(scored, scores)
+        else:
+            scored.computed = max(scored.computed, n)
+            _add(scored, scores)
     scored.values["flagged"] = np.array([float(bool(pair.flags)) for pair in pairs])
     scored.warnings += _warnings(scored)
     return scored
@@ -408,8 +467,8 @@ def _evaluate(
 def _add(scored: Scored, scores: Sequence[Scores]) -> None:
     for name in scores[0]:
         column = np.array([one[name] for one in scores], dtype=np.float64)
-        if name == "bleu":
-            scored.counts = column
+        if name in COUNTED:
+            scored.counts[name] = column
         else:
             scored.values[name] = column
 
@@ -485,7 +544,7 @@ def write(evaluation: Evaluation, path: Path) -> int:
     smoothing: it is 0 unless n-grams of each length match.
     """
     scored = evaluation.scored
-    names = [*BLEUS, *dict.fromkeys(name for one in scored for name in one.values if name != "flagged")]
+    names = dict.fromkeys(name for one in scored for name in _by_caption(one))
     schema = pa.schema([*((name, pa.string()) for name in TEXTS), *((name, pa.float64()) for name in names)])
     with replacing(path) as partial:
         pages = chain.from_iterable(frames(one) for one in scored)
@@ -494,7 +553,7 @@ def write(evaluation: Evaluation, path: Path) -> int:
 
 def frames(scored: Scored) -> Iterator[pd.DataFrame]:
     """A row a caption, a page at a time: TEXTS and the scores."""
-    scores = dict(zip(BLEUS, metrics.bleu(scored.counts).T, strict=True)) | scored.values
+    scores = _by_caption(scored)
     for start in range(0, len(scored.pairs), PAGE):
         page = slice(start, start + PAGE)
         rows = [
@@ -503,3 +562,11 @@ def frames(scored: Scored) -> Iterator[pd.DataFrame]:
         ]
         texts = pd.DataFrame(rows, columns=list(TEXTS), dtype=object)
         yield texts.assign(**{name: value[page] for name, value in scores.items()})
+
+
+def _by_caption(scored: Scored) -> dict[str, Vector]:
+    counted: dict[str, Vector] = {}
+    for kind, counts in scored.counts.items():
+        names, score = COUNTED[kind]
+        counted |= zip(names, score(counts).T, strict=True)
+    return counted | {name: value for name, value in scored.values.items() if name != "flagged"}

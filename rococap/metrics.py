@@ -6,8 +6,10 @@ Each score is on the scale of its paper: 0 to 1, CIDEr-D 0 to 10. Variants that 
 
 import re
 import string
-from collections.abc import Callable, Iterator, Sequence
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
+from importlib.resources import files
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,73 @@ def open_wordnet(folder: Path = Path("/usr/share/wordnet")) -> Any:
     except LookupError:
         return None
     return nltk.corpus.wordnet
+
+
+# --- With extras -----------------------------------------------------------------------------------------------
+
+BERT = "microsoft/deberta-xlarge-mnli"
+
+
+def bertscore(
+    hypotheses: Sequence[str], references: Sequence[str], model: str = BERT, n_layers: int | None = None
+) -> Iterator[float]:
+    """F1 of BERTScore (Zhang et al., 2020, arXiv:1904.09675) as ImageCLEFmedical Caption sets it: words weighted by how
+    rare they are in all the references, texts as in `imageclef_text`, not rescaled; 0 if one is empty, 1 if both are.
+
+    Raises ImportError without the package bert-score, OSError without the model.
+    """
+    from bert_score import BERTScorer
+
+    texts = [(imageclef_text(one), imageclef_text(other)) for one, other in zip(hypotheses, references, strict=True)]
+    idf_texts = [reference for _, reference in texts if reference.strip()]
+    scorer = BERTScorer(model_type=model, num_layers=n_layers, idf=True, idf_sents=idf_texts)
+    for start in range(0, len(texts), scorer.batch_size):
+        some = texts[start : start + scorer.batch_size]
+        # bert-score cannot take an empty text with transformers 5.
+        full = [pair for pair in some if pair[0].strip() and pair[1].strip()]
+        scores = iter(scorer.score(*map(list, zip(*full, strict=True)))[2].tolist() if full else ())
+        for one, other in some:
+            yield next(scores) if one.strip() and other.strip() else float(not one and not other)
+
+
+def meteor_1_5_statistics(pairs: Iterable[tuple[Tokens, Tokens]]) -> Iterator[list[float]]:
+    """What METEOR 1.5 counts in each hypothesis and reference: 23 numbers, whose sums over captions are a corpus's.
+
+    Raises ImportError without the package pycocoevalcap, which brings its program, OSError without Java.
+    """
+    jar = files("pycocoevalcap").joinpath("meteor", "meteor-1.5.jar")
+    command = ["java", "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, encoding="utf-8", bufsize=1
+    ) as java:
+        assert java.stdin is not None
+        assert java.stdout is not None
+        for hypothesis, reference in pairs:
+            java.stdin.write(f"SCORE ||| {' '.join(reference)} ||| {' '.join(hypothesis)}\n")
+            yield [float(number) for number in java.stdout.readline().split()]
+        java.stdin.close()
+
+
+def meteor_1_5(statistics: npt.NDArray[Any]) -> Vector:
+    """METEOR 1.5 (Denkowski and Lavie, 2014) with its weights for English, 0 to 1, from sums of
+    `meteor_1_5_statistics`: shape (..., 23) -> (..., 1).
+    """
+    alpha, beta, gamma, delta = 0.85, 0.2, 0.6, 0.75
+    ours, theirs, our_function_words, their_function_words = np.moveaxis(statistics[..., :4], -1, 0)
+    matches = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 4)  # by stage: content and function words
+    chunks, our_matches, their_matches = np.moveaxis(statistics[..., 20:], -1, 0)
+    exact_stem_synonym_paraphrase = np.array([1, 0.6, 0.8, 0.6])
+    weighted = (delta * matches[..., :2] + (1 - delta) * matches[..., 2:]) * exact_stem_synonym_paraphrase[:, None]
+    our_weight, their_weight = np.moveaxis(weighted.sum(axis=-2), -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = our_weight / (delta * (ours - our_function_words) + (1 - delta) * our_function_words)
+        recall = their_weight / (delta * (theirs - their_function_words) + (1 - delta) * their_function_words)
+        mean = precision * recall / (alpha * precision + (1 - alpha) * recall)
+        fragmentation = 2 * chunks / (our_matches + their_matches)
+        is_whole = (chunks == 1) & (our_matches == ours) & (their_matches == theirs)
+        score: Vector = mean * (1 - gamma * np.where(is_whole, 0, fragmentation) ** beta)
+    return np.nan_to_num(score)[..., None]
 
 
 # --- CIDEr-D ---------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def of(database: Engine, *names: str) -> dict:
 def test_what_was_scored_is_not_scored_again(database, run, computed):
     caption(database, run, texts(*CAPTIONS))
     first = told(database)
-    assert [n for _, n in computed] == [6] * len(evaluate.METRICS)
+    assert computed == [(one.name, 6) for one in evaluate.METRICS if not one.extra]
     computed.clear()
     assert told(database) == first
     assert computed == []
@@ -235,7 +235,7 @@ def test_the_interval_is_as_wide_as_the_normal_one_of_a_mean(database, run):
         scored,
         pairs=[scored.pairs[0]] * 400,
         modalities=["CT"] * 400,
-        counts=np.repeat(scored.counts[:1], 400, axis=0),
+        counts={},
         values={"x": values},
     )
     low, high = evaluate.summarise(many).intervals["x"]
@@ -351,6 +351,39 @@ def test_flagged_captions_are_counted(database, run):
 def test_what_cannot_be_evaluated_is_refused_with_the_next_step(database, run, names, splits, message):
     with pytest.raises(RunError, match=message):
         evaluate.evaluate(database, names, splits)
+
+
+def test_what_takes_an_extra_is_computed_if_asked_for_and_says_so_else(database, run, computed, monkeypatch):
+    caption(database, run, texts(*CAPTIONS))
+    assert of(database)["not_computed"]["meteor_1_5"] == (
+        "Ask for it: --also meteor_1_5. It needs: pip install 'rococap[coco]'"
+    )
+    monkeypatch.setattr(metrics, "meteor_1_5_statistics", lambda pairs: ([1.0] * 23 for _ in pairs))
+    asked = evaluate.to_json(evaluate.evaluate(database, [], ["train"], also=["meteor_1_5"]))["runs"][0]
+    assert asked["metrics"]["meteor_1_5"] == pytest.approx(metrics.meteor_1_5(np.ones(23) * 6)[0])
+    computed.clear()
+    assert of(database)["metrics"]["meteor_1_5"] == asked["metrics"]["meteor_1_5"]
+    assert computed == []
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "error", "reason"),
+    [
+        ("meteor_1_5", "meteor_1_5_statistics", ImportError("x"), "pip install 'rococap[coco]'"),
+        ("meteor_1_5", "meteor_1_5_statistics", FileNotFoundError("java"), "apt-get install default-jre-headless"),
+        ("bertscore_f1", "bertscore", ImportError("x"), "pip install 'rococap[bertscore]'"),
+        ("bertscore_f1", "bertscore", OSError("offline"), "microsoft/deberta-xlarge-mnli is not here"),
+    ],
+)
+def test_an_extra_that_is_not_here_says_what_installs_it(database, run, monkeypatch, name, function, error, reason):
+    def fail(*args):
+        raise error
+
+    caption(database, run, texts(*CAPTIONS))
+    monkeypatch.setattr(metrics, function, fail)
+    found = evaluate.to_json(evaluate.evaluate(database, [], ["train"], also=[name]))["runs"][0]
+    assert reason in found["not_computed"][name]
+    assert name not in found["metrics"]
 
 
 # --- What is written -------------------------------------------------------------------------------------------

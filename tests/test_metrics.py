@@ -239,6 +239,61 @@ def test_meteor_ranks_the_reference_itself_first(meteor, reference, rng):
     assert meteor([], reference) == 0 <= meteor(shuffled, reference) <= meteor(reference, reference)
 
 
+# --- With extras -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deberta(tmp_path_factory) -> Path:
+    """A small real model of BERTScore's architecture, with a byte-level vocabulary."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import DebertaConfig, DebertaModel
+
+    folder = tmp_path_factory.mktemp("deberta")
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        ["a ct of the liver"], trainers.BpeTrainer(vocab_size=270, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "DebertaTokenizer", "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    config = DebertaConfig(vocab_size=300, relative_attention=True, pos_att_type=["c2p", "p2c"], **size)
+    DebertaModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_bertscore_is_bert_scores_own_with_idf_over_the_references(deberta):
+    pytest.importorskip("bert_score")
+    from bert_score import BERTScorer
+
+    references = ["A CT of the liver.", "MRI of the brain, 3 lesions.", "", "X-ray", ""]
+    hypotheses = ["A CT of the liver.", "An MRI with 2 lesions.", "CT", "", ""]
+    found = list(metrics.bertscore(hypotheses, references, str(deberta), n_layers=2))
+    prepared = [metrics.imageclef_text(text) for text in references]
+    scorer = BERTScorer(model_type=str(deberta), num_layers=2, idf=True, idf_sents=[text for text in prepared if text])
+    one = scorer.score([metrics.imageclef_text(hypotheses[1])], [prepared[1]])[2].item()
+    assert found == pytest.approx([1, one, 0, 0, 1], abs=1e-6)
+    assert 0 < one < 1
+    without_idf = BERTScorer(model_type=str(deberta), num_layers=2)
+    assert without_idf.score([metrics.imageclef_text(hypotheses[1])], [prepared[1]])[2].item() != pytest.approx(one)
+
+
+def test_meteor_1_5_of_counts_is_that_of_its_program():
+    # What meteor-1.5.jar counts in nlg-eval's example, and what it makes of that.
+    counts = np.zeros((2, 23))
+    counts[0, [0, 1, 2, 3, 4, 5, 6, 7, 20, 21, 22]] = [10, 7, 4, 4, 1, 1, 2, 2, 2, 3, 3]
+    counts[1, [0, 1, 2, 3, 4, 5, 6, 7, 18, 19, 20, 21, 22]] = [10, 13, 6, 7, 4, 4, 4, 4, 2, 1, 2, 10, 9]
+    assert metrics.meteor_1_5(counts)[:, 0] == pytest.approx([0.1556568826170604, 0.39012536521249613])
+    expected = PUBLISHED["nlg_eval_readme_example"]["expected"]["meteor_1_5"]
+    assert metrics.meteor_1_5(counts.sum(axis=0))[0] == pytest.approx(expected, abs=5e-6)
+    assert metrics.meteor_1_5(np.zeros(23))[0] == 0
+
+
 def test_without_wordnet_there_is_none(tmp_path, monkeypatch):
     import nltk
 
