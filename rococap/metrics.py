@@ -261,7 +261,7 @@ def meteor_1_5_statistics(pairs: Iterable[tuple[Tokens, Tokens]]) -> Iterator[li
 
     Raises ImportError without the package pycocoevalcap, which brings its program, OSError without Java.
     """
-    jar = files("pycocoevalcap").joinpath("meteor", "meteor-1.5.jar")
+    jar = files("pycocoevalcap") / "meteor" / "meteor-1.5.jar"
     command = ["java", "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     pipe = subprocess.PIPE
     with subprocess.Popen(

@@ -87,6 +87,7 @@ def test_cider_d_is_cocos(stanford, coco):
     assert ours.mean() == pytest.approx(expected)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")  # its own
 def test_meteor_1_5_is_cocos(stanford, coco):
     from pycocoevalcap.meteor.meteor import Meteor
 
