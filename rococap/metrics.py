@@ -271,8 +271,15 @@ def meteor_1_5_statistics(pairs: Iterable[tuple[Tokens, Tokens]]) -> Iterator[li
         assert java.stdout is not None
         for hypothesis, reference in pairs:
             java.stdin.write(f"SCORE ||| {' '.join(reference)} ||| {' '.join(hypothesis)}\n")
-            yield [float(number) for number in java.stdout.readline().split()]
+            yield _without_a_whole_chunk([float(number) for number in java.stdout.readline().split()])
         java.stdin.close()
+
+
+def _without_a_whole_chunk(counts: list[float]) -> list[float]:
+    """A hypothesis that is its reference, word for word, is in no pieces, as its program has it, also in a corpus."""
+    ours, theirs = counts[:2]
+    chunks, *matches = counts[20:]
+    return [*counts[:20], 0, *matches] if (chunks, matches) == (1, [ours, theirs]) else counts
 
 
 def meteor_1_5(statistics: npt.NDArray[Any]) -> Vector:
@@ -291,8 +298,7 @@ def meteor_1_5(statistics: npt.NDArray[Any]) -> Vector:
         recall = their_weight / (delta * (theirs - their_function_words) + (1 - delta) * their_function_words)
         mean = precision * recall / (alpha * precision + (1 - alpha) * recall)
         fragmentation = 2 * chunks / (our_matches + their_matches)
-        is_whole = (chunks == 1) & (our_matches == ours) & (their_matches == theirs)
-        score: Vector = mean * (1 - gamma * np.where(is_whole, 0, fragmentation) ** beta)
+        score: Vector = mean * (1 - gamma * fragmentation**beta)
     return np.nan_to_num(score)[..., None]
 
 
