@@ -1034,17 +1034,32 @@ def _modalities_table(runs: Sequence[Any]) -> str:
 # --- export, restore -------------------------------------------------------------------------------------------
 
 
+FILES = ("csv", "parquet", "jsonl")
+FOLDERS = ("hf", "webdataset", "kohya")
+_ONLY_FOR = {
+    "excel_safe": ("csv",),
+    "allow_missing": ("imageclef",),
+    "require_complete": (*FILES, *FOLDERS),
+    "push": ("hf",),
+    "follow": FILES,
+    "checkpoint_every": FILES,
+}
+"""Options of `export` that not every format has."""
+
+
 @cli.command()
 @splits_option(required=True)
 @run_option("The run. [default: `default`, or the only one]")
 @click.option(
-    "--format", type=click.Choice(["csv", "parquet", "jsonl"]), help="[default: by the name of --output, else csv]"
+    "--format",
+    type=click.Choice([*FILES, "imageclef", *FOLDERS]),
+    help="See above. [default: by the name of --output, else csv]",
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="A folder, or a file (one split only). [default: results_medical, or results_medical/RUN]",
+    help="A folder, or a file (one split only). [default: in results_medical, or in results_medical/RUN]",
 )
 @click.option(
     "--checkpoint-every",
@@ -1056,8 +1071,20 @@ def _modalities_table(runs: Sequence[Any]) -> str:
 )
 @click.option("--follow", is_flag=True, help="Keep writing segments as workers finish them, then export.")
 @click.option("--require-complete", is_flag=True, help="Fail if images of the split are not captioned.")
+@click.option(
+    "--excel-safe",
+    is_flag=True,
+    help="csv: an apostrophe before texts that a spreadsheet would run as formulas; `restore` takes it away.",
+)
+@click.option("--allow-missing", is_flag=True, help="imageclef: an empty caption for pictures that have none.")
+@click.option(
+    "--push", metavar="REPO", help="hf: upload the folder to this data set of the hub; a new one is made, and private."
+)
 @db_option
+@click.pass_context
 def export(
+    ctx: click.Context,
+    /,
     splits: tuple[str, ...],
     run_name: str | None,
     format: str | None,
@@ -1065,38 +1092,134 @@ def export(
     checkpoint_every: int,
     follow: bool,
     require_complete: bool,
+    excel_safe: bool,
+    allow_missing: bool,
+    push: str | None,
 ) -> None:
-    """Write captions next to the originals: one file a split, a manifest, and checkpoint segments beside it."""
-    from rococap import export as files
+    """Write captions next to the originals, and a manifest that says what made them.
 
+    \b
+    csv, parquet, jsonl  a file a split, and checkpoint segments beside it
+    imageclef            ID,Caption for ImageCLEFmedical Caption, a file a split, every ID of it
+    hf                   a folder that datasets.load_dataset opens, with its card; --push REPO uploads it
+    webdataset           a folder of tar shards: picture, caption and facts of 1,000 pictures each
+    kohya                a folder a split: each picture and its caption, in two files of one name
+    """
+    format = format or _format_of(output)
+    for name, formats in _ONLY_FOR.items():
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE and format not in formats:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is not for {format}: it goes with {', '.join(formats)}."
+            )
     if follow and not checkpoint_every:
         raise click.UsageError("--follow writes checkpoints: give it --checkpoint-every N.")
     database = _database()
     with db.transaction(database) as conn:
         run = queue.find_run(conn, run_name)
+    if format in FOLDERS:
+        _export_folder(database, run, splits, format, output, require_complete, push)
+        return
     paths = {split: _export_path(run.name, split, format, output, len(splits)) for split in splits}
+    if format == "imageclef":
+        _export_submissions(database, run, paths, allow_missing)
+    else:
+        _export_files(database, run, paths, checkpoint_every, follow, require_complete, excel_safe)
+
+
+def _export_files(
+    database: Database,
+    run: queue.Run,
+    paths: dict[str, Path],
+    checkpoint_every: int,
+    follow: bool,
+    require_complete: bool,
+    excel_safe: bool,
+) -> None:
+    from rococap import export as files
+
     folder = next(iter(paths.values())).parent
     if follow:
-        files.follow(database, run, splits, folder, checkpoint_every, _echo_segments)
+        files.follow(database, run, list(paths), folder, checkpoint_every, _echo_segments)
     for split, path in paths.items():
         with _bar() as progress:
-            exported = files.export(database, run, split, path, require_complete=require_complete, progress=progress)
+            exported = files.export(
+                *(database, run, split, path),
+                require_complete=require_complete,
+                excel_safe=excel_safe,
+                progress=progress,
+            )
         if checkpoint_every:
             _echo_segments(files.write_checkpoints(database, run, split, folder, checkpoint_every))
-        left = f"; {exported.missing} of the split are not done" if exported.missing else ""
-        click.echo(f"{exported.path}: {exported.rows} captions{left}")
+        click.echo(f"{exported.path}: {exported.rows} captions{_left(exported.missing)}")
 
 
-def _export_path(run_name: str, split: str, format: str | None, output: Path | None, n_splits: int) -> Path:
-    suffix = output.suffix.removeprefix(".") if output else ""
-    if output and suffix in ("csv", "parquet", "jsonl") and not output.is_dir():
+def _export_submissions(database: Database, run: queue.Run, paths: dict[str, Path], allow_missing: bool) -> None:
+    from rococap import publish
+
+    for split, path in paths.items():
+        with _bar() as progress:
+            submission = publish.submit(database, run, split, path, allow_missing=allow_missing, progress=progress)
+        empty = f", {submission.empty} of them empty, which score next to nothing" if submission.empty else ""
+        click.echo(f"{path}: {submission.rows} captions{empty}. Submit it as submission.csv, alone in a zip.")
+
+
+def _export_folder(
+    database: Database,
+    run: queue.Run,
+    splits: Sequence[str],
+    format: str,
+    output: Path | None,
+    require_complete: bool,
+    push: str | None,
+) -> None:
+    from rococap import publish
+
+    if push:
+        publish.check_login()
+    folder = output or _results(run.name) / f"medical_captions_{format}"
+    with _bar() as progress:
+        written = publish.publish(
+            *(database, run, splits, folder, format), require_complete=require_complete, progress=progress
+        )
+    for one in written:
+        click.echo(f"{folder} {one.split}: {one.captions} captions{_left(one.missing)}")
+        if lost := one.without_picture:
+            click.echo(f"  {len(lost)} more were left out, since their pictures cannot be read:")
+            for image_id, why in list(lost.items())[:SHOWN_FAILURES]:
+                click.echo(f"  {image_id}: {why}")
+    if local := [name for name in (run.dataset, run.recipe.model) if Path(name).is_absolute()]:
+        click.echo(f"  It names {' and '.join(local)}: look whether others may read that")
+    if push:
+        pushed = publish.push(folder, push, f"Captions of {', '.join(splits)} by {run.recipe.model}")
+        seen = "private, until you change that in its settings" if pushed.private else "public"
+        click.echo(f"{pushed.url}: {seen}")
+
+
+def _left(missing: int) -> str:
+    return f"; {missing} of the split are not done" if missing else ""
+
+
+def _results(run_name: str) -> Path:
+    return Path("results_medical") if run_name == "default" else Path("results_medical") / run_name
+
+
+def _format_of(output: Path | None) -> str:
+    return output.suffix[1:] if output and _is_file_name(output) else "csv"
+
+
+def _is_file_name(output: Path) -> bool:
+    return output.suffix[1:] in FILES and not output.is_dir()
+
+
+def _export_path(run_name: str, split: str, format: str, output: Path | None, n_splits: int) -> Path:
+    name, ending = ("submission", "csv") if format == "imageclef" else ("medical_captions", format)
+    if output and _is_file_name(output):
         if n_splits > 1:
             raise click.UsageError(f"{output} is one file: name a folder for several splits.")
-        if format not in (None, suffix):
-            raise click.UsageError(f"{output} is no {format} file: name it .{format}, or leave out --format.")
+        if output.suffix != f".{ending}":
+            raise click.UsageError(f"{output} is no {format} file: name it .{ending}, or leave out --format.")
         return output
-    folder = output or (Path("results_medical") if run_name == "default" else Path("results_medical") / run_name)
-    return folder / f"medical_captions_{split}.{format or 'csv'}"
+    return (output or _results(run_name)) / f"{name}_{split}.{ending}"
 
 
 def _echo_segments(paths: list[Path]) -> None:

@@ -44,8 +44,12 @@ COLUMNS = (
     "timestamp",
     "split",
 )
+FORMULA = re.compile(r"'*(?:\s*[=+\-@＝＋－＠]|[\t\r\n])")
+"""What a spreadsheet may run: OWASP's list with its full-width signs, these also behind white space, which some strip.
+The apostrophes make it invertible: a cell matches with one more in front exactly if it does without.
+"""
 CHECKPOINT = re.compile(r"checkpoint_\w+_(?P<number>\d{6,})\.csv")
-_SCHEMA = pa.schema([(name, pa.float64() if name == "processing_time_sec" else pa.string()) for name in COLUMNS])
+SCHEMA = pa.schema([(name, pa.float64() if name == "processing_time_sec" else pa.string()) for name in COLUMNS])
 PAGE = 1_000
 """Rows a read. Larger pages are quicker, and hold up commits the longer under SQLite's DELETE journal."""
 SEGMENTS_AT_ONCE = 200
@@ -77,9 +81,11 @@ def export(
     path: Path,
     *,
     require_complete: bool = False,
+    excel_safe: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Exported:
     """Writes the done images of a split, in data set order, to a .csv, .parquet or .jsonl file, and its manifest.
+    `excel_safe` puts an apostrophe before texts that a spreadsheet would run, which `restore` takes away again.
 
     Raises RunError if the run has nothing of the split, IncompleteError if some are not done and all were required,
     RococapError if the file cannot be written; then an older file stays as it was.
@@ -88,18 +94,29 @@ def export(
         (counts,) = queue.counts_of(conn, run, [split])
         cutoff = db.now(conn)
     if require_complete:
-        _require_complete(run, split, counts.done, counts.total)
+        check_complete(run, split, counts.done, counts.total)
     manifest = manifest_path(path)
+    frames = _pages(database, run, split, cutoff, counts.done, progress)
+    if excel_safe:
+        frames = (frame.map(_disarmed) for frame in frames)
     with replacing(path) as partial:
-        rows = write_frames(_pages(database, run, split, cutoff, counts.done, progress), partial, path.suffix)
+        rows = write_frames(frames, partial, path.suffix)
         if require_complete:  # once more, by what was written: a clock that stepped back hides what is done
-            _require_complete(run, split, rows, counts.total)
-        digest = _sha256(partial)
+            check_complete(run, split, rows, counts.total)
+        digest = sha256_of(partial)
         manifest.unlink(missing_ok=True)  # killed before the next line, the new file has none rather than the old one's
     missing = counts.total - rows
     about = {"split": split, "file": path.name, "rows": rows, "missing": missing, "sha256": digest}
-    write_json(manifest, _manifest(run) | about)
+    write_json(manifest, manifest_of(run) | about | ({"excel_safe": True} if excel_safe else {}))
     return Exported(path, rows, missing)
+
+
+def _disarmed(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+def _armed(cell: Any) -> Any:
+    return cell[1:] if isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell, 1) else cell
 
 
 def manifest_path(path: Path) -> Path:
@@ -107,7 +124,7 @@ def manifest_path(path: Path) -> Path:
     return path.with_suffix(".json") if path.suffix == ".csv" else path.with_name(f"{path.name}.json")
 
 
-def _require_complete(run: Run, split: str, done: int, total: int) -> None:
+def check_complete(run: Run, split: str, done: int, total: int) -> None:
     if done < total:
         raise IncompleteError(
             f"{total - done} of {total} images of {split} are not captioned (see rococap status). "
@@ -115,7 +132,7 @@ def _require_complete(run: Run, split: str, done: int, total: int) -> None:
         )
 
 
-_COLUMNS = "j.image_id, j.checkpoint, i.image_id, i.caption, c.text, c.processing_ms, c.generated_at"
+SELECTED = "j.image_id, j.checkpoint, i.image_id, i.caption, c.text, c.processing_ms, c.generated_at"
 _DONE = (
     "FROM jobs j JOIN captions c ON c.job_id = j.id JOIN images i ON i.id = j.image_id "
     "WHERE j.run_id = ? AND j.split = ? AND "
@@ -127,9 +144,9 @@ def _pages(
 ) -> Iterator[pd.DataFrame]:
     done = 0
     with short_reads(database) as read:
-        for rows in done_pages(read, run, split, cutoff, _COLUMNS):
+        for rows in done_pages(read, run, split, cutoff, SELECTED):
             done += len(rows)
-            yield _frame(rows, run, split)
+            yield frame_of(rows, run, split)
             progress(f"{split}: exporting", done, total)
 
 
@@ -166,8 +183,9 @@ def short_reads(database: Database) -> Iterator[Read]:
             yield lambda: nullcontext(conn)
 
 
-def _frame(rows: Sequence[Sequence[Any]], run: Run, split: str) -> pd.DataFrame:
-    _, _, image_ids, captions, texts, processing_ms, generated_at = zip(*rows, strict=True)
+def frame_of(rows: Sequence[Sequence[Any]], run: Run, split: str) -> pd.DataFrame:
+    """COLUMNS, from rows that begin with SELECTED."""
+    _, _, image_ids, captions, texts, processing_ms, generated_at, *_ = zip(*rows, strict=True)
     seconds = np.round(np.array(processing_ms, dtype=float) / 1000, 6)
     times = np.datetime_as_string(np.array(generated_at, dtype="datetime64[ms]"), timezone="UTC")
     columns = (image_ids, captions, texts, seconds, run.recipe.model, times.tolist(), split)
@@ -175,7 +193,7 @@ def _frame(rows: Sequence[Sequence[Any]], run: Run, split: str) -> pd.DataFrame:
     return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), dtype=object)
 
 
-def write_frames(frames: Iterator[pd.DataFrame], path: Path, suffix: str, schema: pa.Schema = _SCHEMA) -> int:
+def write_frames(frames: Iterator[pd.DataFrame], path: Path, suffix: str, schema: pa.Schema = SCHEMA) -> int:
     """Writes the format that the suffix names; returns how many rows."""
     match suffix:
         case ".csv":
@@ -187,7 +205,7 @@ def write_frames(frames: Iterator[pd.DataFrame], path: Path, suffix: str, schema
     raise ValueError(f"the file's name must end in one of {', '.join(FORMATS)}, not {suffix}")
 
 
-def _write_csv(frames: Iterator[pd.DataFrame], path: Path, schema: pa.Schema = _SCHEMA) -> int:
+def _write_csv(frames: Iterator[pd.DataFrame], path: Path, schema: pa.Schema = SCHEMA) -> int:
     """RFC 4180 with \\n and a plain header. Arrow quotes every text, where the csv module before Python 3.13 leaves a
     bare \\r unquoted, and takes half the time of pandas.
     """
@@ -223,7 +241,7 @@ def _table(frame: pd.DataFrame, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
 
 
-def _manifest(run: Run) -> dict[str, Any]:
+def manifest_of(run: Run) -> dict[str, Any]:
     """What made the captions: enough to say so beside them, and to restore them."""
     return {
         "run": run.name,
@@ -250,17 +268,17 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        _fsync(partial)
+        fsync(partial)
         partial.replace(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
-def _cannot_write(path: Path, error: OSError) -> RococapError:
+def cannot_write(path: Path, error: OSError) -> RococapError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RococapError(
             f"No space left for {path}: nothing was changed there. Free some, or write elsewhere with --output."
@@ -268,7 +286,7 @@ def _cannot_write(path: Path, error: OSError) -> RococapError:
     return RococapError(f"{path} cannot be written ({error.strerror or error}). Write elsewhere with --output.")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -282,7 +300,7 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -303,7 +321,7 @@ def write_checkpoints(database: Database, run: Run, split: str, folder: Path, ev
     with transaction(database) as conn:
         last = _last_checkpoint(conn, run, split)
     if last and not (folder / "run.json").exists():
-        write_json(folder / "run.json", _manifest(run))
+        write_json(folder / "run.json", manifest_of(run))
     missing = [n for n in range(1, last + 1) if not checkpoint_path(folder, split, n).exists()]
     for start in range(0, len(missing), SEGMENTS_AT_ONCE):
         _write_segments(database, run, split, folder, missing[start : start + SEGMENTS_AT_ONCE])
@@ -312,7 +330,7 @@ def write_checkpoints(database: Database, run: Run, split: str, folder: Path, ev
 
 def _check_folder(run: Run, folder: Path, split: str, last: int) -> None:
     """A segment counts as written when a file of its name exists: so those there must be this run's and database's."""
-    there = _read_json(folder / "run.json")
+    there = read_json(folder / "run.json")
     if there is not None and (there.get("run"), there.get("recipe_hash")) != (run.name, run.recipe.hash):
         raise RococapError(
             f"{folder} holds checkpoints of another run ({there.get('run')}). Move them away, or write elsewhere with "
@@ -362,7 +380,7 @@ def _write_segments(database: Database, run: Run, split: str, folder: Path, numb
     with transaction(database) as conn:
         rows = execute(
             conn,
-            f"SELECT {_COLUMNS} {_DONE}j.checkpoint IS NOT NULL AND j.checkpoint BETWEEN ? AND ? "
+            f"SELECT {SELECTED} {_DONE}j.checkpoint IS NOT NULL AND j.checkpoint BETWEEN ? AND ? "
             # Not finished_at, which is the time of restoring for what was restored.
             "ORDER BY j.checkpoint, c.generated_at, j.id",
             (run.id, split, numbers[0], numbers[-1]),
@@ -370,7 +388,7 @@ def _write_segments(database: Database, run: Run, split: str, folder: Path, numb
     for number, segment in groupby(rows, key=lambda row: row[1]):
         if number in numbers:
             with replacing(checkpoint_path(folder, split, number)) as partial:
-                _write_csv(iter([_frame(list(segment), run, split)]), partial)
+                _write_csv(iter([frame_of(list(segment), run, split)]), partial)
 
 
 def follow(
@@ -416,10 +434,10 @@ def restore(database: Database, run: Run, path: Path) -> Restored:
     with transaction(database) as conn:
         run = queue.get_run(conn, run.name)  # as it is by now: the file before may have pinned it
     _check_manifest(run, path, manifest)
-    for frame in _read(path):
+    for frame in _as_exported(path, manifest):
         _check_frame(run, path, frame)
     result = Restored(path)
-    for frame in _read(path):
+    for frame in _as_exported(path, manifest):
         with transaction(database, write=True) as conn:
             for split, rows in frame.groupby("split", sort=False):
                 _restore_page(conn, run, str(split), rows, result)
@@ -430,10 +448,10 @@ def restore(database: Database, run: Run, path: Path) -> Restored:
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
-    return _read_json(manifest_path(path)) or _read_json(path.parent / "run.json")
+    return read_json(manifest_path(path)) or read_json(path.parent / "run.json")
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -456,7 +474,7 @@ def _check_manifest(run: Run, path: Path, manifest: dict[str, Any] | None) -> No
             f"{path} was made by another recipe than run {run.name!r} has ({_differences(manifest, run)}). "
             "Restore it into a run with that recipe: rococap enqueue --run NAME …, then rococap restore --run NAME"
         )
-    if manifest.get("file") == path.name and manifest.get("sha256") != _sha256(path):
+    if manifest.get("file") == path.name and manifest.get("sha256") != sha256_of(path):
         raise RococapError(
             f"{path} was altered since it was exported (its SHA-256 is another). Use the original, or remove "
             f"{manifest_path(path)} to restore it as it is."
@@ -468,6 +486,11 @@ def _differences(manifest: dict[str, Any], run: Run) -> str:
     return "; ".join(
         f"{name}: {theirs.get(name)!r}, not {mine[name]!r}" for name in mine if theirs.get(name) != mine[name]
     )
+
+
+def _as_exported(path: Path, manifest: dict[str, Any] | None) -> Iterator[pd.DataFrame]:
+    is_excel_safe = manifest is not None and manifest.get("excel_safe")
+    return (frame.map(_armed) for frame in _read(path)) if is_excel_safe else _read(path)
 
 
 def _read(path: Path) -> Iterator[pd.DataFrame]:

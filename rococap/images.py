@@ -28,6 +28,8 @@ WINDOW_PERCENTILES = (0.5, 99.5)
 # Pillow would try every plugin it has, and the one for EPS starts Ghostscript on the bytes it is given.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "GIF", "BMP", "WEBP", "PPM")
 
+_ENDINGS = {"jpeg": "jpg", "jpeg2000": "jp2", "tiff": "tif"}
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 TURNS = {
@@ -56,6 +58,13 @@ def open_picture(data: bytes) -> Image.Image:
     # What is left here would turn the picture a second time in anyone's exif_transpose.
     upright.info.clear()
     return upright
+
+
+def suffix_of(data: bytes) -> str:
+    """The usual ending of the file's name, by what its bytes are: `.png`, `.jpg` … Decodes nothing."""
+    with _identify(data) as picture:
+        kind = str(picture.format).lower()
+    return "." + _ENDINGS.get(kind, kind)
 
 
 def _identify(data: bytes) -> Image.Image:

@@ -1,9 +1,11 @@
-"""Enough of the hub's API, on loopback, for snapshot_download of a data set; it can fail on purpose.
+"""Enough of the hub's API, on loopback, for snapshot_download and upload_folder of a data set; it can fail on purpose.
 
 With HF_ENDPOINT set to its address, huggingface_hub asks for: the commit of a revision, the tree of that commit,
-and then HEAD and GET of each file, the latter with Range when a connection broke.
+and then HEAD and GET of each file, the latter with Range when a connection broke. To upload, without Xet, it asks who
+it is, creates the repository, asks which files go through LFS, puts these, and sends one commit as lines of JSON.
 """
 
+import base64
 import json
 import os
 import re
@@ -16,6 +18,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
+TOKEN, USER = "hf_writes", "me"
+"""Who may write, and to which namespace."""
+CUT = "hf_cut"
+"""The token of one who gets no answer."""
+UPLOAD = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)/(?P<what>preupload|commit)/main")
 API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
 RESOLVE = re.compile(r"/datasets/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
@@ -33,6 +40,7 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
     status: int = 200
+    private: bool = False
 
     def __post_init__(self) -> None:
         digest = sha1(repr(sorted((path, sha1(data).hexdigest()) for path, data in self.files.items())).encode())
@@ -46,6 +54,7 @@ class Hub:
     def __init__(self, repos: dict[str, Repo]) -> None:
         self.repos = repos
         self.requests: list[Request] = []
+        self.stored: dict[str, bytes] = {}
         # By path, for the GETs to come: after how many bytes the connection ends, or is reset.
         self.cut: dict[str, list[int]] = {}
         self.reset: dict[str, list[int]] = {}
@@ -95,9 +104,72 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     self.send_file(repo, match["path"])
             elif match := API.fullmatch(path):
                 if (repo := self.repo(match["repo"])) and (commit := self.commit(repo, match["revision"] or "main")):
-                    self.send_json(_tree(repo) if match["what"] == "tree" else {"id": match["repo"], "sha": commit})
+                    self.send_json(_tree(repo) if match["what"] == "tree" else _info(match["repo"], repo, commit))
+            elif path == "/api/whoami-v2":
+                if self.may_write(USER):
+                    self.send_json({"type": "user", "name": USER, "orgs": []})
             else:
                 self.refuse(404, "EntryNotFound")
+
+        def do_PUT(self) -> None:
+            data = self.body()
+            hub.stored[sha256(data).hexdigest()] = data
+            self.send_json({})
+
+        def do_POST(self) -> None:
+            path, body = unquote(urlsplit(self.path).path), self.body()
+            hub.requests.append(Request(self.command, path, None))
+            if path == "/api/validate-yaml":
+                self.send_json({"errors": [], "warnings": []})
+            elif path == "/api/repos/create":
+                self.create(json.loads(body))
+            elif path.endswith("/info/lfs/objects/batch"):
+                self.send_json({"objects": [self.lfs(one) for one in json.loads(body)["objects"]]})
+            elif (match := UPLOAD.fullmatch(path)) and self.may_write(match["repo"].split("/")[0]):
+                if match["what"] == "preupload":
+                    self.send_json({"files": [_mode(file["path"]) for file in json.loads(body)["files"]]})
+                else:
+                    self.change(match["repo"], [json.loads(line) for line in body.splitlines()])
+
+        def body(self) -> bytes:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+
+        def may_write(self, owner: str) -> bool:
+            token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
+            if token == CUT:
+                self.hang_up()
+            elif token != TOKEN:
+                self.refuse(401, "")
+            elif owner != USER:
+                self.refuse(403, "")
+            else:
+                return True
+            return False
+
+        def create(self, wanted: dict) -> None:
+            name = f"{wanted['organization'] or USER}/{wanted['name']}"
+            if name in hub.repos:
+                self.send_json({"url": f"{hub.url}/datasets/{name}"}, 409)
+            elif self.may_write(name.split("/")[0]):
+                hub.repos[name] = Repo({".gitattributes": b"* lfs"}, private=wanted.get("visibility") == "private")
+                self.send_json({"url": f"{hub.url}/datasets/{name}"})
+
+        def lfs(self, one: dict) -> dict:
+            return one | {"actions": {"upload": {"href": f"{hub.url}/put/{one['oid']}", "header": {}}}}
+
+        def change(self, name: str, lines: list[dict]) -> None:
+            files = dict(hub.repos[name].files)
+            for line in lines:
+                path = line["value"].get("path", "")
+                if line["key"] == "file":
+                    files[path] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "lfsFile":
+                    files[path] = hub.stored[line["value"]["oid"]]
+                elif line["key"] == "deletedFile":
+                    del files[path]
+            repo = hub.repos[name] = Repo(files, private=hub.repos[name].private)
+            url = f"{hub.url}/datasets/{name}/commit/{repo.commit}"
+            self.send_json({"commitUrl": url, "commitOid": repo.commit, "commitMessage": "", "hookOutput": ""})
 
         def repo(self, name: str) -> Repo | None:
             repo = hub.repos.get(name)
@@ -157,9 +229,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             os.close(self.connection.detach())
             self.close_connection = True
 
-        def send_json(self, content: object) -> None:
+        def send_json(self, content: object, status: int = 200) -> None:
             body = json.dumps(content).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -172,6 +244,19 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
 
     return Handler
+
+
+def _mode(path: str) -> dict[str, object]:
+    return {"path": path, "uploadMode": "lfs" if path.endswith(".parquet") else "regular", "shouldIgnore": False}
+
+
+def _info(name: str, repo: Repo, commit: str) -> dict[str, object]:
+    return {
+        "id": name,
+        "sha": commit,
+        "private": repo.private,
+        "siblings": [{"rfilename": path} for path in repo.files],
+    }
 
 
 def _tree(repo: Repo) -> list[dict[str, object]]:

@@ -66,6 +66,11 @@ def read(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
+def captions_of(name: str) -> list[str]:
+    with (SHARED / name).open(newline="", encoding="utf-8") as file:
+        return [row.get("caption") or row.get("Caption") or "" for row in csv.DictReader(file)]
+
+
 @pytest.fixture
 def run(database: Engine, tmp_path: Path) -> Run:
     return fill(database, tmp_path / "set", 30)
@@ -121,12 +126,44 @@ def test_awkward_captions_come_out_as_they_went_in(database, run, out, format):
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real captions beside the checkout")
 @pytest.mark.parametrize("name", ["roco_v1_2000.csv", "roco_v1_awkward_200.csv", "rocov2_test_sample_39.csv"])
 def test_real_captions_come_out_as_they_went_in(database, tmp_path, out, name):
-    with (SHARED / name).open(newline="", encoding="utf-8") as file:
-        texts = [row.get("caption") or row.get("Caption") or "" for row in csv.DictReader(file)]
+    texts = captions_of(name)
     run = fill(database, tmp_path / "set", len(texts))
     caption(database, run, texts)
     path = export.export(database, run, "train", out / "x.csv").path
     assert list(read(path)["generated_caption"]) == texts
+
+
+FORMULAS = ["=1+1", "'=1+1", "''@x", "+", "-2", "\t=a", "\r", "\n", "＝A1", "  =1+1", "\u2028@x"]
+HARMLESS = ["'", "'s", "'' ", "a=1", " a", "", "'1", "−2", "(-1)"]
+
+
+def test_texts_that_a_spreadsheet_would_run_get_an_apostrophe_in_the_csv_alone(database, run, out):
+    caption(database, run, FORMULAS + HARMLESS)
+    path = export.export(database, run, "train", out / "x.csv", excel_safe=True).path
+    assert list(read(path)["generated_caption"]) == [f"'{text}" for text in FORMULAS] + HARMLESS
+    assert json.loads(path.with_suffix(".json").read_text())["excel_safe"] is True
+    [segment] = write_checkpoints(database, run, "train", out, 20)
+    assert list(read(segment)["generated_caption"]) == FORMULAS + HARMLESS
+
+
+@pytest.mark.parametrize("name", ["roco_v1_awkward_200.csv", None])
+def test_what_is_safe_for_spreadsheets_is_restored_to_the_byte(database, other, tmp_path, out, name):
+    if name and not SHARED.exists():
+        pytest.skip("needs the real captions beside the checkout")
+    texts = captions_of(name) if name else FORMULAS + HARMLESS + AWKWARD
+    run = fill(database, tmp_path / "set", len(texts))
+    caption(database, run, texts)
+    plain = export.export(database, run, "train", out / "plain.csv").path.read_bytes()
+    path = export.export(database, run, "train", out / "x.csv", excel_safe=True).path
+    new = fill(other, tmp_path / "set", len(texts))
+    assert restore(other, new, path).restored == len(texts)
+    assert export.export(other, new, "train", out / "again.csv").path.read_bytes() == plain
+    assert path.read_bytes() != plain
+
+
+@given(text=st.text("='+a \t＝\u2028", max_size=6))
+def test_the_apostrophe_is_taken_from_what_got_it_and_from_nothing_else(text):
+    assert export._armed(export._disarmed(text)) == text
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -135,7 +172,7 @@ def test_any_text_that_the_database_holds_survives_csv(tmp_path, texts):
     stored = [queue.clean_text(text) for text in texts]
     rows = [(n, None, f"{n}", text, text, 1.0, 0) for n, text in enumerate(stored)]
     run = Run(1, "default", 1, "set", "", Recipe(), None, 5, False)
-    export._write_csv(iter([export._frame(rows, run, "train")]), tmp_path / "x.csv")
+    export._write_csv(iter([export.frame_of(rows, run, "train")]), tmp_path / "x.csv")
     with (tmp_path / "x.csv").open(newline="", encoding="utf-8") as file:
         assert [row["generated_caption"] for row in csv.DictReader(file)] == stored
     assert list(read(tmp_path / "x.csv")["original_caption"]) == stored

@@ -133,7 +133,7 @@ for command in json.loads(sys.argv[1]):
     loaded[" ".join(command)] = sorted(sys.modules)
 print(json.dumps(loaded))
 """
-MODEL = {"torch", "torchvision", "transformers", "accelerate", "safetensors"}
+MODEL = {"torch", "torchvision", "transformers", "accelerate", "safetensors", "datasets"}
 
 
 def test_only_workers_import_a_model_library(tmp_path):
@@ -144,6 +144,7 @@ def test_only_workers_import_a_model_library(tmp_path):
         ["enqueue", "--split", "train", "--dataset", str(tmp_path)],
         ["status"],
         ["export", "--split", "train"],
+        ["export", "--split", "train", "--format", "imageclef", "--allow-missing"],
     ]
     out = run("-c", IMPORTED, json.dumps(lean + with_data), cwd=tmp_path)
     loaded = {command: set(modules) for command, modules in json.loads(out.splitlines()[-1]).items()}

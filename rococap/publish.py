@@ -1,0 +1,555 @@
+"""Captions -> what other tools take: a submission to ImageCLEF, a data set of the hub, files to train on.
+
+Read as an export is: below one time, in short transactions. A file or folder appears whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pandas as pd
+import pyarrow as pa
+from sqlalchemy import Engine as Database
+
+from rococap import __version__, datasets, db, queue
+from rococap.datasets import PictureReader, Place
+from rococap.db import execute, transaction
+from rococap.errors import PictureError, RococapError, RunError
+from rococap.export import (
+    PAGE,
+    SCHEMA,
+    SELECTED,
+    IncompleteError,
+    Progress,
+    cannot_write,
+    check_complete,
+    done_pages,
+    frame_of,
+    fsync,
+    manifest_of,
+    manifest_path,
+    read_json,
+    replacing,
+    sha256_of,
+    short_reads,
+    write_frames,
+    write_json,
+)
+from rococap.images import suffix_of
+from rococap.queue import Counts, Run
+
+MANIFEST = "rococap.json"
+"""In every folder that is written here: only such folders are ever replaced."""
+
+# --- ImageCLEF -------------------------------------------------------------------------------------------------
+
+_BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
+_SUBMISSION = pa.schema([("ID", pa.string()), ("Caption", pa.string())])
+
+
+@dataclass(slots=True)
+class Submission:
+    """What was submitted: rows, pictures among them that have no caption, and cells that are empty, also therefore."""
+
+    path: Path
+    rows: int = 0
+    missing: int = 0
+    empty: int = 0
+
+
+def folded(text: str) -> str:
+    """Without what the checker of ImageCLEF takes for the end of a line: each run of white space and control characters
+    is one space, and none at the ends.
+    """
+    return _BLANK.sub(" ", text).strip()
+
+
+def submit(
+    database: Database,
+    run: Run,
+    split: str,
+    path: Path,
+    *,
+    allow_missing: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Submission:
+    """Writes `ID,Caption` for every picture that the data set has of the split, in its order, and a manifest.
+
+    Raises IncompleteError if pictures have no caption, unless that is allowed; RunError if the run has nothing of the
+    split; RococapError for IDs that no submission can hold, or if the file cannot be written. An older file then stays.
+    """
+    with transaction(database) as conn:
+        queue.counts_of(conn, run, [split])
+        images = execute(
+            conn,
+            "SELECT id, image_id FROM images WHERE dataset_id = ? AND split = ? ORDER BY id",
+            (run.dataset_id, split),
+        ).fetchall()
+        cutoff = db.now(conn)
+    ids = {id: _submitted_id(image_id) for id, image_id in images}
+    if len(set(ids.values())) < len(ids):
+        raise RococapError(f"IDs of {split} differ by white space alone, which ImageCLEF ignores: mend the data set.")
+    submission = Submission(path)
+    with replacing(path) as partial, short_reads(database) as read:
+        captions = chain.from_iterable(done_pages(read, run, split, cutoff, "j.image_id, c.text"))
+        write_frames(_submitted(ids, captions, submission, split, progress), partial, ".csv", _SUBMISSION)
+        if submission.missing and not allow_missing:
+            raise _incomplete(run, split, submission)
+        digest = sha256_of(partial)
+        manifest_path(path).unlink(missing_ok=True)
+    told = {name: getattr(submission, name) for name in ("rows", "missing", "empty")}
+    about = {"format": "imageclef", "split": split, "file": path.name, **told, "sha256": digest}
+    write_json(manifest_path(path), manifest_of(run) | about)
+    return submission
+
+
+def _submitted_id(image_id: str) -> str:
+    """Stripped, as the checker strips those of its own list. It splits rows at line breaks and at commas, before it
+    looks at quotes.
+    """
+    stripped = image_id.strip()
+    if "," in stripped or stripped.splitlines() != [stripped]:
+        raise RococapError(
+            f"The ID {image_id!r} cannot be submitted: ImageCLEF's are one line without commas. Use its own data set, "
+            "or another --format."
+        )
+    return stripped
+
+
+def _submitted(
+    ids: dict[int, str], captions: Iterator[Sequence[Any]], told: Submission, split: str, progress: Progress
+) -> Iterator[pd.DataFrame]:
+    rows = _every_id(ids, captions)
+    while page := list(islice(rows, PAGE)):
+        texts = [folded(text or "") for _, text in page]
+        told.rows += len(page)
+        told.missing += sum(text is None for _, text in page)
+        told.empty += texts.count("")
+        yield pd.DataFrame({"ID": [image_id for image_id, _ in page], "Caption": texts}, dtype=object)
+        progress(f"{split}: exporting", told.rows, len(ids))
+
+
+def _every_id(ids: dict[int, str], captions: Iterator[Sequence[Any]]) -> Iterator[tuple[str, str | None]]:
+    """Both come in the order of the key."""
+    nothing = (0, None)
+    captioned, text = next(captions, nothing)
+    for id, image_id in ids.items():
+        if id == captioned:
+            yield image_id, text
+            captioned, text = next(captions, nothing)
+        else:
+            yield image_id, None
+
+
+def _incomplete(run: Run, split: str, submission: Submission) -> IncompleteError:
+    return IncompleteError(
+        f"{submission.missing} of {submission.rows} pictures of {split} have no caption, and ImageCLEF refuses a "
+        f"submission that lacks an ID. Caption them: rococap enqueue --run {run.name} --split {split} …, then rococap "
+        f"worker --run {run.name} (what failed: rococap failures); or give them an empty caption: --allow-missing."
+    )
+
+
+# --- Folders ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Written:
+    """What a folder holds of a split. `missing` jobs are not done; `without_picture` were captioned and are left out,
+    since their pictures can no longer be read: image_id -> why.
+    """
+
+    split: str
+    captions: int
+    missing: int
+    flags: dict[str, int]
+    without_picture: dict[str, str] = field(default_factory=dict)
+
+
+def publish(
+    database: Database,
+    run: Run,
+    splits: Sequence[str],
+    folder: Path,
+    format: str,
+    *,
+    require_complete: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> list[Written]:
+    """Writes the done images of the splits, in data set order, to one folder of the format: hf, webdataset or kohya.
+
+    Raises RunError if the run lacks a split or has no captions, IncompleteError if some are not done and all were
+    required, DatasetError if pictures are asked for and the data set is away, RococapError if the folder cannot be
+    written or holds what rococap did not write. An older folder then stays as it was.
+    """
+    with transaction(database) as conn:
+        counts = [queue.counts_of(conn, run, [split])[0] for split in splits]
+        cutoff = db.now(conn)
+    if not any(one.done for one in counts):
+        raise RunError(
+            f"Run {run.name!r} captioned nothing of {', '.join(splits)} yet: rococap worker --run {run.name}"
+        )
+    if require_complete:
+        for one in counts:
+            check_complete(run, one.split, one.done, one.total)
+    source = _Source(database, run, cutoff, progress)
+    folder = folder.resolve()
+    _check_replaceable(folder, run, format, splits)
+    with _replacing_folder(folder) as partial:
+        written = _WRITERS[format](source, counts, partial)
+        manifest = manifest_of(run) | {"format": format, "splits": {one.split: _told(one) for one in written}}
+        if format == "hf":
+            (partial / "README.md").write_text(_card(run, written, manifest), encoding="utf-8")
+        write_json(partial / MANIFEST, manifest | {"files": _listing(partial)})
+    return written
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    database: Database
+    run: Run
+    cutoff: int
+    progress: Progress
+
+
+def _told(one: Written) -> dict[str, Any]:
+    told = asdict(one)
+    del told["split"]
+    return told
+
+
+@contextmanager
+def _replacing_folder(folder: Path) -> Iterator[Path]:
+    """As `replacing` does for a file. An older folder steps aside for the moment of two renames."""
+    partial, older = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            fsync(path)
+        fsync(partial)
+        if folder.exists():
+            folder.rename(older)
+        try:
+            partial.rename(folder)
+        except OSError:
+            older.rename(folder)
+            raise
+        fsync(folder.parent)
+        shutil.rmtree(older, ignore_errors=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path, run: Run, format: str, splits: Sequence[str]) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    there = read_json(folder / MANIFEST) if folder.is_dir() else None
+    if there is None:
+        raise RococapError(f"{folder} is there, and rococap did not write it: name another place with --output.")
+    if (there.get("format"), there.get("recipe_hash"), there.get("run")) != (format, run.recipe.hash, run.name):
+        raise RococapError(
+            f"{folder} holds another export (run {there.get('run')}, format {there.get('format')}). Move it away, or "
+            "write elsewhere with --output."
+        )
+    if others := [split for split in there["splits"] if split not in splits]:
+        raise RococapError(
+            f"{folder} also holds {', '.join(others)}, which would be lost: name every split that it is to hold "
+            f"({' '.join(f'--split {split}' for split in (*others, *splits))}), or write elsewhere with --output."
+        )
+    if there.get("files") != _listing(folder):
+        raise RococapError(
+            f"{folder} is not as rococap wrote it: files were added or taken away. Move it away, or write elsewhere "
+            "with --output."
+        )
+
+
+def _listing(folder: Path) -> dict[str, Any]:
+    """How many files, and a digest of their names: a train split has more than a manifest should list."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [name for name in names if name != MANIFEST]
+    return {"n": len(names), "names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+
+
+# --- A data set of the hub -------------------------------------------------------------------------------------
+
+CARD = Path(__file__).with_name("card.md.jinja")
+ROWS_PER_SHARD = 100_000
+_TEXTS = pa.list_(pa.string())
+_HF_SCHEMA = pa.schema([*SCHEMA, ("flags", _TEXTS), ("cui", _TEXTS)])
+_SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+
+
+def _write_hub_layout(source: _Source, counts: Sequence[Counts], folder: Path) -> list[Written]:
+    (folder / "data").mkdir()
+    written = []
+    for one in counts:
+        rows = _write_shards(_hub_frames(source, one), folder / "data", one.split)
+        written.append(Written(one.split, rows, one.total - rows, dict(one.flags)))
+    return written
+
+
+def _write_shards(frames: Iterator[pd.DataFrame], folder: Path, split: str) -> int:
+    """How many shards there are stands in each one's name, and is known at the end."""
+    rows, paths = 0, []
+    for number, first in enumerate(frames):
+        shard = chain([first], islice(frames, ROWS_PER_SHARD // PAGE - 1))
+        paths.append(folder / f"{split}-{number:05}")
+        rows += write_frames(shard, paths[-1], ".parquet", _HF_SCHEMA)
+    for path in paths:
+        path.rename(f"{path}-of-{len(paths):05}.parquet")
+    return rows
+
+
+def _hub_frames(source: _Source, counts: Counts) -> Iterator[pd.DataFrame]:
+    done = 0
+    with short_reads(source.database) as read:
+        pages = done_pages(read, source.run, counts.split, source.cutoff, f"{SELECTED}, c.flags, i.cui")
+        for rows in pages:
+            done += len(rows)
+            frame = frame_of(rows, source.run, counts.split)
+            frame["flags"] = [_split(row[-2], ",") for row in rows]
+            frame["cui"] = [_split(row[-1], ";") for row in rows]
+            yield frame
+            source.progress(f"{counts.split}: exporting", done, counts.done)
+
+
+def _split(joined: str, separator: str) -> list[str]:
+    return joined.split(separator) if joined else []
+
+
+def _card(run: Run, written: Sequence[Written], manifest: dict[str, Any]) -> str:
+    """README.md: what made the captions, and what they are not for."""
+    from jinja2 import Environment, StrictUndefined
+
+    # Markdown with our own texts, names and a prompt: there is nothing to escape but fences.
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    environment.filters["fenced"] = _fenced
+    rows = sum(one.captions for one in written)
+    return environment.from_string(CARD.read_text(encoding="utf-8")).render(
+        title=f"Captions of radiology pictures by {Path(run.recipe.model).name}",
+        source=run.dataset if datasets.HUB_ID.fullmatch(run.dataset) else None,
+        size=next((size for most, size in _SIZES.items() if rows < most), "n>10M"),
+        run=run,
+        recipe=run.recipe,
+        resolved=dict.fromkeys(("engine", "dtype", "revision", "digest", "adapter"), "") | (run.resolved or {}),
+        written=written,
+        is_qwen2_vl=_is_qwen2_vl(run.recipe.model),
+        version=__version__,
+        manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
+    )
+
+
+def _fenced(text: str, language: str = "") -> str:
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _is_qwen2_vl(model: str) -> bool:
+    if "qwen2-vl" in model.lower():
+        return True
+    config = Path(model) / "config.json"
+    return config.is_file() and (read_json(config) or {}).get("model_type") == "qwen2_vl"
+
+
+# --- Pushing it ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    url: str
+    private: bool
+
+
+def check_login() -> None:
+    """Raises RococapError if the hub is away or does not know who is asking: before work is done for it."""
+    from huggingface_hub import HfApi
+
+    with _pushing("to the hub"):
+        HfApi().whoami()
+
+
+def push(folder: Path, repo: str, message: str) -> Pushed:
+    """Uploads a folder of the format hf to a data set of the hub. A new one is made, and is private; of an old one,
+    the shards that an earlier push left there are removed.
+
+    Raises RococapError if the hub refuses or is away, or if the repository holds what rococap did not push.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi(library_name="rococap", library_version=__version__)
+    with _pushing(repo, folder):
+        repo = api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True).repo_id
+        info = api.dataset_info(repo)
+        names = {file.rfilename for file in info.siblings or []}
+        if names - {".gitattributes"} and MANIFEST not in names:
+            raise RococapError(
+                f"{repo} holds a data set that rococap did not push, and is left as it is: --push a new name. "
+                f"The folder is whole: {folder}"
+            )
+        api.upload_folder(
+            repo_id=repo,
+            repo_type="dataset",
+            folder_path=folder,
+            commit_message=message,
+            delete_patterns="data/*.parquet",
+        )
+    return Pushed(f"{api.endpoint}/datasets/{repo}", bool(info.private))
+
+
+@contextmanager
+def _pushing(repo: str, folder: Path | None = None) -> Iterator[None]:
+    try:
+        yield
+    except RococapError:
+        raise
+    # Its errors have no base in common: OSError, ValueError, those of its HTTP client, RuntimeError from Xet.
+    except Exception as error:
+        whole = f" The folder is whole: {folder}" if folder else ""
+        raise RococapError(_why_not(error, repo) + whole) from error
+
+
+def _why_not(error: Exception, repo: str) -> str:
+    from huggingface_hub import constants, errors
+
+    origin = error.__cause__ or error
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    match error:
+        case errors.OfflineModeIsEnabled():
+            return "HF_HUB_OFFLINE is set, and nothing can be pushed: unset it and run this again."
+        case errors.LocalTokenNotFoundError():
+            return "You are not logged in to the hub: hf auth login, with a token that may write, then run this again."
+        case errors.HFValidationError():
+            return f"{repo!r} names no repository: give --push OWNER/NAME."
+    if status == 401:
+        return "The hub does not know this token: hf auth login, or correct HF_TOKEN, then run this again."
+    if status in (403, 404):
+        return f"You may not write to {repo} on the hub: hf auth login with a token that may, or --push another name."
+    reason = next(iter(str(origin).splitlines()), type(origin).__name__)
+    return f"The hub at {constants.ENDPOINT} cannot be used ({reason}): check the network, then run this again."
+
+
+# --- Pictures and captions -------------------------------------------------------------------------------------
+
+SAMPLES_PER_TAR = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """`key` names the files of one picture; `files` are their endings and bytes, the picture's first."""
+
+    key: str
+    files: dict[str, bytes]
+
+
+def _write_tars(samples: Iterator[_Sample], folder: Path, split: str) -> int:
+    done = 0
+    for number, first in enumerate(samples):
+        with tarfile.open(folder / f"{split}-{number:06}.tar", "w") as tar:
+            for sample in chain([first], islice(samples, SAMPLES_PER_TAR - 1)):
+                done += 1
+                for ending, data in sample.files.items():
+                    member = tarfile.TarInfo(sample.key + ending)
+                    member.size = len(data)
+                    tar.addfile(member, BytesIO(data))
+    return done
+
+
+def _write_pairs(samples: Iterator[_Sample], folder: Path, split: str) -> int:
+    done = 0
+    (folder / split).mkdir()
+    for sample in samples:
+        done += 1
+        for ending, data in sample.files.items():
+            if ending != ".json":
+                (folder / split / (sample.key + ending)).write_bytes(data)
+    return done
+
+
+def _with_pictures(
+    write: Callable[[Iterator[_Sample], Path, str], int],
+) -> Callable[[_Source, Sequence[Counts], Path], list[Written]]:
+    def write_all(source: _Source, counts: Sequence[Counts], folder: Path) -> list[Written]:
+        run = source.run
+        splits = [one.split for one in counts if one.done]
+        located = datasets.locate(run.dataset, splits, run.dataset_revision or None)
+        written = [Written(one.split, 0, one.total - one.done, dict(one.flags)) for one in counts]
+        with PictureReader(located.root) as reader:
+            for one, told in zip(counts, written, strict=True):
+                told.captions = write(_samples(source, one, reader, told.without_picture), folder, one.split)
+        return written
+
+    return write_all
+
+
+_OF_SAMPLE = (
+    "j.image_id, (SELECT path FROM shards WHERE shards.id = i.shard_id), i.split, i.row_group, i.row_in_group, "
+    "i.image_id, i.caption, c.text, c.flags, i.cui"
+)
+
+
+def _samples(
+    source: _Source, counts: Counts, reader: PictureReader, without_picture: dict[str, str]
+) -> Iterator[_Sample]:
+    # Each page is a transaction of its own, also on PostgreSQL, which ends one that waits a minute for pictures.
+    pages = done_pages(lambda: transaction(source.database), source.run, counts.split, source.cutoff, _OF_SAMPLE)
+    for n, row in enumerate(chain.from_iterable(pages), 1):
+        place, texts = Place(*row[1:6]), row[6:]
+        ((_, data),) = reader.read([place])
+        try:
+            yield _sample(source.run, place, _picture(data), *texts)
+        except PictureError as error:
+            without_picture[place.image_id] = str(error)
+        source.progress(f"{counts.split}: exporting", n, counts.done)
+
+
+def _picture(data: bytes | PictureError) -> bytes:
+    if isinstance(data, PictureError):
+        raise data
+    return data
+
+
+def _sample(run: Run, place: Place, picture: bytes, original: str, generated: str, flags: str, cui: str) -> _Sample:
+    about = {
+        "image_id": place.image_id,
+        "original_caption": original,
+        "cui": _split(cui, ";"),
+        "flags": _split(flags, ","),
+        "model": run.recipe.model,
+        "split": place.split,
+    }
+    told = json.dumps(about, ensure_ascii=False)
+    return _Sample(
+        _key(place.image_id), {suffix_of(picture): picture, ".txt": generated.encode(), ".json": told.encode()}
+    )
+
+
+def _key(image_id: str) -> str:
+    """Letters, digits, `_`, `-`, `~`, the rest in percent: a dot would begin the ending, and no two ids share a key."""
+    return quote(image_id, safe="").replace(".", "%2E") or "%"
+
+
+_WRITERS = {
+    "hf": _write_hub_layout,
+    "webdataset": _with_pictures(_write_tars),
+    "kohya": _with_pictures(_write_pairs),
+}
