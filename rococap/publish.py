@@ -234,12 +234,16 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
     """As `replacing` does for a file. An older folder steps aside for the moment of two renames."""
     partial, older = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
+        shutil.rmtree(
+            partial, ignore_errors=True
+        )  # of a killed process that had this pid: in containers they come again
         partial.mkdir(parents=True)
         yield partial
         for path in partial.rglob("*"):
             fsync(path)
         fsync(partial)
         if folder.exists():
+            shutil.rmtree(older, ignore_errors=True)
             folder.rename(older)
         try:
             partial.rename(folder)

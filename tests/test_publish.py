@@ -325,6 +325,11 @@ def content(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names(folder)}
 
 
+def put(path: Path, text: str = "mine") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 @pytest.mark.every_database
 def test_several_splits_make_one_folder_whose_files_name_them(database, root, out):
     write_data_set(root, ["o"] * 3, split="validation")
@@ -406,17 +411,22 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one_there(database, 
     assert content(out) == before
 
 
+def test_what_a_killed_export_left_is_in_nobodys_way(database, root, out):
+    run = filled(database, root)
+    publish.publish(database, run, ["train"], out, "hf")
+    for end in ("part", "old"):
+        put(out.with_name(f".out.{os.getpid()}.{end}") / "data" / "x")
+    publish.publish(database, run, ["train"], out, "hf")
+    assert names(out) == ["README.md", "data/train-00000-of-00001.parquet", "rococap.json"]
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
+
+
 def test_the_same_captions_make_the_same_folder(database, root, out):
     run = filled(database, root)
     for format in ("hf", "webdataset", "kohya"):
         publish.publish(database, run, ["train"], out / format, format)
         publish.publish(database, run, ["train"], out / "again" / format, format)
         assert content(out / format) == content(out / "again" / format)
-
-
-def put(path: Path, text: str = "mine") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
 
 
 def test_a_folder_that_rococap_did_not_write_is_never_touched(database, root, out):
