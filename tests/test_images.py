@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from rococap.errors import PictureError
-from rococap.images import MAX_PIXELS, open_picture, reduced
+from rococap.images import MAX_PIXELS, open_picture, reduced, suffix_of
 
 PICTURES = Path(__file__).parent / "pictures"
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "images"
@@ -60,6 +60,14 @@ def ramp(mode, dtype, values=range(0, 5001)):
 
 
 # ---- modes
+
+
+@pytest.mark.parametrize(
+    ("fmt", "ending"),
+    [("PNG", ".png"), ("JPEG", ".jpg"), ("JPEG2000", ".jp2"), ("TIFF", ".tif"), ("BMP", ".bmp"), ("WEBP", ".webp")],
+)
+def test_the_ending_of_a_file_is_told_by_its_bytes(fmt, ending):
+    assert suffix_of(encoded(Image.new("L", (32, 32)), fmt)) == ending
 
 
 def test_8_bit_grey_keeps_every_value():

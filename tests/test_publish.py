@@ -59,7 +59,7 @@ def write_data_set(
     *,
     split: str = "train",
     ids: Sequence[str] = (),
-    pictures: Sequence[bytes] = (),
+    pictures: Sequence[bytes | None] = (),
 ) -> None:
     (root / "data").mkdir(parents=True, exist_ok=True)
     rows = [
@@ -272,6 +272,19 @@ def test_a_submission_needs_every_picture_of_the_split_also_those_that_the_run_w
     about = json.loads(path.with_suffix(".json").read_text())
     assert {"split": "train", "rows": 12, "missing": 3, "empty": 4}.items() <= about.items()
     assert about["sha256"] == export.sha256_of(path)
+
+
+def test_a_submission_has_its_own_manifest_or_none(database, root, out, monkeypatch):
+    run = filled(database, root, 2)
+    publish.submit(database, run, "train", out / "x.csv")
+
+    def killed(path: Path, value: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publish, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish.submit(database, run, "train", out / "x.csv")
+    assert [path.name for path in out.iterdir()] == ["x.csv"]
 
 
 def test_pictures_that_have_no_caption_are_left_empty_in_their_place(database, root, out, monkeypatch):
@@ -597,7 +610,7 @@ def test_keys_have_no_dots_and_no_two_ids_share_one(database, root, out):
     publish.publish(database, run, ["train"], out / "tar", "webdataset")
     samples = tar_samples(out / "tar")
     assert [json.loads(one["json"])["image_id"] for one in samples.values()] == ids
-    assert all(list(one) == ["png", "txt", "json"] for one in samples.values())
+    assert all(key and list(one) == ["png", "txt", "json"] for key, one in samples.items())
     publish.publish(database, run, ["train"], out / "pairs", "kohya")
     assert names(out / "pairs") == sorted(
         ["rococap.json", *(f"train/{key}.{ending}" for key in samples for ending in ("png", "txt"))]
@@ -605,15 +618,15 @@ def test_keys_have_no_dots_and_no_two_ids_share_one(database, root, out):
 
 
 def test_a_picture_that_cannot_be_read_is_told_and_the_rest_is_there(database, root, out):
-    jpeg = b"\xff\xd8\xff" + picture(1)
     run = filled(database, root, 12)
     pictures = [picture(n) for n in range(12)]
-    pictures[3], pictures[5], pictures[7] = b"", b"no picture", jpeg
+    pictures[3], pictures[5], pictures[7] = b"", b"no picture", None
     write_data_set(root, ["o"] * 12, pictures=pictures)
     [written] = publish.publish(database, run, ["train"], out, "webdataset")
     assert (written.captions, written.missing) == (9, 0)
     assert list(written.without_picture) == ["train_00003", "train_00005", "train_00007"]
     assert written.without_picture["train_00005"].startswith("Not a picture, it begins with b'no picture'")
+    assert "holds no picture for train_00007" in written.without_picture["train_00007"]
     assert len(tar_samples(out)) == 9
     about = json.loads((out / "rococap.json").read_text())
     assert about["splits"]["train"]["without_picture"] == written.without_picture
