@@ -234,9 +234,8 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
     """As `replacing` does for a file. An older folder steps aside for the moment of two renames."""
     partial, older = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
-        shutil.rmtree(
-            partial, ignore_errors=True
-        )  # of a killed process that had this pid: in containers they come again
+        # A killed process may have had this pid: in containers they come again.
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         for path in partial.rglob("*"):
