@@ -247,7 +247,8 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
         try:
             partial.rename(folder)
         except OSError:
-            older.rename(folder)
+            if older.exists():
+                older.rename(folder)
             raise
         fsync(folder.parent)
         shutil.rmtree(older, ignore_errors=True)
