@@ -48,6 +48,7 @@ from rococap.export import (
     write_json,
 )
 from rococap.images import suffix_of
+from rococap.metrics import fold
 from rococap.queue import Counts, Run
 
 MANIFEST = "rococap.json"
@@ -55,7 +56,6 @@ MANIFEST = "rococap.json"
 
 # --- ImageCLEF -------------------------------------------------------------------------------------------------
 
-_BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 _SUBMISSION = pa.schema([("ID", pa.string()), ("Caption", pa.string())])
 
 
@@ -67,13 +67,6 @@ class Submission:
     rows: int = 0
     missing: int = 0
     empty: int = 0
-
-
-def folded(text: str) -> str:
-    """Without what the checker of ImageCLEF takes for the end of a line: each run of white space and control characters
-    is one space, and none at the ends.
-    """
-    return _BLANK.sub(" ", text).strip()
 
 
 def submit(
@@ -133,7 +126,7 @@ def _submitted(
 ) -> Iterator[pd.DataFrame]:
     rows = _every_id(ids, captions)
     while page := list(islice(rows, PAGE)):
-        texts = [folded(text or "") for _, text in page]
+        texts = [fold(text or "") for _, text in page]
         told.rows += len(page)
         told.missing += sum(text is None for _, text in page)
         told.empty += texts.count("")

@@ -494,6 +494,7 @@ COMMANDS = [
     ["prompts"],
     ["runs"],
     ["compare", "default"],
+    ["evaluate", "--split", "train"],
 ]
 
 

@@ -27,6 +27,7 @@ from rococap.cli import cli
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import RococapError, RunError
 from rococap.export import IncompleteError
+from rococap.metrics import fold
 from rococap.queue import Run
 from rococap.recipe import Recipe
 
@@ -227,7 +228,7 @@ def test_a_submission_passes_the_checker_whatever_the_captions_hold(database, ro
     told = publish.submit(database, run, "train", out / "submission.csv")
     ids = [f"train_{n:05}" for n in range(len(texts))]
     assert refusal(told.path, ids) is None
-    assert submitted(told.path) == [publish.folded(text) for text in texts]
+    assert submitted(told.path) == [fold(text) for text in texts]
     assert (told.rows, told.missing) == (len(texts), 0)
     assert told.empty == sum(not text.strip() for text in texts)
     content = told.path.read_bytes()
@@ -237,15 +238,15 @@ def test_a_submission_passes_the_checker_whatever_the_captions_hold(database, ro
 
 
 def test_white_space_and_control_characters_are_one_space_and_the_rest_stays():
-    assert publish.folded("\n a\r\n\tb\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029c\0d\xa0\u3000 e\x7f") == "a b c d e"
-    assert publish.folded("“é” – 𝛼\u200bβ") == "“é” – 𝛼\u200bβ"
+    assert fold("\n a\r\n\tb\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029c\0d\xa0\u3000 e\x7f") == "a b c d e"
+    assert fold("“é” – 𝛼\u200bβ") == "“é” – 𝛼\u200bβ"
 
 
 @given(st.text())
 def test_no_text_has_a_second_line_once_it_is_folded(text):
-    folded = publish.folded(text)
-    assert folded.splitlines() in ([folded], [])
-    assert publish.folded(folded) == folded
+    once = fold(text)
+    assert once.splitlines() in ([once], [])
+    assert fold(once) == once
 
 
 def test_a_submission_needs_every_picture_of_the_split_also_those_that_the_run_was_not_given(database, root, out):
