@@ -950,7 +950,7 @@ def runs_option(help: str) -> Callable[[F], F]:
     "--output",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The scores of each caption: .parquet, .csv or .jsonl. [default: results_medical/scores_RUN….parquet]",
+    help="The scores of each caption: .parquet, .csv or .jsonl. [default: results_medical/scores_SPLIT_RUN….parquet]",
 )
 @click.option(
     "--also",
@@ -977,7 +977,7 @@ def evaluate(
     with _bar() as progress:
         found = evaluation.evaluate(database, names, splits, also=also, progress=progress)
     told = evaluation.to_json(found)
-    path = output or evaluation.default_path(found)
+    path = output or evaluation.default_path(found, "scores", ".parquet")
     rows = evaluation.write(found, path)
     if as_json:
         _echo_json(told)

@@ -499,9 +499,11 @@ def _training(path: Path) -> dict[str, Any]:
 # --- What is written -------------------------------------------------------------------------------------------
 
 
-def default_path(evaluation: Evaluation) -> Path:
-    names = dict.fromkeys(one.run.name for one in evaluation.scored)
-    return FOLDER / f"scores_{'_'.join(names)}.parquet"
+def default_path(evaluation: Evaluation, kind: str, suffix: str) -> Path:
+    """`results_medical/scores_test_default.parquet`: what was evaluated stands in the name."""
+    splits = dict.fromkeys(one.split for one in evaluation.scored)
+    runs = dict.fromkeys(one.run.name for one in evaluation.scored)
+    return FOLDER / f"{'_'.join([kind, *splits, *runs])}{suffix}"
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:

@@ -446,7 +446,7 @@ def test_the_command_prints_json_and_writes_the_scores(url, here):
         *("concept_f1", "concept_recall", "length_ratio", "flagged"),
     } <= set(one["metrics"])
     assert "Warning: 1 pictures of train" in result.stderr
-    assert len(pd.read_parquet("results_medical/scores_default.parquet")) == 5
+    assert len(pd.read_parquet("results_medical/scores_train_default.parquet")) == 5
 
 
 @pytest.mark.parametrize("names", [[], ["--run", "default", "--run", "other"]])
