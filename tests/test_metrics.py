@@ -2,7 +2,10 @@
 
 import csv
 import json
+import math
 import random
+from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +202,45 @@ def test_a_perfect_caption_scores_the_maximum_and_an_empty_one_the_minimum(refer
     assert set(metrics.rouge(text, text).values()) == {1}
     assert set(metrics.rouge("", text).values()) == {0}
     assert (metrics.rouge1_imageclef(text, text), metrics.rouge1_imageclef("", text)) == (1, 0)
+
+
+def plain_cider_d(hypotheses, references):
+    """As the paper writes it down, one n-gram after the other."""
+
+    def counts(words, n):
+        return Counter(tuple(words[at : at + n]) for at in range(len(words) - n + 1))
+
+    scores = []
+    for hypothesis, several in zip(hypotheses, references, strict=True):
+        total = 0.0
+        for reference, n in product(several, (1, 2, 3, 4)):
+            ours, theirs = counts(hypothesis, n), counts(reference, n)
+            idf = {
+                gram: math.log(len(references))
+                - math.log(max(1, sum(any(gram in counts(one, n) for one in others) for others in references)))
+                for gram in ours | theirs
+            }
+            weights, other_weights = ({gram: k * idf[gram] for gram, k in of.items()} for of in (ours, theirs))
+            dot = sum(min(weights.get(gram, 0), other) * other for gram, other in other_weights.items())
+            norm = math.hypot(*weights.values()) * math.hypot(*other_weights.values())
+            difference = max(0, len(hypothesis) - 1) - max(0, len(reference) - 1)
+            total += dot / norm * math.exp(-(difference**2) / 72) if norm else 0
+        scores.append(10 * total / 4 / len(several))
+    return scores
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(WORDS, st.lists(WORDS, min_size=1, max_size=3)), min_size=1, max_size=6))
+def test_cider_d_is_that_of_the_paper(pairs):
+    hypotheses, references = zip(*pairs, strict=True)
+    expected = plain_cider_d(hypotheses, references)
+    assert metrics.cider_d(hypotheses, references) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_word_again_and_again_earns_no_more_than_once():
+    references = [[["ct", "liver"]], [["mri", "brain"]], [["ct", "lung"]]]
+    once, thrice = (metrics.cider_d([words, [], []], references)[0] for words in (["liver"], ["liver"] * 3))
+    assert 0 < thrice < once
 
 
 @settings(max_examples=60, deadline=None)
