@@ -152,6 +152,14 @@ def test_evaluating_that_is_killed_keeps_what_it_had(database, run, computed, mo
     assert dict(computed)["overlap"] == 2
 
 
+def test_cider_d_that_was_killed_is_computed_over_all_originals_again(database, run, monkeypatch):
+    caption(database, run, texts(*CAPTIONS))
+    expected = of(database)["metrics"]["cider_d"]
+    with db.transaction(database, write=True) as conn:
+        db.execute(conn, "DELETE FROM scores WHERE metric = 'cider_d' AND job_id > 3")
+    assert of(database)["metrics"]["cider_d"] == expected
+
+
 # --- Numbers ---------------------------------------------------------------------------------------------------
 
 
