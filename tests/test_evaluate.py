@@ -120,6 +120,9 @@ def test_an_original_that_changed_has_its_caption_scored_anew(database, run, roo
     after = of(database)["metrics"]
     assert dict(computed) == {"overlap": 1, "meteor_nltk": 1, "concepts": 1, "cider_d": 6}
     assert after["rouge_l"] < before["rouge_l"] - 0.1
+    computed.clear()
+    assert of(database)["metrics"] == after
+    assert computed == []
 
 
 def test_a_matcher_that_changed_has_concepts_read_anew(database, run, computed, monkeypatch):
