@@ -1031,6 +1031,39 @@ def _modalities_table(runs: Sequence[Any]) -> str:
     return _within_80(["modality", "run", "n", *SHOWN_BY_MODALITY], rows, 1)
 
 
+# --- report ----------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--split", type=click.Choice(SPLITS), required=True)
+@runs_option("May be repeated: runs side by side. [default: `default`, or the only one]")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="[default: results_medical/report_RUN….html]",
+)
+@click.option(
+    "--pictures", type=click.IntRange(0, 100_000), default=200, show_default=True, metavar="N", help="How many to show."
+)
+@db_option
+def report(split: str, names: tuple[str, ...], output: Path | None, pictures: int) -> None:
+    """Write one HTML file to look at: scores, plots, and pictures with their captions beside the originals.
+
+    It needs no server and no network. Of a run's pictures it shows the best, the worst, some at random, those that are
+    flagged and those that failed.
+    """
+    from rococap import report as reporting
+
+    with _bar() as progress:
+        made = reporting.report(_database(), names, split, output, pictures=pictures, progress=progress)
+    click.echo(f"{made.path}: {made.captions} captions, {made.pictures} pictures shown, {made.size / 1e6:.1f} MB")
+    if made.unreadable:
+        click.echo(f"  {made.unreadable} of the pictures could not be read: their cards say why")
+    for warning in made.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+
+
 # --- export, restore -------------------------------------------------------------------------------------------
 
 

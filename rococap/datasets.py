@@ -554,6 +554,16 @@ def _download(name: str, splits: Sequence[str], revision: str | None) -> Dataset
     return Dataset(name, root, root.name)
 
 
+def cached(repo: str, path: str, revision: str, kind: str) -> str | None:
+    """The file in the hub's cache, without a word to the hub; a download that broke off is none. `kind` is "dataset"
+    or "model".
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(repo, path, revision=revision, repo_type=kind)
+    return file if isinstance(file, str) else None
+
+
 def _why(error: Exception, name: str, revision: str | None) -> str:
     from huggingface_hub import constants, errors
 

@@ -349,12 +349,12 @@ def _dataset(database: Engine, run: Run) -> Iterator[Finding]:
         known = {row[0]: Shard(*row) for row in execute(conn, sql, (run.dataset_id,)).fetchall()}
     root = Path(run.dataset)
     if run.dataset_revision:
-        cached = {path: _cached(run.dataset, path, run.dataset_revision, "dataset") for path in known}
-        absent = [path for path, file in cached.items() if file is None]
+        files = {path: datasets.cached(run.dataset, path, run.dataset_revision, "dataset") for path in known}
+        absent = [path for path, file in files.items() if file is None]
         if absent:
             yield _not_cached("dataset", run.dataset, run.dataset_revision, _listed(absent))
             return
-        root = next((Path(file.removesuffix(path)) for path, file in cached.items() if file), root)
+        root = next((Path(file.removesuffix(path)) for path, file in files.items() if file), root)
     splits = dict.fromkeys(shard.split for shard in known.values())
     there = {shard.path: shard for split in splits for shard in datasets.find_shards(root, split)}
     altered = [path for path in known if path in there and there[path] != known[path]]
@@ -391,23 +391,15 @@ def _model(database: Engine, run: Run) -> Iterator[Finding]:
 
 def _missing_of_model(name: str, revision: str) -> str:
     """What loading it would have to download; empty if nothing."""
-    if _cached(name, "config.json", revision) is None:
+    if datasets.cached(name, "config.json", revision, "model") is None:
         return "config.json"
     for weights in ("model.safetensors", "pytorch_model.bin"):
-        if _cached(name, weights, revision):
+        if datasets.cached(name, weights, revision, "model"):
             return ""
-        if index := _cached(name, f"{weights}.index.json", revision):
+        if index := datasets.cached(name, f"{weights}.index.json", revision, "model"):
             parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-            return _listed(part for part in parts if _cached(name, part, revision) is None)
+            return _listed(part for part in parts if datasets.cached(name, part, revision, "model") is None)
     return "model.safetensors"
-
-
-def _cached(repo: str, path: str, revision: str, kind: str = "model") -> str | None:
-    """The file in the hub's cache, without a word to the hub; a download that broke off is none."""
-    from huggingface_hub import try_to_load_from_cache
-
-    file = try_to_load_from_cache(repo, path, revision=revision, repo_type=kind)
-    return file if isinstance(file, str) else None
 
 
 def _not_cached(kind: str, name: str, revision: str, missing: str) -> Finding:

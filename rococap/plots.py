@@ -1,0 +1,254 @@
+"""Plots of captions and their scores, as SVG to stand inside a page, in the page's own colours.
+
+They hold numbers, axes and no names of runs: these stand in the page, beside the colours.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+Values = npt.NDArray[np.float64]
+
+COLOURS: Final = 6
+"""The page has --run-0 to --run-5; a seventh run has the first one's colour again."""
+DASHES: Final = ("solid", "dashed", "dotted")
+
+_INCHES: Final = (4.4, 2.7)
+_BINS: Final = 40
+_TICKS: Final = 4
+
+# Stand-ins, which become the page's colours once matplotlib has written them.
+_INK: Final = "#010203"
+_SOFT: Final = "#010204"
+_FIRST_RUN: Final = 16
+_STAND_IN: Final = re.compile(r"#0102([0-9a-f]{2})")
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """`says` has the main numbers, for those who do not see it; without anything to draw, `svg` is empty."""
+
+    name: str
+    title: str
+    says: str
+    svg: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Numbers of one run, or of the originals: then `run` is None."""
+
+    name: str
+    run: int | None
+    values: Values
+
+
+# --- What is drawn ---------------------------------------------------------------------------------------------
+
+
+def by_modality(score: str, title: str, top: float, runs: Sequence[Mapping[str, Any]]) -> Plot:
+    """A dot and its 95 % interval for each run and modality, from what `evaluate.to_json` says of each run."""
+    modalities = list(dict.fromkeys(name for run in runs for name in run["by_modality"]))
+    name = f"modality-{score.replace('_', '-')}"
+    axes, figure = _axes((_INCHES[0], 0.75 + len(modalities) * (0.16 + 0.16 * len(runs))))
+    for at, run in enumerate(runs):
+        for row, modality in enumerate(modalities):
+            _dot(axes, run["by_modality"].get(modality), score, row + (at + 1) / (len(runs) + 1) - 0.5, at)
+    axes.set_yticks(range(len(modalities)), labels=modalities)
+    axes.set_ylim(len(modalities) - 0.5, -0.5)
+    axes.set_xlim(-0.02 * top, 1.02 * top)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    for edge in range(1, len(modalities)):
+        axes.axhline(edge - 0.5, color=_SOFT, linewidth=0.4, alpha=0.6)
+    said = (f"{run['run']}: {_scores_said(run, score, modalities)}" for run in runs)
+    return Plot(name, f"{title} by modality", f"{'; '.join(said)}. Lines are 95 % intervals.", _svg(figure, name))
+
+
+def _dot(axes: Any, of: Mapping[str, Any] | None, score: str, y: float, run: int) -> None:
+    value = of["metrics"].get(score) if of else None
+    if of is None or value is None:
+        return
+    low, high = of["intervals"].get(score) or (value, value)
+    axes.plot([low, high], [y, y], color=_colour(run), linewidth=1.6, solid_capstyle="round")
+    axes.plot([value], [y], marker="osD"[run % 3], color=_colour(run), markersize=5.5)
+
+
+def _scores_said(run: Mapping[str, Any], score: str, modalities: Sequence[str]) -> str:
+    scored = ((name, run["by_modality"].get(name, {}).get("metrics", {}).get(score)) for name in modalities)
+    return ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in scored)
+
+
+def lengths(series: Sequence[Series]) -> Plot:
+    """Share of captions by their words."""
+    from matplotlib.ticker import MaxNLocator
+
+    longest = max(float(np.percentile(one.values, 99.5)) for one in series)
+    step = max(1, int(np.ceil((longest + 1) / _BINS)))
+    edges = np.arange(0, longest + 1 + step, step) - 0.5
+    axes, figure = _axes()
+    _histogram(axes, series, edges, "words")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    return Plot("lengths", "Words in a caption", _medians(series, "words"), _svg(figure, "lengths"))
+
+
+def durations(series: Sequence[Series]) -> Plot:
+    """Share of captions by the model's time that each took, in milliseconds, on a logarithmic axis."""
+    known = [Series(one.name, one.run, one.values[one.values > 0]) for one in series]
+    known = [one for one in known if len(one.values)]
+    title = "Model time of a caption"
+    absent = _absent(series, known, "the time is not known")
+    if not known:
+        return Plot("durations", title, absent)
+    unit, ms = _unit(float(np.median(np.concatenate([one.values for one in known]))))
+    known = [Series(one.name, one.run, one.values / ms) for one in known]
+    together = np.concatenate([one.values for one in known])
+    edges = np.geomspace(*_apart(*np.percentile(together, [0.2, 99.8])), _BINS + 1)
+    axes, figure = _axes()
+    _histogram(axes, known, edges, unit)
+    _logarithmic(axes, edges)
+    return Plot("durations", title, f"{_medians(known, unit)} {absent}".strip(), _svg(figure, "durations"))
+
+
+def throughput(series: Sequence[Series]) -> Plot:
+    """Captions per minute over the time since a run's first; the values are milliseconds of a clock."""
+    over_time = [one for one in series if np.ptp(one.values) > 0]
+    title = "Captions per minute"
+    absent = _absent(series, over_time, "all captions bear one time")
+    if not over_time:
+        return Plot("throughput", title, absent)
+    unit, ms = _unit(max(float(np.ptp(one.values)) for one in over_time))
+    axes, figure = _axes()
+    told = [_rate(axes, one, ms) for one in over_time]
+    axes.set(xlabel=f"{unit} since the run's first caption", ylabel="captions per minute")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    return Plot("throughput", title, f"{'; '.join(told)}. {absent}".strip(), _svg(figure, "throughput"))
+
+
+def _rate(axes: Any, one: Series, unit_ms: float) -> str:
+    since = one.values - one.values.min()
+    # Captions are stored a batch at a time: narrower bins would show that, and not the rate.
+    counts, edges = np.histogram(since, bins=int(np.clip(np.sqrt(len(since)), 4, _BINS)))
+    per_minute = counts / (np.diff(edges) / 60_000)
+    axes.stairs(per_minute, edges / unit_ms, **_line(one))
+    mean = len(since) / (float(since.max()) / 60_000)
+    return f"{one.name}: {len(since)} captions, {_plain(mean)} per minute on average"
+
+
+def _unit(span_ms: float) -> tuple[str, float]:
+    """The largest of which there are three, and its milliseconds."""
+    units = (("days", 86_400_000.0), ("hours", 3_600_000.0), ("minutes", 60_000.0), ("seconds", 1_000.0))
+    return next((one for one in units if span_ms >= 3 * one[1]), ("milliseconds", 1.0))
+
+
+# --- Parts -----------------------------------------------------------------------------------------------------
+
+
+def _histogram(axes: Any, series: Sequence[Series], edges: Values, what: str) -> None:
+    """What lies beyond the edges is in the last bin on its side."""
+    for one in series:
+        counts, _ = np.histogram(np.clip(one.values, edges[0], np.nextafter(edges[-1], 0)), edges)
+        shares = 100 * counts / max(1, len(one.values))
+        if one.run is None:
+            axes.stairs(shares, edges, fill=True, color=_SOFT, alpha=0.3)
+        else:
+            axes.stairs(shares, edges, **_line(one))
+    axes.set(xlabel=what, ylabel="share of captions (%)")
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(bottom=0)
+
+
+def _line(one: Series) -> dict[str, Any]:
+    run = one.run or 0
+    return {"color": _colour(run), "linewidth": 1.7, "linestyle": DASHES[run % len(DASHES)]}
+
+
+def _colour(run: int) -> str:
+    return f"#0102{_FIRST_RUN + run % COLOURS:02x}"
+
+
+def _apart(low: float, high: float) -> tuple[float, float]:
+    """Two ends that a logarithmic axis can lie between, also of numbers that are all alike."""
+    return (low, high) if high > 1.2 * low else (low / 1.5, high * 1.5)
+
+
+def _logarithmic(axes: Any, edges: Values) -> None:
+    """With a few plain numbers beneath."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log")
+    powers = range(int(np.floor(np.log10(edges[0]))), int(np.ceil(np.log10(edges[-1]))))
+    steps = ((1, 10), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8))
+    ticks = [[step * 10.0**power for power in powers for step in several] for several in steps]
+    inside = [[tick for tick in several if edges[0] <= tick <= edges[-1]] for several in ticks]
+    shown = next((several for several in inside if len(set(several)) >= _TICKS), inside[-1])
+    axes.set_xticks(shown, labels=[f"{tick:,g}" for tick in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _medians(series: Sequence[Series], what: str) -> str:
+    told = (
+        f"{one.name}: median {_plain(np.median(one.values))}, 95 % within {_plain(low)} to {_plain(high)}"
+        for one in series
+        for low, high in [np.percentile(one.values, [2.5, 97.5])]
+    )
+    return f"{what.capitalize()}. {'; '.join(told)}."
+
+
+def _plain(number: Any) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _absent(all: Sequence[Series], drawn: Sequence[Series], why: str) -> str:
+    names = [one.name for one in all if one.run not in {other.run for other in drawn}]
+    return f"Not drawn: {', '.join(names)} ({why})." if names else ""
+
+
+# --- SVG -------------------------------------------------------------------------------------------------------
+
+
+def _axes(inches: tuple[float, float] = _INCHES) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained")
+    axes = figure.subplots()
+    axes.patch.set_visible(False)
+    figure.patch.set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_SOFT)
+    axes.tick_params(color=_SOFT, labelcolor=_INK, labelsize=9)
+    axes.xaxis.label.set(color=_INK, size=9)
+    axes.yaxis.label.set(color=_INK, size=9)
+    return axes, figure
+
+
+def _svg(figure: Any, name: str) -> str:
+    """Without what only a file of its own needs; ids are the plot's own, since a page has several."""
+    from matplotlib import rc_context
+
+    file = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r' (?:xmlns(?::xlink)?|version)="[^"]*"', "", text)
+    text = re.sub(r'((?<= id=")|(?<=href="#)|(?<=url\(#))', f"{name}-", text)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    return _STAND_IN.sub(lambda match: _page_colour(int(match[1], 16)), text)
+
+
+def _page_colour(number: int) -> str:
+    match number:
+        case 3:
+            return "currentColor"
+        case 4:
+            return "var(--soft)"
+    return f"var(--run-{number - _FIRST_RUN})"

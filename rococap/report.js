@@ -1,0 +1,44 @@
+"use strict";
+// Without this script every card is shown, in data set order.
+(() => {
+  const filters = document.getElementById("filters");
+  const list = document.getElementById("cards");
+  const told = document.getElementById("told");
+  const cards = [...list.children];
+
+  const isWanted = (card, section, modality) =>
+    (section === "all" || card.dataset.tags.split(" ").includes(section)) &&
+    (modality === "all" || card.dataset.modality === modality);
+
+  const orders = {
+    dataset: (one, other) => one.dataset.number - other.dataset.number,
+    best: (one, other) => other.dataset.mean - one.dataset.mean || orders.dataset(one, other),
+    worst: (one, other) => one.dataset.mean - other.dataset.mean || orders.dataset(one, other),
+  };
+
+  const sort = () => {
+    const scored = cards.filter((card) => card.dataset.mean !== "");
+    const others = cards.filter((card) => card.dataset.mean === "");
+    const order = filters.elements.order.value;
+    list.append(...(order === "dataset" ? [...cards].sort(orders.dataset) : [...scored.sort(orders[order]), ...others]));
+  };
+
+  const show = () => {
+    const { section, modality } = filters.elements;
+    for (const card of cards) card.hidden = !isWanted(card, section.value, modality.value);
+    const n = cards.filter((card) => !card.hidden).length;
+    told.textContent = `${n} of ${cards.length} pictures`;
+  };
+
+  filters.hidden = false;
+  filters.addEventListener("change", () => {
+    sort();
+    show();
+  });
+  filters.addEventListener("reset", () => setTimeout(() => {
+    sort();
+    show();
+  }));
+  sort();
+  show();
+})();
