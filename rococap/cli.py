@@ -1707,6 +1707,7 @@ def demo(folder: Path, images: int, workers: int) -> None:
         f"{result.exact} of them word for word as the original."
     )
     click.echo(f"Look at  {result.sheet}")
+    click.echo(f"Look at  {result.report}")
     for path in result.exports:
         click.echo(f"Read     {path}")
     click.echo(f"Ask      rococap --db sqlite:///{folder}/rococap.db status")

@@ -18,7 +18,7 @@ COLOURS: Final = 6
 """The page has --run-0 to --run-5; a seventh run has the first one's colour again."""
 DASHES: Final = ("solid", "dashed", "dotted")
 
-_INCHES: Final = (4.4, 2.7)
+_INCHES: Final = (4.0, 2.5)
 _BINS: Final = 40
 _TICKS: Final = 4
 
@@ -31,12 +31,13 @@ _STAND_IN: Final = re.compile(r"#0102([0-9a-f]{2})")
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """`says` has the main numbers, for those who do not see it; without anything to draw, `svg` is empty."""
+    """`says` has the main numbers, for those who do not see it. `runs` are those drawn; without any, `svg` is empty."""
 
     name: str
     title: str
     says: str
     svg: str = ""
+    runs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,8 @@ def by_modality(score: str, title: str, top: float, runs: Sequence[Mapping[str, 
     for edge in range(1, len(modalities)):
         axes.axhline(edge - 0.5, color=_SOFT, linewidth=0.4, alpha=0.6)
     said = (f"{run['run']}: {_scores_said(run, score, modalities)}" for run in runs)
-    return Plot(name, f"{title} by modality", f"{'; '.join(said)}. Lines are 95 % intervals.", _svg(figure, name))
+    says = f"{'; '.join(said)}. Lines are 95 % intervals."
+    return Plot(name, f"{title} by modality", says, _svg(figure, name), tuple(range(len(runs))))
 
 
 def _dot(axes: Any, of: Mapping[str, Any] | None, score: str, y: float, run: int) -> None:
@@ -94,7 +96,7 @@ def lengths(series: Sequence[Series]) -> Plot:
     axes, figure = _axes()
     _histogram(axes, series, edges, "words")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    return Plot("lengths", "Words in a caption", _medians(series, "words"), _svg(figure, "lengths"))
+    return Plot("lengths", "Words in a caption", _medians(series, "words"), _svg(figure, "lengths"), _runs(series))
 
 
 def durations(series: Sequence[Series]) -> Plot:
@@ -112,7 +114,8 @@ def durations(series: Sequence[Series]) -> Plot:
     axes, figure = _axes()
     _histogram(axes, known, edges, unit)
     _logarithmic(axes, edges)
-    return Plot("durations", title, f"{_medians(known, unit)} {absent}".strip(), _svg(figure, "durations"))
+    says = f"{_medians(known, unit)} {absent}".strip()
+    return Plot("durations", title, says, _svg(figure, "durations"), _runs(known))
 
 
 def throughput(series: Sequence[Series]) -> Plot:
@@ -128,7 +131,8 @@ def throughput(series: Sequence[Series]) -> Plot:
     axes.set(xlabel=f"{unit} since the run's first caption", ylabel="captions per minute")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    return Plot("throughput", title, f"{'; '.join(told)}. {absent}".strip(), _svg(figure, "throughput"))
+    says = f"{'; '.join(told)}. {absent}".strip()
+    return Plot("throughput", title, says, _svg(figure, "throughput"), _runs(over_time))
 
 
 def _rate(axes: Any, one: Series, unit_ms: float) -> str:
@@ -192,6 +196,10 @@ def _logarithmic(axes: Any, edges: Values) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
+def _runs(series: Sequence[Series]) -> tuple[int, ...]:
+    return tuple(one.run for one in series if one.run is not None)
+
+
 def _medians(series: Sequence[Series], what: str) -> str:
     told = (
         f"{one.name}: median {_plain(np.median(one.values))}, 95 % within {_plain(low)} to {_plain(high)}"
@@ -222,9 +230,9 @@ def _axes(inches: tuple[float, float] = _INCHES) -> tuple[Any, Any]:
     figure.patch.set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_SOFT)
-    axes.tick_params(color=_SOFT, labelcolor=_INK, labelsize=9)
-    axes.xaxis.label.set(color=_INK, size=9)
-    axes.yaxis.label.set(color=_INK, size=9)
+    axes.tick_params(color=_SOFT, labelcolor=_INK, labelsize=9.5)
+    axes.xaxis.label.set(color=_INK, size=9.5)
+    axes.yaxis.label.set(color=_INK, size=9.5)
     return axes, figure
 
 

@@ -415,6 +415,7 @@ def _page(
         notice=NOTICE,
         warnings=_warnings(told),
         facts=_facts(evaluated),
+        made_by=[_made_by(one) for one in evaluated.scored],
         summary=[(explained(name), name) for name in SUMMARY],
         scores=_score_rows(told),
         paired=told["paired"],
@@ -462,6 +463,16 @@ def _facts_of(scored: Scored) -> dict[str, str]:
         "Captions": f"{len(scored.pairs):,}",
         "Missing": f"{scored.missing:,}",
     }
+
+
+def _made_by(scored: Scored) -> list[tuple[str, str]]:
+    """The facts in brief."""
+    facts = _facts_of(scored)
+    digest = [facts["Digest of its files"]] if scored.run.resolved else []
+    model = f"{facts['Model']} ({', '.join([facts['Revision'], *digest])})"
+    adapter = [("Adapter", facts["Adapter"])] if scored.run.recipe.adapter else []
+    rest = [(name, facts[name]) for name in ("Prompt", "Decoding", "Data set", "Split")]
+    return [("Model", model), *adapter, *rest]
 
 
 def _short(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The whole job on drawings: phantoms, the queue, two workers, the small model that captions them, an export.
+"""The whole job on drawings: phantoms, the queue, two workers, the small model that captions them, an export, a report.
 
 Everything is what a user of ROCOv2 runs; only the pictures and the model are small. The pictures are drawn from seeds
 that the model was never trained on.
@@ -6,13 +6,16 @@ that the model was never trained on.
 
 import csv
 import os
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image
 from sqlalchemy import Engine as Database
@@ -20,13 +23,15 @@ from sqlalchemy import Engine as Database
 from rococap import datasets, db, export, queue
 from rococap.crew import shared_threads
 from rococap.datasets import SPLITS, Place
-from rococap.enqueue import enqueue
+from rococap.enqueue import enqueue, enqueue_from
 from rococap.errors import RococapError
 from rococap.images import open_picture
 from rococap.recipe import Recipe
 
 MODEL = Path(__file__).parent / "model"
+SHUFFLED = "captions of run default, shuffled"
 SHOWN = 12
+SEED = 20_411
 
 Progress = Callable[[str, int, int], None]
 
@@ -47,6 +52,7 @@ class Demo:
     seconds: float
     examples: list[Shown]
     sheet: Path
+    report: Path
     exports: list[Path]
 
 
@@ -56,7 +62,7 @@ def recipe() -> Recipe:
 
 
 def run(folder: Path, n_images: int, n_workers: int, progress: Progress) -> Demo:
-    """Draws `n_images` phantoms into `folder`, captions and exports them. Again, it goes on where it was.
+    """Draws `n_images` phantoms into `folder`, captions, exports and reports them. Again, it goes on where it was.
 
     Raises RococapError with the log's last lines if a worker fails.
     """
@@ -76,7 +82,8 @@ def run(folder: Path, n_images: int, n_workers: int, progress: Progress) -> Demo
     rows = [row for path in paths for row in _rows(path)]
     sheet = _contact_sheet(database, folder, rows[-SHOWN:])
     exact = sum(row.original == row.generated for row in rows)
-    return Demo(len(rows), exact, seconds, rows[-SHOWN:], sheet, paths)
+    page = _report(database, folder, paths, progress)
+    return Demo(len(rows), exact, seconds, rows[-SHOWN:], sheet, page, paths)
 
 
 def _counts(n_images: int) -> Mapping[str, int]:
@@ -112,7 +119,7 @@ def _run_workers(database: Database, url: str, folder: Path, n_workers: int, pro
 
 def _show(database: Database, progress: Progress) -> None:
     with db.transaction(database) as conn:
-        counts = queue.counts(conn)
+        counts = queue.counts_of(conn, queue.get_run(conn, "default"))
     done, total = sum(one.done for one in counts), sum(one.total for one in counts)
     progress("captioning" if done else "loading the model", done, total)
 
@@ -133,10 +140,12 @@ def _export(database: Database, folder: Path) -> list[Path]:
 
 
 def _rows(path: Path) -> list[Shown]:
+    return [Shown(row["image_id"], row["original_caption"], row["generated_caption"]) for row in _read(path)]
+
+
+def _read(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
-        return [
-            Shown(row["image_id"], row["original_caption"], row["generated_caption"]) for row in csv.DictReader(file)
-        ]
+        return list(csv.DictReader(file))
 
 
 def _contact_sheet(database: Database, folder: Path, rows: list[Shown]) -> Path:
@@ -158,3 +167,47 @@ def _pictures(database: Database, folder: Path, image_ids: list[str]) -> dict[st
     places = [Place(*row) for row in found if row[4] in image_ids]
     with datasets.PictureReader(folder / "dataset") as reader:
         return {place.image_id: open_picture(data) for place, data in reader.read(places) if isinstance(data, bytes)}
+
+
+# --- The floor -------------------------------------------------------------------------------------------------
+
+
+def _report(database: Database, folder: Path, exports: Sequence[Path], progress: Progress) -> Path:
+    """Of the test split: the captions that belong there and, for the floor of each score, those that do not."""
+    from rococap.report import report
+
+    _shuffle(database, exports)
+    progress("writing the report", 0, 1)
+    made = report(database, ["default", "shuffled"], "test", folder / "report.html")
+    progress("writing the report", 1, 1)
+    return made.path
+
+
+def _shuffle(database: Database, exports: Sequence[Path]) -> None:
+    """Run `shuffled`: what run `default` said, of other pictures. Its captions that are there already stay."""
+    with db.transaction(database) as conn:
+        old = queue.get_run(conn, "default")
+    enqueue_from(database, old, SPLITS, run="shuffled", recipe=replace(old.recipe, model=SHUFFLED))
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, "shuffled")
+    rows = _moved([row for path in exports for row in _read(path)])
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary) / "shuffled.csv"
+        _write(rows, path)
+        export.restore(database, run, path)
+
+
+def _moved(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Each picture with the next one's caption, in an order that is drawn: so that none keeps its own."""
+    random.Random(SEED).shuffle(rows)
+    others = [row["generated_caption"] for row in rows[1:] + rows[:1]]
+    # No model took any time, and none is claimed.
+    same = {"model": SHUFFLED, "processing_time_sec": "", "timestamp": datetime.now(UTC).isoformat()}
+    return [row | {"generated_caption": other} | same for row, other in zip(rows, others, strict=True)]
+
+
+def _write(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, export.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
