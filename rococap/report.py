@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
@@ -37,8 +36,8 @@ from rococap.recipe import Recipe
 NOTICE: Final = "Machine-generated captions, not reviewed by clinicians. Not for clinical use."
 EDGE: Final = 256
 """Longest side of a picture in the report, in pixels."""
-QUALITIES: Final = (75, 60, 45, 30, 15)
-MOST_BYTES: Final = 30_000
+QUALITIES: Final = (75, 60, 45, 30, 15, 5)
+MOST_BYTES: Final = 24_000
 """Of a picture in the report, as JPEG: noise, which no radiology picture is, comes in a lower quality."""
 MOST_TEXT: Final = 2_000
 """Characters of a text that a card shows."""
@@ -336,7 +335,10 @@ def _thumbnail(reader: PictureReader, place: Place) -> Thumbnail:
 
 def _reduced(picture: Image.Image) -> Thumbnail:
     picture.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    data = next(data for data in map(partial(_jpeg, picture), QUALITIES) if len(data) <= MOST_BYTES)
+    for quality in QUALITIES:
+        data = _jpeg(picture, quality)
+        if len(data) <= MOST_BYTES:
+            break
     return Thumbnail(f"data:image/jpeg;base64,{b64encode(data).decode()}", *picture.size)
 
 

@@ -495,6 +495,7 @@ COMMANDS = [
     ["runs"],
     ["compare", "default"],
     ["evaluate", "--split", "train"],
+    ["report", "--split", "train"],
 ]
 
 

@@ -1,24 +1,732 @@
 """The report: one HTML file, its structure as parsed, and what a browser makes of it."""
 
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from samples import fill
+from click.testing import CliRunner
+from PIL import Image
+from samples import SCHEMA, picture, register
+from small_engine import INFO
 from sqlalchemy import Engine
 from test_compare import caption, texts
 
-from rococap.queue import Run
-from rococap.report import report
+from rococap import db, evaluate, metrics, plots, queue
+from rococap import report as reporting
+from rococap.cli import cli
+from rococap.engines import Failure
+from rococap.errors import RococapError, RunError
+from rococap.evaluate import Evaluation, Scored
+from rococap.plots import Series
+from rococap.queue import Failed, Run
+from rococap.recipe import Recipe
+from rococap.report import NOTICE, choose, report
+
+CT, XRAY, ULTRASOUND = "C0040405", "C1306645", "C0041618"
+MODALITIES = {"CT": CT, "X-ray": XRAY, "ultrasound": ULTRASOUND}
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(1)</script>",
+    "\"><svg onload=alert(1)>'",
+    "one\u2028two\u2029three",
+    "\u202eright to left\u2066 and \u200fback",
+    "🦴 👩‍⚕️",
+    "W" * 3_000,
+    "{{ 7 * 7 }} {% raw %}",
+    "<!-- </p></article></main>",
+    "&lt;b&gt; &amp;",
+    "two\nlines and  two blanks",
+]
+
+# --- A page, parsed --------------------------------------------------------------------------------------------
+
+VOID = {"meta", "img", "input", "br", "hr", "link"}
+
+
+@dataclass
+class Node:
+    name: str
+    attributes: dict[str, str | None]
+    children: list["Node | str"] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(one if isinstance(one, str) else one.text for one in self.children)
+
+    def all(self, name: str = "", **attributes: str) -> Iterator["Node"]:
+        for one in self.children:
+            if isinstance(one, Node):
+                wanted = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()}
+                if name in ("", one.name) and wanted.items() <= one.attributes.items():
+                    yield one
+                yield from one.all(name, **attributes)
+
+    def one(self, name: str = "", **attributes: str) -> "Node":
+        (found,) = self.all(name, **attributes)
+        return found
+
+
+class Parser(HTMLParser):
+    """Raises ValueError for a tag that is not closed, or closed where it was not opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = [Node("", {})]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        node = Node(tag, dict(attrs))
+        self.open[-1].children.append(node)
+        if tag not in VOID:
+            self.open.append(node)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open[-1].children.append(Node(tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if (closed := self.open.pop().name) != tag:
+            raise ValueError(f"</{tag}> closes <{closed}>")
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].children.append(data)
+
+
+def parse(path: Path) -> Node:
+    parser = Parser()
+    parser.feed(path.read_text("utf-8"))
+    parser.close()
+    (root,) = parser.open
+    return root
+
+
+def cards(page: Node) -> dict[str, Node]:
+    """By the picture's id, in the page's order."""
+    found = page.one(id="cards")
+    return {card.one("h3").text: card for card in found.children if isinstance(card, Node)}
+
+
+def captions_of(card: Node) -> list[str]:
+    """The original one first."""
+    return [node.text for node in card.all("p", class_="text")]
+
+
+# --- Runs with captions ----------------------------------------------------------------------------------------
+
+
+def noise(seed: int) -> bytes:
+    """What compresses worst: colours at random."""
+    file = BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG", quality=95, subsampling=0)
+    return file.getvalue()
+
+
+def write_set(root: Path, originals: Sequence[str], pictures: dict[int, bytes] | None = None) -> None:
+    """Pictures `train_00000` … of the three modalities in turn, in row groups of ten."""
+    (root / "data").mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "image": {"bytes": (pictures or {}).get(n, picture(n)), "path": None},
+            "image_id": f"train_{n:05}",
+            "caption": original,
+            "cui": [list(MODALITIES.values())[n % len(MODALITIES)]],
+        }
+        for n, original in enumerate(originals)
+    ]
+    path = root / "data" / "train-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path, row_group_size=10)
+
+
+def start(database: Engine, root: Path, run: str, model: str = "tests/small") -> Run:
+    register(database, root, ["train"], run=run, recipe=Recipe(model=model))
+    with db.transaction(database) as conn:
+        return queue.get_run(conn, run)
+
+
+def fail(database: Engine, run: Run, code: str, message: str) -> None:
+    """Fails the next pending job."""
+    with db.transaction(database, write=True) as conn:
+        worker = queue.register_worker(conn, f"{run.name} {code}", "host", 1, INFO)
+        lease = queue.claim(conn, worker, run.id, "train", 1, ttl_ms=60_000, now=3_000)
+        queue.fail(conn, lease, {lease.jobs[0].id: Failure(code, message)}, now=3_000)
+
+
+METRICS = evaluate.METRICS
+ORIGINALS = [
+    "CT of the chest.",
+    "Chest X-ray.",
+    "Ultrasound of the liver.",
+    *(f"CT, X-ray or ultrasound number {n} of a series." for n in range(3, 27)),
+]
 
 
 @pytest.fixture
-def run(database: Engine, tmp_path: Path) -> Run:
-    return fill(database, tmp_path / "set", 5)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer draws, and no WordNet, which takes a second to open."""
+    monkeypatch.setattr(evaluate, "RESAMPLES", 20)
+    monkeypatch.setattr(evaluate, "METRICS", tuple(one for one in evaluate.METRICS if one.name != "meteor_nltk"))
 
 
-def test_a_report_is_one_file_that_names_no_other(database, run, tmp_path):
-    caption(database, run, texts("Original caption 0.", "Another."))
-    made = report(database, [], "train", tmp_path / "r.html")
-    text = made.path.read_text("utf-8")
-    assert (made.captions, made.pictures, made.unreadable, made.size) == (2, 2, 0, len(text.encode()))
-    assert "://" not in text
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what does not hang on them: drawing is most of a small report's time."""
+    monkeypatch.setattr(reporting, "_plots", lambda *_: [])
+
+
+@pytest.fixture
+def run(database: Engine, tmp_path: Path, quick: None) -> Run:
+    """Run a, nothing captioned."""
+    write_set(tmp_path / "set", ORIGINALS)
+    return start(database, tmp_path / "set", "a")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "report.html"
+
+
+def two_runs(database: Engine, folder: Path) -> None:
+    """Run a captions all but the 26th, which fails, in two seconds; run b five, one of them flagged, and no others.
+
+    The picture of the 25th cannot be read. Among the captions are hostile ones.
+    """
+    write_set(folder / "set", ORIGINALS, {25: b"not a picture"})
+    one, other = start(database, folder / "set", "a"), start(database, folder / "set", "b", "tests/<b>other</b>")
+    said = [*ORIGINALS[:10], *HOSTILE, *ORIGINALS[10:15]]
+    took = [{"text": text, "processing_ms": 100.0 + 10 * n, "new_tokens": 5} for n, text in enumerate(said)]
+    for n in range(0, len(took), 6):
+        caption(database, one, took[n : n + 6], now=1_000 + 100 * n)
+    fail(database, one, "not_an_image", "Not a picture, <b>really</b>: replace it.")
+    flagged = {"text": "la la la", "flags": "loop"}
+    caption(database, other, [*texts("CT of the chest.", "An X-ray."), flagged, *texts("Words.", "")], now=2_000)
+
+
+# --- Structure -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, empty_queue: Path) -> Iterator[tuple[Engine, Path]]:
+    """A database with `two_runs`, and their report."""
+    folder = tmp_path_factory.mktemp("report")
+    database = db.connect(f"sqlite:///{shutil.copy(empty_queue, folder / 'queue.db')}")
+    two_runs(database, folder)
+    report(database, ["a", "b"], "train", folder / "report.html")
+    yield database, folder / "report.html"
+    database.dispose()
+
+
+@pytest.fixture(scope="module")
+def page(made: tuple[Engine, Path]) -> Node:
+    return parse(made[1])
+
+
+def test_every_picture_has_one_card_in_data_set_order(page):
+    assert list(cards(page)) == [f"train_{n:05}" for n in range(27)]
+    assert [card.attributes["data-number"] for card in cards(page).values()] == [str(n) for n in range(27)]
+    assert page.one(id="made-by").one("table").all("th")
+
+
+def test_each_run_stands_beside_the_original(page):
+    card = cards(page)["train_00001"]
+    assert captions_of(card) == ["Chest X-ray.", "Chest X-ray.", "An X-ray."]
+    assert [node.text for node in card.all("span", class_="run")] == ["a", "b"]
+    assert [node.text for node in card.all(class_="equal")] == ["equals the original"]
+    assert "ROUGE-L 1.00" in next(card.all(class_="marks")).text
+
+
+def test_hostile_captions_are_shown_letter_by_letter_and_are_no_markup(page):
+    shown = [captions_of(card)[1] for card in list(cards(page).values())[10 : 10 + len(HOSTILE)]]
+    long = HOSTILE.index("W" * 3_000)
+    assert shown[:long] + shown[long + 1 :] == HOSTILE[:long] + HOSTILE[long + 1 :]
+    assert shown[long] == f"{'W' * 2_000} … (1000 more characters)"
+    assert len(list(page.all("script"))) == 1
+    assert not [name for node in page.all() for name in node.attributes if name.startswith("on")]
+    assert "tests/<b>other</b>" in page.one(id="made-by").text
+
+
+def test_nothing_is_fetched_from_anywhere(made, page):
+    assert not re.search(r"(?<![\w:])(?:https?:)?//\w", made[1].read_text("utf-8").replace("\n//", ""))
+    links = [node.attributes[name] for node in page.all() for name in ("src", "href") if name in node.attributes]
+    assert {link[:5] for link in links if not link.startswith("#")} == {"data:"}
+    ids = [node.attributes["id"] for node in page.all() if "id" in node.attributes]
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
+
+
+def test_the_policy_allows_this_script_and_no_network(page):
+    policy = page.one("meta", http_equiv="Content-Security-Policy").attributes["content"].split("; ")
+    digest = b64encode(hashlib.sha256(page.one("script").text.encode()).digest()).decode()
+    assert policy[:2] == ["default-src 'none'", "img-src data:"]
+    assert f"script-src 'sha256-{digest}'" in policy
+
+
+def test_the_page_has_a_language_headings_in_order_and_a_text_for_every_picture(page):
+    assert page.one("html").attributes["lang"] == "en-GB"
+    levels = [int(node.name[1]) for node in page.all() if re.fullmatch("h[1-6]", node.name)]
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    alts = [node.attributes["alt"] for node in page.all("img")]
+    assert alts[0] == "Radiology picture train_00000, CT; its original caption stands beside it."
+    assert len(alts) == 26
+    described = {node.attributes["aria-describedby"] for node in page.all(role="img")}
+    assert {node.attributes["id"] for node in page.all("figcaption")} >= described
+    assert len(described) == len(reporting.BY_MODALITY) + 3
+
+
+def test_it_says_what_made_the_captions_and_what_they_are_not(page):
+    assert page.text.count(NOTICE) == 2
+    header = page.one("header").text
+    assert "22 pictures of train are not captioned by b" in header
+    rows = [row for row in page.one(id="made-by").all("tr") if list(row.all("th", scope="row"))]
+    facts = {row.one("th").text: [cell.text for cell in row.all("td")] for row in rows}
+    assert facts["Model"] == ["tests/small", "tests/<b>other</b>"]
+    assert facts["Decoding"] == ["greedy, at most 256 tokens"] * 2
+    assert (facts["Captions"], facts["Missing"], facts["Split"]) == (["26", "5"], ["1", "22"], ["train"] * 2)
+
+
+def test_the_scores_are_those_of_evaluate_with_intervals_differences_and_p(made, page):
+    told = evaluate.to_json(evaluate.evaluate(made[0], ["a", "b"], ["train"]))
+    (row,) = [row for row in page.one(id="scores").all("tr") if row.text.strip().startswith("ROUGE-L 0 to 1")]
+    cells = [cell.text for cell in row.all("td")]
+    low, high = told["runs"][0]["intervals"]["rouge_l"]
+    assert cells[0] == f"{told['runs'][0]['metrics']['rouge_l']:.3f}{low:.3f} to {high:.3f}"
+    (paired,) = told["paired"]
+    assert cells[2:] == [f"{paired['differences']['rouge_l']:+.3f}", f"{paired['p']['rouge_l']:.3f}"]
+    (modality,) = [body for body in page.one(id="modalities").all("tbody") if body.text.strip().startswith("CT")]
+    assert f"{told['runs'][1]['by_modality']['CT']['metrics']['rouge_l']:.3f}" in modality.text
+
+
+def test_flagged_and_failed_pictures_are_found_by_their_section(page):
+    tags = {name: card.attributes["data-tags"].split() for name, card in cards(page).items()}
+    assert [name for name, told in tags.items() if "failed" in told] == ["train_00026"]
+    assert [name for name, told in tags.items() if "flagged" in told] == ["train_00002", "train_00004", "train_00016"]
+    failed = cards(page)["train_00026"]
+    assert captions_of(failed) == [ORIGINALS[26]]
+    assert [node.text for node in failed.all(class_="why")] == [
+        "Failed: not_an_image. Not a picture, <b>really</b>: replace it.",
+        "Not captioned yet.",
+    ]
+    assert [node.text for node in cards(page)["train_00002"].all(class_="flag")] == ["loop"]
+
+
+def test_a_picture_that_cannot_be_read_has_a_card_that_says_so(page):
+    unreadable = cards(page)["train_00025"].one(class_="absent")
+    assert unreadable.text.startswith("No picture. Not a picture, it begins with b'not a pictur'")
+    assert not list(cards(page)["train_00025"].all("img"))
+
+
+def test_pictures_are_small_and_stand_in_the_page_once(page):
+    sources = [node.attributes["src"] for node in page.all("img")]
+    assert len(set(sources)) == len(sources)
+    with Image.open(BytesIO(b64decode(sources[3].removeprefix("data:image/jpeg;base64,")))) as small:
+        assert (small.format, small.size) == ("JPEG", (31, 31))
+
+
+# --- Other runs and pictures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.every_database
+def test_a_run_is_reported_on_every_database(database, run, out, no_plots):
+    caption(database, run, texts(*ORIGINALS[:4]))
+    made = report(database, [], "train", out)
+    assert (made.path, made.captions, made.pictures, made.unreadable) == (out, 4, 4, 0)
+    assert made.size == out.stat().st_size
+    assert made.warnings == ["23 pictures of train are not captioned by a: these scores are of the others."]
+    assert list(cards(parse(out))) == [f"train_{n:05}" for n in range(4)]
+
+
+def test_a_report_of_any_pictures_is_under_10_megabytes(database, out, tmp_path, no_plots, quick):
+    """Of 10 here: what 200 of the same kind take is twenty times as much, and less, since the rest is shared."""
+    long = "W" * 3_000
+    write_set(tmp_path / "set", [long] * 10, {n: noise(n) for n in range(10)})
+    caption(database, start(database, tmp_path / "set", "a"), texts(*[long] * 10))
+    made = report(database, [], "train", out)
+    assert made.pictures == 10
+    sources = [node.attributes["src"] for node in parse(out).all("img")]
+    assert 20_000 < max(map(len, sources)) <= 4 * reporting.MOST_BYTES / 3 + 100
+    assert 20 * made.size < 10_000_000
+
+
+def test_no_more_pictures_than_were_asked_for(database, run, out, no_plots):
+    caption(database, run, texts(*ORIGINALS[:20]))
+    for most in (0, 1, 7):
+        assert report(database, [], "train", out, pictures=most).pictures == most
+        assert len(cards(parse(out))) == most
+
+
+def test_a_data_set_that_is_gone_leaves_cards_without_pictures(database, run, out, tmp_path, no_plots):
+    caption(database, run, texts("A caption.", "Another."))
+    shutil.rmtree(tmp_path / "set")
+    made = report(database, [], "train", out)
+    assert (made.pictures, made.unreadable) == (2, 2)
+    why = [card.one(class_="absent").text for card in cards(parse(out)).values()]
+    assert (
+        why
+        == [f"No picture. {tmp_path}/set/data/train-00000-of-00001.parquet is gone: restore it or download it again."]
+        * 2
+    )
+
+
+def test_a_data_set_of_the_hub_that_is_not_cached_is_not_downloaded(database, run, out, no_plots):
+    caption(database, run, texts("A caption."))
+    with db.transaction(database, write=True) as conn:
+        db.execute(conn, "UPDATE datasets SET name = 'owner/name', revision = 'abc'")
+    assert report(database, [], "train", out).unreadable == 1
+    assert "hf download --repo-type dataset --revision abc owner/name" in parse(out).one(class_="absent").text
+
+
+def test_a_score_that_is_not_computed_says_why(database, run, out, monkeypatch):
+    monkeypatch.setattr(metrics, "open_wordnet", lambda: None)
+    monkeypatch.setattr(evaluate, "METRICS", METRICS)
+    caption(database, run, texts(*ORIGINALS[:4]))
+    report(database, [], "train", out)
+    page = parse(out)
+    (reason,) = page.one(id="scores").all(class_="reason")
+    assert reason.text.startswith("not computed: WordNet is not installed.")
+    assert "METEOR (nltk) by modality" not in [node.text for node in page.one(id="plots").all("h3")]
+
+
+def test_captions_whose_time_is_not_known_are_said_not_to_be_drawn(database, run, out):
+    caption(database, run, texts(*ORIGINALS[:4]))
+    with db.transaction(database, write=True) as conn:
+        db.execute(conn, "UPDATE captions SET processing_ms = NULL")
+    report(database, [], "train", out)
+    page = parse(out)
+    assert page.one(id="durations-says").text == "Not drawn: a (the time is not known)."
+    assert page.one(id="throughput-says").text == "Not drawn: a (all captions bear one time)."
+
+
+def test_nothing_is_computed_twice(database, run, out, monkeypatch, no_plots):
+    caption(database, run, texts(*ORIGINALS[:4]))
+    calls = []
+    summarise = evaluate.summarise
+    monkeypatch.setattr(evaluate, "summarise", lambda *given: calls.append(given[1:]) or summarise(*given))
+    report(database, [], "train", out)
+    assert sorted(calls) == [(), ("CT",), ("X-ray",), ("ultrasound",)]
+
+
+def test_only_pictures_that_are_shown_are_read_one_after_the_other(database, run, out, monkeypatch, no_plots):
+    caption(database, run, texts(*ORIGINALS[:20]))
+    read = []
+    thumbnail = reporting._thumbnail
+    monkeypatch.setattr(reporting, "_thumbnail", lambda reader, place: read.append(place) or thumbnail(reader, place))
+    report(database, [], "train", out, pictures=6)
+    assert len(read) == 6
+    assert read == sorted(read, key=lambda place: (place.row_group, place.row_in_group))
+
+
+def test_a_report_that_breaks_off_leaves_the_old_one_whole(database, run, out, no_plots):
+    caption(database, run, texts(*ORIGINALS[:4]))
+    report(database, [], "train", out)
+    before = out.read_bytes()
+
+    def break_off(what: str, done: int, total: int) -> None:
+        if (what, done) == ("reading pictures", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report(database, [], "train", out, progress=break_off)
+    assert (out.read_bytes(), list(out.parent.iterdir())) == (before, [out])
+
+
+def test_folders_are_told_by_their_last_two_names(database, out, tmp_path, no_plots, quick):
+    write_set(tmp_path / "set", ORIGINALS[:2])
+    caption(database, start(database, tmp_path / "set", "a", str(tmp_path / "models" / "mine")), texts("A."))
+    report(database, [], "train", out)
+    assert "models/mine" in out.read_text("utf-8")
+    assert str(tmp_path) not in out.read_text("utf-8")
+
+
+# --- Which pictures are shown ----------------------------------------------------------------------------------
+
+
+def scored(run: str, scores: dict[str, float], flagged: Sequence[str] = ()) -> Scored:
+    pairs = [evaluate.Pair(n, name, "", "", "", "loop" if name in flagged else "") for n, name in enumerate(scores)]
+    values = {"cider_d": np.array(list(scores.values()))}
+    return Scored(
+        Run(1, run, 1, "", "", Recipe(), None, 5, False), "train", 0, pairs, [], np.zeros((0, 10)), values, {}, 0
+    )
+
+
+def test_best_and_worst_are_the_first_runs_and_among_equals_go_by_id():
+    evaluated = Evaluation(
+        [scored("a", dict(zip("dcba", (5.0, 1.0, 5.0, 1.0), strict=True))), scored("b", {"a": 9.0})], []
+    )
+    gallery = choose(evaluated, {}, 10)
+    assert {name: tags[0] for name, tags in gallery.tags.items() if tags[0] != "random"} == {"b": "best", "c": "worst"}
+    assert gallery.of == {"best": 4, "worst": 4, "random": 4, "flagged": 0, "failed": 0}
+
+
+def test_each_section_has_a_fifth_and_chance_the_rest_the_same_whenever_it_is_drawn():
+    scores = {f"{n:03}": float(n) for n in range(400)}
+    failures = {"a": [Failed("a", "train", f"f{n}", "x", "", 1) for n in range(90)]}
+    evaluated = Evaluation([scored("a", scores, flagged=["007", "399"])], [])
+    gallery = choose(evaluated, failures, 100)
+    by_section = {one: [name for name, tags in gallery.tags.items() if one in tags] for one in reporting.SECTIONS}
+    assert {one: len(names) for one, names in by_section.items() if one != "random"} == {
+        "best": 20,
+        "worst": 20,
+        "flagged": 2,
+        "failed": 20,
+    }
+    assert len(gallery.tags) == 100
+    assert sorted(by_section["best"]) == [f"{n:03}" for n in range(380, 400)]
+    assert sorted(by_section["worst"]) == [f"{n:03}" for n in range(20)]
+    assert gallery.tags["399"][0] == "best"
+    assert "flagged" in gallery.tags["399"]
+    assert choose(evaluated, failures, 100) == gallery
+
+
+# --- Plots -----------------------------------------------------------------------------------------------------
+
+
+def test_plots_take_the_colours_of_the_page_and_share_no_id():
+    numbers = np.array([3.0, 5.0, 5.0, 9.0])
+    drawn = plots.lengths([Series("originals", None, numbers), *(Series(f"r{n}", n, numbers + n) for n in range(8))])
+    assert drawn.runs == tuple(range(8))
+    assert not re.search(r"#[0-9a-f]{6}\b", drawn.svg)
+    assert {"currentColor", "var(--soft)", "var(--run-0)", "var(--run-5)"} <= set(
+        re.findall(r"(?:var\(.*?\)|currentColor)", drawn.svg)
+    )
+    assert all(id.startswith("lengths-") for id in re.findall(r' id="(.*?)"', drawn.svg))
+    assert "xmlns" not in drawn.svg
+    assert drawn.says.startswith("Words. originals: median 5, 95 % within 3.15 to 8.7; r0: median 5")
+
+
+@pytest.mark.parametrize("numbers", [[0.02], [120.0, 120.0], [1.0, 90_000.0], [0.0, np.nan, 4.0], [4_000.0, 5_200.0]])
+def test_durations_of_any_size_are_drawn(numbers):
+    drawn = plots.durations([Series("a", 0, np.array(numbers))])
+    assert drawn.runs == (0,)
+    assert drawn.svg.count("</text>") >= 2
+
+
+def test_the_rate_is_captions_by_the_minutes_since_the_first():
+    drawn = plots.throughput([Series("a", 0, np.array([0.0, 60_000.0, 120_000.0, 240_000.0]) + 1e12)])
+    assert drawn.says == "a: 4 captions, 1 per minute on average."
+    assert "minutes since the run&#39;s" in drawn.svg or "minutes since the run's" in drawn.svg
+
+
+# --- The command -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(database: Engine, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ROCOCAP_DB", database.url.render_as_string(hide_password=False))
+    return tmp_path
+
+
+def invoke(*args: str) -> Any:
+    return CliRunner().invoke(cli, ["report", "--split", "train", *args])
+
+
+def test_the_command_says_where_the_report_is_and_what_it_lacks(database, run, here, no_plots):
+    caption(database, run, texts(*ORIGINALS[:4]))
+    shutil.rmtree(here / "set")
+    result = invoke("--pictures", "3")
+    size = (here / "results_medical" / "report_a.html").stat().st_size / 1e6
+    assert result.stdout == (
+        f"results_medical/report_a.html: 4 captions, 3 pictures shown, {size:.1f} MB\n"
+        "  3 of the pictures could not be read: their cards say why\n"
+    )
+    assert result.stderr == "Warning: 23 pictures of train are not captioned by a: these scores are of the others.\n"
+
+
+def test_what_cannot_be_reported_is_refused_with_the_next_step(database, run, here, no_plots):
+    result = invoke()
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Error: Run 'a' captioned nothing of train yet. Caption pictures: rococap worker --run a\n"
+    with pytest.raises(RunError, match="There is no run 'x'"):
+        report(database, ["x"], "train")
+    with pytest.raises(RococapError, match=r"is a folder: name a file with --output, such as .*/report\.html"):
+        report(database, [], "train", here)
+    assert not (here / "results_medical").exists()
+    assert CliRunner().invoke(cli, ["report"]).exit_code == 2
+
+
+def test_a_report_imports_no_model_library(database, run, here):
+    caption(database, run, texts(*ORIGINALS[:2]))
+    code = "import sys; from rococap.cli import cli; cli(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
+    command = [sys.executable, "-c", code, "report", "--split", "train"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not {"torch", "torchvision", "transformers"} & set(done.stdout.split())
+
+
+# --- In a browser ----------------------------------------------------------------------------------------------
+
+DARK = "dark"
+LIGHT = "light"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser: Any, made: tuple[Engine, Path]) -> Iterator[Any]:
+    """Opens the report with these options of a context; whatever it complains of or asks for ends the test."""
+    contexts, trouble = [], []
+
+    def open_page(**options: Any) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("dialog", lambda dialog: trouble.append(dialog.message))
+        page.on("request", lambda request: trouble.append(request.url))
+        page.goto(made[1].as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [one[:200] for one in trouble if not one.startswith((made[1].as_uri(), "data:image/jpeg"))] == []
+
+
+def shown(page: Any) -> list[str]:
+    return [card.get_attribute("data-number") for card in page.locator(".card:visible").all()]
+
+
+def test_it_opens_from_disk_with_every_picture_and_a_text_for_each(opened):
+    page = opened()
+    images = page.locator("img").evaluate_all("images => images.map(image => [image.naturalWidth, image.alt])")
+    assert len(images) == 26
+    assert all(width > 0 and alt for width, alt in images)
+    assert page.locator("#told").inner_text() == "27 of 27 pictures"
+
+
+def test_filters_show_what_they_say_and_give_back_all(opened):
+    page = opened()
+    page.locator("[name=modality]").select_option("X-ray")
+    assert shown(page) == [str(n) for n in range(1, 27, 3)]
+    assert page.locator("#told").inner_text() == "9 of 27 pictures"
+    page.get_by_label("flagged").check()
+    assert shown(page) == ["4", "16"]
+    page.locator("[name=modality]").select_option("all")
+    page.get_by_label("failed").check()
+    assert shown(page) == ["26"]
+    page.locator("[name=order]").select_option("worst")
+    page.get_by_role("button", name="Show all").click()
+    page.wait_for_function("document.getElementById('told').textContent.startsWith('27 ')")
+    assert shown(page) == [str(n) for n in range(27)]
+
+
+def test_cards_are_sorted_by_the_mean_of_the_scores_those_without_last(opened):
+    page = opened()
+    mean = {one.get_attribute("data-number"): one.get_attribute("data-mean") for one in page.locator(".card").all()}
+    for order, sign in (("best", -1), ("worst", 1)):
+        page.locator("[name=order]").select_option(order)
+        *numbers, last = shown(page)
+        assert last == "26"
+        assert numbers == sorted(numbers, key=lambda number: (sign * float(mean[number]), int(number)))
+
+
+def test_the_keyboard_reaches_every_control_and_works_the_filters(opened):
+    page = opened()
+    controls = page.evaluate(
+        "[...document.querySelectorAll('a, select, button, [tabindex=\\'0\\'], input:checked')].length"
+    )
+    seen = []
+    for _ in range(controls):
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate("document.activeElement.outerHTML.slice(0, 80)"))
+        ring = page.evaluate(
+            "[document.activeElement, document.activeElement.parentElement]"
+            ".map(one => getComputedStyle(one).outlineStyle)"
+        )
+        assert "solid" in ring
+    assert len(set(seen)) == controls
+    page.get_by_label("all 27").focus()
+    page.keyboard.press("ArrowLeft")
+    assert shown(page) == ["26"]
+    page.keyboard.press("Tab")
+    page.keyboard.type("CT")
+    assert shown(page) == []
+    assert page.locator("#told").inner_text() == "0 of 27 pictures"
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("ArrowLeft")
+    assert shown(page) == []
+    page.keyboard.press("ArrowLeft")
+    assert "0" in shown(page)
+
+
+CONTRASTS = """() => {
+  const rgb = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map((one) => one / 255)
+    .map((one) => (one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, one, at) => sum + one * [0.2126, 0.7152, 0.0722][at], 0);
+  const behind = (node) => {
+    for (let one = node; one; one = one.parentElement) {
+      const colour = rgb(getComputedStyle(one).backgroundColor);
+      if (colour.length === 3 || colour[3] === 1) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const texts = [...document.querySelectorAll("body *")].filter((node) =>
+    node.checkVisibility() && [...node.childNodes].some((one) => one.nodeType === 3 && one.data.trim()));
+  return texts.map((node) => {
+    const style = getComputedStyle(node);
+    const colour = node.ownerSVGElement && style.fill !== "none" ? style.fill : style.color;
+    const [one, other] = [light(rgb(colour)), light(behind(node))].sort((a, b) => b - a);
+    return [(one + 0.05) / (other + 0.05), node.tagName, node.textContent.slice(0, 40)];
+  });
+}"""
+
+
+def test_light_and_dark_differ_and_both_can_be_read(opened):
+    pictures = {}
+    for scheme in (LIGHT, DARK):
+        page = opened(color_scheme=scheme)
+        pictures[scheme] = page.screenshot()
+        contrasts = page.evaluate(CONTRASTS)
+        assert len(contrasts) > 300
+        assert min(contrasts)[0] >= 4.5, min(contrasts)
+    assert pictures[LIGHT] != pictures[DARK]
+
+
+def test_nothing_is_wider_than_a_narrow_screen_but_tables_in_their_frames(opened):
+    page = opened(viewport={"width": 360, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    page.mouse.wheel(500, 0)
+    assert page.evaluate("scrollX") == 0
+    wide = page.evaluate(
+        "[...document.querySelectorAll('main *')].filter(one => !one.closest('.scroll') && !one.closest('svg') && "
+        "one.checkVisibility() && one.getBoundingClientRect().right > 360).map(one => one.outerHTML.slice(0, 80))"
+    )
+    assert wide == []
+
+
+def test_without_scripts_everything_is_shown(opened):
+    page = opened(java_script_enabled=False)
+    assert len(shown(page)) == 27
+    assert not page.locator("#filters").is_visible()
+
+
+def test_on_paper_there_are_no_controls_and_every_card(opened):
+    page = opened()
+    page.emulate_media(media="print")
+    assert not page.locator("#filters").is_visible()
+    assert len(shown(page)) == 27
+    assert page.pdf()[:4] == b"%PDF"
