@@ -117,9 +117,10 @@ def report(
     path: Path | None = None,
     *,
     pictures: int = 200,
+    note: str = "",
     progress: Progress = lambda what, done, total: None,
 ) -> Reported:
-    """Writes what the runs captioned of a split to `path`, with at most so many pictures.
+    """Writes what the runs captioned of a split to `path`, with at most so many pictures, and a note at the top.
 
     Raises RunError as `evaluate` does, RococapError if the file cannot be written; then an older file stays as it was.
     A picture that cannot be read has a card that says why.
@@ -137,7 +138,7 @@ def report(
     rows = _rows(database, evaluated.scored[0].run, split, list(gallery.tags))
     unreadable: list[str] = []
     cards = _cards(gallery, _Captions(evaluated, failures), rows, evaluated.scored[0].run, unreadable, progress)
-    page = _page(told, evaluated, _plots(database, evaluated, told), gallery, rows, cards)
+    page = _page(told, evaluated, _plots(database, evaluated, told), gallery, rows, cards, note)
     with replacing(path) as hidden, hidden.open("w", encoding="utf-8") as file:
         file.writelines(page)
     captions = sum(run["n"] for run in told["runs"])
@@ -398,6 +399,7 @@ def _page(
     gallery: Gallery,
     rows: Sequence[_Row],
     cards: Iterator[Card],
+    note: str,
 ) -> Iterator[str]:
     here = Path(__file__).parent
     style, script = ((here / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
@@ -415,6 +417,7 @@ def _page(
         version=__version__,
         made_at=datetime.now(UTC),
         notice=NOTICE,
+        note=note,
         warnings=_warnings(told),
         facts=_facts(evaluated),
         made_by=[_made_by(one) for one in evaluated.scored],

@@ -51,9 +51,37 @@ def test_the_demo_captions_phantoms_and_says_what_they_are(tmp_path):
     assert f"{exact} of them word for word" in told
     with Image.open(tmp_path / "demo" / "captions.png") as sheet:
         assert min(sheet.size) > 500
+    floor = shuffled(tmp_path / "demo")
     again = rococap("demo", "--images", "40", cwd=tmp_path)
     assert "40 pictures captioned" in again
     assert exports(tmp_path / "demo" / "results_medical").equals(frame)
+    assert "Look at  demo/report.html" in again
+    assert shuffled(tmp_path / "demo") == floor
+
+
+def shuffled(folder: Path) -> dict[str, str]:
+    """The captions of run `shuffled`, which are run `default`'s, each of another picture."""
+    database = db.connect(f"sqlite:///{folder / 'rococap.db'}")
+    sql = (
+        "SELECT i.image_id, c.text FROM captions c JOIN jobs j ON j.id = c.job_id JOIN images i ON i.id = j.image_id "
+        "JOIN runs r ON r.id = j.run_id WHERE r.name = ?"
+    )
+    with db.transaction(database) as conn:
+        own, others = (dict(map(tuple, db.execute(conn, sql, (name,)).fetchall())) for name in ("default", "shuffled"))
+        assert queue.get_run(conn, "shuffled").recipe.model == "captions of run default, shuffled"
+    database.dispose()
+    assert own.keys() == others.keys()
+    assert sorted(own.values()) == sorted(others.values())
+    assert sum(own[name] == others[name] for name in own) < 5  # some pictures are described alike
+    page = (folder / "report.html").read_text("utf-8")
+    assert all(f">{name}</h3>" in page for name in own if "_test_" in name)
+    return others
+
+
+@pytest.mark.slow
+def test_the_smallest_demo_has_a_report_too(tmp_path):
+    assert "5 pictures captioned by 1 workers" in rococap("demo", "--images", "5", "--workers", "1", cwd=tmp_path)
+    shuffled(tmp_path / "demo")
 
 
 @pytest.mark.slow

@@ -32,6 +32,10 @@ MODEL = Path(__file__).parent / "model"
 SHUFFLED = "captions of run default, shuffled"
 SHOWN = 12
 SEED = 20_411
+NOTE = (
+    "Drawings made by a program, captioned by a small demonstration model. Run shuffled has the same captions, each "
+    "given to another drawing: what it scores, captions of this kind score by chance."
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -178,7 +182,7 @@ def _report(database: Database, folder: Path, exports: Sequence[Path], progress:
 
     _shuffle(database, exports)
     progress("writing the report", 0, 1)
-    made = report(database, ["default", "shuffled"], "test", folder / "report.html")
+    made = report(database, ["default", "shuffled"], "test", folder / "report.html", note=NOTE)
     progress("writing the report", 1, 1)
     return made.path
 
