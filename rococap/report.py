@@ -279,7 +279,8 @@ class _Captions:
         at = self._at[number].get(image_id)
         if at is not None:
             pair = scored.pairs[at]
-            scores = [(explained(name).title, _number(scored.values[name][at], 2)) for name in OF_A_CARD]
+            names = [name for name in OF_A_CARD if name in scored.values]
+            scores = [(explained(name).title, _number(scored.values[name][at], 2)) for name in names]
             flags = [flag for flag in pair.flags.split(",") if flag]
             is_equal = pair.text == pair.reference
             return Said(scored.run.name, number, _cut(pair.text), is_equal, scores, flags)
