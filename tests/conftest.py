@@ -17,6 +17,7 @@ os.environ.pop("ROCOCAP_SPOOL", None)
 
 import pytest
 from postgres import Server
+from small_engine import QUICK
 from sqlalchemy import Engine
 
 from rococap import db
@@ -27,6 +28,13 @@ DATABASES = ("delete", "wal", "postgresql")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "url" in metafunc.fixturenames and metafunc.definition.get_closest_marker("every_database"):
         metafunc.parametrize("url", DATABASES, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def less_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers in this process poll and store more often than users' do, and so end sooner."""
+    for name, seconds in QUICK.items():
+        monkeypatch.setattr(name, seconds)
 
 
 @pytest.fixture(scope="session")

@@ -280,7 +280,7 @@ MUTANTS = (
         WORKER,
         "if pipeline.stalled_sec() > settings.stall_timeout:",
         "if False:",
-        "test_worker.py::test_a_hung_worker_stops_beating_and_ends_hard",
+        "test_promises.py::test_promise_07_a_hung_worker_stops_beating_loses_its_leases_and_exits_hard[delete]",
     ),
     mutant(
         "reap-without-state",

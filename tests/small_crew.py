@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from small_engine import SmallEngine
+from small_engine import QUICK, SmallEngine, set_constants
 
 from rococap import crew, db
 from rococap.worker import Settings, work
@@ -23,6 +23,7 @@ def small_command(**engine: Any) -> crew.Command:
 
 def be_member(engine: dict[str, Any], settings: dict[str, Any]) -> None:
     crew.leave_with_parent()
+    set_constants(QUICK)
     database = db.connect(os.environ["ROCOCAP_DB"])
     crew.tell(work(database, Settings(**settings), crew.tell, load=lambda *_: SmallEngine(**engine)))
 

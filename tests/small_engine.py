@@ -29,6 +29,13 @@ from rococap.errors import PictureError
 from rococap.recipe import Recipe
 from rococap.worker import Settings, work
 
+QUICK = {
+    "rococap.pipeline.POLL_SEC": 0.1,
+    "rococap.worker.REPLAY_EVERY_SEC": 0.1,
+    "rococap.worker.STORE_EVERY_SEC": 0.1,
+}
+"""Less waiting, so that more happens in a second."""
+
 INFO = EngineInfo("small", {"rococap": "0"}, "tests/small", "", "none", "cpu", "small")
 
 
@@ -220,7 +227,7 @@ def _is_full_while(database: Engine, sign: Path) -> None:
     event.listen(database, "do_execute", limit)
 
 
-def _set_constants(values: Mapping[str, float]) -> None:
+def set_constants(values: Mapping[str, float]) -> None:
     for name, value in values.items():
         module, _, constant = name.rpartition(".")
         assert hasattr(importlib.import_module(module), constant)
@@ -233,7 +240,7 @@ def _set_constants(values: Mapping[str, float]) -> None:
 def work_on(url: str, options: dict[str, Any]) -> None:
     if "spool" in options:
         os.environ["ROCOCAP_SPOOL"] = options["spool"]
-    _set_constants(options.get("constants", {}))
+    set_constants(options.get("constants", QUICK))
     database = db.connect(url)
     if "troubles" in options or "flaky" in options:
         Troubles(database, options.get("troubles", []), options.get("flaky"))

@@ -16,10 +16,10 @@ import pandas as pd
 import pytest
 from postgres import lock_tables
 from samples import fill, register, write_shard
-from small_engine import INFO, SmallEngine, caption_of
+from small_engine import INFO, QUICK, SmallEngine, caption_of
 from sqlalchemy import Engine
 
-from rococap import db, export, queue, worker
+from rococap import db, export, queue, spool, worker
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost, RococapError, RunError
 from rococap.queue import Lease, Run
@@ -99,8 +99,8 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None
         time.sleep(0.02)
 
 
-def start(url: str, *, engine: dict | None = None, **settings) -> subprocess.Popen:
-    options = json.dumps({"engine": engine or {}, "settings": settings})
+def start(url: str, *, engine: dict | None = None, constants: dict[str, float] = QUICK, **settings) -> subprocess.Popen:
+    options = json.dumps({"engine": engine or {}, "constants": constants, "settings": settings})
     return subprocess.Popen(
         [sys.executable, str(SMALL), url, options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -252,7 +252,7 @@ def register_worker_in(conn, name: str) -> int:
 
 def test_promise_07_a_hung_worker_stops_beating_loses_its_leases_and_exits_hard(database, url, tmp_path):
     fill(database, tmp_path / "set", 4)
-    hung = start(url, engine={"hangs": True}, batch_size=4, lease_ttl=2.0, stall_timeout=1.0)
+    hung = start(url, engine={"hangs": True}, batch_size=4, lease_ttl=2.0, stall_timeout=0.5)
     _, err = hung.communicate(timeout=30)
     assert hung.returncode == worker.EXIT_STALLED, err
     assert statuses(database) == {"leased": 4}
@@ -351,8 +351,8 @@ def test_promise_11_a_locked_database_kills_no_worker_and_no_caption_is_lost_or_
     database, url, tmp_path, monkeypatch
 ):
     fill(database, tmp_path / "set", 24)
-    spool = tmp_path / "spool"
-    monkeypatch.setenv("ROCOCAP_SPOOL", str(spool))
+    folder = tmp_path / "spool"
+    monkeypatch.setenv("ROCOCAP_SPOOL", str(folder))
     impatient = with_short_patience(url, monkeypatch)
     started, spooled = [], []
     lock = foreign_lock(database)
@@ -365,11 +365,11 @@ def test_promise_11_a_locked_database_kills_no_worker_and_no_caption_is_lost_or_
                 started.append(time.monotonic())
                 if len(started) == 5:
                     lock.__enter__()
-                    threading.Timer(4.0, free).start()
+                    threading.Timer(3.0, free).start()
                 yield completion
 
     def free() -> None:
-        spooled.extend(spool.glob("*.jsonl"))
+        spooled.extend(folder.glob("*.jsonl"))
         started.append("freed")
         lock.__exit__(None, None, None)
 
@@ -377,7 +377,7 @@ def test_promise_11_a_locked_database_kills_no_worker_and_no_caption_is_lost_or_
     impatient.dispose()
     assert (outcome.done, outcome.lost, outcome.spooled) == (24, 0, 0)
     assert len(spooled) == 1, "captions were not on disk while the database was away"
-    assert not spool.exists()
+    assert not folder.exists()
     assert captions(database) == expected(24)
     assert set(select(database, "SELECT attempts, crashes FROM jobs")) == {(1, 0)}, "an outage charged somebody"
     # what was leased before the lock ran on; nothing was started once the leases' time had run out
@@ -390,10 +390,11 @@ def test_promise_11_captions_that_a_dead_worker_left_in_its_spool_are_stored_by_
 ):
     fill(database, tmp_path / "set", 8)
     monkeypatch.setenv("ROCOCAP_SPOOL", str(tmp_path / "spool"))
-    process = start(url, engine={"step_sec": 1.0}, batch_size=4, lease_ttl=2.0)
+    impatient = QUICK | {"rococap.worker.STORE_PATIENCE_SEC": 0.3}
+    process = start(url, engine={"step_sec": 1.0}, constants=impatient, batch_size=4, lease_ttl=2.0)
     until(lambda: statuses(database).get("leased", 0) > 0, "a claim")
     with foreign_lock(database):
-        until(lambda: list((tmp_path / "spool").glob("*.jsonl")) != [], "captions in the spool")
+        until(lambda: sum(spool.waiting(tmp_path / "spool").values()) == 4, "captions in the spool")
         process.kill()
         process.communicate()
     assert captions(database) == {}

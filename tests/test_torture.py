@@ -23,7 +23,7 @@ import pytest
 from conftest import recount, tallies
 from postgres import Server, lock_tables
 from samples import fill
-from small_engine import INFO, caption_of
+from small_engine import INFO, QUICK, caption_of
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import make_url
 
@@ -32,14 +32,6 @@ from rococap.engines import Completion
 
 SMALL = Path(__file__).with_name("small_engine.py")
 TTL_SEC = 2.0
-
-QUICK = {
-    "rococap.engines.LINGER_SEC": 0.02,
-    "rococap.pipeline.POLL_SEC": 0.1,
-    "rococap.worker.REPLAY_EVERY_SEC": 0.1,
-    "rococap.worker.STORE_EVERY_SEC": 0.1,
-}
-"""Less waiting, so that more happens in a second."""
 
 torture = pytest.mark.torture
 both = pytest.mark.parametrize("url", ["delete", "postgresql"], indirect=True)
@@ -83,7 +75,7 @@ class Crew:
 
     def __init__(self, url: str, folder: Path) -> None:
         self.url = url
-        self.constants: dict[str, float] = QUICK
+        self.constants = QUICK | {"rococap.engines.LINGER_SEC": 0.02}
         self.spool = folder / "spool"
         self.running: list[Worker] = []
         self.ended: list[Worker] = []

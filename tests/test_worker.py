@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from samples import fill, picture, register, write_shard
-from small_engine import INFO, SmallEngine, caption_of
+from small_engine import INFO, QUICK, SmallEngine, caption_of
 from sqlalchemy import Engine
 
 from rococap import db, queue
@@ -65,8 +65,8 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None
         time.sleep(0.02)
 
 
-def start(url: str, *, engine: dict | None = None, **settings) -> subprocess.Popen:
-    options = {"engine": engine or {}, "settings": settings}
+def start(url: str, *, engine: dict | None = None, constants: dict[str, float] = QUICK, **settings) -> subprocess.Popen:
+    options = {"engine": engine or {}, "constants": constants, "settings": settings}
     return subprocess.Popen(
         [sys.executable, str(SMALL), url, json.dumps(options)],
         stdout=subprocess.PIPE,
@@ -160,9 +160,15 @@ def test_what_is_leased_is_at_most_the_running_batch_and_one_claim_ahead(databas
 
 def test_a_transient_failure_is_put_off(database, tmp_path):
     fill(database, tmp_path / "set", 8)
-    stop = threading.Timer(1.5, lambda: signal.raise_signal(signal.SIGTERM))
-    stop.start()
+
+    def stop() -> None:
+        until(lambda: statuses(database) == {"done": 7, "waiting": 1}, "all had their turn")
+        os.kill(os.getpid(), signal.SIGTERM)  # to the process: a signal raised here would not wake the main thread
+
+    thread = threading.Thread(target=stop)
+    thread.start()
     outcome = run_worker(database, SmallEngine(transient=(2,)))
+    thread.join()
     assert statuses(database) == {"done": 7, "waiting": 1}
     assert (outcome.done, outcome.drained) == (7, True)
 
@@ -200,26 +206,26 @@ def test_a_worker_without_work_ends_at_once_and_loads_nothing(database, tmp_path
 
 @pytest.mark.every_database
 def test_a_worker_tells_what_it_measures_while_it_runs_and_what_storing_took_of_each_lease(database, url, tmp_path):
-    fill(database, tmp_path / "set", 60)
+    fill(database, tmp_path / "set", 40)
     process = start(url, engine={"step_sec": 0.2}, batch_size=4, lease_ttl=2.0)
     until(lambda: select(database, "SELECT 1 FROM workers WHERE telemetry IS NOT NULL"), "a heartbeat")
     with db.transaction(database) as conn:
         (running,) = queue.list_workers(conn, lost_after_ms=60_000)
     assert running.state == "running"
     assert running.telemetry.batch_size == 4
-    assert finish(process)["done"] == 60
+    assert finish(process)["done"] == 40
     with db.transaction(database) as conn:
         (stopped,) = queue.list_workers(conn, lost_after_ms=60_000)
         leases = queue.list_leases(conn, closed=99)
     told = stopped.telemetry
     assert running.telemetry.captioning_sec < told.captioning_sec < 60
-    assert told.pictures_per_sec == pytest.approx(60 / told.captioning_sec, rel=0.1)
-    assert told.new_tokens_per_sec == pytest.approx(3 * told.pictures_per_sec, rel=0.1)
+    assert told.pictures_per_sec == pytest.approx(40 / told.captioning_sec, rel=0.15)
+    assert told.new_tokens_per_sec == pytest.approx(3 * told.pictures_per_sec, rel=0.15)
     assert 0.5 < told.fill <= 1.0
     assert told.gpu_memory_mb is None
     assert 0 <= told.waited_sec < told.captioning_sec
     assert 30 < told.memory_mb < 2_000
-    assert len(leases) == 15
+    assert len(leases) == 10
     assert all(one.timing.store_ms > 0 for one in leases)
     assert sum(one.timing.store_ms for one in leases) < 1_000 * told.captioning_sec
 
@@ -236,7 +242,7 @@ def test_the_wait_for_the_lock_is_time_of_storing_and_is_booked_once(database, t
                 other.execute("BEGIN IMMEDIATE")
                 yield from completions
                 time.sleep(1)
-            time.sleep(3)
+            time.sleep(1.5)
 
     run_worker(database, Waiting(), limit=4, lease_ttl=2.0)
     ((store_ms,),) = select(database, "SELECT store_ms FROM leases")
@@ -426,14 +432,6 @@ def test_heartbeats_keep_a_lease_whose_batch_takes_longer_than_its_time(database
     assert finish(process)["done"] == 4
 
 
-def test_a_hung_worker_stops_beating_and_ends_hard(database, url, tmp_path):
-    fill(database, tmp_path / "set", 4)
-    process = start(url, engine={"hangs": True}, batch_size=4, lease_ttl=2.0, stall_timeout=1.0)
-    finish(process, code=70)
-    assert statuses(database) == {"leased": 4}
-    assert run_worker(database, lease_ttl=2.0).done == 4
-
-
 def test_a_waiting_worker_takes_up_new_work_until_it_is_stopped(database, url, tmp_path):
     fill(database, tmp_path / "set", 4)
     process = start(url, batch_size=4, wait=True)
@@ -505,10 +503,13 @@ def test_a_worker_that_is_stopped_while_the_database_is_locked_leaves_soon_and_c
 
 def test_a_worker_at_its_limit_waits_for_the_database_and_is_not_taken_for_hung(database, url, tmp_path):
     fill(database, tmp_path / "set", 8)
-    process = start(url, engine={"step_sec": 1.0}, batch_size=4, limit=4, lease_ttl=2.0, stall_timeout=1.5)
+    impatient = QUICK | {"rococap.worker.STORE_PATIENCE_SEC": 1.0}
+    process = start(
+        url, engine={"step_sec": 1.0}, constants=impatient, batch_size=4, limit=4, lease_ttl=2.0, stall_timeout=1.5
+    )
     until(lambda: statuses(database).get("leased", 0) == 4, "a claim")
     with locked(database):
-        time.sleep(9)
+        time.sleep(5)
         assert process.poll() is None
     assert finish(process)["done"] == 4
 
