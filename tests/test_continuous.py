@@ -113,9 +113,7 @@ def decode(
     return recording.said, completions
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_every_mix_of_sizes_prompts_lengths_and_arrivals_says_the_same(engine, prepared, alone, data):
+def assert_same(engine: TransformersEngine, prepared: list[Prepared], alone: list[list[int]], data: st.DataObject):
     jobs = data.draw(st.permutations(range(len(prepared))))[: data.draw(st.integers(1, len(prepared)))]
     lengths = {job: data.draw(st.integers(1, MOST)) for job in jobs}
     cuts = sorted(data.draw(st.sets(st.integers(1, len(jobs)), max_size=5)) | {len(jobs)})
@@ -127,6 +125,19 @@ def test_every_mix_of_sizes_prompts_lengths_and_arrivals_says_the_same(engine, p
     assert sorted(c.job_id for c in completions) == sorted(jobs)
     assert all(c.new_tokens <= lengths[c.job_id] for c in completions)
     assert source.most_taken <= batch_size
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_mix_of_sizes_prompts_lengths_and_arrivals_says_the_same(engine, prepared, alone, data):
+    assert_same(engine, prepared, alone, data)
+
+
+@pytest.mark.torture
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_very_many_mixes_of_sizes_prompts_lengths_and_arrivals_say_the_same(engine, prepared, alone, data):
+    assert_same(engine, prepared, alone, data)
 
 
 def test_a_row_that_is_abandoned_disturbs_no_other(engine, prepared, alone):

@@ -467,11 +467,11 @@ def test_the_command_captions_on_two_processes_and_stops_them_together(database,
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_model_that_cannot_be_loaded_is_given_up_with_what_the_worker_said(database, url, tmp_path, monkeypatch):
-    monkeypatch.setattr(crew, "TRIES", 2)
+    monkeypatch.setattr(crew, "TRIES", 1)
     (tmp_path / "model").mkdir()
     fill(database, tmp_path / "set", 4, recipe=Recipe(model=str(tmp_path / "model")))
     result = CliRunner().invoke(cli, ["--db", url, "worker", "--devices", "cpu:1"])
     assert (result.exit_code, result.stdout) == (1, "")
-    error = "Error: cpu failed 2 times in a row and was given up: it ended with code 1 (The folder "
+    error = "Error: cpu failed 1 times in a row and was given up: it ended with code 1 (The folder "
     assert result.stderr.splitlines()[-1].startswith(error)
     assert statuses(database) == {"pending": 4}

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from openai_server import HTML, ChatServer, Trouble, failing, picture_of
+from openai_server import HTML, Batched, ChatServer, Trouble, failing, picture_of
 from PIL import Image
 from samples import fill, register
 from small_engine import caption_of
@@ -793,22 +793,18 @@ def test_the_engine_imports_no_torch():
 
 
 @pytest.mark.slow
-def test_a_server_of_the_demo_model_captions_as_the_transformers_engine_does(database, url, tmp_path):
+def test_a_server_of_the_demo_model_captions_as_the_transformers_engine_does(database, tmp_path):
     write_dataset(tmp_path / "set", {"validation": 24})
     register(database, tmp_path / "set", ["validation"], recipe=Recipe(model=str(MODEL), max_new_tokens=64))
-    script = [sys.executable, str(Path(__file__).with_name("openai_server.py"))]
-    with subprocess.Popen(
-        [*script, json.dumps({"batch_size": 8, "max_new_tokens": 64})],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as demo:
-        address = demo.stdout.readline().strip()
-        process = start(url, address, "--served-model", "demo", "--batch-size", "8")
-        _, err = process.communicate(timeout=180)
-        demo.stdin.close()
-        demo.wait(30)
-    assert process.returncode == 0, err
+    engine = TransformersEngine(
+        Recipe(model=str(MODEL), dtype="float32", max_new_tokens=64), Options(device="cpu", batch_size=8)
+    )
+    engine.load()
+    model = Batched(engine)
+    with ChatServer(model) as demo:
+        demo.listed = [{"id": "demo", "owned_by": "tests"}]
+        assert caption_with(database, demo, served_model="demo", batch_size=8).done == 24
+    model.close()
     found = dict(select(database, CAPTIONS))
     assert found == _by_transformers(tmp_path)
     assert len(set(found.values())) > 6, "a model that says the same of every picture would prove nothing"

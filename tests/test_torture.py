@@ -310,7 +310,7 @@ def killed_at_any_moment(world: World, n: int, seed: int, kills: int) -> None:
 
 
 def test_workers_killed_at_any_moment_lose_and_double_nothing(worlds):
-    at_once(worlds, killed_at_any_moment, n=400, seed=1, kills=10)
+    at_once(worlds, killed_at_any_moment, n=240, seed=1, kills=6)
 
 
 @torture
@@ -467,7 +467,8 @@ def locked_for(world: World, seconds: float, sql: str = "") -> None:
 def test_a_database_locked_by_another_for_longer_than_a_lease_costs_nothing(worlds):
     for world in worlds:
         world.crew.url = impatient(world.url, lock_timeout="1s")  # else it waits for ten
-    at_once(worlds, locked_for, seconds=8)
+        world.crew.constants = world.crew.constants | {"rococap.worker.STORE_PATIENCE_SEC": 1.0}
+    at_once(worlds, locked_for, seconds=2 * TTL_SEC)
 
 
 @torture
@@ -706,7 +707,7 @@ def test_a_worker_frozen_inside_a_transaction_costs_nothing(world, nth):
 
 
 def asleep(world: World, times: int) -> None:
-    n = 60 + 120 * times
+    n = 120 * times
     world.fill(n)
     chance = random.Random(times)
     workers = [world.crew.start(engine={"step_sec": 0.15}) for _ in range(2)]
