@@ -1,7 +1,6 @@
 """A real PostgreSQL server for tests, from the package that carries one: no test needs more than pip."""
 
 import itertools
-import os
 import signal
 import subprocess
 import tempfile
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import psycopg
 from sqlalchemy.engine import make_url
 
@@ -70,5 +70,7 @@ class Server:
         )
 
     def stop(self) -> None:
-        os.kill(self._server.get_pid(), signal.SIGQUIT)  # without a last checkpoint, which takes seconds
+        process = psutil.Process(self._server.get_pid())
+        process.send_signal(signal.SIGQUIT)  # without a last checkpoint, which takes seconds
+        process.wait(60)
         self._server.cleanup()
