@@ -70,7 +70,8 @@ class Server:
         )
 
     def stop(self) -> None:
-        process = psutil.Process(self._server.get_pid())
+        pid = (Path(self._server.pgdata) / "postmaster.pid").read_text().split()[0]  # not as it was started, perhaps
+        process = psutil.Process(int(pid))
         process.send_signal(signal.SIGQUIT)  # without a last checkpoint, which takes seconds
         process.wait(60)
         self._server.cleanup()

@@ -242,7 +242,7 @@ def test_the_wait_for_the_lock_is_time_of_storing_and_is_booked_once(database, t
                 other.execute("BEGIN IMMEDIATE")
                 yield from completions
                 time.sleep(1)
-            time.sleep(1.5)
+            time.sleep(2.5)
 
     run_worker(database, Waiting(), limit=4, lease_ttl=2.0)
     ((store_ms,),) = select(database, "SELECT store_ms FROM leases")
