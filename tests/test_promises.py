@@ -4,16 +4,14 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from nursery import Worker
 from postgres import lock_tables
 from samples import fill, register, write_shard
 from small_engine import INFO, QUICK, SmallEngine, caption_of
@@ -29,7 +27,6 @@ from rococap.worker import Outcome, Settings, work
 pytestmark = pytest.mark.every_database
 
 TTL = 60_000
-SMALL = Path(__file__).with_name("small_engine.py")
 
 
 def writing(database: Engine):
@@ -99,11 +96,8 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None
         time.sleep(0.02)
 
 
-def start(url: str, *, engine: dict | None = None, constants: dict[str, float] = QUICK, **settings) -> subprocess.Popen:
-    options = json.dumps({"engine": engine or {}, "constants": constants, "settings": settings})
-    return subprocess.Popen(
-        [sys.executable, str(SMALL), url, options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(url: str, *, engine: dict | None = None, constants: dict[str, float] = QUICK, **settings) -> Worker:
+    return Worker(url, {"engine": engine or {}, "constants": constants, "settings": settings})
 
 
 def together(n: int, url: str, action: Callable[[Engine, int], None]) -> None:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import recount, tallies
+from nursery import Worker
 from postgres import Server, lock_tables
 from samples import fill
 from small_engine import INFO, QUICK, caption_of
@@ -30,7 +30,6 @@ from sqlalchemy.engine import make_url
 from rococap import db, queue, spool
 from rococap.engines import Completion
 
-SMALL = Path(__file__).with_name("small_engine.py")
 TTL_SEC = 2.0
 
 torture = pytest.mark.torture
@@ -38,36 +37,6 @@ both = pytest.mark.parametrize("url", ["delete", "postgresql"], indirect=True)
 
 
 # --- Worlds ----------------------------------------------------------------------------------------------------
-
-
-class Worker:
-    """A worker process. What it says goes to files."""
-
-    def __init__(self, nurse: subprocess.Popen, pid: int, path: Path) -> None:
-        self._nurse, self.pid, self._path = nurse, pid, path
-        self.code: int | None = None
-
-    def poll(self) -> int | None:
-        """Its exit code, if it has ended."""
-        if self.code is None:
-            self.code = ask(self._nurse, self.pid)
-        return self.code
-
-    def send(self, signum: int) -> None:
-        os.kill(self.pid, signum)
-
-    def told(self) -> str:
-        return self._path.with_suffix(".err").read_text()
-
-    def outcome(self) -> dict:
-        return json.loads(self._path.with_suffix(".out").read_text())
-
-
-def ask(nurse: subprocess.Popen, question: object) -> int | None:
-    """See `small_engine.nurse`."""
-    nurse.stdin.write(json.dumps(question) + "\n")
-    nurse.stdin.flush()
-    return json.loads(nurse.stdout.readline())
 
 
 class Crew:
@@ -79,30 +48,19 @@ class Crew:
         self.spool = folder / "spool"
         self.running: list[Worker] = []
         self.ended: list[Worker] = []
-        self._folder = folder / "crew"
-        self._folder.mkdir()
-        self._nurse = subprocess.Popen(
-            [sys.executable, str(SMALL), "nurse"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # no thread is to cross a fork
-        )
 
     def start(self, *, engine: dict | None = None, **more) -> Worker:
         """Another one; `more` may have troubles, as in `small_engine`."""
         settings = {"batch_size": 4, "lease_ttl": TTL_SEC}
         options = {"constants": self.constants, "engine": engine or {}, "settings": settings, "spool": str(self.spool)}
-        path = self._folder / str(len(self.running) + len(self.ended))
-        path.with_suffix(".err").touch()  # it may be read before the worker has begun
-        worker = Worker(self._nurse, ask(self._nurse, [self.url, options | more, str(path)]), path)
+        worker = Worker(self.url, options | more)
         self.running.append(worker)
         return worker
 
     def kill(self, worker: Worker) -> None:
         if worker.poll() is None:
-            worker.send(signal.SIGKILL)
-        until(lambda: worker.poll() is not None, "it is dead")
+            worker.kill()
+        worker.communicate()
         self.dismiss(worker)
 
     def dismiss(self, worker: Worker) -> None:
@@ -117,11 +75,11 @@ class Crew:
 
     def finish(self, worker: Worker, seconds: float = 60) -> dict:
         """What a worker did that ends by itself."""
-        until(lambda: worker.poll() is not None, "it has ended", seconds)
+        out, err = worker.communicate(seconds)
         self.dismiss(worker)
-        assert worker.code == 0, worker.told()
-        assert "Traceback" not in worker.told(), worker.told()
-        return worker.outcome()
+        assert worker.returncode == 0, err
+        assert "Traceback" not in err, err
+        return json.loads(out)
 
     def finish_all(self, seconds: float = 60) -> list[dict]:
         return [self.finish(worker, seconds) for worker in list(self.running)]
@@ -129,7 +87,6 @@ class Crew:
     def close(self) -> None:
         for worker in list(self.running):
             self.kill(worker)  # also one that is stopped
-        self._nurse.communicate()
 
 
 @dataclass
@@ -301,7 +258,7 @@ def killed_at_any_moment(world: World, n: int, seed: int, kills: int) -> None:
         if chance.random() < 0.1:
             time.sleep(1.5 * TTL_SEC)  # some live long enough to reap others
         kill_one(world, chance, engine={"step_sec": 0.25})
-    assert [worker.code for worker in world.crew.ended] == [-signal.SIGKILL] * kills, "all was done too early"
+    assert [worker.returncode for worker in world.crew.ended] == [-signal.SIGKILL] * kills, "all was done too early"
     check_books(world)
     world.crew.start()
     world.crew.finish_all()
@@ -388,7 +345,7 @@ def killed_at_each_statement(world: World) -> None:
         crew.start(troubles=[trouble])
     until(lambda: crew.n_running() == 0, "all were killed")
     check_books(world)
-    assert {worker.code for worker in crew.ended} == {-signal.SIGKILL}
+    assert {worker.returncode for worker in crew.ended} == {-signal.SIGKILL}
     assert sorted(troubles_told(crew)) == sorted(as_told(of, "kill"))
     for _ in range(2):
         crew.start()
@@ -633,11 +590,11 @@ def test_a_server_that_restarts_and_stops_costs_nothing(server, tmp_path, rounds
 def freeze(world: World, worker: Worker) -> None:
     """SIGSTOP, outside of its transactions: one that is frozen inside holds locks."""
     while True:
-        worker.send(signal.SIGSTOP)
+        worker.send_signal(signal.SIGSTOP)
         time.sleep(0.02)
         if not is_in_transaction(world):
             return
-        worker.send(signal.SIGCONT)
+        worker.send_signal(signal.SIGCONT)
         time.sleep(0.05)
 
 
@@ -668,7 +625,7 @@ def frozen_beyond_its_lease(world: World) -> None:
     other = world.crew.start()
     until(lambda: world.n_done() == n, "all is done by the other")
     before = world.as_stored()
-    stale.send(signal.SIGCONT)
+    stale.send_signal(signal.SIGCONT)
     assert world.crew.finish(stale)["done"] == 0
     assert world.crew.finish(other)["done"] == n
     assert world.as_stored() == before
@@ -700,7 +657,7 @@ def test_a_worker_frozen_inside_a_transaction_costs_nothing(world, nth):
         assert world.n_done() == 0
     else:
         until(lambda: world.n_done() == n, "all is done by the other")
-    stale.send(signal.SIGCONT)
+    stale.send_signal(signal.SIGCONT)
     done = [world.crew.finish(worker)["done"] for worker in (stale, other)]
     assert sum(done) == n
     check(world, n, charged=world.url.startswith("postgresql"))
@@ -715,10 +672,10 @@ def asleep(world: World, times: int) -> None:
         world.until_busy()
         time.sleep(chance.uniform(0, 0.5))
         for worker in workers:
-            worker.send(signal.SIGSTOP)
+            worker.send_signal(signal.SIGSTOP)
         time.sleep(1.5 * TTL_SEC)
         for worker in workers:
-            worker.send(signal.SIGCONT)
+            worker.send_signal(signal.SIGCONT)
             time.sleep(chance.uniform(0, 0.2))
     outcomes = world.crew.finish_all()
     assert sum(one["done"] for one in outcomes) == n
@@ -749,7 +706,7 @@ def captioned_with_killers(world: World, n: int, killers: Sequence[int], kills: 
             time.sleep(2 * TTL_SEC)  # some live long enough to reap others
         respawn(crew, **options)
         kill_one(world, chance, **options)
-    assert all(worker.code == -signal.SIGKILL for worker in crew.ended), "all was done too early"
+    assert all(worker.returncode == -signal.SIGKILL for worker in crew.ended), "all was done too early"
     options["engine"]["step_sec"] = 0.0
     crew.start(**options)
     while crew.running:

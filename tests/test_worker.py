@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from nursery import Worker
 from samples import fill, picture, register, write_shard
 from small_engine import INFO, QUICK, SmallEngine, caption_of
 from sqlalchemy import Engine
@@ -23,8 +22,6 @@ from rococap import db, queue
 from rococap.engines import Completion, gather
 from rococap.errors import DatasetError, RunError
 from rococap.worker import Outcome, Settings, choose_run, work
-
-SMALL = Path(__file__).with_name("small_engine.py")
 
 
 def run_worker(database: Engine, engine: SmallEngine | None = None, **settings) -> Outcome:
@@ -65,17 +62,11 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None
         time.sleep(0.02)
 
 
-def start(url: str, *, engine: dict | None = None, constants: dict[str, float] = QUICK, **settings) -> subprocess.Popen:
-    options = {"engine": engine or {}, "constants": constants, "settings": settings}
-    return subprocess.Popen(
-        [sys.executable, str(SMALL), url, json.dumps(options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(url: str, *, engine: dict | None = None, constants: dict[str, float] = QUICK, **settings) -> Worker:
+    return Worker(url, {"engine": engine or {}, "constants": constants, "settings": settings})
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> dict:
+def finish(process: Worker, code: int = 0) -> dict:
     out, err = process.communicate(timeout=30)
     assert process.returncode == code, err
     return json.loads(out) if out else {}
