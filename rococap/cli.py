@@ -1041,7 +1041,7 @@ def _modalities_table(runs: Sequence[Any]) -> str:
     "--output",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="[default: results_medical/report_RUN….html]",
+    help="[default: results_medical/report_SPLIT_RUN….html]",
 )
 @click.option(
     "--pictures", type=click.IntRange(0, 100_000), default=200, show_default=True, metavar="N", help="How many to show."

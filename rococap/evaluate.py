@@ -80,7 +80,7 @@ COUNTED: dict[str, tuple[tuple[str, ...], Callable[[Matrix], Matrix]]] = {
 class Metric:
     """`score` yields one Scores for each pair, in order, or raises NotComputed. `packages`: whose versions decide the
     numbers; `edition` changes with our own code. A metric `of_corpus` hangs on all references of the evaluation; an
-    `extra` one takes long, or a package that rococap does not bring, and is computed if it is asked for.
+    `extra` one takes long, or a package that rococap does not bring, and is computed where it is asked for.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Metric:
     packages: tuple[str, ...] = ()
     edition: str = "1"
     of_corpus: bool = False
-    extra: str = ""
+    extra: bool = False
 
     def digests(self, pairs: Sequence[Pair]) -> list[str]:
         """What the score of each pair hangs on."""
@@ -187,9 +187,9 @@ METRICS = (
         ("bert-score",),
         edition=metrics.BERT,
         of_corpus=True,
-        extra="bertscore",
+        extra=True,
     ),
-    Metric("meteor_1_5", ("meteor_1_5",), _meteor_1_5, ("pycocoevalcap",), extra="coco"),
+    Metric("meteor_1_5", ("meteor_1_5",), _meteor_1_5, ("pycocoevalcap",), extra=True),
 )
 EXTRAS = tuple(metric.name for metric in METRICS if metric.extra)
 
@@ -226,7 +226,7 @@ def _scores(
         else:
             stale.append(at)
     if metric.extra and stale and not asked:
-        raise NotComputed(f"Ask for it: --also {metric.name}. It needs: pip install 'rococap[{metric.extra}]'")
+        raise NotComputed(f"Not for all captions yet: --also {metric.name}")
     if metric.of_corpus and stale:
         stale = list(range(len(pairs)))
     fresh = zip(stale, metric.score([pairs[at] for at in stale]), strict=True) if stale else iter(())
@@ -451,7 +451,10 @@ def _evaluate(
     def told(what: str, done: int, total: int) -> None:
         progress(f"{run.name}, {split}: {what}", done, total)
 
+    was_computed = {name for _, name in kept}
     for metric in METRICS:
+        if metric.extra and metric.name not in {*also, *was_computed}:
+            continue
         try:
             scores, n = _scores(database, metric, pairs, kept, metric.name in also, told)
         except NotComputed as why:

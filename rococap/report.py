@@ -27,7 +27,7 @@ from rococap.datasets import PictureReader, Place
 from rococap.db import execute, transaction
 from rococap.errors import DatasetError, PictureError, RococapError
 from rococap.evaluate import SEED, Evaluation, Scored
-from rococap.export import FOLDER, Progress, done_pages, replacing, short_reads
+from rococap.export import Progress, done_pages, replacing, short_reads
 from rococap.images import open_picture
 from rococap.plots import Plot, Series
 from rococap.queue import Failed, Run
@@ -80,6 +80,8 @@ EXPLAINED: Final = {
     "flagged": Explained(
         "Flagged", "0 to 1", "Share of captions that say nothing or are otherwise odd: lower is better."
     ),
+    "bertscore_f1": Explained("BERTScore F1", "up to 1", "Words of like meaning, by a language model."),
+    "meteor_1_5": Explained("METEOR 1.5", "0 to 1", "As METEOR, by its own program, which also knows paraphrases."),
     "length_ratio": Explained("Length ratio", "around 1", "Words of the captions by words of the originals.", 2.0),
 }
 SUMMARY: Final = ("bleu_4", "rouge_l", "cider_d", "concept_f1")
@@ -106,10 +108,6 @@ class Reported:
     warnings: list[str]
 
 
-def default_path(evaluated: Evaluation) -> Path:
-    return FOLDER / f"report_{'_'.join(one.run.name for one in evaluated.scored)}.html"
-
-
 def report(
     database: Database,
     names: Sequence[str],
@@ -128,7 +126,7 @@ def report(
     if path is not None and path.is_dir():
         raise RococapError(f"{path} is a folder: name a file with --output, such as {path / 'report.html'}")
     evaluated = evaluation.evaluate(database, names, [split], progress=progress)
-    path = path or default_path(evaluated)
+    path = path or evaluation.default_path(evaluated, "report", ".html")
     progress("resampling", 0, 1)
     told = evaluation.to_json(evaluated)
     progress("resampling", 1, 1)
