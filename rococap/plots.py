@@ -110,7 +110,7 @@ def durations(series: Sequence[Series]) -> Plot:
     unit, ms = _unit(float(np.median(np.concatenate([one.values for one in known]))))
     known = [Series(one.name, one.run, one.values / ms) for one in known]
     together = np.concatenate([one.values for one in known])
-    edges = np.geomspace(*_apart(*np.percentile(together, [0.2, 99.8])), _BINS + 1)
+    edges = np.geomspace(*_apart(*np.percentile(together, [0.2, 99.8])), _bins(len(together)) + 1)
     axes, figure = _axes()
     _histogram(axes, known, edges, unit)
     _logarithmic(axes, edges)
@@ -138,11 +138,16 @@ def throughput(series: Sequence[Series]) -> Plot:
 def _rate(axes: Any, one: Series, unit_ms: float) -> str:
     since = one.values - one.values.min()
     # Captions are stored a batch at a time: narrower bins would show that, and not the rate.
-    counts, edges = np.histogram(since, bins=int(np.clip(np.sqrt(len(since)), 4, _BINS)))
+    counts, edges = np.histogram(since, bins=_bins(len(since)))
     per_minute = counts / (np.diff(edges) / 60_000)
     axes.stairs(per_minute, edges / unit_ms, **_line(one))
     mean = len(since) / (float(since.max()) / 60_000)
     return f"{one.name}: {len(since)} captions, {_plain(mean)} per minute on average"
+
+
+def _bins(n: int) -> int:
+    """As many as n numbers fill."""
+    return int(np.clip(np.sqrt(n), 4, _BINS))
 
 
 def _unit(span_ms: float) -> tuple[str, float]:
