@@ -217,14 +217,12 @@ def _scores(
 ) -> tuple[list[Scores], int]:
     """The scores of each pair, and of how many they were computed now. Raises NotComputed."""
     digests = metric.digests(pairs)
-    scores: list[Scores] = [{}] * len(pairs)
-    stale = []
-    for at, (pair, digest) in enumerate(zip(pairs, digests, strict=True)):
-        known, value = kept.get((pair.job_id, metric.name), ("", ""))
-        if known == digest:
-            scores[at] = json.loads(value)
-        else:
-            stale.append(at)
+    found = [kept.get((pair.job_id, metric.name), ("", "")) for pair in pairs]
+    is_fresh = [known == digest for (known, _), digest in zip(found, digests, strict=True)]
+    # Parsed together, which takes half the time.
+    values = ",".join(value if fresh else "{}" for (_, value), fresh in zip(found, is_fresh, strict=True))
+    scores: list[Scores] = json.loads(f"[{values}]")
+    stale = [at for at, fresh in enumerate(is_fresh) if not fresh]
     if metric.extra and stale and not asked:
         raise NotComputed(f"Not for all captions yet: --also {metric.name}")
     if metric.of_corpus and stale:

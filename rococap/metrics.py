@@ -46,11 +46,10 @@ _TOKEN = re.compile(
     | \d+[.,]\d+(?=(?:cm|hu|t)\b)                           # 1.5 t
     | (?<!\S)-\d+(?:[.,]\d+)*\b | \d+:\d+
     | \w+(?:[-/.,_@&\u2010]+\w+|'(?!(?:s|re|ve|ll|d|m|t)\b)\w+)*
-    | \S
+    | [^\s'`.?!,:;"“”‘„–—…-]                                # any other character, but punctuation
     """,
     re.VERBOSE,
 )
-_DROPPED = frozenset(["''", "'", "``", "`", *'.?!,:;-"“”‘„–—…', "--", "..."])
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
 
@@ -59,8 +58,7 @@ def tokens(text: str) -> list[str]:
     them (Chen et al., 2015, arXiv:1504.00325), whose brackets stay, as `-lrb-`. docs/metrics.md says how often they
     are those of its tokeniser, Stanford's.
     """
-    words = _TOKEN.findall(fold(text).lower().replace("’", "'"))
-    return [_BRACKETS.get(word, word) for word in words if word not in _DROPPED]
+    return [_BRACKETS.get(word, word) for word in _TOKEN.findall(fold(text).lower().replace("’", "'"))]
 
 
 # --- One caption -----------------------------------------------------------------------------------------------
