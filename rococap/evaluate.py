@@ -191,7 +191,6 @@ METRICS = (
     ),
     Metric("meteor_1_5", ("meteor_1_5",), _meteor_1_5, ("pycocoevalcap",), extra=True),
 )
-EXTRAS = tuple(metric.name for metric in METRICS if metric.extra)
 
 # --- What is kept ----------------------------------------------------------------------------------------------
 
@@ -227,9 +226,9 @@ def _scores(
         raise NotComputed(f"Not for all captions yet: --also {metric.name}")
     if metric.of_corpus and stale:
         stale = list(range(len(pairs)))
-    fresh = zip(stale, metric.score([pairs[at] for at in stale]), strict=True) if stale else iter(())
+    made = zip(stale, metric.score([pairs[at] for at in stale]), strict=True) if stale else iter(())
     n = 0
-    while some := list(islice(fresh, STORE)):
+    while some := list(islice(made, STORE)):
         _keep(database, metric, [(pairs[at].job_id, digests[at], one) for at, one in some])
         for at, one in some:
             scores[at] = one

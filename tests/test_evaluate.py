@@ -14,7 +14,7 @@ from samples import caption, fill, register, texts, write_shard
 from sqlalchemy import Engine
 
 from rococap import db, evaluate, metrics, queue
-from rococap.cli import cli
+from rococap.cli import EXTRA_METRICS, cli
 from rococap.errors import RunError
 from rococap.queue import Run
 from rococap.recipe import Recipe
@@ -460,6 +460,10 @@ def test_the_command_prints_json_and_writes_the_scores(url, here):
     } <= set(one["metrics"])
     assert "Warning: 1 pictures of train" in result.stderr
     assert len(pd.read_parquet("results_medical/scores_train_default.parquet")) == 5
+
+
+def test_the_command_takes_every_extra_score():
+    assert tuple(metric.name for metric in evaluate.METRICS if metric.extra) == EXTRA_METRICS
 
 
 @pytest.mark.parametrize("names", [[], ["--run", "default", "--run", "other"]])
