@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -936,7 +937,6 @@ def _compared_row(run: Any) -> list[str]:
 # --- evaluate --------------------------------------------------------------------------------------------------
 
 EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
-SHOWN_BY_MODALITY = ("bleu_4", "rouge_l", "meteor_nltk", "cider_d", "concept_f1")
 
 
 def runs_option(help: str) -> Callable[[F], F]:
@@ -982,10 +982,15 @@ def evaluate(
     if as_json:
         _echo_json(told)
     else:
-        click.echo("\n\n".join(_scores_text(told, split) for split in splits))
+        shown = [split for split in splits if any(run["split"] == split for run in told["runs"])]
+        click.echo("\n\n".join(_scores_text(told, split) for split in shown))
         click.echo(f"\n{path}: {rows} captions")
     for warning in dict.fromkeys(text for run in told["runs"] for text in run["warnings"]):
         click.echo(f"Warning: {warning}", err=True)
+    scored = {(run["run"], run["split"]) for run in told["runs"]}
+    for run, split in product(dict.fromkeys(run["run"] for run in told["runs"]), splits):
+        if (run, split) not in scored:
+            click.echo(f"{run} captioned nothing of {split} yet.", err=True)
 
 
 def _scores_text(told: dict[str, Any], split: str) -> str:
@@ -994,6 +999,8 @@ def _scores_text(told: dict[str, Any], split: str) -> str:
     counts = ", ".join(f"{run['n']} captions of {run['run']}" for run in runs)
     names = dict.fromkeys(name for run in runs for name in run["metrics"])
     parts = [f"{split}: {counts}", _overall_table(list(names), runs, paired), _modalities_table(runs)]
+    if len(paired) == 1:
+        parts[1] += f"\n\ndifference and p: of the {paired[0]['n']} pictures that both captioned"
     reasons = dict.fromkeys((name, why) for run in runs for name, why in run["not_computed"].items())
     reasons_told = [textwrap.fill(f"{name}: not computed: {why}", 80, subsequent_indent="  ") for name, why in reasons]
     return "\n\n".join([*parts, "\n".join(reasons_told)]).rstrip()
@@ -1021,14 +1028,16 @@ def _score(value: float | None, interval: Sequence[float] | bool | None = None) 
 
 
 def _modalities_table(runs: Sequence[Any]) -> str:
+    from rococap.evaluate import BY_MODALITY
+
     modalities = dict.fromkeys(name for run in runs for name in run["by_modality"])
     rows = [
-        [name, run["run"], str(of["n"]), *(_score(of["metrics"].get(shown)) for shown in SHOWN_BY_MODALITY)]
+        [name, run["run"], str(of["n"]), *(_score(of["metrics"].get(shown)) for shown in BY_MODALITY)]
         for name in modalities
         for run in runs
         if (of := run["by_modality"].get(name))
     ]
-    return _within_80(["modality", "run", "n", *SHOWN_BY_MODALITY], rows, 1)
+    return _within_80(["modality", "run", "n", *BY_MODALITY], rows, 1)
 
 
 # --- report ----------------------------------------------------------------------------------------------------

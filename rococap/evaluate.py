@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
 from rococap import concepts, db, metrics, queue
@@ -29,9 +30,12 @@ from rococap.metrics import ORDERS, Vector
 from rococap.queue import Run
 
 BLEUS = tuple(f"bleu_{order}" for order in range(1, ORDERS + 1))
+BY_MODALITY = ("bleu_4", "rouge_l", "meteor_nltk", "cider_d", "concept_f1")
+"""What is shown of each modality."""
 RESAMPLES = 1_000
 SEED = 20_411  # intervals and tests are the same whenever they are computed
 STORE = 500  # captions whose scores are stored at once, and lost at most where evaluating is killed
+LONGEST_NAME = 150  # bytes of the runs' names in a file's, which file systems hold to 255
 TRAINING = "rococap_training.json"
 """Beside an adapter or model that rococap trained: {"dataset": name, "splits": [what it was trained on]}."""
 
@@ -78,14 +82,15 @@ COUNTED: dict[str, tuple[tuple[str, ...], Callable[[Matrix], Matrix]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """`score` yields one Scores for each pair, in order, or raises NotComputed. `packages`: whose versions decide the
-    numbers; `edition` changes with our own code. A metric `of_corpus` hangs on all references of the evaluation; an
-    `extra` one takes long, or a package that rococap does not bring, and is computed where it is asked for.
+    """`score` takes all pairs and the places of those that are wanted, and yields a Scores for each of these, or raises
+    NotComputed. `packages`: whose versions decide the numbers; `edition` changes with our own code. A metric
+    `of_corpus` hangs on all references of the evaluation; an `extra` one takes long, or a package that rococap does not
+    bring, and is computed where it is asked for.
     """
 
     name: str
     scores: tuple[str, ...]
-    score: Callable[[Sequence[Pair]], Iterator[Scores]]
+    score: Callable[[Sequence[Pair], Sequence[int]], Iterator[Scores]]
     packages: tuple[str, ...] = ()
     edition: str = "1"
     of_corpus: bool = False
@@ -110,9 +115,9 @@ def _digest(*texts: str) -> str:
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
 
 
-def _overlap(pairs: Sequence[Pair]) -> Iterator[Scores]:
-    for pair in pairs:
-        text, reference = metrics.fold(pair.text), metrics.fold(pair.reference)
+def _overlap(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
+    for at in wanted:
+        text, reference = metrics.fold(pairs[at].text), metrics.fold(pairs[at].reference)
         hypothesis, words = metrics.tokens(text), metrics.tokens(reference)
         yield {
             "bleu": metrics.bleu_statistics(hypothesis, [words]),
@@ -122,34 +127,37 @@ def _overlap(pairs: Sequence[Pair]) -> Iterator[Scores]:
         }
 
 
-def _meteor(pairs: Sequence[Pair]) -> Iterator[Scores]:
+def _meteor(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
     wordnet = metrics.open_wordnet()
     if wordnet is None:
         raise NotComputed(f"WordNet is not installed. {metrics.WORDNET_COMMAND}")
     score = metrics.meteor(wordnet)
-    for pair in pairs:
-        yield {"meteor_nltk": score(metrics.tokens(pair.text), metrics.tokens(pair.reference))}
+    for at in wanted:
+        yield {"meteor_nltk": score(metrics.tokens(pairs[at].text), metrics.tokens(pairs[at].reference))}
 
 
-def _cider_d(pairs: Sequence[Pair]) -> Iterator[Scores]:
+def _cider_d(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
+    if len(pairs) < 2:
+        raise NotComputed("It weighs words by how rare they are, and there is one caption.")
     references = [[metrics.tokens(pair.reference)] for pair in pairs]
-    for score in metrics.cider_d([metrics.tokens(pair.text) for pair in pairs], references):
-        yield {"cider_d": float(score)}
+    scores = metrics.cider_d([metrics.tokens(pair.text) for pair in pairs], references)
+    for at in wanted:
+        yield {"cider_d": float(scores[at])}
 
 
-def _concepts(pairs: Sequence[Pair]) -> Iterator[Scores]:
+def _concepts(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
     """Against the curated ones, which are those that the matcher knows."""
-    for pair in pairs:
-        found, reference = concepts.found(pair.text), concepts.curated(concepts.parse(pair.cui))
+    for at in wanted:
+        found, reference = concepts.found(pairs[at].text), concepts.curated(concepts.parse(pairs[at].cui))
         yield {
             "concept_f1": concepts.f1(found, reference),
             "concept_recall": concepts.recall(found, reference),
         }
 
 
-def _bertscore(pairs: Sequence[Pair]) -> Iterator[Scores]:
-    texts = [metrics.fold(pair.text) for pair in pairs]
+def _bertscore(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
     references = [metrics.fold(pair.reference) for pair in pairs]
+    texts = [(metrics.fold(pairs[at].text), references[at]) for at in wanted]
     try:
         for score in metrics.bertscore(texts, references):
             yield {"bertscore_f1": score}
@@ -159,15 +167,15 @@ def _bertscore(pairs: Sequence[Pair]) -> Iterator[Scores]:
         raise NotComputed(f"Its model {metrics.BERT} is not here, and cannot be fetched: {error}") from error
 
 
-def _meteor_1_5(pairs: Sequence[Pair]) -> Iterator[Scores]:
-    words = ((metrics.tokens(pair.text), metrics.tokens(pair.reference)) for pair in pairs)
+def _meteor_1_5(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
+    words = ((metrics.tokens(pairs[at].text), metrics.tokens(pairs[at].reference)) for at in wanted)
     try:
         for counts in metrics.meteor_1_5_statistics(words):
             yield {"meteor_1_5": counts}
     except ImportError as error:
         raise NotComputed(f"It needs pycocoevalcap ({error}): pip install 'rococap[coco]'") from error
     except OSError as error:
-        raise NotComputed(f"It needs Java ({error}): apt-get install default-jre-headless") from error
+        raise NotComputed(f"It needs Java that runs ({error}): apt-get install default-jre-headless") from error
 
 
 METRICS = (
@@ -213,8 +221,8 @@ def _read(read: Read, run: Run, split: str, cutoff: int) -> tuple[list[Pair], Ke
 
 def _scores(
     database: Database, metric: Metric, pairs: Sequence[Pair], kept: Kept, asked: bool, progress: Progress
-) -> tuple[list[Scores], int]:
-    """The scores of each pair, and of how many they were computed now. Raises NotComputed."""
+) -> list[Scores]:
+    """Of each pair, computed now or before. Raises NotComputed."""
     digests = metric.digests(pairs)
     found = [kept.get((pair.job_id, metric.name), ("", "")) for pair in pairs]
     is_fresh = [known == digest for (known, _), digest in zip(found, digests, strict=True)]
@@ -224,17 +232,15 @@ def _scores(
     stale = [at for at, fresh in enumerate(is_fresh) if not fresh]
     if metric.extra and stale and not asked:
         raise NotComputed(f"Not for all captions yet: --also {metric.name}")
-    if metric.of_corpus and stale:
-        stale = list(range(len(pairs)))
-    made = zip(stale, metric.score([pairs[at] for at in stale]), strict=True) if stale else iter(())
-    n = 0
+    made = zip(stale, metric.score(pairs, stale), strict=True) if stale else iter(())
+    done = 0
     while some := list(islice(made, STORE)):
         _keep(database, metric, [(pairs[at].job_id, digests[at], one) for at, one in some])
         for at, one in some:
             scores[at] = one
-        n += len(some)
-        progress(metric.name, n, len(stale))
-    return scores, n
+        done += len(some)
+        progress(metric.name, done, len(stale))
+    return scores
 
 
 def _keep(database: Database, metric: Metric, rows: Sequence[tuple[int, str, Scores]]) -> None:
@@ -255,19 +261,17 @@ class Scored:
     """The captions of one run and split, with their scores.
 
     `counts` are those of COUNTED, shape (n, how many it counts); `values` each other score's, shape (n,), NaN where it
-    is not defined.
-    `missing` counts the jobs of the split that are not done; `computed` the captions that a score was computed of.
+    is not defined. `missing` counts the jobs of the split that are not done.
     """
 
     run: Run
     split: str
-    missing: int
     pairs: list[Pair]
     modalities: list[str]
     counts: dict[str, Matrix]
     values: dict[str, Vector]
     not_computed: dict[str, str]
-    computed: int
+    missing: int = 0
     warnings: list[str] = field(default_factory=list)
 
     def statistics(self) -> Matrix:
@@ -303,7 +307,8 @@ class Summary:
 def summarise(scored: Scored, modality: str | None = None) -> Summary:
     """Of all captions, or of one modality's.
 
-    The interval is the percentile bootstrap's (Efron and Tibshirani, 1993): captions are drawn with replacement.
+    The interval is the percentile bootstrap's (Efron and Tibshirani, 1993): captions are drawn with replacement. One
+    caption has none.
     """
     statistics = scored.statistics()
     if modality is not None:
@@ -315,7 +320,7 @@ def summarise(scored: Scored, modality: str | None = None) -> Summary:
     return Summary(
         n,
         {name: _number(value) for name, value in overall.items()},
-        {name: _interval(resampled[name]) for name in overall},
+        {name: _interval(resampled[name]) if n > 1 else None for name in overall},
     )
 
 
@@ -343,31 +348,38 @@ class Paired:
 
 
 def pair_up(one: Scored, other: Scored) -> Paired:
-    """Approximate randomisation (Noreen, 1989; Riezler and Maxwell, 2005), two-sided, of the scores that both have."""
+    """Approximate randomisation (Noreen, 1989; Riezler and Maxwell, 2005), two-sided, of the scores that both have.
+    Scores that hang on all originals are computed over those of the shared pictures, or else left out.
+    """
     places = {pair.image_id: at for at, pair in enumerate(other.pairs)}
     shared = [(at, places[pair.image_id]) for at, pair in enumerate(one.pairs) if pair.image_id in places]
-    ours, theirs = np.array(shared, dtype=np.int64).reshape(-1, 2).T
-    one, other = _only(one, ours, other), _only(other, theirs, one)
+    runs = (one.run.name, other.run.name)
+    if not shared:
+        return Paired(one.split, runs, 0, {}, {})
+    ours, theirs = np.array(shared).T
+    is_part = len(shared) < max(len(one.pairs), len(other.pairs))
+    one, other = _only(one, ours, other, is_part), _only(other, theirs, one, is_part)
     first, second = one.statistics(), other.statistics()
     rng = np.random.default_rng(SEED)
     swapped = np.array([(rng.random(len(shared)) < 0.5) @ (second - first) for _ in range(RESAMPLES)])
     before, after = one.totals(first.sum(axis=0)), one.totals(second.sum(axis=0))
     trial_before, trial_after = one.totals(first.sum(axis=0) + swapped), one.totals(second.sum(axis=0) - swapped)
     differences = {name: _number(after[name] - before[name]) for name in before}
-    return Paired(
-        one.split,
-        (one.run.name, other.run.name),
-        len(shared),
-        differences,
-        {name: _p(differences[name], trial_after[name] - trial_before[name]) for name in before},
-    )
+    p = {name: _p(differences[name], trial_after[name] - trial_before[name]) for name in before}
+    return Paired(one.split, runs, len(shared), differences, p)
 
 
-def _only(scored: Scored, rows: npt.NDArray[np.int64], like: Scored) -> Scored:
+def _only(scored: Scored, rows: npt.NDArray[np.int64], like: Scored, is_part: bool) -> Scored:
     """Of these captions, the scores that the other has too."""
     counts = {name: value[rows] for name, value in scored.counts.items() if name in like.counts}
     values = {name: value[rows] for name, value in scored.values.items() if name in like.values}
-    return Scored(scored.run, scored.split, 0, [scored.pairs[at] for at in rows], [], counts, values, {}, 0)
+    part = Scored(scored.run, scored.split, [scored.pairs[at] for at in rows], [], counts, values, {})
+    for metric in METRICS if is_part else ():
+        if metric.of_corpus and metric.name in values:
+            del values[metric.name]
+            if not metric.extra and len(rows) > 1:
+                _add(part, list(metric.score(part.pairs, range(len(rows)))))
+    return part
 
 
 def _p(difference: float | None, trials: Vector) -> float | None:
@@ -388,10 +400,6 @@ class Evaluation:
     scored: list[Scored]
     paired: list[Paired]
 
-    def modalities(self) -> list[str]:
-        """Those there are, the most frequent first."""
-        return [name for name, _ in Counter(chain.from_iterable(one.modalities for one in self.scored)).most_common()]
-
 
 def evaluate(
     database: Database,
@@ -404,29 +412,35 @@ def evaluate(
     """Scores what the runs have captioned of the splits up to now; without names, the default run or the only one.
     `also` names the extra metrics to compute.
 
-    Raises RunError for runs that do not exist, are of different data sets, or captioned nothing of a split.
+    Raises RunError for runs that do not exist, are of different data sets, or captioned nothing of any of the splits.
     """
     with transaction(database) as conn:
         runs = find_runs(conn, names or [queue.find_run(conn, None).name])
         counts = {(run.name, one.split): one for run in runs for one in queue.counts_of(conn, run, splits)}
+        n_images = _images(conn, runs[0])
         cutoff = db.now(conn)
+    scored = []
     for run in runs:
-        if not any(counts[run.name, split].done for split in splits if (run.name, split) in counts):
+        captioned = [split for split in splits if (run.name, split) in counts and counts[run.name, split].done]
+        if not captioned:
             raise RunError(
                 f"Run {run.name!r} captioned nothing of {', '.join(splits)} yet. "
                 f"Caption pictures: rococap worker --run {run.name}"
             )
-    scored = [
-        _evaluate(database, run, split, cutoff, counts[run.name, split].total, also, progress)
-        for split in splits
-        for run in runs
-        if (run.name, split) in counts and counts[run.name, split].done
-    ]
-    return Evaluation(scored, [pair for split in splits for pair in _pairs([s for s in scored if s.split == split])])
+        for split in captioned:
+            one = _evaluate(database, run, split, cutoff, also, progress)
+            one.missing = counts[run.name, split].total - len(one.pairs)
+            one.warnings = list(_warnings(one, n_images[split]))
+            scored.append(one)
+    by_split = [[one for one in scored if one.split == split] for split in splits]
+    paired = [pair_up(several[0], other) for several in by_split for other in several[1:]]
+    return Evaluation(list(chain.from_iterable(by_split)), paired)
 
 
-def _pairs(scored: Sequence[Scored]) -> Iterator[Paired]:
-    return (pair_up(scored[0], other) for other in scored[1:])
+def _images(conn: Connection, run: Run) -> dict[str, int]:
+    """How many pictures of each split the run's data set has."""
+    sql = "SELECT split, count(*) FROM images WHERE dataset_id = ? GROUP BY split"
+    return dict(map(tuple, execute(conn, sql, (run.dataset_id,))))
 
 
 def _evaluate(
@@ -434,7 +448,6 @@ def _evaluate(
     run: Run,
     split: str,
     cutoff: int,
-    total: int,
     also: Sequence[str],
     progress: Progress,
 ) -> Scored:
@@ -443,7 +456,7 @@ def _evaluate(
     if not pairs:  # a clock that stepped back
         raise RunError(f"Run {run.name!r} captioned nothing of {split} by the database's clock. Try again in a moment.")
     modalities = [concepts.modality(concepts.parse(pair.cui)) for pair in pairs]
-    scored = Scored(run, split, total - len(pairs), pairs, modalities, {}, {}, {}, 0)
+    scored = Scored(run, split, pairs, modalities, {}, {}, {})
 
     def told(what: str, done: int, total: int) -> None:
         progress(f"{run.name}, {split}: {what}", done, total)
@@ -453,14 +466,12 @@ def _evaluate(
         if metric.extra and metric.name not in {*also, *was_computed}:
             continue
         try:
-            scores, n = _scores(database, metric, pairs, kept, metric.name in also, told)
+            scores = _scores(database, metric, pairs, kept, metric.name in also, told)
         except NotComputed as why:
             scored.not_computed |= dict.fromkeys(metric.scores, str(why))
         else:
-            scored.computed = max(scored.computed, n)
             _add(scored, scores)
     scored.values["flagged"] = np.array([float(bool(pair.flags)) for pair in pairs])
-    scored.warnings += _warnings(scored)
     return scored
 
 
@@ -473,37 +484,46 @@ def _add(scored: Scored, scores: Sequence[Scores]) -> None:
             scored.values[name] = column
 
 
-def _warnings(scored: Scored) -> Iterator[str]:
+def _warnings(scored: Scored, n_images: int) -> Iterator[str]:
+    run, split = scored.run, scored.split
+    n = len(scored.pairs)
     if scored.missing:
-        yield (
-            f"{scored.missing} pictures of {scored.split} are not captioned by {scored.run.name}: these scores are of "
-            "the others."
-        )
-    recipe, dataset = scored.run.recipe, scored.run.dataset
-    for folder in filter(None, (recipe.adapter, recipe.model)):
-        trained = _training(Path(folder) / TRAINING)
-        if trained.get("dataset") == dataset and scored.split in trained.get("splits", ()):
+        yield f"{scored.missing} pictures of {split} are not captioned by {run.name}: these scores are of the others."
+    if n + scored.missing < n_images:
+        yield f"{run.name} was enqueued with {n + scored.missing} of the {n_images} pictures of {split}."
+    for name in filter(None, (run.recipe.adapter, run.recipe.model)):
+        trained = _training(Path(name) / TRAINING)
+        if trained.get("dataset") == run.dataset and split in (trained.get("splits") or ()):
             yield (
-                f"{folder} was trained on {scored.split} of this data set: its scores there say how well it "
-                "remembers. Evaluate a split that it has not seen."
+                f"{_short(name)} was trained on {split} of this data set: the scores of {run.name} there say how well "
+                "it remembers. Evaluate a split that it has not seen."
             )
 
 
 def _training(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # absent, or not ours
+    except (OSError, ValueError, TypeError):  # absent, or not ours
         return {}
+
+
+def _short(name: str) -> str:
+    """A folder by its last two names: a report is sent to people whom the rest does not concern."""
+    path = Path(name)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else name
 
 
 # --- What is written -------------------------------------------------------------------------------------------
 
 
 def default_path(evaluation: Evaluation, kind: str, suffix: str) -> Path:
-    """`results_medical/scores_test_default.parquet`: what was evaluated stands in the name."""
+    """`results_medical/scores_test_a+b.parquet`: what was evaluated stands in the name, but for many runs."""
     splits = dict.fromkeys(one.split for one in evaluation.scored)
-    runs = dict.fromkeys(one.run.name for one in evaluation.scored)
-    return FOLDER / f"{'_'.join([kind, *splits, *runs])}{suffix}"
+    runs = list(dict.fromkeys(one.run.name for one in evaluation.scored))
+    named = "+".join(runs)
+    if len(named.encode()) > LONGEST_NAME:
+        named = f"{len(runs)}-runs-{_digest(*runs)}"
+    return FOLDER / f"{kind}_{'_'.join(splits)}_{named}{suffix}"
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:

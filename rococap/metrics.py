@@ -233,17 +233,18 @@ BERT = "microsoft/deberta-xlarge-mnli"
 
 
 def bertscore(
-    hypotheses: Sequence[str], references: Sequence[str], model: str = BERT, n_layers: int | None = None
+    pairs: Sequence[tuple[str, str]], references: Sequence[str], model: str = BERT, n_layers: int | None = None
 ) -> Iterator[float]:
-    """F1 of BERTScore (Zhang et al., 2020, arXiv:1904.09675) as ImageCLEFmedical Caption sets it: words weighted by how
-    rare they are in all the references, texts as in `imageclef_text`, not rescaled; 0 if one is empty, 1 if both are.
+    """Of each hypothesis and reference, F1 of BERTScore (Zhang et al., 2020, arXiv:1904.09675) as ImageCLEFmedical
+    Caption sets it: words weighted by how rare they are in all `references`, texts as in `imageclef_text`, not
+    rescaled; 0 if one is empty, 1 if both are.
 
     Raises ImportError without the package bert-score, OSError without the model.
     """
     from bert_score import BERTScorer
 
-    texts = [(imageclef_text(one), imageclef_text(other)) for one, other in zip(hypotheses, references, strict=True)]
-    idf_texts = [reference for _, reference in texts if reference.strip()]
+    texts = [(imageclef_text(one), imageclef_text(other)) for one, other in pairs]
+    idf_texts = [text for text in map(imageclef_text, references) if text.strip()]
     scorer = BERTScorer(model_type=model, num_layers=n_layers, idf=True, idf_sents=idf_texts)
     for start in range(0, len(texts), scorer.batch_size):
         some = texts[start : start + scorer.batch_size]
@@ -269,7 +270,10 @@ def meteor_1_5_statistics(pairs: Iterable[tuple[Tokens, Tokens]]) -> Iterator[li
         assert java.stdout is not None
         for hypothesis, reference in pairs:
             java.stdin.write(f"SCORE ||| {' '.join(reference)} ||| {' '.join(hypothesis)}\n")
-            yield _without_a_whole_chunk([float(number) for number in java.stdout.readline().split()])
+            counts = java.stdout.readline().split()
+            if not counts:
+                raise OSError("METEOR's program ended")
+            yield _without_a_whole_chunk([float(count) for count in counts])
         java.stdin.close()
 
 

@@ -66,9 +66,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     calls: list[tuple[str, int]] = []
 
     def counted(metric: evaluate.Metric) -> evaluate.Metric:
-        def score(pairs):
-            calls.append((metric.name, len(pairs)))
-            return metric.score(pairs)
+        def score(pairs, wanted):
+            calls.append((metric.name, len(wanted)))
+            return metric.score(pairs, wanted)
 
         return replace(metric, score=score)
 
@@ -155,12 +155,14 @@ def test_evaluating_that_is_killed_keeps_what_it_had(database, run, computed, mo
     assert dict(computed)["overlap"] == 2
 
 
-def test_cider_d_that_was_killed_is_computed_over_all_originals_again(database, run, monkeypatch):
+def test_what_was_killed_goes_on_with_all_originals_also_where_it_hangs_on_them(database, run, computed):
     caption(database, run, texts(*CAPTIONS))
     expected = of(database)["metrics"]["cider_d"]
     with db.transaction(database, write=True) as conn:
         db.execute(conn, "DELETE FROM scores WHERE metric = 'cider_d' AND job_id > 3")
+    computed.clear()
     assert of(database)["metrics"]["cider_d"] == expected
+    assert computed == [("cider_d", 3)]
 
 
 # --- Numbers ---------------------------------------------------------------------------------------------------
@@ -281,6 +283,40 @@ def test_two_runs_are_compared_on_the_pictures_that_both_captioned(database, two
     assert [one["missing"] for one in found["runs"]] == [2, 2]
 
 
+def test_equal_captions_differ_in_nothing_although_one_run_has_more(database, two):
+    """CIDEr-D of each run weighs words by its own originals; that of the pair by those of both."""
+    caption(database, two[0], texts(*CAPTIONS))
+    caption(database, two[1], texts(*CAPTIONS[:4]))
+    found = told(database, "default", "other")
+    assert found["runs"][0]["metrics"]["cider_d"] != found["runs"][1]["metrics"]["cider_d"]
+    (paired,) = found["paired"]
+    assert (paired["n"], set(paired["differences"].values()), set(paired["p"].values())) == (4, {0}, {1})
+
+
+def test_an_extra_score_that_hangs_on_all_originals_is_not_paired_over_a_part(database, two, monkeypatch):
+    monkeypatch.setattr(metrics, "bertscore", lambda pairs, references: iter([0.5] * len(pairs)))
+    for run, n in zip(two, (6, 4), strict=True):
+        caption(database, run, texts(*CAPTIONS[:n]))
+    found = evaluate.to_json(evaluate.evaluate(database, ["default", "other"], ["train"], also=["bertscore_f1"]))
+    assert [one["metrics"]["bertscore_f1"] for one in found["runs"]] == [0.5, 0.5]
+    assert "bertscore_f1" not in found["paired"][0]["differences"]
+
+
+def test_runs_without_a_picture_in_common_have_no_difference(database, two):
+    caption(database, two[0], texts(*CAPTIONS[:3]))
+    caption(database, two[1], texts(*CAPTIONS[3:]), skip=3)
+    (paired,) = told(database, "default", "other")["paired"]
+    assert (paired["n"], paired["differences"], paired["p"]) == (0, {}, {})
+
+
+def test_one_caption_has_no_interval_and_no_cider_d(database, run):
+    caption(database, run, texts(CAPTIONS[0]))
+    found = of(database)
+    assert set(found["intervals"].values()) == {None}
+    assert found["metrics"]["bleu_1"] == 1
+    assert found["not_computed"]["cider_d"] == "It weighs words by how rare they are, and there is one caption."
+
+
 def test_a_run_that_is_always_worse_is_so_by_more_than_chance(tmp_path, database):
     one = fill(database, tmp_path / "many", 12, run="one")
     other = fill(database, tmp_path / "many", 12, run="other", recipe=Recipe(model="tests/other"))
@@ -328,7 +364,9 @@ def test_a_split_that_is_not_done_says_so(database, run):
         ('{{"dataset": "{set}", "splits": ["train"]}}', True),
         ('{{"dataset": "{set}", "splits": ["test"]}}', False),
         ('{{"dataset": "/another", "splits": ["train"]}}', False),
+        ('{{"dataset": "{set}", "splits": null}}', False),
         ("not JSON", False),
+        ("null", False),
     ],
 )
 def test_an_adapter_that_was_trained_on_the_split_is_told(database, root, tmp_path, marker, warns):
@@ -340,7 +378,19 @@ def test_an_adapter_that_was_trained_on_the_split_is_told(database, root, tmp_pa
     with db.transaction(database) as conn:
         run = queue.get_run(conn, "default")
     caption(database, run, texts(*CAPTIONS))
-    assert [f"{adapter} was trained on train" in text for text in of(database)["warnings"]] == [True] * warns
+    assert [f"{tmp_path.name}/adapter was trained on train" in text for text in of(database)["warnings"]] == [
+        True
+    ] * warns
+
+
+def test_a_run_of_a_part_of_the_split_says_so(database, root):
+    originals(root)
+    register(database, root, ["train"], limit=2)
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, "default")
+    caption(database, run, texts(*CAPTIONS[:2]))
+    found = of(database)
+    assert (found["missing"], found["warnings"]) == (0, ["default was enqueued with 2 of the 6 pictures of train."])
 
 
 def test_flagged_captions_are_counted(database, run):
@@ -460,6 +510,26 @@ def test_the_command_prints_json_and_writes_the_scores(url, here):
     } <= set(one["metrics"])
     assert "Warning: 1 pictures of train" in result.stderr
     assert len(pd.read_parquet("results_medical/scores_train_default.parquet")) == 5
+
+
+def test_a_split_that_is_not_captioned_is_told_and_the_others_are_scored(url, here):
+    result = invoke(url, "--split", "all", "--run", "default")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[-2:] == [
+        "default captioned nothing of validation yet.",
+        "default captioned nothing of test yet.",
+    ]
+    assert "validation" not in result.stdout
+
+
+def test_many_runs_are_numbered_in_the_name_of_their_file(two, database):
+    for run in two:
+        caption(database, run, texts(*CAPTIONS))
+    found = evaluate.evaluate(database, ["default", "other"], ["train"])
+    assert evaluate.default_path(found, "scores", ".csv").name == "scores_train_default+other.csv"
+    for one in found.scored:
+        one.run = replace(one.run, name=one.run.name * 20)
+    assert evaluate.default_path(found, "scores", ".csv").name.startswith("scores_train_2-runs-")
 
 
 def test_the_command_takes_every_extra_score():

@@ -315,12 +315,14 @@ def test_bertscore_is_bert_scores_own_with_idf_over_the_references(deberta):
 
     references = ["A CT of the liver.", "MRI of the brain, 3 lesions.", "", "X-ray", ""]
     hypotheses = ["A CT of the liver.", "An MRI with 2 lesions.", "CT", "", ""]
-    found = list(metrics.bertscore(hypotheses, references, str(deberta), n_layers=2))
+    pairs = list(zip(hypotheses, references, strict=True))
+    found = list(metrics.bertscore(pairs, references, str(deberta), n_layers=2))
     prepared = [metrics.imageclef_text(text) for text in references]
     scorer = BERTScorer(model_type=str(deberta), num_layers=2, idf=True, idf_sents=[text for text in prepared if text])
     one = scorer.score([metrics.imageclef_text(hypotheses[1])], [prepared[1]])[2].item()
     assert found == pytest.approx([1, one, 0, 0, 1], abs=1e-6)
     assert 0 < one < 1
+    assert list(metrics.bertscore(pairs[1:2], references, str(deberta), n_layers=2)) == pytest.approx([one], abs=1e-6)
     without_idf = BERTScorer(model_type=str(deberta), num_layers=2)
     assert without_idf.score([metrics.imageclef_text(hypotheses[1])], [prepared[1]])[2].item() != pytest.approx(one)
 
