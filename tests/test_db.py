@@ -25,6 +25,7 @@ TABLES = {
     "jobs",
     "leases",
     "runs",
+    "scores",
     "shards",
     "tallies",
     "workers",
