@@ -5,7 +5,7 @@ import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 # Before torch is imported: spinning OpenMP threads starve the other processes of a test.
@@ -54,22 +54,39 @@ def postgres() -> Iterator[Server]:
 
 
 @pytest.fixture
-def url(request: pytest.FixtureRequest, tmp_path: Path, empty_queue: Path) -> str:
-    """A queue of the test's own; copied, since migrating takes a quarter of a second.
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A queue of the test's own.
 
     An SQLite file with DELETE journal; the mark `every_database` asks for one of each kind.
     """
-    kind = getattr(request, "param", "delete")
+    with new_queue(request, getattr(request, "param", "delete"), tmp_path) as url:
+        yield url
+
+
+@contextmanager
+def new_queue(request: pytest.FixtureRequest, kind: str, folder: Path) -> Iterator[str]:
+    """A queue of this kind; copied, since migrating takes a quarter of a second."""
     if kind == "postgresql":
-        return str(request.getfixturevalue("postgres").create(template="empty_queue"))
-    path = shutil.copy(empty_queue, tmp_path / "queue.db")
+        server = request.getfixturevalue("postgres")
+        url = server.create(template="empty_queue")
+        yield url
+        server.drop(url)
+        return
+    path = shutil.copy(request.getfixturevalue("empty_queue"), folder / "queue.db")
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute(f"PRAGMA journal_mode = {kind}").fetchone()[0] == kind
-    return f"sqlite:///{path}"
+    yield f"sqlite:///{path}"
 
 
 @pytest.fixture
 def database(url: str) -> Iterator[Engine]:
+    with sound(url) as engine:
+        yield engine
+
+
+@contextmanager
+def sound(url: str) -> Iterator[Engine]:
+    """A queue that is to be sound at the end."""
     engine = db.connect(url)
     yield engine
     with db.transaction(engine) as conn:

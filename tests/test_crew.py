@@ -15,18 +15,15 @@ from pathlib import Path
 import psutil
 import pytest
 from click.testing import CliRunner
+from openai_server import ChatServer
 from samples import fill
 from small_crew import small_command
 from small_engine import caption_of
 from sqlalchemy import Engine
 
-from rococap import crew, datasets, db
+from rococap import crew, db
 from rococap.cli import cli
 from rococap.crew import Child, Ended
-from rococap.demo import recipe
-from rococap.demo.phantoms import write_dataset
-from rococap.enqueue import enqueue
-from rococap.recipe import Recipe
 from rococap.worker import Settings
 
 CREW = Path(__file__).with_name("small_crew.py")
@@ -435,7 +432,7 @@ def test_a_parent_killed_by_sigkill_leaves_no_child_alive_and_nothing_leased(dat
     assert statuses(database).keys() == {"done", "pending"}
 
 
-# --- workers with the demonstration model ----------------------------------------------------------------------
+# --- workers by their command line ----------------------------------------------------------------------
 
 
 def command_lines(processes: Sequence[psutil.Process]) -> list[list[str]]:
@@ -444,17 +441,22 @@ def command_lines(processes: Sequence[psutil.Process]) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_the_command_captions_on_two_processes_and_stops_them_together(database, url, tmp_path):
-    write_dataset(tmp_path / "set", {"train": 24})
-    enqueue(database, datasets.locate(str(tmp_path / "set"), ["train"]), ["train"], run="default", recipe=recipe())
-    options = ("--devices", "cpu:2", "--wait", "--batch-size", "4", "--lease-ttl", "30")
-    with running(sys.executable, "-m", "rococap", "worker", *options, ROCOCAP_DB=url) as parent:
+    fill(database, tmp_path / "set", 24)
+    options = ("--devices", "cpu:2", "--wait", "--batch-size", "4", "--lease-ttl", "30", "--engine", "openai")
+    with (
+        ChatServer() as server,
+        running(
+            sys.executable, "-m", "rococap", "worker", *options, "--base-url", server.url, ROCOCAP_DB=url
+        ) as parent,
+    ):
         until(lambda: done(database) == 24, "captions", seconds=90)
         lines = command_lines(members(parent))
         parent.send_signal(signal.SIGTERM)
         out, err = parent.communicate(timeout=30)
     assert parent.returncode == 0, err
     assert out.startswith("default: 24 captioned in ")
-    assert out.splitlines()[-1] == "Stopped as asked; what was left was given back. Go on with: rococap worker"
+    again = f"rococap worker --engine openai --base-url {server.url}"
+    assert out.splitlines()[-1] == f"Stopped as asked; what was left was given back. Go on with: {again}"
     assert len(out.splitlines()) == 2
     assert [line[-1] for line in lines] == ["--wait"] * 2
     assert not any(url in " ".join(line) for line in lines)
@@ -467,11 +469,13 @@ def test_the_command_captions_on_two_processes_and_stops_them_together(database,
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_model_that_cannot_be_loaded_is_given_up_with_what_the_worker_said(database, url, tmp_path, monkeypatch):
-    monkeypatch.setattr(crew, "TRIES", 1)
-    (tmp_path / "model").mkdir()
-    fill(database, tmp_path / "set", 4, recipe=Recipe(model=str(tmp_path / "model")))
-    result = CliRunner().invoke(cli, ["--db", url, "worker", "--devices", "cpu:1"])
+    monkeypatch.setattr(crew, "TRIES", 2)
+    fill(database, tmp_path / "set", 4)
+    with ChatServer() as server:
+        server.listed = []
+        options = ("--devices", "cpu:1", "--engine", "openai", "--base-url", server.url)
+        result = CliRunner().invoke(cli, ["--db", url, "worker", *options])
     assert (result.exit_code, result.stdout) == (1, "")
-    error = "Error: cpu failed 1 times in a row and was given up: it ended with code 1 (The folder "
+    error = f"Error: cpu failed 2 times in a row and was given up: it ended with code 1 ({server.url} serves no model"
     assert result.stderr.splitlines()[-1].startswith(error)
     assert statuses(database) == {"pending": 4}

@@ -87,23 +87,26 @@ def mixed_pictures() -> list[Image.Image]:
     return resized + [phantom.image.convert("RGB") for phantom in PHANTOMS[6:]]
 
 
-def test_a_batch_of_mixed_sizes_says_the_same_as_one_picture_at_a_time(engine):
-    images = mixed_pictures()
-    alone, together = captions(engine, images, 1), captions(engine, images, 5)
+@pytest.fixture(scope="module")
+def alone(engine) -> list[Completion]:
+    """What is said of each of the mixed pictures by itself."""
+    return captions(engine, mixed_pictures(), 1)
+
+
+def test_a_batch_of_mixed_sizes_says_the_same_as_one_picture_at_a_time(engine, alone):
+    together = captions(engine, mixed_pictures(), 5)
     assert texts(together) == texts(alone)
     assert [c.new_tokens for c in together] == [c.new_tokens for c in alone]
     assert len(set(texts(alone))) > 6, "a model that says the same of every picture would prove nothing"
 
 
-def test_right_padding_would_be_noticed(engine, monkeypatch):
+def test_right_padding_would_be_noticed(engine, alone, monkeypatch):
     def pad_right(tensor, prompt_shape, width, fill):
         gap = (0, width - tensor.shape[1])
         return torch.nn.functional.pad(tensor, gap, value=fill) if tensor.shape == prompt_shape else tensor
 
-    images = mixed_pictures()
-    alone = texts(captions(engine, images, 1))
     monkeypatch.setattr("rococap.engines.decoding._pad_left", pad_right)
-    assert texts(captions(engine, images, 5)) != alone
+    assert texts(captions(engine, mixed_pictures(), 5)) != texts(alone)
 
 
 def test_a_collated_batch_is_what_the_processor_makes_of_the_pictures_together(engine):
@@ -256,21 +259,17 @@ def memory_for(engine: TransformersEngine, rows: int = 1000, tokens: int = 100_0
         hook.remove()
 
 
-def test_out_of_memory_halves_the_batch_and_loses_no_picture(engine):
-    images = mixed_pictures()
-    expected = captions(engine, images)
+def test_out_of_memory_halves_the_batch_and_loses_no_picture(engine, alone):
     with memory_for(engine, rows=3):
-        completions = captions(engine, images, 8)
-    assert texts(completions) == texts(expected)
+        completions = captions(engine, mixed_pictures(), 8)
+    assert texts(completions) == texts(alone)
     assert engine.batch_size == 2
     assert {c.batch_size for c in completions} == {2}
     assert all(c.flags == "" for c in completions)
 
 
-def test_out_of_memory_under_way_begins_again_with_half_the_rows(engine):
-    images = mixed_pictures()
-    expected = captions(engine, images)
-    source = Pictures(engine, images)
+def test_out_of_memory_under_way_begins_again_with_half_the_rows(engine, alone):
+    source = Pictures(engine, mixed_pictures())
     engine.decoder.limit = 8
     with memory_for(engine) as _, ExitStack() as later:
 
@@ -282,7 +281,7 @@ def test_out_of_memory_under_way_begins_again_with_half_the_rows(engine):
 
         source.step = step
         completions = sorted(engine.run(source), key=lambda completion: completion.job_id)
-    assert texts(completions) == texts(expected)
+    assert texts(completions) == texts(alone)
     assert engine.batch_size <= 5
 
 

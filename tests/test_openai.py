@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from openai_server import HTML, Batched, ChatServer, Trouble, failing, picture_of
 from PIL import Image
 from samples import fill, register
@@ -23,6 +24,7 @@ from small_engine import caption_of
 from sqlalchemy import Engine
 
 from rococap import db, queue
+from rococap.cli import cli
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Completion, Options, Prepared, load_engine
@@ -778,10 +780,8 @@ def test_a_worker_without_a_server_says_so_in_one_line_and_exits_1(database, url
 @pytest.mark.parametrize("command", ["worker", "bench"])
 @pytest.mark.parametrize("flag", ["--base-url", "--served-model"])
 def test_the_servers_options_are_refused_with_another_engine(url, command, flag):
-    done = subprocess.run(
-        [sys.executable, "-m", "rococap", "--db", url, command, flag, "x"], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2
+    done = CliRunner().invoke(cli, ["--db", url, command, flag, "x"])
+    assert done.exit_code == 2
     words = " ".join(done.stderr.split())
     assert f"{flag} is the engine openai's: add --engine openai, or leave {flag} out." in words
 

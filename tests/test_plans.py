@@ -1,9 +1,10 @@
 """How each hot statement finds its rows, in a queue large enough that a planner has a choice."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from conftest import DATABASES, new_queue, sound
 from samples import fill
 from small_engine import INFO
 from sqlalchemy import Connection, Engine
@@ -11,15 +12,20 @@ from sqlalchemy import Connection, Engine
 from rococap import db, queue
 from rococap.queue import NORMAL, SOLO, SUSPECTS
 
-pytestmark = pytest.mark.every_database
-
 N = 6_000
 
 
-@pytest.fixture
-def large(database: Engine, tmp_path: Path) -> Engine:
+@pytest.fixture(scope="module", params=DATABASES)
+def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("large")
+    with new_queue(request, request.param, folder) as url, sound(url) as database:
+        fill_up(database, folder)
+        yield database
+
+
+def fill_up(database: Engine, folder: Path) -> None:
     """6,000 jobs more, and as many closed leases, one in ten of them pending; the tallies follow."""
-    fill(database, tmp_path / "set", 10)
+    fill(database, folder / "set", 10)
     with db.transaction(database, write=True) as conn:
         db.execute(
             conn,
@@ -49,7 +55,6 @@ def large(database: Engine, tmp_path: Path) -> Engine:
     if database.dialect.name == "postgresql":
         with database.connect() as conn:
             conn.exec_driver_sql("ANALYZE")
-    return database
 
 
 def plan(conn: Connection, sql: str, params: Sequence = ()) -> str:

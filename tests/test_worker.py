@@ -479,7 +479,10 @@ def test_a_worker_that_is_stopped_while_the_database_is_locked_leaves_soon_and_c
     database, url, tmp_path, mode
 ):
     fill(database, tmp_path / "set", 16)
-    process = start(url, engine={"step_sec": 0.5, "steps": 4}, batch_size=4, lease_ttl=2.0, drain_timeout=3.0)
+    impatient = QUICK | {"rococap.worker.STOP_PATIENCE_SEC": 0.3}
+    process = start(
+        url, engine={"step_sec": 0.5, "steps": 4}, constants=impatient, batch_size=4, lease_ttl=2.0, drain_timeout=3.0
+    )
     until(lambda: statuses(database).get("leased", 0) == 8, "a running batch and a claim ahead")
     with locked(database, mode):
         process.send_signal(signal.SIGTERM)
@@ -507,7 +510,7 @@ def test_a_worker_at_its_limit_waits_for_the_database_and_is_not_taken_for_hung(
 
 def test_a_hung_model_ends_also_when_its_pictures_were_given_back(database, url, tmp_path):
     fill(database, tmp_path / "set", 4)
-    process = start(url, engine={"hangs": True}, batch_size=4, lease_ttl=2.0, stall_timeout=4.0, drain_timeout=0.5)
+    process = start(url, engine={"hangs": True}, batch_size=4, lease_ttl=2.0, stall_timeout=3.0, drain_timeout=0.5)
     until(lambda: statuses(database).get("leased", 0) == 4, "a claim")
     time.sleep(1)  # by now the model has them
     process.send_signal(signal.SIGTERM)
