@@ -30,7 +30,7 @@ def rococap(*args: str, cwd: Path) -> str:
 
 
 def start_worker(url: str, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "rococap", "--db", url, "worker", "--batch-size", "8", "--device", "cpu", *more]
+    command = [sys.executable, "-m", "rococap", "--db", url, "worker", "--batch-size", "4", "--device", "cpu", *more]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -92,31 +92,31 @@ def test_the_smallest_demo_has_a_report_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_caption_100_phantoms_once_each_although_one_is_killed(database: Engine, url: str, tmp_path: Path):
-    write_dataset(tmp_path / "set", {"train": 100})
+def test_two_workers_caption_50_phantoms_once_each_although_one_is_killed(database: Engine, url: str, tmp_path: Path):
+    write_dataset(tmp_path / "set", {"train": 50})
     enqueue(database, datasets.locate(str(tmp_path / "set"), ["train"]), ["train"], run="default", recipe=recipe())
     workers = [start_worker(url, "--lease-ttl", "5") for _ in range(2)]
-    while done(database) < 16:
+    while done(database) < 8:
         time.sleep(0.05)
     with db.transaction(database) as conn:
         (pid,) = db.execute(conn, HOLDER).one()
     (killed, survivor) = sorted(workers, key=lambda worker: worker.pid != pid)
     killed.kill()
-    assert done(database) < 100
+    assert done(database) < 50
     outputs = [worker.communicate(timeout=600) for worker in workers]
     assert (killed.returncode, survivor.returncode) == (-signal.SIGKILL, 0), outputs
 
     told = rococap("--db", url, "export", "--split", "train", "--output", "out", "--require-complete", cwd=tmp_path)
-    assert "100 captions" in told
+    assert "50 captions" in told
     frame = pd.read_csv(tmp_path / "out" / "medical_captions_train.csv")
-    assert list(frame["image_id"]) == [f"PHANTOM_train_{n:06}" for n in range(1, 101)]
+    assert list(frame["image_id"]) == [f"PHANTOM_train_{n:06}" for n in range(1, 51)]
     assert (frame["original_caption"] == frame["generated_caption"]).mean() >= 0.97
     segments = [pd.read_csv(path) for path in sorted((tmp_path / "out").glob("checkpoint_train_*.csv"))]
-    assert [len(segment) for segment in segments] == [25] * 4
+    assert [len(segment) for segment in segments] == [25] * 2
     together = pd.concat(segments).sort_values("image_id").reset_index(drop=True)
     pd.testing.assert_frame_equal(together, frame)
     with db.transaction(database) as conn:
-        assert db.execute(conn, "SELECT count(*), count(DISTINCT job_id) FROM captions").one() == (100, 100)
+        assert db.execute(conn, "SELECT count(*), count(DISTINCT job_id) FROM captions").one() == (50, 50)
         assert db.execute(conn, "SELECT count(*) FROM leases WHERE state = 'expired'").scalar_one() >= 1
 
 
