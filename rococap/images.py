@@ -28,7 +28,8 @@ WINDOW_PERCENTILES = (0.5, 99.5)
 # Pillow would try every plugin it has, and the one for EPS starts Ghostscript on the bytes it is given.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "GIF", "BMP", "WEBP", "PPM")
 
-_ENDINGS = {"jpeg": "jpg", "jpeg2000": "jp2", "tiff": "tif"}
+# MPO is what Pillow calls a JPEG that holds several pictures.
+_ENDINGS = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2", "tiff": "tif"}
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

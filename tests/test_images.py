@@ -70,6 +70,12 @@ def test_the_ending_of_a_file_is_told_by_its_bytes(fmt, ending):
     assert suffix_of(encoded(Image.new("L", (32, 32)), fmt)) == ending
 
 
+def test_a_jpeg_of_several_pictures_ends_as_a_jpeg_does():
+    two = encoded(Image.new("RGB", (32, 32)), "MPO", save_all=True, append_images=[Image.new("RGB", (32, 32))])
+    assert Image.open(BytesIO(two)).format == "MPO"
+    assert suffix_of(two) == ".jpg"
+
+
 def test_8_bit_grey_keeps_every_value():
     row = Image.frombytes("L", (256, 2), bytes(range(256)) * 2)
     assert greys(encoded(row)).tolist() == [list(range(256))] * 2
