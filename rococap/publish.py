@@ -10,13 +10,14 @@ import re
 import shutil
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote
 
 import pandas as pd
@@ -198,13 +199,16 @@ def publish(
             check_complete(run, one.split, one.done, one.total)
     source = _Source(database, run, cutoff, progress)
     folder = folder.resolve()
-    _check_replaceable(folder, run, format, splits)
-    with _replacing_folder(folder) as partial:
+    new = {"run": run.name, "recipe_hash": run.recipe.hash, "format": format, "splits": splits}
+    _check_replaceable(folder, new)
+    # Once more at the end: an export may take hours, and somebody may work in the older folder meanwhile.
+    with _replacing_folder(folder, lambda: _check_replaceable(folder, new)) as partial:
         written = _WRITERS[format](source, counts, partial)
         manifest = manifest_of(run) | {"format": format, "splits": {one.split: _told(one) for one in written}}
         if format == "hf":
             (partial / "README.md").write_text(_card(run, written, manifest), encoding="utf-8")
         write_json(partial / MANIFEST, manifest | {"files": _listing(partial)})
+        _give_one_time(partial)
     return written
 
 
@@ -223,8 +227,10 @@ def _told(one: Written) -> dict[str, Any]:
 
 
 @contextmanager
-def _replacing_folder(folder: Path) -> Iterator[Path]:
-    """As `replacing` does for a file. An older folder steps aside for the moment of two renames."""
+def _replacing_folder(folder: Path, check: Callable[[], None]) -> Iterator[Path]:
+    """As `replacing` does for a file. An older folder steps aside for the moment of two renames, if the check, which
+    comes right before, raises nothing.
+    """
     partial, older = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
         # A killed process may have had this pid: in containers they come again.
@@ -234,6 +240,7 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
         for path in partial.rglob("*"):
             fsync(path)
         fsync(partial)
+        check()
         if folder.exists():
             shutil.rmtree(older, ignore_errors=True)
             folder.rename(older)
@@ -251,34 +258,71 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_replaceable(folder: Path, run: Run, format: str, splits: Sequence[str]) -> None:
+def _check_replaceable(folder: Path, new: dict[str, Any]) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     there = read_json(folder / MANIFEST) if folder.is_dir() else None
-    if there is None:
+    if not _is_ours(there):
         raise RococapError(f"{folder} is there, and rococap did not write it: name another place with --output.")
-    if (there.get("format"), there.get("recipe_hash"), there.get("run")) != (format, run.recipe.hash, run.name):
+    if _is_another(there, new):
         raise RococapError(
             f"{folder} holds another export (run {there.get('run')}, format {there.get('format')}). Move it away, or "
             "write elsewhere with --output."
         )
-    if others := [split for split in there["splits"] if split not in splits]:
+    if others := _lost_splits(there, new):
         raise RococapError(
             f"{folder} also holds {', '.join(others)}, which would be lost: name every split that it is to hold "
-            f"({' '.join(f'--split {split}' for split in (*others, *splits))}), or write elsewhere with --output."
+            f"({_as_options(others, new)}), or write elsewhere with --output."
         )
-    if there.get("files") != _listing(folder):
+    if there.get("files") != _listing(folder) or not _have_one_time(folder):
         raise RococapError(
-            f"{folder} is not as rococap wrote it: files were added or taken away. Move it away, or write elsewhere "
-            "with --output."
+            f"{folder} is not as rococap wrote it: files were added, taken away or edited. Move it away, or write "
+            "elsewhere with --output."
         )
+
+
+def _is_ours(there: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    """Other tools may have a file of that name."""
+    return there is not None and isinstance(there.get("splits"), dict)
+
+
+def _is_another(there: dict[str, Any], new: dict[str, Any]) -> bool:
+    return any(there.get(name) != new[name] for name in ("run", "recipe_hash", "format"))
+
+
+def _lost_splits(there: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [split for split in there["splits"] if split not in new["splits"]]
+
+
+def _as_options(others: Sequence[str], new: dict[str, Any]) -> str:
+    return " ".join(f"--split {split}" for split in (*others, *new["splits"]))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent, name) for name in names)
 
 
 def _listing(folder: Path) -> dict[str, Any]:
-    """How many files, and a digest of their names: a train split has more than a manifest should list."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if name != MANIFEST]
-    return {"n": len(names), "names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+    """How many files, and a digest of names and sizes: a train split has more than a manifest should list."""
+    files = [(path.relative_to(folder).as_posix(), path.lstat().st_size) for path in _files(folder)]
+    files = sorted(file for file in files if file[0] != MANIFEST)
+    return {"n": len(files), "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+
+
+def _give_one_time(folder: Path) -> None:
+    """All files of one export were last changed at one moment: whatever has another time was edited since. Unlike
+    times in the manifest, this leaves the manifest of the same captions the same.
+    """
+    at = time.time_ns()
+    # Some mounts let nobody set a time. There the folder is whole too, and the next export asks to move it away.
+    with suppress(PermissionError):
+        for path in _files(folder):
+            os.utime(path, ns=(at, at))
+
+
+def _have_one_time(folder: Path) -> bool:
+    return len({path.lstat().st_mtime_ns for path in _files(folder)}) == 1
 
 
 # --- A data set of the hub -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -481,9 +482,63 @@ def test_a_folder_with_more_in_it_than_would_come_again_is_not_replaced(database
         publish.publish(database, other, ["train", "test"], out, "kohya")
     assert content(out) == before
     put(out / "train" / "train_00000.npz")
-    with pytest.raises(RococapError, match="is not as rococap wrote it: files were added or taken away"):
+    with pytest.raises(RococapError, match="is not as rococap wrote it: files were added, taken away or edited"):
         publish.publish(database, run, ["train", "test"], out, "kohya")
     assert content(out) == before | {"train/train_00000.npz": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("format", "name"), [("kohya", "train/train_00000.txt"), ("hf", "README.md"), ("hf", "rococap.json")]
+)
+@pytest.mark.parametrize("edit", ["longer", "same length", "older file"])
+def test_a_file_that_was_edited_is_kept(database, root, out, format, name, edit):
+    run = filled(database, root, 2)
+    publish.publish(database, run, ["train"], out, format)
+    publish.publish(database, run, ["train"], out, format)
+    text = (out / name).read_text()
+    mine = text + "\n" if edit == "longer" else text.replace("Caption", "CAPTION").replace("note", "NOTE")
+    put(out / name, mine)
+    if edit == "older file":
+        os.utime(out / name, (1e9, 1e9))
+    with pytest.raises(RococapError) as error:
+        publish.publish(database, run, ["train"], out, format)
+    assert str(error.value) == (
+        f"{out} is not as rococap wrote it: files were added, taken away or edited. Move it away, or write elsewhere "
+        "with --output."
+    )
+    assert (out / name).read_text() == mine != text
+
+
+def test_a_folder_that_was_moved_with_its_times_is_replaced(database, root, out):
+    run = filled(database, root, 2)
+    publish.publish(database, run, ["train"], out, "kohya")
+    shutil.copytree(out, out.with_name("copy"))
+    publish.publish(database, run, ["train"], out.with_name("copy"), "kohya")
+    assert content(out.with_name("copy")) == content(out)
+
+
+@pytest.mark.parametrize("name", ["train/train_00000.npz", "train/train_00001.txt"])
+def test_what_is_put_into_a_folder_during_the_export_is_kept(database, root, out, name):
+    run = filled(database, root, 2)
+    publish.publish(database, run, ["train"], out, "kohya")
+    with pytest.raises(RococapError, match="is not as rococap wrote it"):
+        publish.publish(database, run, ["train"], out, "kohya", progress=lambda *_: put(out / name))
+    assert (out / name).read_text() == "mine"
+    new = out.with_name("new")
+    with pytest.raises(RococapError, match="is there, and rococap did not write it"):
+        publish.publish(database, run, ["train"], new, "kohya", progress=lambda *_: put(new / name))
+    assert names(new) == [name]
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("splits", ["nothing", None, "train"])
+def test_a_manifest_of_something_else_makes_no_folder_ours(database, root, out, splits):
+    run = filled(database, root, 2)
+    about = {"run": "default", "recipe_hash": run.recipe.hash, "format": "hf", "splits": splits}
+    put(out / "rococap.json", json.dumps({key: value for key, value in about.items() if value != "nothing"}))
+    with pytest.raises(RococapError, match="is there, and rococap did not write it: name another place with --output"):
+        publish.publish(database, run, ["train"], out, "hf")
+    assert names(out) == ["rococap.json"]
 
 
 def test_all_of_the_split_or_nothing_where_that_is_asked(database, root, out):
