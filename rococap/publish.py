@@ -380,7 +380,7 @@ def _card(run: Run, written: Sequence[Written], manifest: dict[str, Any]) -> str
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
-    environment.filters["fenced"] = _fenced
+    environment.filters |= {"fenced": _fenced, "code": _code, "quoted": _quoted}
     rows = sum(one.captions for one in written)
     return environment.from_string(CARD.read_text(encoding="utf-8")).render(
         title=f"Captions of radiology pictures by {Path(run.recipe.model).name}",
@@ -397,9 +397,24 @@ def _card(run: Run, written: Sequence[Written], manifest: dict[str, Any]) -> str
 
 
 def _fenced(text: str, language: str = "") -> str:
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = "`" * max(3, _longest_ticks(text) + 1)
     return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _code(text: str) -> str:
+    """Within a line. Markdown takes one space away at either end, which keeps a backtick there from the fence."""
+    fence = "`" * (_longest_ticks(text) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _longest_ticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _quoted(text: str) -> str:
+    """For YAML, which reads JSON's escapes of an emoji as two characters: so it stays as it is."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _is_qwen2_vl(model: str) -> bool:
