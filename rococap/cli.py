@@ -1116,7 +1116,8 @@ _ONLY_FOR = {
 @click.option(
     "--excel-safe",
     is_flag=True,
-    help="csv: an apostrophe before texts that a spreadsheet would run as formulas; `restore` takes it away.",
+    help="csv: an apostrophe before texts that a spreadsheet would run as formulas; `restore` takes it away. "
+    "Checkpoint segments, which are for restoring, stay as they are.",
 )
 @click.option("--allow-missing", is_flag=True, help="imageclef: an empty caption for pictures that have none.")
 @click.option(
@@ -1153,6 +1154,8 @@ def export(
             raise click.UsageError(
                 f"--{name.replace('_', '-')} is not for {format}: it goes with {', '.join(formats)}."
             )
+    if push is not None and not push.strip():
+        raise click.UsageError("--push needs the name of a data set: OWNER/NAME.")
     if follow and not checkpoint_every:
         raise click.UsageError("--follow writes checkpoints: give it --checkpoint-every N.")
     database = _database()
@@ -1229,7 +1232,8 @@ def _export_folder(
             click.echo(f"  {len(lost)} more were left out, since their pictures cannot be read:")
             for image_id, why in list(lost.items())[:SHOWN_FAILURES]:
                 click.echo(f"  {image_id}: {why}")
-    if local := [name for name in (run.dataset, run.recipe.model) if Path(name).is_absolute()]:
+    named = (run.dataset, run.recipe.model, run.recipe.adapter)
+    if local := [name for name in named if name and Path(name).is_absolute()]:
         click.echo(f"  It names {' and '.join(local)}: look whether others may read that")
     if push:
         pushed = publish.push(folder, push, f"Captions of {', '.join(splits)} by {run.recipe.model}")

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from samples import fill, register, write_shard
 from sqlalchemy import Engine
 
 from rococap import db, export, queue
+from rococap.cli import cli
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import RococapError, RunError
 from rococap.export import COLUMNS, IncompleteError, restore, write_checkpoints
@@ -144,6 +146,8 @@ def test_texts_that_a_spreadsheet_would_run_get_an_apostrophe_in_the_csv_alone(d
     assert json.loads(path.with_suffix(".json").read_text())["excel_safe"] is True
     [segment] = write_checkpoints(database, run, "train", out, 20)
     assert list(read(segment)["generated_caption"]) == FORMULAS + HARMLESS
+    told = " ".join(CliRunner().invoke(cli, ["export", "--help"]).stdout.split())
+    assert "Checkpoint segments, which are for restoring, stay as they are." in told
 
 
 @pytest.mark.parametrize("name", ["roco_v1_awkward_200.csv", None])

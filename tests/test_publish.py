@@ -638,6 +638,20 @@ def test_the_model_is_cited_only_where_it_is_one_of_that_paper(tmp_path, monkeyp
     assert "\nsource_datasets:\n- eltorio/ROCOv2-radiology\npretty_name: " in text
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("a`b", "``/x/a`b``"), ("a``b`c`", "``` /x/a``b`c` ```"), ("plain 🦴", "`/x/plain 🦴`")],
+)
+def test_names_of_folders_stay_one_piece_of_code_in_the_card(tmp_path, name, written):
+    recipe = Recipe(model=f"/x/{name}", adapter=f"/x/{name}")
+    run = Run(1, name, 1, f"/x/{name}", "", recipe, None, 5, False)
+    put(tmp_path / "README.md", publish._card(run, [publish.Written("train", 1, 0, {})], {}))
+    front, body = card(tmp_path)
+    assert front["pretty_name"] == f"Captions of radiology pictures by {name}"
+    for said in (f"Captions of the pictures of {written}, one", f"- Model: {written}, rev", f"- Adapter: {written}\n"):
+        assert said in body
+
+
 # --- pictures and captions -------------------------------------------------------------------------------------
 
 
@@ -732,9 +746,19 @@ def test_the_command_writes_each_format_and_says_what_is_missing(database, url, 
     ]
 
 
+def test_every_path_that_the_files_name_is_told(database, url, root, out):
+    write_data_set(root, ["o"])
+    run = enqueue(database, root, recipe=Recipe(model="/models/small", adapter="/adapters/mine"))
+    caption(database, run, ["a"])
+    told = f"  It names {root} and /models/small and /adapters/mine: look whether others may read that\n"
+    assert invoke(url, "--format", "hf", "--output", str(out)).stdout.endswith(told)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--format", "hf", "--push", ""], "--push needs the name of a data set: OWNER/NAME."),
+        (["--format", "hf", "--push", " "], "--push needs the name of a data set: OWNER/NAME."),
         (["--format", "hf", "--excel-safe"], "--excel-safe is not for hf: it goes with csv."),
         (["--output", "x.parquet", "--excel-safe"], "--excel-safe is not for parquet: it goes with csv."),
         (["--format", "csv", "--push", "a/b"], "--push is not for csv: it goes with hf."),
