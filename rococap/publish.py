@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeGuard
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeGuard
 from urllib.parse import quote
 
 import pandas as pd
@@ -51,6 +52,9 @@ from rococap.export import (
 from rococap.images import suffix_of
 from rococap.metrics import fold
 from rococap.queue import Counts, Run
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 MANIFEST = "rococap.json"
 """In every folder that is written here: only such folders are ever replaced."""
@@ -445,7 +449,8 @@ def push(folder: Path, repo: str, message: str) -> Pushed:
     """Uploads a folder of the format hf to a data set of the hub. A new one is made, and is private; of an old one,
     the shards that an earlier push left there are removed.
 
-    Raises RococapError if the hub refuses or is away, or if the repository holds what rococap did not push.
+    Raises RococapError if the hub refuses or is away, or if the repository holds what rococap did not push, another
+    run's captions, or a split that the folder lacks.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -457,11 +462,9 @@ def push(folder: Path, repo: str, message: str) -> Pushed:
         repo = api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True).repo_id
         info = api.dataset_info(repo)
         names = {file.rfilename for file in info.siblings or []}
-        if names - {".gitattributes"} and MANIFEST not in names:
-            raise RococapError(
-                f"{repo} holds a data set that rococap did not push, and is left as it is: --push a new name. "
-                f"The folder is whole: {folder}"
-            )
+        if names - {".gitattributes"}:
+            there = _pushed_manifest(api, repo, info.sha) if MANIFEST in names else None
+            _check_pushable(repo, there, read_json(folder / MANIFEST) or {})
         api.upload_folder(
             repo_id=repo,
             repo_type="dataset",
@@ -472,16 +475,41 @@ def push(folder: Path, repo: str, message: str) -> Pushed:
     return Pushed(f"{api.endpoint}/datasets/{repo}", bool(info.private))
 
 
+def _pushed_manifest(api: "HfApi", repo: str, commit: str | None) -> dict[str, Any] | None:
+    with TemporaryDirectory() as cache:
+        path = api.hf_hub_download(repo, MANIFEST, repo_type="dataset", revision=commit, cache_dir=cache)
+        # What is no manifest at all is another tool's.
+        with suppress(RococapError):
+            return read_json(Path(path))
+    return None
+
+
+def _check_pushable(repo: str, there: dict[str, Any] | None, new: dict[str, Any]) -> None:
+    if not _is_ours(there):
+        raise RococapError(
+            f"{repo} holds a data set that rococap did not push, and is left as it is: --push a new name."
+        )
+    if _is_another(there, new):
+        raise RococapError(
+            f"{repo} holds another export (run {there.get('run')}, format {there.get('format')}), and is left as it "
+            "is: --push a new name."
+        )
+    if others := _lost_splits(there, new):
+        raise RococapError(
+            f"{repo} also holds {', '.join(others)}, which would be lost: export every split that it is to hold "
+            f"({_as_options(others, new)}), or --push a new name."
+        )
+
+
 @contextmanager
 def _pushing(repo: str, folder: Path | None = None) -> Iterator[None]:
     try:
         yield
-    except RococapError:
-        raise
     # Its errors have no base in common: OSError, ValueError, those of its HTTP client, RuntimeError from Xet.
     except Exception as error:
+        why_not = str(error) if isinstance(error, RococapError) else _why_not(error, repo)
         whole = f" The folder is whole: {folder}" if folder else ""
-        raise RococapError(_why_not(error, repo) + whole) from error
+        raise RococapError(why_not + whole) from error
 
 
 def _why_not(error: Exception, repo: str) -> str:

@@ -809,21 +809,48 @@ def pushes(home: Path, endpoint: str, *commands: tuple[str, list[str]]) -> list:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def earlier(run: Run, /, **others: object) -> dict[str, bytes]:
+    """What a push of the run left on the hub."""
+    about = {"run": run.name, "recipe_hash": run.recipe.hash, "format": "hf", "splits": {"train": {}}} | others
+    return {"rococap.json": json.dumps(about).encode(), "data/train-00000-of-00002.parquet": b"old"}
+
+
+def refused(run: Run) -> dict[str, tuple[Repo, str]]:
+    """By name, what a push of the run may not replace, and why."""
+    not_ours = "holds a data set that rococap did not push, and is left as it is: --push a new name."
+    another = "holds another export (run {}, format hf), and is left as it is: --push a new name."
+    lost = (
+        "also holds test, which would be lost: export every split that it is to hold (--split test --split train), or "
+        "--push a new name."
+    )
+    return {
+        "me/theirs": (Repo({"README.md": b"theirs", "data/train-00000-of-00001.parquet": b"theirs"}), not_ours),
+        "me/tool": (Repo({"rococap.json": b"{}"}), not_ours),
+        "me/text": (Repo({"rococap.json": b"no manifest \xff"}), not_ours),
+        "me/run": (Repo(earlier(run, run="other")), another.format("other")),
+        "me/recipe": (Repo(earlier(run, recipe_hash="c0ffee")), another.format("default")),
+        "me/splits": (Repo(earlier(run, splits={"train": {}, "test": {}})), lost),
+    }
+
+
 def test_a_push_makes_a_private_data_set_and_replaces_what_an_earlier_one_left(database, url, root, tmp_path):
-    filled(database, root, 3)
+    run = filled(database, root, 3)
     folder = tmp_path / "folder"
-    theirs = {"README.md": b"theirs", "data/train-00000-of-00001.parquet": b"theirs"}
-    pushed = {"rococap.json": b"{}", ".gitattributes": b"", "data/train-00000-of-00002.parquet": b"old"}
-    repos = {"me/theirs": Repo(theirs), "me/old": Repo(pushed), "other/away": Repo(theirs)}
+    left = refused(run)
+    theirs = left["me/theirs"][0].files
+    pushed = earlier(run) | {".gitattributes": b""}
+    repos = {name: repo for name, (repo, _) in left.items()}
+    repos |= {"me/old": Repo(pushed), "other/away": Repo(theirs), "me/gated": Repo(earlier(run), gated=True)}
     command = ["--db", url, "export", "--split", "train", "--format", "hf", "--output", str(folder), "--push"]
     with Hub(repos) as hub:
         *results, modules = pushes(
             tmp_path / "home",
             hub.url,
-            *((TOKEN, [*command, repo]) for repo in ("new", "me/old", "me/theirs", "other/new", "other/away", "a//b")),
+            *((TOKEN, [*command, repo]) for repo in left),
+            *((TOKEN, [*command, repo]) for repo in ("new", "me/old", "me/gated", "other/new", "other/away", "a//b")),
             *((token, [*command, "new"]) for token in ("wrong", "", CUT)),
         )
-    new, old, not_ours, forbidden, read_only, no_name, unknown, anonymous, cut = results
+    new, old, gated, forbidden, read_only, no_name, unknown, anonymous, cut = results[len(left) :]
     assert (new[0], new[1].splitlines()[-1]) == (
         *(0,),
         f"{hub.url}/datasets/me/new: private, until you change that in its settings",
@@ -832,12 +859,16 @@ def test_a_push_makes_a_private_data_set_and_replaces_what_an_earlier_one_left(d
     assert hub.repos["me/new"].files == content(folder) | {".gitattributes": b"* lfs"}
     assert (old[0], old[1].splitlines()[-1]) == (0, f"{hub.url}/datasets/me/old: public")
     assert hub.repos["me/old"].files == content(folder) | {".gitattributes": b""}
-    assert [one[0] for one in results[2:]] == [1] * 7
+    assert [one[0] for one in results] == [1] * len(left) + [0, 0] + [1] * 7
     whole = f" The folder is whole: {folder}"
-    assert not_ours[2].strip() == (
-        f"Error: me/theirs holds a data set that rococap did not push, and is left as it is: --push a new name.{whole}"
+    for result, (name, (_, why)) in zip(results, left.items(), strict=False):
+        assert result[2].strip() == f"Error: {name} {why}{whole}"
+    assert all(hub.repos[name] is repo for name, (repo, _) in left.items())
+    assert (hub.repos["other/away"].files, hub.repos["me/gated"].files) == (theirs, earlier(run))
+    assert gated[2].strip() == (
+        "Error: You may not write to me/gated on the hub: hf auth login with a token that may, or --push another name."
+        f"{whole}"
     )
-    assert hub.repos["me/theirs"].files == hub.repos["other/away"].files == theirs
     assert forbidden[2].strip() == (
         "Error: You may not write to other/new on the hub: hf auth login with a token that may, or --push another name."
         f"{whole}"
