@@ -114,7 +114,7 @@ def _set_up_logging(debug: bool) -> None:
         )
     else:
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
-    for chatty in ("absl", "alembic", "httpx", "urllib3", "filelock", "PIL"):
+    for chatty in ("absl", "alembic", "httpx", "httpx2", "urllib3", "filelock", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
