@@ -189,7 +189,7 @@ def _apart(low: float, high: float) -> tuple[float, float]:
 
 def _logarithmic(axes: Any, edges: Values) -> None:
     """With a few plain numbers beneath."""
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     axes.set_xscale("log")
     powers = range(int(np.floor(np.log10(edges[0]))), int(np.ceil(np.log10(edges[-1]))))
@@ -197,6 +197,10 @@ def _logarithmic(axes: Any, edges: Values) -> None:
     ticks = [[step * 10.0**power for power in powers for step in several] for several in steps]
     inside = [[tick for tick in several if edges[0] <= tick <= edges[-1]] for several in ticks]
     shown = next((several for several in inside if len(set(several)) >= _TICKS), inside[-1])
+    if len(set(shown)) < 2:
+        # The ends are close to each other: there the axis is as good as a linear one.
+        found = MaxNLocator(_TICKS).tick_values(edges[0], edges[-1])
+        shown = [float(tick) for tick in found if edges[0] <= tick <= edges[-1]]
     axes.set_xticks(shown, labels=[f"{tick:,g}" for tick in shown])
     axes.xaxis.set_minor_locator(NullLocator())
 

@@ -513,6 +513,12 @@ def test_durations_of_any_size_are_drawn(numbers):
     assert drawn.svg.count("</text>") >= 2
 
 
+@pytest.mark.parametrize(("low", "high"), [(1_050, 1_300), (6_200, 7_800), (2_100, 2_800), (100, 100)])
+def test_the_axis_of_times_has_numbers_however_close_they_are(low, high):
+    drawn = plots.durations([Series("a", 0, np.linspace(low, high, 200))])
+    assert drawn.svg.count('id="durations-xtick_') >= 2
+
+
 def test_the_rate_is_captions_by_the_minutes_since_the_first():
     drawn = plots.throughput([Series("a", 0, np.array([0.0, 60_000.0, 120_000.0, 240_000.0]) + 1e12)])
     assert drawn.says == "a: 4 captions, 1 per minute on average."
