@@ -1706,7 +1706,7 @@ def _significant(number: float) -> float:
 @click.option("--images", type=click.IntRange(min=5), default=200, show_default=True, help="How many phantoms to draw.")
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Processes that caption.")
 def demo(folder: Path, images: int, workers: int) -> None:
-    """Run the whole job on drawings: phantoms, two workers, the small model in this package, an export."""
+    """Run the whole job on drawings: phantoms, two workers, the small model in this package, an export, a report."""
     from rococap.demo import run as run_demo
 
     click.echo("Phantoms: drawings made by a program, captioned by a small model that was trained on such drawings.")

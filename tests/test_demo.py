@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from sqlalchemy import Engine
 
 from rococap import datasets, db, queue
+from rococap.cli import cli
 from rococap.demo import recipe
 from rococap.demo.phantoms import write_dataset
 from rococap.enqueue import enqueue
@@ -83,6 +85,10 @@ def shuffled(folder: Path) -> dict[str, str]:
     page = (folder / "report.html").read_text("utf-8")
     assert all(f">{name}</h3>" in page for name in own if "_test_" in name)
     return others
+
+
+def test_its_help_names_all_that_it_makes():
+    assert "an export, a report." in " ".join(CliRunner().invoke(cli, ["demo", "--help"]).output.split())
 
 
 @pytest.mark.slow
