@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -155,29 +156,45 @@ class Gallery:
 
 
 def choose(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]], most: int) -> Gallery:
-    """At most a fifth of the pictures for each section, at most a quarter of those captioned for best and worst, the
-    rest at random. Best and worst go by the first run's CIDEr-D, and among equals by the image's id.
+    """A fifth of the pictures at random, at most a fifth for each other section, and what is left at random again.
+
+    Best and worst go by the first run's CIDEr-D, and among equals by the image's id; each is at most a quarter of that
+    run's captions, so that they never overlap. Those at random are drawn without regard to the other sections.
     """
     candidates = _candidates(evaluated, failures)
-    n_captioned = len(candidates["random"])
-    quarter = max(1, n_captioned // 4)
-    tags: dict[str, list[str]] = {}
-    for section in ("failed", "flagged", "worst", "best"):
-        few = max(1, most // len(SECTIONS))
-        for image_id in candidates[section][: min(few, quarter) if section in ("best", "worst") else few]:
-            _tag(tags, image_id, section, most)
-    for image_id in candidates["random"]:
-        _tag(tags, image_id, "random", most)
-    of = {section: len(candidates[section]) for section in SECTIONS}
-    return Gallery({image_id: sorted(told, key=SECTIONS.index) for image_id, told in tags.items()}, of)
+    fifth = max(1, most // len(SECTIONS))
+    n_ranked = len(candidates["best"])
+    of_ranked = min(fifth, max(1, n_ranked // 4) if n_ranked > 1 else 0)
+    sections = {
+        "random": candidates["random"][:fifth],
+        "failed": candidates["failed"][:fifth],
+        "flagged": candidates["flagged"][:fifth],
+        "worst": candidates["worst"][:of_ranked],
+        "best": candidates["best"][:of_ranked],
+    }
+    chosen = list(dict.fromkeys(chain.from_iterable(sections.values())))[:most]
+    sections["random"] = _fitting(candidates["random"], chosen, most)
+    # A picture that was chosen for another section may be flagged or failed too.
+    sections |= {name: candidates[name] for name in ("flagged", "failed")}
+    members = {section: set(sections[section]) for section in SECTIONS}
+    tags = {
+        image_id: [section for section in SECTIONS if image_id in members[section]]
+        for image_id in dict.fromkeys([*chosen, *sections["random"]])
+    }
+    return Gallery(tags, {section: len(candidates[section]) for section in SECTIONS})
 
 
-def _tag(tags: dict[str, list[str]], image_id: str, section: str, most: int) -> None:
-    if image_id in tags or len(tags) < most:
-        tags.setdefault(image_id, []).append(section)
+def _fitting(drawn: Sequence[str], chosen: Sequence[str], most: int) -> Sequence[str]:
+    """The first of those drawn, as many as fit beside the chosen ones. None is left out: it stays a fair sample."""
+    shown = set(chosen)
+    for at, image_id in enumerate(drawn):
+        if image_id not in shown and len(shown) == most:
+            return drawn[:at]
+        shown.add(image_id)
+    return drawn
 
 
-def _candidates(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]]) -> dict[str, list[str]]:
+def _candidates(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]]) -> dict[str, Sequence[str]]:
     """Of each section, the first to be taken first."""
     first = evaluated.scored[0]
     scores = zip(first.values["cider_d"], (pair.image_id for pair in first.pairs), strict=True)

@@ -1,6 +1,7 @@
 """The report: one HTML file, its structure as parsed, and what a browser makes of it."""
 
 import hashlib
+import random
 import re
 import shutil
 import subprocess
@@ -34,7 +35,7 @@ from rococap.evaluate import Evaluation, Scored
 from rococap.plots import Series
 from rococap.queue import Failed, Run
 from rococap.recipe import Recipe
-from rococap.report import NOTICE, choose, report
+from rococap.report import NOTICE, Gallery, choose, report
 
 CT, XRAY, ULTRASOUND = "C0040405", "C1306645", "C0041618"
 MODALITIES = {"CT": CT, "X-ray": XRAY, "ultrasound": ULTRASOUND}
@@ -470,24 +471,54 @@ def test_best_and_worst_are_the_first_runs_and_among_equals_go_by_id():
     assert gallery.of == {"best": 4, "worst": 4, "random": 4, "flagged": 0, "failed": 0}
 
 
+def by_section(gallery: Gallery) -> dict[str, set[str]]:
+    return {one: {name for name, tags in gallery.tags.items() if one in tags} for one in reporting.SECTIONS}
+
+
 def test_each_section_has_a_fifth_and_chance_the_rest_the_same_whenever_it_is_drawn():
     scores = {f"{n:03}": float(n) for n in range(400)}
     failures = {"a": [Failed("a", "train", f"f{n}", "x", "", 1) for n in range(90)]}
     evaluated = Evaluation([scored("a", scores, flagged=["007", "399"])], [])
     gallery = choose(evaluated, failures, 100)
-    by_section = {one: [name for name, tags in gallery.tags.items() if one in tags] for one in reporting.SECTIONS}
-    assert {one: len(names) for one, names in by_section.items() if one != "random"} == {
+    sections = by_section(gallery)
+    assert {one: len(names) for one, names in sections.items() if one != "random"} == {
         "best": 20,
         "worst": 20,
         "flagged": 2,
         "failed": 20,
     }
     assert len(gallery.tags) == 100
-    assert sorted(by_section["best"]) == [f"{n:03}" for n in range(380, 400)]
-    assert sorted(by_section["worst"]) == [f"{n:03}" for n in range(20)]
+    assert sections["best"] == {f"{n:03}" for n in range(380, 400)}
+    assert sections["worst"] == {f"{n:03}" for n in range(20)}
     assert gallery.tags["399"][0] == "best"
     assert "flagged" in gallery.tags["399"]
     assert choose(evaluated, failures, 100) == gallery
+
+
+def test_the_pictures_at_random_are_drawn_without_regard_to_the_other_sections():
+    names = [f"{n:02}" for n in range(40)]
+    gallery = choose(Evaluation([scored("a", dict(zip(names, np.arange(40.0), strict=True)))], []), {}, 20)
+    at_random = by_section(gallery)["random"]
+    assert at_random == set(random.Random(evaluate.SEED).sample(names, 40)[: len(at_random)])
+    assert 4 <= len(at_random) < len(gallery.tags) == 20
+
+
+@pytest.mark.parametrize(("n", "few"), [(1, 0), (2, 1), (3, 1), (4, 1), (9, 2), (40, 4)])
+def test_best_and_worst_never_overlap_though_the_first_run_has_few_captions(n, few):
+    scores = {f"{number:02}": float(number) for number in range(40)}
+    runs = [scored("a", dict(list(scores.items())[:n])), scored("b", scores)]
+    sections = by_section(choose(Evaluation(runs, []), {}, 20))
+    assert [len(sections["best"]), len(sections["worst"])] == [few, few]
+    assert not sections["best"] & sections["worst"]
+
+
+def test_a_card_is_in_every_section_that_its_picture_belongs_to():
+    names = [f"{n:02}" for n in range(20)]
+    failures = {"b": [Failed("b", "train", name, "x", "", 1) for name in names[:15]]}
+    evaluated = Evaluation([scored("a", dict.fromkeys(names, 1.0), flagged=names[:11])], [])
+    sections = by_section(choose(evaluated, failures, 20))
+    assert sections["flagged"] == set(names[:11])
+    assert sections["failed"] == set(names[:15])
 
 
 # --- Plots -----------------------------------------------------------------------------------------------------
