@@ -5,10 +5,12 @@ time, and only those that are shown.
 """
 
 import hashlib
+import os
 import random
+import re
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from io import BytesIO
@@ -44,6 +46,8 @@ MOST_TEXT: Final = 2_000
 """Characters of a text that a card shows."""
 SECTIONS: Final = ("best", "worst", "random", "flagged", "failed")
 _ROWS_AT_ONCE: Final = 500
+_ABSOLUTE: Final = re.compile(r"(?<![\w.:/-])/[^\s/:,;'\"()]+(?:/[^\s/:,;'\"()]+)+")
+"""A file or folder in a message; no part of an address on the web."""
 
 # --- What scores are -------------------------------------------------------------------------------------------
 
@@ -300,7 +304,11 @@ class _Captions:
             is_equal = pair.text == pair.reference
             return Said(scored.run.name, number, _cut(pair.text), is_equal, scores, flags)
         if failed := self._failed[number].get(image_id):
-            return Said(scored.run.name, number, why=f"Failed: {failed.code}. {failed.message}")
+            return Said(
+                scored.run.name,
+                number,
+                why=f"Failed: {failed.code}. {_short_within(failed.message, _folders(scored.run))}",
+            )
         return Said(scored.run.name, number, why="Not captioned yet.")
 
 
@@ -318,7 +326,7 @@ def _cards(
         for number, row in enumerate(rows):
             progress("reading pictures", number, len(rows))
             image_id = row.place.image_id
-            thumbnail = Thumbnail(why=absent) if absent else _thumbnail(reader, row.place)
+            thumbnail = Thumbnail(why=absent) if absent else _thumbnail(reader, row.place, root)
             if thumbnail.why:
                 unreadable.append(image_id)
             yield Card(
@@ -339,7 +347,7 @@ def _root(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
     return Path(), f"The data set is not in the hub's cache here. To have it: {command}"
 
 
-def _thumbnail(reader: PictureReader, place: Place) -> Thumbnail:
+def _thumbnail(reader: PictureReader, place: Place, root: Path) -> Thumbnail:
     try:
         # One at a time: the reader's generator ends where it raises.
         ((_, data),) = reader.read([place])
@@ -347,7 +355,7 @@ def _thumbnail(reader: PictureReader, place: Place) -> Thumbnail:
             raise data
         return _reduced(open_picture(data))
     except (DatasetError, PictureError, OSError) as error:
-        return Thumbnail(why=str(error))
+        return Thumbnail(why=_short_within(str(error), [str(root)]))
 
 
 def _reduced(picture: Image.Image) -> Thumbnail:
@@ -426,6 +434,7 @@ def _page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    folders = [folder for one in evaluated.scored for folder in _folders(one.run)]
     counts = Counter(tag for tags in gallery.tags.values() for tag in tags)
     return environment.get_template("report.html.jinja").generate(
         runs=told["runs"],
@@ -434,7 +443,7 @@ def _page(
         made_at=datetime.now(UTC),
         notice=NOTICE,
         note=note,
-        warnings=_warnings(told),
+        warnings=[_short_within(text, folders) for text in _warnings(told)],
         facts=_facts(evaluated),
         made_by=[_made_by(one) for one in evaluated.scored],
         summary=[(explained(name), name) for name in SUMMARY],
@@ -499,7 +508,18 @@ def _made_by(scored: Scored) -> list[tuple[str, str]]:
 def _short(name: str) -> str:
     """A folder by its last two names: a report is sent to people whom the rest does not concern."""
     path = Path(name)
-    return "/".join(path.parts[-2:]) if path.is_absolute() else name
+    return "/".join(path.parts[1:][-2:]) or name if path.is_absolute() else name
+
+
+def _short_within(message: str, folders: Iterable[str] = ()) -> str:
+    """With every file and folder so. `folders` are those that are known: their names may have blanks."""
+    for folder in sorted(filter(os.path.isabs, folders), key=len, reverse=True):
+        message = re.sub(rf"(?<![\w.-]){re.escape(folder)}", lambda match: _short(match[0]), message)
+    return _ABSOLUTE.sub(lambda match: _short(match[0]), message)
+
+
+def _folders(run: Run) -> list[str]:
+    return [run.dataset, run.recipe.model, run.recipe.adapter or ""]
 
 
 def _decoding(recipe: Recipe) -> str:
@@ -539,7 +559,7 @@ def _score_rows(told: Mapping[str, Any]) -> list[ScoreRow]:
 
 def _cell(run: Mapping[str, Any], name: str) -> tuple[str, str]:
     if why := run["not_computed"].get(name):
-        return "", f"not computed: {why}"
+        return "", f"not computed: {_short_within(why)}"
     interval = run["intervals"].get(name)
     return _number(run["metrics"].get(name)), f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
 

@@ -1,6 +1,7 @@
 """The report: one HTML file, its structure as parsed, and what a browser makes of it."""
 
 import hashlib
+import json
 import random
 import re
 import shutil
@@ -374,11 +375,9 @@ def test_a_data_set_that_is_gone_leaves_cards_without_pictures(database, run, ou
     made = report(database, [], "train", out)
     assert (made.pictures, made.unreadable) == (2, 2)
     why = [card.one(class_="absent").text for card in cards(parse(out)).values()]
-    assert (
-        why
-        == [f"No picture. {tmp_path}/set/data/train-00000-of-00001.parquet is gone: restore it or download it again."]
-        * 2
-    )
+    gone = f"{tmp_path.name}/set/data/train-00000-of-00001.parquet is gone: restore it or download it again."
+    assert why == [f"No picture. {gone}"] * 2
+    assert str(tmp_path) not in out.read_text("utf-8")
 
 
 def test_a_data_set_of_the_hub_that_is_not_cached_is_not_downloaded(database, run, out, no_plots):
@@ -423,7 +422,9 @@ def test_only_pictures_that_are_shown_are_read_one_after_the_other(database, run
     caption(database, run, texts(*ORIGINALS[:20]))
     read = []
     thumbnail = reporting._thumbnail
-    monkeypatch.setattr(reporting, "_thumbnail", lambda reader, place: read.append(place) or thumbnail(reader, place))
+    monkeypatch.setattr(
+        reporting, "_thumbnail", lambda reader, place, root: read.append(place) or thumbnail(reader, place, root)
+    )
     report(database, [], "train", out, pictures=6)
     assert len(read) == 6
     assert read == sorted(read, key=lambda place: (place.row_group, place.row_in_group))
@@ -444,10 +445,20 @@ def test_a_report_that_breaks_off_leaves_the_old_one_whole(database, run, out, n
 
 
 def test_folders_are_told_by_their_last_two_names(database, out, tmp_path, no_plots, quick):
-    write_set(tmp_path / "set", ORIGINALS[:2])
-    caption(database, start(database, tmp_path / "set", "a", str(tmp_path / "models" / "mine")), texts("A."))
+    """Also in warnings and in what a worker said of a picture, and where a name has a blank."""
+    model = tmp_path / "my models" / "mine"
+    write_set(tmp_path / "set", ORIGINALS[:3])
+    model.mkdir(parents=True)
+    (model / evaluate.TRAINING).write_text(json.dumps({"dataset": str(tmp_path / "set"), "splits": ["train"]}))
+    run = start(database, tmp_path / "set", "a", str(model))
+    caption(database, run, texts("A."))
+    fail(database, run, "unreadable_file", f"{tmp_path}/set/a b.png cannot be read (Is a directory): check the file.")
+    fail(database, run, "vllm", "Cannot open '/somebody/elses/cache/file.bin', see https://example.org/a/b/c")
     report(database, [], "train", out)
-    assert "models/mine" in out.read_text("utf-8")
+    told = parse(out).text
+    assert "Warning. my models/mine was trained on train" in told
+    assert f"unreadable_file. {tmp_path.name}/set/a b.png cannot be read (Is a directory)" in told
+    assert "Cannot open 'cache/file.bin', see https://example.org/a/b/c" in told
     assert str(tmp_path) not in out.read_text("utf-8")
 
 
