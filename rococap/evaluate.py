@@ -495,7 +495,7 @@ def _warnings(scored: Scored, n_images: int) -> Iterator[str]:
         trained = _training(Path(name) / TRAINING)
         if trained.get("dataset") == run.dataset and split in (trained.get("splits") or ()):
             yield (
-                f"{_short(name)} was trained on {split} of this data set: the scores of {run.name} there say how well "
+                f"{name} was trained on {split} of this data set: the scores of {run.name} there say how well "
                 "it remembers. Evaluate a split that it has not seen."
             )
 
@@ -505,12 +505,6 @@ def _training(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # absent, or not ours
         return {}
-
-
-def _short(name: str) -> str:
-    """A folder by its last two names: a report is sent to people whom the rest does not concern."""
-    path = Path(name)
-    return "/".join(path.parts[-2:]) if path.is_absolute() else name
 
 
 # --- What is written -------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from rococap import evaluate as evaluation
 from rococap.datasets import PictureReader, Place
 from rococap.db import execute, transaction
 from rococap.errors import DatasetError, PictureError, RococapError
-from rococap.evaluate import SEED, Evaluation, Scored
+from rococap.evaluate import BY_MODALITY, SEED, Evaluation, Scored
 from rococap.export import Progress, done_pages, replacing, short_reads
 from rococap.images import open_picture
 from rococap.plots import Plot, Series
@@ -90,7 +90,6 @@ EXPLAINED: Final = {
     "length_ratio": Explained("Length ratio", "around 1", "Words of the captions by words of the originals.", 2.0),
 }
 SUMMARY: Final = ("bleu_4", "rouge_l", "cider_d", "concept_f1")
-BY_MODALITY: Final = ("bleu_4", "rouge_l", "meteor_nltk", "cider_d", "concept_f1")
 OF_A_CARD: Final = ("rouge_l", "cider_d", "concept_f1")
 
 
@@ -201,7 +200,10 @@ def _fitting(drawn: Sequence[str], chosen: Sequence[str], most: int) -> Sequence
 def _candidates(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]]) -> dict[str, Sequence[str]]:
     """Of each section, the first to be taken first."""
     first = evaluated.scored[0]
-    scores = zip(first.values["cider_d"], (pair.image_id for pair in first.pairs), strict=True)
+    # One caption has no CIDEr-D.
+    scores = zip(
+        first.values.get("cider_d", first.values["rouge_l"]), (pair.image_id for pair in first.pairs), strict=True
+    )
     ranked = [image_id for _, image_id in sorted(scores, key=lambda one: (-one[0], one[1]))]
     everything = list(dict.fromkeys(pair.image_id for one in evaluated.scored for pair in one.pairs))
     return {

@@ -493,10 +493,8 @@ def test_folders_are_told_by_their_last_two_names(database, out, tmp_path, no_pl
 
 def scored(run: str, scores: dict[str, float], flagged: Sequence[str] = ()) -> Scored:
     pairs = [evaluate.Pair(n, name, "", "", "", "loop" if name in flagged else "") for n, name in enumerate(scores)]
-    values = {"cider_d": np.array(list(scores.values()))}
-    return Scored(
-        Run(1, run, 1, "", "", Recipe(), None, 5, False), "train", 0, pairs, [], np.zeros((0, 10)), values, {}, 0
-    )
+    values = dict.fromkeys(("cider_d", "rouge_l"), np.array(list(scores.values())))
+    return Scored(Run(1, run, 1, "", "", Recipe(), None, 5, False), "train", pairs, [], {}, values, {})
 
 
 def test_best_and_worst_are_the_first_runs_and_among_equals_go_by_id():
