@@ -267,12 +267,15 @@ def nurse() -> None:
             answer: int | None = os.fork()
             if answer == 0:
                 _be_worker(*asked)
+            codes[answer] = None
         else:
             if codes.get(asked) is None:
                 pid, status = os.waitpid(asked, os.WNOHANG)
                 codes[asked] = os.waitstatus_to_exitcode(status) if pid else None
             answer = codes[asked]
         print(json.dumps(answer), flush=True)
+    for pid in (pid for pid, code in codes.items() if code is None):
+        os.kill(pid, signal.SIGKILL)  # of a test that failed, or ended without it
 
 
 def _be_worker(url: str, options: dict[str, Any], path: str) -> NoReturn:
