@@ -21,7 +21,7 @@ _numbers = count(1)
 @cache
 def _nurse() -> subprocess.Popen:
     nurse = subprocess.Popen(
-        [sys.executable, str(SMALL), "nurse"],
+        [sys.executable, str(SMALL)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,7 +1,7 @@
 """A real engine without a model: its caption is what it measured in the picture, so that a swapped row is noticed.
 
-Run as a script it is a worker process: `python small_engine.py URL JSON`, the JSON being the engine's and the worker's
-settings, and the troubles that the process is to meet. `python small_engine.py nurse` makes many of them.
+Run as a script it makes worker processes, for `nursery`: each is told the engine's and the worker's settings, and the
+troubles that it is to meet.
 """
 
 import importlib
@@ -293,7 +293,4 @@ def _be_worker(url: str, options: dict[str, Any], path: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["nurse"]:
-        nurse()
-    else:
-        work_on(sys.argv[1], json.loads(sys.argv[2]))
+    nurse()
