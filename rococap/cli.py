@@ -936,6 +936,7 @@ def _compared_row(run: Any) -> list[str]:
 
 # --- evaluate --------------------------------------------------------------------------------------------------
 
+WIDEST_SCORE = 20  # characters, with its interval
 EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
 
 
@@ -978,7 +979,7 @@ def evaluate(
         found = evaluation.evaluate(database, names, splits, also=also, progress=progress)
     told = evaluation.to_json(found)
     path = output or evaluation.default_path(found, "scores", ".parquet")
-    rows = evaluation.write(found, path)
+    rows = evaluation.write(found, path, told)
     if as_json:
         _echo_json(told)
     else:
@@ -999,8 +1000,12 @@ def _scores_text(told: dict[str, Any], split: str) -> str:
     counts = ", ".join(f"{run['n']} captions of {run['run']}" for run in runs)
     names = dict.fromkeys(name for run in runs for name in run["metrics"])
     parts = [f"{split}: {counts}", _overall_table(list(names), runs, paired), _modalities_table(runs)]
+    if len(runs) > 2:
+        parts[1] += "\n\nIntervals and differences of more than two runs: --json, or rococap report"
+    else:
+        parts[1] += "\n\nIn brackets 95 % intervals. cider_d goes to 10, and of flagged less is better."
     if len(paired) == 1:
-        parts[1] += f"\n\ndifference and p: of the {paired[0]['n']} pictures that both captioned"
+        parts[1] += f"\ndifference and p: of the {paired[0]['n']} pictures that both captioned"
     reasons = dict.fromkeys((name, why) for run in runs for name, why in run["not_computed"].items())
     reasons_told = [textwrap.fill(f"{name}: not computed: {why}", 80, subsequent_indent="  ") for name, why in reasons]
     return "\n\n".join([*parts, "\n".join(reasons_told)]).rstrip()
@@ -1009,7 +1014,7 @@ def _scores_text(told: dict[str, Any], split: str) -> str:
 def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[Any]) -> str:
     """With 95 % intervals, and the difference and its p, of two runs at most: more do not fit."""
     with_intervals = len(runs) <= 2
-    header = ["score", *(run["run"] for run in runs)]
+    header = ["score", *(_cut(run["run"], WIDEST_SCORE) for run in runs)]
     rows = [
         [name, *(_score(run["metrics"].get(name), with_intervals and run["intervals"].get(name)) for run in runs)]
         for name in names
@@ -1024,7 +1029,14 @@ def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[A
 def _score(value: float | None, interval: Sequence[float] | bool | None = None) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]" if isinstance(interval, Sequence) else f"{value:.3f}"
+    return (
+        f"{_digits(value)} [{', '.join(map(_digits, interval))}]" if isinstance(interval, Sequence) else _digits(value)
+    )
+
+
+def _digits(value: float) -> str:
+    """As wide for 10, which is CIDEr-D's best, as for less."""
+    return f"{value:.2f}" if value >= 9.9995 else f"{value:.3f}"
 
 
 def _modalities_table(runs: Sequence[Any]) -> str:
@@ -1299,6 +1311,12 @@ def restore(paths: tuple[Path, ...], run_name: str | None) -> None:
         click.echo(f"  {total['unknown']} are of images that the run does not have: enqueue all of their split first")
     if total["different"]:
         click.echo(f"  {total['different']} have another original caption here and were left out: another data set?")
+    if unknown := [one.path for one in results if not one.has_manifest]:
+        click.echo(
+            f"Warning: {', '.join(map(str, unknown))}: no manifest beside it (.json), so that only the model was "
+            "compared, and apostrophes that --excel-safe put before texts, if it did, are still there.",
+            err=True,
+        )
 
 
 # --- failures, retry, cancel -----------------------------------------------------------------------------------

@@ -21,11 +21,22 @@ import pyarrow as pa
 from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
-from rococap import concepts, db, metrics, queue
+from rococap import __version__, concepts, db, metrics, queue
 from rococap.compare import find_runs
 from rococap.db import execute, transaction
 from rococap.errors import RococapError, RunError
-from rococap.export import FOLDER, PAGE, Progress, Read, done_pages, replacing, short_reads, write_frames
+from rococap.export import (
+    FOLDER,
+    PAGE,
+    Progress,
+    Read,
+    done_pages,
+    manifest_path,
+    replacing,
+    short_reads,
+    write_frames,
+    write_json,
+)
 from rococap.metrics import ORDERS, Vector
 from rococap.queue import Run
 
@@ -146,12 +157,13 @@ def _cider_d(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
 
 
 def _concepts(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
-    """Against the curated ones, which are those that the matcher knows."""
+    """Against the curated ones, which are those that the matcher knows; and the same of the original caption."""
     for at in wanted:
         found, reference = concepts.found(pairs[at].text), concepts.curated(concepts.parse(pairs[at].cui))
         yield {
             "concept_f1": concepts.f1(found, reference),
             "concept_recall": concepts.recall(found, reference),
+            "concept_f1_ref": concepts.f1(concepts.found(pairs[at].reference), reference),
         }
 
 
@@ -187,7 +199,7 @@ METRICS = (
     ),
     Metric("meteor_nltk", ("meteor_nltk",), _meteor, ("nltk",)),
     Metric("cider_d", ("cider_d",), _cider_d, of_corpus=True),
-    Metric("concepts", ("concept_f1", "concept_recall"), _concepts, edition=concepts.DIGEST),
+    Metric("concepts", ("concept_f1", "concept_recall", "concept_f1_ref"), _concepts, edition=f"2 {concepts.DIGEST}"),
     Metric(
         "bertscore_f1",
         ("bertscore_f1",),
@@ -521,8 +533,14 @@ def default_path(evaluation: Evaluation, kind: str, suffix: str) -> Path:
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything but the captions: what --json prints."""
+    """Everything but the captions, and what made the numbers: what --json prints."""
+    packages = dict.fromkeys(name for metric in METRICS if not metric.extra for name in metric.packages)
     return {
+        "rococap": __version__,
+        "packages": {name: _version(name) for name in packages},
+        "concepts": concepts.DIGEST,
+        "resamples": RESAMPLES,
+        "seed": SEED,
         "runs": [_run_json(one) for one in evaluation.scored],
         "paired": [
             {"split": one.split, "runs": list(one.runs), "n": one.n, "differences": one.differences, "p": one.p}
@@ -555,16 +573,18 @@ def _run_json(scored: Scored) -> dict[str, Any]:
 TEXTS = ("run", "split", "image_id", "modality", "original_caption", "generated_caption", "flags")
 
 
-def write(evaluation: Evaluation, path: Path) -> int:
-    """One row a run and picture, to a .parquet, .csv or .jsonl file; returns how many. BLEU of one caption has no
-    smoothing: it is 0 unless n-grams of each length match.
+def write(evaluation: Evaluation, path: Path, told: dict[str, Any]) -> int:
+    """One row a run and picture, to a .parquet, .csv or .jsonl file; returns how many. What `to_json` told goes beside
+    it. BLEU of one caption has no smoothing: it is 0 unless n-grams of each length match.
     """
     scored = evaluation.scored
     names = dict.fromkeys(name for one in scored for name in _by_caption(one))
     schema = pa.schema([*((name, pa.string()) for name in TEXTS), *((name, pa.float64()) for name in names)])
     with replacing(path) as partial:
         pages = chain.from_iterable(frames(one) for one in scored)
-        return write_frames((page.reindex(columns=schema.names) for page in pages), partial, path.suffix, schema)
+        rows = write_frames((page.reindex(columns=schema.names) for page in pages), partial, path.suffix, schema)
+    write_json(manifest_path(path), told)
+    return rows
 
 
 def frames(scored: Scored) -> Iterator[pd.DataFrame]:

@@ -264,6 +264,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises RococapError, naming the next step, if the disk is full or the folder cannot be written.
     """
+    if path.exists() and not path.is_file():
+        raise RococapError(f"{path} is a folder or a device, and no file to replace: name another with --output.")
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -412,7 +414,7 @@ def follow(
 @dataclass(slots=True)
 class Restored:
     """Rows of one file: restored, captioned already, being captioned now, of images that the run does not have, and of
-    images whose original caption is another here.
+    images whose original caption is another here. `has_manifest`: what made them was compared with the run.
     """
 
     path: Path
@@ -421,6 +423,7 @@ class Restored:
     leased: int = 0
     unknown: int = 0
     different: int = 0
+    has_manifest: bool = True
 
 
 def restore(database: Database, run: Run, path: Path) -> Restored:
@@ -436,7 +439,7 @@ def restore(database: Database, run: Run, path: Path) -> Restored:
     _check_manifest(run, path, manifest)
     for frame in _as_exported(path, manifest):
         _check_frame(run, path, frame)
-    result = Restored(path)
+    result = Restored(path, has_manifest=manifest is not None)
     for frame in _as_exported(path, manifest):
         with transaction(database, write=True) as conn:
             for split, rows in frame.groupby("split", sort=False):

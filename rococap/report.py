@@ -82,6 +82,11 @@ EXPLAINED: Final = {
         "Concept F1", "0 to 1", "Modality, and of X-rays region and direction: what the caption names and what is true."
     ),
     "concept_recall": Explained("Concept recall", "0 to 1", "The part of the true concepts that the caption names."),
+    "concept_f1_ref": Explained(
+        "Concept F1 of the originals",
+        "0 to 1",
+        "The same of the original captions themselves: what to compare it with.",
+    ),
     "flagged": Explained(
         "Flagged", "0 to 1", "Share of captions that say nothing or are otherwise odd: lower is better."
     ),
@@ -205,10 +210,11 @@ def _candidates(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]])
         first.values.get("cider_d", first.values["rouge_l"]), (pair.image_id for pair in first.pairs), strict=True
     )
     ranked = [image_id for _, image_id in sorted(scores, key=lambda one: (-one[0], one[1]))]
+    equal = {pair.image_id for pair in first.pairs if pair.text == pair.reference}
     everything = list(dict.fromkeys(pair.image_id for one in evaluated.scored for pair in one.pairs))
     return {
         "best": ranked,
-        "worst": ranked[::-1],
+        "worst": [image_id for image_id in ranked[::-1] if image_id not in equal],
         "random": random.Random(SEED).sample(everything, len(everything)),
         "flagged": list(dict.fromkeys(pair.image_id for one in evaluated.scored for pair in one.pairs if pair.flags)),
         "failed": list(dict.fromkeys(one.image_id for several in failures.values() for one in several)),
@@ -444,6 +450,9 @@ def _page(
         version=__version__,
         made_at=datetime.now(UTC),
         notice=NOTICE,
+        scored_by=", ".join(
+            [*(f"{name} {of}" for name, of in told["packages"].items()), f"concepts {told['concepts']}"]
+        ),
         note=note,
         warnings=[_short_within(text, folders) for text in _warnings(told)],
         facts=_facts(evaluated),

@@ -187,6 +187,7 @@ def test_concepts_are_scored_against_the_curated_ones(database, run):
     with_concepts = evaluate.evaluate(database, [], ["train"]).scored[0].values
     # Of the kidney, C0022646, the matcher knows nothing; the last picture has no concepts, and none are read.
     assert with_concepts["concept_f1"].tolist() == [1, 1, 1, 1, 1, 1]
+    assert with_concepts["concept_f1_ref"].tolist() == [1, 1, 1, 1, 1, 0]
     assert np.isnan(with_concepts["concept_recall"]).tolist() == [False] * 5 + [True]
 
 
@@ -456,7 +457,7 @@ def test_the_scores_of_each_caption_are_written_in_data_set_order(database, two,
         caption(database, run, texts(*CAPTIONS))
     path = tmp_path / "out" / f"scores{suffix}"
     found = evaluate.evaluate(database, ["default", "other"], ["train"])
-    assert evaluate.write(found, path) == 12
+    assert evaluate.write(found, path, {"a": 1}) == 12
     match suffix:
         case ".parquet":
             rows = pd.read_parquet(path)
@@ -478,7 +479,7 @@ def test_a_score_that_a_run_lacks_is_empty_in_its_rows(database, two, tmp_path, 
         caption(database, run, texts(*CAPTIONS))
     told(database, "default")
     monkeypatch.setattr(metrics, "open_wordnet", lambda: None)
-    evaluate.write(evaluate.evaluate(database, ["default", "other"], ["train"]), tmp_path / "x.parquet")
+    evaluate.write(evaluate.evaluate(database, ["default", "other"], ["train"]), tmp_path / "x.parquet", {})
     rows = pd.read_parquet(tmp_path / "x.parquet")
     assert rows["meteor_nltk"].isna().tolist() == [False] * 6 + [True] * 6
 
@@ -507,7 +508,22 @@ def test_the_command_prints_json_and_writes_the_scores(url, here):
         *("concept_f1", "concept_recall", "length_ratio", "flagged"),
     } <= set(one["metrics"])
     assert "Warning: 1 pictures of train" in result.stderr
+    assert json.loads(Path("results_medical/scores_train_default.parquet.json").read_text()) == json.loads(
+        result.stdout
+    )
+    assert set(json.loads(result.stdout)["packages"]) == {"sacrebleu", "rouge-score", "nltk"}
     assert len(pd.read_parquet("results_medical/scores_train_default.parquet")) == 5
+
+
+def test_tables_of_long_names_and_of_many_runs_fit_and_say_where_the_rest_is(url, here, database, root):
+    long = "qwen2-vl-7b-instruct-medical-prompt-structured-with-lora"
+    caption(database, make(database, root, long, "tests/long"), texts(*CAPTIONS[:5]))
+    two = invoke(url, "--split", "train", "--run", "default", "--run", long)
+    assert two.exit_code == 0, two.output
+    assert max(map(len, two.stdout.splitlines())) <= 80 + len(long)  # the line that names the runs
+    assert "…" not in next(line for line in two.stdout.splitlines() if line.startswith("cider_d "))
+    three = invoke(url, "--split", "train", "--run", "default", "--run", long, "--run", "other")
+    assert "Intervals and differences of more than two runs: --json, or rococap report" in three.stdout
 
 
 def test_a_split_that_is_not_captioned_is_told_and_the_others_are_scored(url, here):

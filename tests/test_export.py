@@ -596,3 +596,28 @@ def test_a_processing_time_that_is_missing_stays_missing(database, other, run, o
     restore(other, new, path)
     again = export.export(other, new, "train", out / "again.csv").path
     assert list(read(again)["processing_time_sec"]) == [""]
+
+
+def test_a_file_without_its_manifest_is_restored_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    database = db.connect(f"sqlite:///{tmp_path / 'queue.db'}")
+    run = fill(database, tmp_path / "set", 2)
+    caption(database, run, ["=1+1", "b"])
+    path = tmp_path / "out" / "captions.csv"
+    export.export(database, run, "train", path, excel_safe=True)
+    other = db.connect(f"sqlite:///{tmp_path / 'other.db'}")
+    fill(other, tmp_path / "set", 2)
+    path.with_suffix(".json").unlink()
+    result = CliRunner().invoke(cli, ["--db", f"sqlite:///{tmp_path / 'other.db'}", "restore", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "no manifest beside it (.json), so that only the model was compared" in result.stderr
+
+
+def test_a_device_or_folder_is_never_replaced(tmp_path):
+    for place in (tmp_path, Path("/dev/full")):
+        with (
+            pytest.raises(RococapError, match="a folder or a device, and no file to replace"),
+            export.replacing(place),
+        ):
+            pytest.fail("it was opened")
+    assert Path("/dev/full").is_char_device()

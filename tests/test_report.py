@@ -9,7 +9,7 @@ import subprocess
 import sys
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from io import BytesIO
 from itertools import pairwise
@@ -492,7 +492,9 @@ def test_folders_are_told_by_their_last_two_names(database, out, tmp_path, no_pl
 
 
 def scored(run: str, scores: dict[str, float], flagged: Sequence[str] = ()) -> Scored:
-    pairs = [evaluate.Pair(n, name, "", "", "", "loop" if name in flagged else "") for n, name in enumerate(scores)]
+    pairs = [
+        evaluate.Pair(n, name, "one", "", "another", "loop" if name in flagged else "") for n, name in enumerate(scores)
+    ]
     values = dict.fromkeys(("cider_d", "rouge_l"), np.array(list(scores.values())))
     return Scored(Run(1, run, 1, "", "", Recipe(), None, 5, False), "train", pairs, [], {}, values, {})
 
@@ -504,6 +506,13 @@ def test_best_and_worst_are_the_first_runs_and_among_equals_go_by_id():
     gallery = choose(evaluated, {}, 10)
     assert {name: tags[0] for name, tags in gallery.tags.items() if tags[0] != "random"} == {"b": "best", "c": "worst"}
     assert gallery.of == {"best": 4, "worst": 4, "random": 4, "flagged": 0, "failed": 0}
+
+
+def test_a_caption_that_equals_the_original_is_none_of_the_worst():
+    one = scored("a", dict.fromkeys("abcdefgh", 10.0))
+    one.pairs[2:] = [replace(pair, text=pair.reference) for pair in one.pairs[2:]]
+    gallery = choose(Evaluation([one], []), {}, 40)
+    assert {name for name, tags in gallery.tags.items() if "worst" in tags} == {"a", "b"}
 
 
 def by_section(gallery: Gallery) -> dict[str, set[str]]:
