@@ -442,14 +442,15 @@ def command_lines(processes: Sequence[psutil.Process]) -> list[list[str]]:
 @pytest.mark.slow
 def test_the_command_captions_on_two_processes_and_stops_them_together(database, url, tmp_path):
     fill(database, tmp_path / "set", 24)
-    options = ("--devices", "cpu:2", "--wait", "--batch-size", "4", "--lease-ttl", "30", "--engine", "openai")
+    options = ("--devices", "cpu:2", "--wait", "--batch-size", "4", "--lease-ttl", "2", "--engine", "openai")
     with (
         ChatServer() as server,
         running(
             sys.executable, "-m", "rococap", "worker", *options, "--base-url", server.url, ROCOCAP_DB=url
         ) as parent,
     ):
-        until(lambda: done(database) == 24, "captions", seconds=90)
+        beating = "SELECT count(*) FROM workers WHERE telemetry IS NOT NULL"
+        until(lambda: done(database) == 24 and select(database, beating) == [(2,)], "captions, and both at work", 90)
         lines = command_lines(members(parent))
         parent.send_signal(signal.SIGTERM)
         out, err = parent.communicate(timeout=30)
