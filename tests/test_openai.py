@@ -218,7 +218,8 @@ def test_pictures_that_come_later_fill_free_places_at_once(server, load):
     until(lambda: len(done) == 2, "two captions while the first is under way", 5)
     server.go_on.set()
     thread.join(10)
-    assert [completion.job_id for completion in done] == [2, 3, 1]
+    *early, late = [completion.job_id for completion in done]
+    assert (sorted(early), late) == ([2, 3], 1)
 
 
 def test_the_answer_is_taken_as_it_is(server, load):
