@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
 
 from rococap import concepts
-from rococap.concepts import CONCEPTS, DIGEST, MANUAL
+from rococap.concepts import CONCEPTS, DIGEST
 
 KINDS = ("modality", "region", "direction")
 OF_KIND = {kind: {concept.cui for concept in CONCEPTS if concept.kind == kind} for kind in KINDS}
@@ -74,7 +74,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = read(options.files)
     print_hits([row["caption"] for row in rows])
-    pairs = [(concepts.found(row["caption"]), concepts.parse(joined) & MANUAL) for row in rows if (joined := cuis(row))]
+    joined = [(row["caption"], concepts.parse(cuis(row) or "")) for row in rows]
+    pairs = [(concepts.found(caption), concepts.curated(named)) for caption, named in joined]
     pairs = [(found, reference) for found, reference in pairs if reference]
     if pairs and not options.hits_only:
         print_scores(pairs)

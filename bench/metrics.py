@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from report import Line, alternate, compare, show, timed
+from report import Line, alternate, compare, show, timed, value_line
 
 from rococap import datasets, db, metrics, queue
 from rococap.engines import Completion, EngineInfo
@@ -113,7 +113,7 @@ def command(database: Path, *args: str) -> tuple[float, float]:
     """Seconds and peak of the resident memory in MB of a command; its files go beside the database."""
     told = database.with_name("told")
     code = (
-        "import resource, sys; from rococap.cli import cli\n"
+        "import sys; from rococap.cli import cli\n"
         "cli(sys.argv[2:], standalone_mode=False)\n"
         "lines = open('/proc/self/status').read().splitlines()\n"
         "open(sys.argv[1], 'w').write(next(line.split()[1] for line in lines if line.startswith('VmHWM:')))"
@@ -139,11 +139,8 @@ def measure_commands(folder: Path, made: list[tuple[str, str]], n_rounds: int) -
         (("evaluate", "<= 60"), ("evaluate again", "<= 2"), ("report of two runs", "<= 60"))
     ):
         seconds, peaks = zip(*(one[at] for one in rounds), strict=True)
-        lines += [
-            Line(f"{what}, s", "", f"{np.median(seconds):.1f}", seconds, target),
-            Line(f"{what}, peak MB", "", f"{np.median(peaks):.0f}", peaks, ""),
-        ]
-    return [*lines, Line("report, MB", "", f"{size:.1f}", (size,), "<= 10")]
+        lines += [value_line(what, list(seconds), "s", target), value_line(f"{what}, peak", list(peaks), "MB", "")]
+    return [*lines, value_line("report, its size", [size], "MB", "<= 10")]
 
 
 # --- Against pycocoevalcap -------------------------------------------------------------------------------------

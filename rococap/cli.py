@@ -999,16 +999,15 @@ def _scores_text(told: dict[str, Any], split: str) -> str:
     paired = [one for one in told["paired"] if one["split"] == split]
     counts = ", ".join(f"{run['n']} captions of {run['run']}" for run in runs)
     names = dict.fromkeys(name for run in runs for name in run["metrics"])
-    parts = [f"{split}: {counts}", _overall_table(list(names), runs, paired), _modalities_table(runs)]
     if len(runs) > 2:
-        parts[1] += "\n\nIntervals and differences of more than two runs: --json, or rococap report"
+        notes = ["Intervals and differences of more than two runs: --json, or rococap report"]
     else:
-        parts[1] += "\n\nIn brackets 95 % intervals. cider_d goes to 10, and of flagged less is better."
-    if len(paired) == 1:
-        parts[1] += f"\ndifference and p: of the {paired[0]['n']} pictures that both captioned"
+        notes = ["In brackets 95 % intervals. cider_d goes to 10, and of flagged less is better."]
+    notes += [f"difference and p: of the {one['n']} pictures that both captioned" for one in paired if len(runs) == 2]
     reasons = dict.fromkeys((name, why) for run in runs for name, why in run["not_computed"].items())
     reasons_told = [textwrap.fill(f"{name}: not computed: {why}", 80, subsequent_indent="  ") for name, why in reasons]
-    return "\n\n".join([*parts, "\n".join(reasons_told)]).rstrip()
+    tables = (_overall_table(list(names), runs, paired), _modalities_table(runs))
+    return "\n\n".join([f"{split}: {counts}", tables[0], "\n".join(notes), tables[1], "\n".join(reasons_told)]).rstrip()
 
 
 def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[Any]) -> str:
@@ -1016,7 +1015,10 @@ def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[A
     with_intervals = len(runs) <= 2
     header = ["score", *(_cut(run["run"], WIDEST_SCORE) for run in runs)]
     rows = [
-        [name, *(_score(run["metrics"].get(name), with_intervals and run["intervals"].get(name)) for run in runs)]
+        [
+            name,
+            *(_score(run["metrics"].get(name), run["intervals"].get(name) if with_intervals else None) for run in runs),
+        ]
         for name in names
     ]
     if len(paired) == 1:
@@ -1026,12 +1028,10 @@ def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[A
     return _within_80(header, rows, *range(1, len(runs) + 1))
 
 
-def _score(value: float | None, interval: Sequence[float] | bool | None = None) -> str:
+def _score(value: float | None, interval: Sequence[float] | None = None) -> str:
     if value is None:
         return "-"
-    return (
-        f"{_digits(value)} [{', '.join(map(_digits, interval))}]" if isinstance(interval, Sequence) else _digits(value)
-    )
+    return f"{_digits(value)} [{', '.join(map(_digits, interval))}]" if interval else _digits(value)
 
 
 def _digits(value: float) -> str:
@@ -1313,8 +1313,8 @@ def restore(paths: tuple[Path, ...], run_name: str | None) -> None:
         click.echo(f"  {total['different']} have another original caption here and were left out: another data set?")
     if unknown := [one.path for one in results if not one.has_manifest]:
         click.echo(
-            f"Warning: {', '.join(map(str, unknown))}: no manifest beside it (.json), so that only the model was "
-            "compared, and apostrophes that --excel-safe put before texts, if it did, are still there.",
+            f"Warning: {', '.join(map(str, unknown))}: its manifest (.json) is not beside it. What it says of the "
+            "recipe was not compared, and apostrophes that --excel-safe put before texts, if it did, are still there.",
             err=True,
         )
 

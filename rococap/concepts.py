@@ -14,6 +14,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
+from rococap.metrics import fold
+
 _SOURCE: Final = (Path(__file__).parent / "concepts.toml").read_bytes()
 _XRAY: Final = "C1306645"
 
@@ -36,7 +38,7 @@ def found(text: str) -> frozenset[str]:
 
     ROCOv2 gives a picture no more than one of each, and the last two to X-rays only.
     """
-    folded = " ".join(text.split())
+    folded = fold(text)
     named = _first("modality", folded)
     if _XRAY in named:
         named |= _first("region", folded) | _first("direction", folded)
@@ -121,4 +123,3 @@ def _concept(table: dict[str, Any]) -> Concept:
 _WILD: Final = {"-": "[-‐‑–—−/ ]{0,3}", "… ": r"(?:[^ .;]+ ){0,3}?"}
 _TABLES: Final = tomllib.loads(_SOURCE.decode())
 CONCEPTS: Final = tuple(map(_concept, _TABLES["concept"]))
-MANUAL: Final = frozenset(concept.cui for concept in CONCEPTS)

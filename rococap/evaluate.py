@@ -199,7 +199,7 @@ METRICS = (
     ),
     Metric("meteor_nltk", ("meteor_nltk",), _meteor, ("nltk",)),
     Metric("cider_d", ("cider_d",), _cider_d, of_corpus=True),
-    Metric("concepts", ("concept_f1", "concept_recall", "concept_f1_ref"), _concepts, edition=f"2 {concepts.DIGEST}"),
+    Metric("concepts", ("concept_f1", "concept_recall", "concept_f1_ref"), _concepts, edition=concepts.DIGEST),
     Metric(
         "bertscore_f1",
         ("bertscore_f1",),
@@ -534,7 +534,10 @@ def default_path(evaluation: Evaluation, kind: str, suffix: str) -> Path:
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
     """Everything but the captions, and what made the numbers: what --json prints."""
-    packages = dict.fromkeys(name for metric in METRICS if not metric.extra for name in metric.packages)
+    computed = {name for one in evaluation.scored for name in _by_caption(one)}
+    packages = dict.fromkeys(
+        name for metric in METRICS if computed.intersection(metric.scores) for name in metric.packages
+    )
     return {
         "rococap": __version__,
         "packages": {name: _version(name) for name in packages},
@@ -581,13 +584,16 @@ def write(evaluation: Evaluation, path: Path, told: dict[str, Any]) -> int:
     names = dict.fromkeys(name for one in scored for name in _by_caption(one))
     schema = pa.schema([*((name, pa.string()) for name in TEXTS), *((name, pa.float64()) for name in names)])
     with replacing(path) as partial:
-        pages = chain.from_iterable(frames(one) for one in scored)
+        pages = chain.from_iterable(_frames(one) for one in scored)
         rows = write_frames((page.reindex(columns=schema.names) for page in pages), partial, path.suffix, schema)
+        manifest_path(path).unlink(
+            missing_ok=True
+        )  # killed before the next line, the file has none rather than another's
     write_json(manifest_path(path), told)
     return rows
 
 
-def frames(scored: Scored) -> Iterator[pd.DataFrame]:
+def _frames(scored: Scored) -> Iterator[pd.DataFrame]:
     """A row a caption, a page at a time: TEXTS and the scores."""
     scores = _by_caption(scored)
     for start in range(0, len(scored.pairs), PAGE):

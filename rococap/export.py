@@ -414,7 +414,7 @@ def follow(
 @dataclass(slots=True)
 class Restored:
     """Rows of one file: restored, captioned already, being captioned now, of images that the run does not have, and of
-    images whose original caption is another here. `has_manifest`: what made them was compared with the run.
+    images whose original caption is another here. `has_manifest`: the file's own, or it is a segment.
     """
 
     path: Path
@@ -439,7 +439,8 @@ def restore(database: Database, run: Run, path: Path) -> Restored:
     _check_manifest(run, path, manifest)
     for frame in _as_exported(path, manifest):
         _check_frame(run, path, frame)
-    result = Restored(path, has_manifest=manifest is not None)
+    # The run.json of segments says nothing of an export that stands beside them.
+    result = Restored(path, has_manifest=manifest_path(path).exists() or _segment(path) is not None)
     for frame in _as_exported(path, manifest):
         with transaction(database, write=True) as conn:
             for split, rows in frame.groupby("split", sort=False):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -48,6 +49,12 @@ def make(database: Engine, root: Path, name: str = "default", model: str = "test
     register(database, root, ["train"], run=name, recipe=Recipe(model=model))
     with db.transaction(database) as conn:
         return queue.get_run(conn, name)
+
+
+@pytest.fixture(autouse=True)
+def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every machine has it, and opening it takes two seconds: METEOR's own tests are in test_metrics.py."""
+    monkeypatch.setattr(metrics, "open_wordnet", lambda: SimpleNamespace(synsets=lambda word: []))
 
 
 @pytest.fixture
@@ -417,7 +424,9 @@ def test_what_takes_an_extra_is_computed_where_it_is_asked_for(database, run, co
     caption(database, run, texts(*CAPTIONS[:5]))
     assert "meteor_1_5" not in of(database)["metrics"] | of(database)["not_computed"]
     monkeypatch.setattr(metrics, "meteor_1_5_statistics", lambda pairs: ([1.0] * 23 for _ in pairs))
-    asked = evaluate.to_json(evaluate.evaluate(database, [], ["train"], also=["meteor_1_5"]))["runs"][0]
+    found = evaluate.to_json(evaluate.evaluate(database, [], ["train"], also=["meteor_1_5"]))
+    assert list(found["packages"]) == ["sacrebleu", "rouge-score", "nltk", "pycocoevalcap"]
+    (asked,) = found["runs"]
     assert asked["metrics"]["meteor_1_5"] == pytest.approx(metrics.meteor_1_5(np.ones(23) * 5)[0])
     computed.clear()
     assert of(database)["metrics"]["meteor_1_5"] == asked["metrics"]["meteor_1_5"]

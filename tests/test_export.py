@@ -610,7 +610,18 @@ def test_a_file_without_its_manifest_is_restored_with_a_warning(tmp_path, monkey
     path.with_suffix(".json").unlink()
     result = CliRunner().invoke(cli, ["--db", f"sqlite:///{tmp_path / 'other.db'}", "restore", str(path)])
     assert result.exit_code == 0, result.output
-    assert "no manifest beside it (.json), so that only the model was compared" in result.stderr
+    assert "its manifest (.json) is not beside it" in result.stderr
+
+
+def test_a_manifest_of_segments_is_none_of_the_export_beside_them(database, tmp_path):
+    run = fill(database, tmp_path / "set", 2)
+    caption(database, run, ["a", "b"])
+    path = tmp_path / "out" / "medical_captions_train.csv"
+    export.export(database, run, "train", path)
+    (segment,) = write_checkpoints(database, run, "train", path.parent, every=25)
+    assert [restore(database, run, one).has_manifest for one in (path, segment)] == [True, True]
+    path.with_suffix(".json").unlink()
+    assert [restore(database, run, one).has_manifest for one in (path, segment)] == [False, True]
 
 
 def test_a_device_or_folder_is_never_replaced(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import random
 from collections import Counter
 from itertools import product
@@ -336,6 +337,35 @@ def test_meteor_1_5_of_counts_is_that_of_its_program():
     expected = PUBLISHED["nlg_eval_readme_example"]["expected"]["meteor_1_5"]
     assert metrics.meteor_1_5(counts.sum(axis=0))[0] == pytest.approx(expected, abs=5e-6)
     assert metrics.meteor_1_5(np.zeros(23))[0] == 0
+
+
+@pytest.fixture
+def java(tmp_path, monkeypatch):
+    """Makes `java` a shell script, and its program a file beside it."""
+
+    def make(script):
+        (tmp_path / "java").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "java").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr(metrics, "files", lambda package: tmp_path / package)
+
+    return make
+
+
+def test_meteor_1_5s_program_is_asked_a_pair_a_line(java, tmp_path):
+    counts = " ".join(map(str, range(23)))
+    java(f'while read -r line; do echo "$line" >> {tmp_path}/asked; echo "{counts}"; done')
+    found = list(metrics.meteor_1_5_statistics([(["a", "ct"], ["the", "ct"]), ([], ["x"])]))
+    assert found == [[float(n) for n in range(23)]] * 2
+    assert (tmp_path / "asked").read_text() == "SCORE ||| the ct ||| a ct\nSCORE ||| x ||| \n".replace(
+        "||| \n", "|||\n"
+    )
+
+
+def test_a_program_that_ends_early_is_an_error_and_no_score(java):
+    java("exit 0")
+    with pytest.raises(OSError, match=r"METEOR's program ended|Broken pipe"):
+        list(metrics.meteor_1_5_statistics([(["a"], ["a"])] * 3))
 
 
 def test_without_wordnet_there_is_none(tmp_path, monkeypatch):
