@@ -11,8 +11,11 @@ DEFAULT_PROMPT = "Describe this medical image in detail."
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 LOAD_IN = ("8bit", "4bit")
-LATER = ("trust_remote_code", "load_in")
+LATER = ("trust_remote_code", "load_in", "adapter_base", "frame")
 """Fields that the first release did not know: at their defaults they are left out, so that its runs keep their hash."""
+RULES = 2
+"""Of how pictures are opened and where captions end: raised whenever texts change under an unchanged recipe. A run pins
+the rules that it was begun under; one that pinned none was begun under the first."""
 
 _PLACEHOLDER = re.compile(r"\{\s*(caption|original_caption|image_id|split|cui)\s*\}")
 
@@ -26,7 +29,9 @@ class Recipe:
 
     `min_pixels` and `max_pixels` are areas in pixels; one visual token of Qwen2-VL is 28 x 28 = 784 of them.
     Every decoding field is stated, since a checkpoint's own generation_config applies wherever one is not.
-    `adapter` is a folder or hub id of a PEFT adapter; `load_in` quantises the weights by bitsandbytes.
+    `adapter` is a folder or hub id of a PEFT adapter, for which `adapter_base` "any" accepts a base model of another
+    name; `load_in` quantises the weights by bitsandbytes. `frame` is the one that is captioned of a picture file that
+    holds several, counted from 1.
     Raises ValueError, naming the field, for values that no model could follow.
     """
 
@@ -46,6 +51,8 @@ class Recipe:
     top_k: int | None = None
     trust_remote_code: bool = False
     load_in: LoadIn | None = None
+    adapter_base: Literal["any"] | None = None
+    frame: int = 1
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -62,10 +69,16 @@ class Recipe:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
         if self.load_in not in (None, *LOAD_IN):
             raise ValueError(f"load_in must be one of {', '.join(LOAD_IN)}, not {self.load_in}")
+        if self.adapter_base not in (None, "any"):
+            raise ValueError(f"adapter_base must be any, not {self.adapter_base}")
+        if self.frame < 1:
+            raise ValueError(f"frame must be at least 1, not {self.frame}")
 
     def to_json(self) -> str:
         """The recipe as JSON with sorted keys: equal recipes give equal text."""
-        stated = {name: value for name, value in asdict(self).items() if name not in LATER or value}
+        defaults = {field.name: field.default for field in fields(self)}
+        told = asdict(self).items()
+        stated = {name: value for name, value in told if name not in LATER or value != defaults[name]}
         return json.dumps(stated, sort_keys=True, ensure_ascii=False)
 
     @classmethod

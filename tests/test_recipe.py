@@ -22,6 +22,8 @@ OTHER = {
     "top_k": 20,
     "trust_remote_code": True,
     "load_in": "4bit",
+    "adapter_base": "any",
+    "frame": 2,
 }
 
 
@@ -107,6 +109,8 @@ def test_differences_name_each_field_with_both_values():
         ({"min_pixels": 0}, "min_pixels (0) must be positive and at most max_pixels (1003520)"),
         ({"min_pixels": 785, "max_pixels": 784}, "min_pixels (785) must be positive and at most max_pixels (784)"),
         ({"load_in": "2bit"}, "load_in must be one of 8bit, 4bit, not 2bit"),
+        ({"adapter_base": "Qwen2"}, "adapter_base must be any, not Qwen2"),
+        ({"frame": 0}, "frame must be at least 1, not 0"),
         ({"dtype": "int8"}, "dtype must be one of auto, bfloat16, float16, float32, not int8"),
     ],
 )
