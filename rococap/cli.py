@@ -570,6 +570,12 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     "an engine that does not look at them.",
 )
 @click.option(
+    "--accept-new-rules",
+    is_flag=True,
+    help="Go on with a run that was begun when pictures were opened by other rules: its captions are then mixed, which "
+    "every manifest tells.",
+)
+@click.option(
     "--lease-ttl",
     type=Seconds(2, DAY_SEC),
     default=120.0,

@@ -194,6 +194,7 @@ def arguments(settings: Settings) -> list[str]:
         *(f"{name}={value}" for name, value in options.items() if value is not None),
         *(["--wait"] if settings.wait else []),
         *([] if settings.self_check else ["--no-self-check"]),
+        *(["--accept-new-rules"] if settings.accept_new_rules else []),
     ]
 
 

@@ -17,7 +17,7 @@ from rococap.db import execute, lock, transaction
 from rococap.errors import RunError
 from rococap.models import JobState
 from rococap.queue import clean_text
-from rococap.recipe import Recipe
+from rococap.recipe import RULES, Recipe
 
 PAGE = 20_000
 
@@ -80,7 +80,7 @@ def enqueue_from(
 
     Raises RunError if the run exists with another recipe or data set, or if the recipe is the other run's.
     """
-    if recipe == old.recipe:
+    if recipe == old.recipe and queue.rules_of(old.resolved or {"rules": RULES}) == RULES:
         raise RunError(
             f"Run {old.name!r} has this recipe, which would say the same again. Change something: --prompt, --model, "
             "--max-new-tokens, --repetition-penalty …"

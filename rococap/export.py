@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -468,7 +468,7 @@ def _check_manifest(run: Run, path: Path, manifest: dict[str, Any] | None) -> No
     if manifest is None:
         return
     pinned, resolved = run.resolved, manifest.get("resolved")
-    if pinned and resolved and pinned != resolved:
+    if pinned and resolved and (queue.differences(pinned, resolved) or not _are_its_rules(pinned, resolved)):
         raise RunError(
             f"{path} was made with another model state than run {run.name!r}'s ({resolved}, not {pinned}), and a run "
             "never mixes. Restore it into a run of its own: rococap restore --run NAME"
@@ -483,6 +483,12 @@ def _check_manifest(run: Run, path: Path, manifest: dict[str, Any] | None) -> No
             f"{path} was altered since it was exported (its SHA-256 is another). Use the original, or remove "
             f"{manifest_path(path)} to restore it as it is."
         )
+
+
+def _are_its_rules(pinned: Mapping[str, Any], resolved: Mapping[str, Any]) -> bool:
+    """Whether a file's captions were made by rules that the run's own were made by."""
+    earlier = {accepted["from"] for accepted in pinned.get("accepted_rules", [])}
+    return queue.rules_of(resolved) in {queue.rules_of(pinned), *earlier}
 
 
 def _differences(manifest: dict[str, Any], run: Run) -> str:

@@ -5,9 +5,11 @@ import re
 EMPTY = "empty"
 ONE_TOKEN = "one_token"
 LOOP = "loop"
-FLAGS = (EMPTY, ONE_TOKEN, LOOP, "fewer_pixels", "replaced")
+BLANK = "blank"
+FLAGS = (EMPTY, ONE_TOKEN, LOOP, "fewer_pixels", "replaced", BLANK)
 """All that there are: an engine adds `fewer_pixels` for a picture that did not fit into memory as it was, the queue
-`replaced` for characters that no database holds."""
+`replaced` for characters that no database holds, and the worker `blank` for a picture of one colour, in which there is
+nothing to see."""
 
 _ONE_TOKEN = re.compile(r"(\S{1,12}?)\s?(?:\1\s?){7,}\S{0,12}", re.DOTALL)
 _STUTTER = re.compile(r"\b(\w{2,})(?:\W+\1\b){5}")

@@ -1,21 +1,27 @@
 """Bytes of a picture file -> an upright 8-bit RGB picture ready for a model, or a PictureError.
 
-Knows no data set, no queue and no model, holds no state, and may be called from any thread.
-Codes: `empty`, `not_an_image`, `zero_size`, `too_large`, `extreme_ratio`, `truncated`, `corrupt`.
+Every grey value and colour arrives as it can be seen: deep ones through a window (`rococap.window`), transparency on a
+background that hides nothing, MinIsWhite the right way round. Knows no data set, no queue and no model, holds no state,
+and may be called from any thread. Codes: `empty`, `not_an_image`, `unsupported`, `no_frame`, `zero_size`, `too_large`,
+`extreme_ratio`, `truncated`, `corrupt`.
 """
 
+import logging
 import math
 import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from rococap import dicom, formats, repair
 from rococap.errors import PictureError
+from rococap.window import colours, scaled, windowed
 
 # Checked on the header, before anything is decoded. Below Pillow's own limit, so that ours speaks first.
 MAX_PIXELS = 8192 * 8192
@@ -23,15 +29,19 @@ MAX_PIXELS = 8192 * 8192
 # Longest to shortest side. Qwen2-VL's resizing raises beyond it, and takes the whole batch with it.
 MAX_RATIO = 200
 
-WINDOW_PERCENTILES = (0.5, 99.5)
-
-# Pillow would try every plugin it has, and the one for EPS starts Ghostscript on the bytes it is given.
-FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "GIF", "BMP", "WEBP", "PPM")
+# The plugin for EPS starts Ghostscript on the bytes it is given; the others tell a format that Pillow cannot decode.
+_NOT_OPENED = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 
 # MPO is what Pillow calls a JPEG that holds several pictures.
 _ENDINGS = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2", "tiff": "tif"}
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB = 0, 1, 2
+_ALPHAS = (1, 2)  # associated and unassociated
+_MOST_SAMPLES = 8
+
+_DEEP_PNG = {(16, 2), (16, 4), (16, 6)}
+"""Bits and colour type of what Pillow reads the upper half of: RGB, grey with alpha, RGBA."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,29 +53,113 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+VANISHING = 8
+"""Levels from its background at which a pixel is as good as gone."""
+WHITE = 250
+
 # Once, at import: warnings.catch_warnings around each picture is not thread-safe. MAX_PIXELS refuses these.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# What it has to say of a damaged file is in the exception.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
+
+Image.init()
+FORMATS = tuple(name for name in Image.ID if name not in _NOT_OPENED)
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """The first frame, upright, RGB, without metadata."""
+def open_picture(data: bytes, frame: int = 1) -> Image.Image:
+    """One frame, counted from 1, upright, RGB, without metadata."""
     if not data:
         raise PictureError("empty", "The picture has zero bytes: replace it at its source, then retry.")
-    with _identify(data) as picture:
-        _check_size(picture.size)
-        with _blaming_the_file():
-            picture.load()
-        upright = _turn(_rgb(picture), _orientation(picture))
-    # What is left here would turn the picture a second time in anyone's exif_transpose.
-    upright.info.clear()
-    return upright
+    try:
+        return _opened(data, frame)
+    except PictureError as error:
+        picture = _opened_repaired(data, frame, error.code)
+        if picture is None:
+            raise
+        return picture
+
+
+def is_blank(picture: Image.Image) -> bool:
+    """Whether an RGB picture has one colour alone, so that there is nothing to see."""
+    return all(_constant(band) for band in picture.split())
 
 
 def suffix_of(data: bytes) -> str:
     """The usual ending of the file's name, by what its bytes are: `.png`, `.jpg` … Decodes nothing."""
+    if formats.is_dicom(data):
+        return ".dcm"
+    if data.startswith(_TIFF_STARTS):  # some of which Pillow does not know
+        return ".tif"
     with _identify(data) as picture:
         kind = str(picture.format).lower()
     return "." + _ENDINGS.get(kind, kind)
+
+
+def as_file(data: bytes, frame: int = 1) -> tuple[str, bytes]:
+    """(ending, bytes) to publish a picture as: the file itself. Of DICOM, whose header says who the patient is, and of
+    a frame behind the first, it is a PNG of the pixels.
+    """
+    if formats.is_dicom(data) or frame > 1:
+        file = BytesIO()
+        open_picture(data, frame).save(file, "PNG")
+        return ".png", file.getvalue()
+    try:
+        return suffix_of(data), data
+    except PictureError:
+        whole = repair.from_its_start(data)
+        if whole is None:
+            raise
+        return suffix_of(whole), whole
+
+
+def _opened(data: bytes, frame: int) -> Image.Image:
+    if formats.is_dicom(data):  # also where its preamble makes a TIFF of it
+        return _checked(dicom.open_dicom(data, frame, _check_size))
+    if data.startswith(_TIFF_STARTS) and (picture := _open_deep_tiff(data, frame)) is not None:
+        return _without_metadata(picture)
+    with _identify(data) as picture:
+        _seek(picture, frame)
+        _check_size(picture.size)
+        with _blaming_the_file():
+            picture.load()
+        upright = _turn(_rgb(picture, data), _orientation(picture))
+    return _without_metadata(upright)
+
+
+def _without_metadata(picture: Image.Image) -> Image.Image:
+    # What is left here would turn the picture a second time in anyone's exif_transpose.
+    picture.info.clear()
+    return picture
+
+
+def _checked(picture: Image.Image) -> Image.Image:
+    _check_size(picture.size)
+    return picture
+
+
+def _opened_repaired(data: bytes, frame: int, code: str) -> Image.Image | None:
+    """What a viewer would show all the same; None if nothing less than pixels is missing."""
+    if code not in ("not_an_image", "truncated", "corrupt"):
+        return None
+    if data.startswith(repair.PNG_SIGNATURE):
+        plain = repair.without_ancillary(data)
+        return None if plain == data else _opened(plain, frame)
+    if code == "not_an_image":
+        whole = repair.from_its_start(data)
+        return None if whole is None else open_picture(whole, frame)
+    return _one_for_all([_tried(ended, frame) for ended in repair.ended(data)])
+
+
+def _tried(data: bytes, frame: int) -> Image.Image | None:
+    try:
+        return _opened(data, frame)
+    except PictureError:
+        return None
+
+
+def _one_for_all(pictures: list[Image.Image | None]) -> Image.Image | None:
+    first = next(iter(pictures), None)
+    return first if all(picture is not None and picture == first for picture in pictures) else None
 
 
 def _identify(data: bytes) -> Image.Image:
@@ -73,14 +167,23 @@ def _identify(data: bytes) -> Image.Image:
         with _blaming_the_file():
             return Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        if data.startswith(PNG_SIGNATURE) and b"\0\0\0\0" in (data[16:20], data[20:24]):
+        if data.startswith(repair.PNG_SIGNATURE) and b"\0\0\0\0" in (data[16:20], data[20:24]):
             raise _zero_size() from error
-        raise PictureError(
-            "not_an_image",
-            f"Not a picture, it begins with {data[:12]!r}: replace it at its source, then retry.",
-        ) from error
+        raise _not_opened(data) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large("The picture is") from error
+
+
+def _not_opened(data: bytes) -> PictureError:
+    if data.startswith(_TIFF_STARTS):
+        return PictureError("unsupported", f"This is {_describe_tiff(data)}, {formats.CONVERT}, then retry.")
+    name = formats.name_of(data)
+    if name is None:
+        told = f"Not a picture, it begins with {data[:12]!r}: replace it at its source, then retry."
+        return PictureError("not_an_image", told)
+    if name in formats.PICTURES:
+        return PictureError("unsupported", f"This is {name}, {formats.CONVERT}, then retry.")
+    return PictureError("not_an_image", f"Not a picture but {name}: {formats.next_step(name)}, then retry.")
 
 
 @contextmanager
@@ -124,45 +227,171 @@ def _zero_size() -> PictureError:
     return PictureError("zero_size", "The picture is 0 pixels wide or high: replace it at its source, then retry.")
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+# ---- colours and greys
+
+
+def _seek(picture: Image.Image, frame: int) -> None:
+    if frame == 1:
+        return
+    there = getattr(picture, "n_frames", 1)
+    if frame > there:
+        raise dicom.no_frame(there, frame)
+    with _blaming_the_file():
+        picture.seek(frame - 1)
+
+
+def _rgb(picture: Image.Image, data: bytes) -> Image.Image:
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        return _window(np.asarray(picture, dtype=np.float32)).convert("RGB")
+        return Image.fromarray(windowed(np.asarray(picture))).convert("RGB")
+    if data[24:26] in {bytes(kind) for kind in _DEEP_PNG} and data.startswith(repair.PNG_SIGNATURE):
+        return _from_samples(_png_samples(data))
     if picture.has_transparency_data:
         return _flatten(picture.convert("RGBA"))
     return picture.convert("RGB")
 
 
-def _window(grey: NDArray[np.float32]) -> Image.Image:
-    """Grey values of any depth -> 8 bit; black and white are percentiles of the picture itself."""
-    finite = np.isfinite(grey)
-    black, white = _levels(grey[finite])
-    shades = (np.where(finite, grey, black) - black) * (255 / (white - black))
-    return Image.fromarray(np.rint(shades.clip(0, 255)).astype(np.uint8))
+def _png_samples(data: bytes) -> NDArray[Any]:
+    import imagecodecs
+
+    with _blaming_the_file():
+        return np.asarray(imagecodecs.png_decode(data))
 
 
-def _levels(values: NDArray[np.float32]) -> tuple[float, float]:
-    """Two different levels, always: a constant picture is black."""
-    if not values.size:
-        return 0.0, math.inf
-    black, white = (float(level) for level in np.percentile(values, WINDOW_PERCENTILES))
-    if black == white:
-        # Nearly all of it has one value: what differs is the picture, so the full range counts.
-        black, white = float(values.min()), float(values.max())
-    return (black, white) if white > black else (black, math.inf)
+def _from_samples(samples: NDArray[Any], *, min_is_white: bool = False) -> Image.Image:
+    """Deep samples of shape (height, width), or with 2 to 4 channels, of which an even number ends in alpha."""
+    height, width = samples.shape[:2]
+    samples = samples.reshape(height, width, -1)
+    n_colours = 3 if samples.shape[2] >= 3 else 1
+    seen, alpha = samples[..., :n_colours], samples[..., n_colours:]
+    is_seen = (alpha != 0).all(-1) if alpha.any() else np.ones((height, width), dtype=bool)
+    if n_colours == 3:
+        shades = colours(seen, is_seen)
+    else:
+        grey = _negative(seen[..., 0]) if min_is_white else seen[..., 0]
+        shades = np.repeat(windowed(grey, is_seen)[..., None], 3, axis=2)
+    if not alpha.size:
+        return Image.fromarray(shades)
+    return _flatten(Image.fromarray(np.dstack([shades, _alpha_of_8_bits(alpha[..., 0])])))
+
+
+def _negative(values: NDArray[Any]) -> NDArray[Any]:
+    return -values.astype(np.float64)
+
+
+def _alpha_of_8_bits(alpha: NDArray[Any]) -> NDArray[np.uint8]:
+    if alpha.dtype.kind == "f":
+        return scaled(np.nan_to_num(alpha), 0.0, 1.0)
+    shifted: NDArray[np.uint8] = (alpha >> (8 * alpha.dtype.itemsize - 8)).astype(np.uint8)
+    return shifted
 
 
 def _flatten(picture: Image.Image) -> Image.Image:
-    """On black, unless only the alpha holds a picture: then that is it."""
-    *colours, alpha = picture.split()
-    if all(_constant(colour) for colour in colours) and not _constant(alpha):
+    """An RGBA picture without its alpha, on black, and never so that what it shows is gone.
+
+    Alpha counts relative to its highest value: where it is 0, or another constant, everywhere, it says nothing and the
+    colours are the picture. Where only the alpha differs, that is the picture.
+    """
+    *bands, alpha = picture.split()
+    if _constant(alpha):
+        return Image.merge("RGB", bands)
+    if all(_constant(band) for band in bands):
         return Image.merge("RGB", (alpha, alpha, alpha))
-    black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-    return Image.alpha_composite(black, picture).convert("RGB")
+    strongest = int(np.asarray(alpha).max())
+    if strongest < 255:
+        picture.putalpha(alpha.point(lambda value: value * 255 // strongest))
+    background = Image.new("RGBA", picture.size, (255,) * 4 if _needs_white(picture) else (0, 0, 0, 255))
+    return Image.alpha_composite(background, picture).convert("RGB")
+
+
+def _needs_white(picture: Image.Image) -> bool:
+    """Whether black would swallow what is seen of an RGBA picture: nearly all of it, or, where the colour under the
+    transparent pixels is white, as under black strokes on a page, a good part. And white would swallow less.
+    """
+    pixels = np.asarray(picture)
+    luma, alpha = np.asarray(picture.convert("RGB").convert("L")), pixels[..., 3].astype(np.float64)
+    on_black = float(alpha[luma <= VANISHING].sum() / alpha.sum())
+    on_white = float(alpha[luma >= 255 - VANISHING].sum() / alpha.sum())
+    hidden = luma[alpha == 0]
+    is_page = hidden.size > 0 and float(np.median(hidden)) >= WHITE
+    return on_black > on_white and on_black >= (0.25 if is_page else 0.95)
 
 
 def _constant(band: Image.Image) -> bool:
-    lowest, highest = band.getextrema()
-    return lowest == highest
+    return len(set(band.getextrema())) == 1
+
+
+# ---- TIFF
+
+
+def _open_deep_tiff(data: bytes, frame: int) -> Image.Image | None:
+    """A TIFF whose samples Pillow would cut, wrap, invert or refuse; None for what it opens right.
+
+    That is all but grey, colour and palette pictures of up to 8 unsigned bits a sample. Follows TIFF 6.0.
+    """
+    import tifffile
+
+    try:
+        with _blaming_the_file(), tifffile.TiffFile(BytesIO(data)) as file:
+            if frame > 1 and frame > (there := len(file.pages)):
+                raise dicom.no_frame(there, frame)
+            page: Any = file.pages[frame - 1]
+            if not (_is_deep(page) and _is_grey_or_rgb(page)):
+                return None
+            _check_size((page.imagewidth, page.imagelength))
+            _check_segments(page, len(data))
+            samples = page.asarray()
+            return _turn(_of_tiff(page, samples), _tag(page, "Orientation"))
+    except PictureError as error:
+        if error.code == "corrupt":
+            return None  # Pillow may know better, or says what is wrong
+        raise
+
+
+def _is_deep(page: Any) -> bool:
+    bits, kind = page.bitspersample, page.sampleformat
+    return bool((bits if isinstance(bits, int) else max(bits)) > 8 or kind not in (1, None))
+
+
+def _is_grey_or_rgb(page: Any) -> bool:
+    is_known = page.photometric in (_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB) and page.dtype is not None
+    return is_known and page.dtype.kind in "biuf" and page.imagedepth == 1 and page.samplesperpixel <= _MOST_SAMPLES
+
+
+def _check_segments(page: Any, size: int) -> None:
+    """Pixels that are not in the file would be read as zeros."""
+    ends = [start + length for start, length in zip(page.dataoffsets, page.databytecounts, strict=False)]
+    if not ends or max(ends) > size or 0 in page.databytecounts:
+        raise PictureError("truncated", "The picture's data ends too early: replace it at its source, then retry.")
+
+
+def _of_tiff(page: Any, samples: NDArray[Any]) -> Image.Image:
+    n_colours = 3 if page.photometric == _RGB else 1
+    extra = [int(one) for one in page.extrasamples]
+    has_alpha = bool(extra and extra[0] in _ALPHAS) or (n_colours == 3 and not extra and page.samplesperpixel == 4)
+    if page.planarconfig == 2 and samples.ndim == 3:
+        samples = np.moveaxis(samples, 0, -1)
+    samples = samples.reshape(page.imagelength, page.imagewidth, -1)[..., : n_colours + has_alpha]
+    return _from_samples(samples, min_is_white=page.photometric == _MIN_IS_WHITE)
+
+
+def _describe_tiff(data: bytes) -> str:
+    import tifffile
+
+    try:
+        with _blaming_the_file(), tifffile.TiffFile(BytesIO(data)) as file:
+            page: Any = file.pages[0]
+            kind = str(getattr(page.photometric, "name", page.photometric)).replace("_", " ").lower()
+            return f"a TIFF of {page.samplesperpixel} x {page.dtype or 'unknown'} samples, {kind}"
+    except PictureError:
+        return "a damaged TIFF"
+
+
+def _tag(page: Any, name: str) -> object:
+    tag = page.tags.get(name)
+    return None if tag is None else tag.value
+
+
+# ---- orientation and size
 
 
 def _orientation(picture: Image.Image) -> object:

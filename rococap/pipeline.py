@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sqlalchemy import Engine as Database
@@ -22,7 +22,8 @@ from rococap.datasets import PictureReader
 from rococap.db import transaction
 from rococap.engines import Completion, Engine, Failure, Prepared
 from rococap.errors import DatabaseUnavailable, PictureError
-from rococap.images import open_picture
+from rococap.flags import BLANK
+from rococap.images import is_blank, open_picture
 from rococap.queue import NORMAL, SOLO, SUSPECTS, Job, Lease, Run, Timing
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ class _State:
     abandoned: set[int] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
     """Captioned, or failed: whoever stores it has it."""
+    blank: set[int] = field(default_factory=set)
+    """Their pictures show nothing."""
     stopping: bool = False
     ended: bool = False
     error: BaseException | None = None
@@ -241,6 +244,15 @@ class Pipeline:
         with self._changed:
             self._state.running.discard(job_id)
             self._state.finished.add(job_id)
+
+    def flagged(self, completion: Completion) -> Completion:
+        """The completion with what is odd about its picture, which its engine need not see."""
+        with self._changed:
+            was_blank = completion.job_id in self._state.blank
+            self._state.blank.discard(completion.job_id)
+        if not was_blank:
+            return completion
+        return replace(completion, flags=",".join(filter(None, (completion.flags, BLANK))))
 
     def take_timing(self, lease: Lease) -> Timing:
         """What reading and preparing took since the last call."""
@@ -437,6 +449,7 @@ class Pipeline:
             self._state.held[lease.id] = _Held(lease, set(job_ids), runs_out_at)
             self._state.lease_of.update(dict.fromkeys(job_ids, lease.id))
             self._state.abandoned -= job_ids  # lost once, and claimed again
+            self._state.blank -= job_ids
 
     def _load(self, lease: Lease, reader: PictureReader, pool: Executor) -> None:
         """Returns when all that is not lost is ready, so that the next claim waits for it."""
@@ -458,12 +471,15 @@ class Pipeline:
         try:
             if isinstance(data, PictureError):
                 raise data
-            picture = open_picture(data)
+            picture = open_picture(data, self._claims.run.recipe.frame)
             loaded = time.perf_counter()
             prepared = self._engine.prepare(job.id, picture)
         except PictureError as error:
             self._report(Completion(job.id, failure=Failure(error.code, str(error), error.transient)))
             return
+        if is_blank(picture):
+            with self._changed:
+                self._state.blank.add(job.id)
         self._offer(job, prepared, read_sec + loaded - started, time.perf_counter() - loaded)
 
     def _offer(self, job: Job, prepared: Prepared, load_sec: float, prepare_sec: float) -> None:

@@ -49,7 +49,7 @@ from rococap.export import (
     write_frames,
     write_json,
 )
-from rococap.images import suffix_of
+from rococap.images import as_file
 from rococap.metrics import fold
 from rococap.queue import Counts, Run
 
@@ -622,9 +622,8 @@ def _sample(run: Run, place: Place, picture: bytes, original: str, generated: st
         "split": place.split,
     }
     told = json.dumps(about, ensure_ascii=False)
-    return _Sample(
-        _key(place.image_id), {suffix_of(picture): picture, ".txt": generated.encode(), ".json": told.encode()}
-    )
+    ending, shown = as_file(picture, run.recipe.frame)
+    return _Sample(_key(place.image_id), {ending: shown, ".txt": generated.encode(), ".json": told.encode()})
 
 
 def _key(image_id: str) -> str:

@@ -27,7 +27,7 @@ from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import LeaseLost, RunError
 from rococap.flags import FLAGS, degenerate
 from rococap.models import JobState
-from rococap.recipe import Recipe, refuse_placeholders
+from rococap.recipe import RULES, Recipe, refuse_placeholders
 
 SLOTS = 16
 MAX_TEXT = 65_536
@@ -49,7 +49,7 @@ class Run:
     dataset: str
     dataset_revision: str
     recipe: Recipe
-    resolved: dict[str, str] | None
+    resolved: dict[str, Any] | None
     max_attempts: int
     paused: bool
 
@@ -213,27 +213,76 @@ def _check_prompt(name: str, recipe: Recipe) -> None:
         raise RunError(f"Run {name!r} cannot be: {error}") from error
 
 
-def pin(conn: Connection, run: Run, info: EngineInfo) -> None:
-    """Fixes what the run's recipe came to on its first worker. Raises RunError for a worker that differs."""
+def pin(conn: Connection, run: Run, info: EngineInfo, *, accept_new_rules: bool = False) -> None:
+    """Fixes what the run's recipe came to on its first worker. Raises RunError for a worker that differs.
+
+    A run without captions takes new rules; one that has some does with `accept_new_rules` alone, and remembers it.
+    """
+    db.lock(conn, "runs", run.id)
     pin_first(conn, run, info.resolved())
-    check_pinned(conn, run, info)
+    check_pinned(conn, run, info, accept_new_rules=accept_new_rules)
+    pinned = get_run(conn, run.name).resolved or {}
+    if (rules := rules_of(pinned)) != RULES:
+        changed = pinned | {"rules": RULES}
+        if n := _n_begun(conn, run):
+            accepted = {"from": rules, "to": RULES, "captions_before": n, "at": db.now(conn)}
+            changed["accepted_rules"] = [*pinned.get("accepted_rules", []), accepted]
+        told = json.dumps(changed, sort_keys=True)
+        execute(conn, "UPDATE runs SET resolved = ? WHERE id = ?", (told, run.id))
 
 
-def check_pinned(conn: Connection, run: Run, info: EngineInfo) -> None:
+def check_pinned(conn: Connection, run: Run, info: EngineInfo, *, accept_new_rules: bool = False) -> None:
     """Raises RunError for a worker that differs from what is pinned, if anything is."""
     mine = info.resolved()
     pinned = get_run(conn, run.name).resolved
     if pinned is None:
         return
-    if differing := [key for key in mine if mine[key] != pinned.get(key)]:
-        told = "; ".join(f"{key}: {pinned.get(key)}, here {mine[key]}" for key in differing)
+    check_rules(conn, run, accept_new_rules=accept_new_rules)
+    if differing := differences(pinned, mine):
+        told = "; ".join(f"{key}: {pinned[key]}, here {mine[key]}" for key in differing)
         raise RunError(
             f"Run {run.name!r} was started with another model state ({told}), and a run never mixes. "
             "Use the same engine (--engine), model and dtype, or enqueue a new run: rococap enqueue --run NAME"
         )
 
 
-def pin_first(conn: Connection, run: Run, resolved: Mapping[str, str]) -> None:
+def differences(pinned: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What two model states differ in, apart from their rules. What only one of them knows is no difference."""
+    return [key for key in other if key in pinned and key not in _OF_RULES and other[key] != pinned[key]]
+
+
+_OF_RULES = ("rules", "accepted_rules")
+
+
+def rules_of(resolved: Mapping[str, Any]) -> int:
+    """Those that a run was begun under, or has accepted since."""
+    return int(resolved.get("rules", 1))
+
+
+def check_rules(conn: Connection, run: Run, *, accept_new_rules: bool = False) -> None:
+    """Raises RunError if going on would mix captions that were made by different rules: see `rococap.recipe.RULES`."""
+    pinned = get_run(conn, run.name).resolved
+    rules = RULES if pinned is None else rules_of(pinned)
+    if rules > RULES:
+        raise RunError(
+            f"Run {run.name!r} was begun by a newer rococap, which opens pictures by other rules ({rules}, here "
+            f"{RULES}), and a run never mixes. Upgrade rococap."
+        )
+    if rules < RULES and not accept_new_rules and _n_begun(conn, run):
+        raise RunError(
+            f"Run {run.name!r} was begun under older rules of opening pictures and ending captions ({rules}, here "
+            f"{RULES}), and a run never mixes. Caption its pictures anew: rococap enqueue --run NEW --from {run.name}; "
+            f"or go on, which its manifests will tell: rococap worker --run {run.name} --accept-new-rules"
+        )
+
+
+def _n_begun(conn: Connection, run: Run) -> int:
+    """Captions that a run has, or is about to have."""
+    sql = "SELECT COALESCE(sum(n), 0) FROM tallies WHERE run_id = ? AND status IN ('done', 'leased')"
+    return int(execute(conn, sql, (run.id,)).scalar_one())
+
+
+def pin_first(conn: Connection, run: Run, resolved: Mapping[str, Any]) -> None:
     """Pins what a run came to, unless it is pinned already."""
     pinned = json.dumps(resolved, sort_keys=True)
     execute(conn, "UPDATE runs SET resolved = ? WHERE id = ? AND resolved IS NULL", (pinned, run.id))

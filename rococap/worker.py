@@ -72,6 +72,7 @@ class Settings:
     limit: int | None = None
     wait: bool = False
     self_check: bool = True
+    accept_new_rules: bool = False
     lease_ttl: float = 120.0
     drain_timeout: float = 25.0
     stall_timeout: float = 600.0
@@ -133,8 +134,9 @@ def work(
         splits = settings.splits or datasets.SPLITS
         present = [counts.split for counts in queue.counts_of(conn, run, splits)]
         left = queue.unfinished(conn, run, splits)
-    if not (settings.wait or any(left.values())):
-        return Outcome(run.name)
+        if not (settings.wait or any(left.values())):
+            return Outcome(run.name)
+        queue.check_rules(conn, run, accept_new_rules=settings.accept_new_rules)
     dataset = datasets.locate(run.dataset, present, run.dataset_revision or None)
     stop = threading.Event()
     with _signals(stop):
@@ -213,18 +215,21 @@ def _register(
 
     def register(conn: Connection) -> None:
         nonlocal worker_id, places
-        queue.check_pinned(conn, run, engine.info)
+        queue.check_pinned(conn, run, engine.info, accept_new_rules=settings.accept_new_rules)
         host = socket.gethostname()
         places = _to_check(conn, run, splits, engine, host, settings.way) if settings.self_check else []
         told = selfcheck.under_way(run.name, settings.way).to_json() if places else None
         worker_id = queue.register_worker(conn, name, host, os.getpid(), engine.info, self_check=told)
+
+    def pin(conn: Connection) -> None:
+        queue.pin(conn, run, engine.info, accept_new_rules=settings.accept_new_rules)
 
     if not _insist(database, stop, register):
         return None
     try:
         if places:
             _check(database, run, settings.way, dataset, engine, worker_id, places, stop)
-        if not stop.is_set() and _insist(database, stop, lambda conn: queue.pin(conn, run, engine.info)):
+        if not stop.is_set() and _insist(database, stop, pin):
             return worker_id
     except RococapError:
         _withdraw(database, worker_id)
@@ -408,6 +413,7 @@ class Store:
 
     def put(self, completion: Completion) -> None:
         self._pipeline.finish(completion.job_id)
+        completion = self._pipeline.flagged(completion)
         self.meter.count(completion)
         self._completions.put(completion)
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import tifffile
+from PIL import Image, ImageDraw
 
 from rococap.errors import PictureError
-from rococap.images import MAX_PIXELS, open_picture, reduced, suffix_of
+from rococap.images import MAX_PIXELS, as_file, is_blank, open_picture, reduced, suffix_of
+from rococap.window import windowed
 
 PICTURES = Path(__file__).parent / "pictures"
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "images"
@@ -310,10 +312,12 @@ def test_what_is_no_picture_is_not_an_image(data):
     assert code_of(data) == "not_an_image"
 
 
-def test_the_message_shows_what_the_bytes_begin_with():
+def test_a_page_instead_of_a_picture_is_named():
     with pytest.raises(PictureError) as caught:
         open_picture(b"<html>no such file</html>")
-    assert str(caught.value) == ("Not a picture, it begins with b'<html>no suc': replace it at its source, then retry.")
+    assert str(caught.value) == (
+        "Not a picture but HTML: download the picture again, this is a page about it, then retry."
+    )
 
 
 @pytest.mark.parametrize("fmt", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "PPM"])
@@ -380,6 +384,407 @@ def test_a_ratio_over_200_is_extreme(size):
 @pytest.mark.parametrize("size", [(200, 1), (4, 800)])
 def test_a_ratio_of_200_is_let_through(size):
     assert open_picture(encoded(Image.new("L", size))).size == size
+
+
+# ---- greys of every depth
+
+CT = np.asarray(Image.open(PICTURES / "CT_small.png").convert("L"))
+DTYPES = ["u1", "u2", ">u2", "i1", "i2", ">i2", "u4", ">u4", "i4", "u8", "i8", "f2", "f4", ">f4", "f8"]
+
+
+def tiff(samples, **options):
+    file = BytesIO()
+    order = ">" if samples.dtype.byteorder == ">" else "<"
+    tifffile.imwrite(file, samples, byteorder=order, **options)
+    return file.getvalue()
+
+
+def spread(dtype):
+    """CT_small over the whole range of a type, but for the last levels of 64 bits."""
+    if np.dtype(dtype).kind == "f":
+        return (CT / 255).astype(dtype)
+    lowest, highest = (int(end) for end in (np.iinfo(dtype).min, np.iinfo(dtype).max))
+    steps = [lowest + (highest - lowest) * level // 255 for level in range(256)]
+    return np.array(steps, dtype=dtype)[CT]
+
+
+def alike(one, other, most=3):
+    return np.abs(one.astype(int) - other.astype(int)).max() <= most
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_grey_tiff_of_every_type_shows_its_picture(dtype, compression):
+    expected = CT if dtype == "u1" else windowed(CT)
+    assert alike(greys(tiff(spread(dtype), photometric="minisblack", compression=compression)), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_the_file_says_that_the_lowest_value_is_white_it_is(dtype):
+    expected = 255 - (CT if dtype == "u1" else windowed(CT))
+    assert alike(greys(tiff(spread(dtype), photometric="miniswhite")), expected)
+
+
+def test_1_bit_with_the_lowest_value_white_is_the_right_way_round():
+    bits = tiff(CT > 127, photometric="miniswhite")
+    assert Image.open(BytesIO(bits)).mode == "1"
+    assert (greys(bits) == np.where(CT > 127, 0, 255)).all()
+
+
+def test_a_deep_tiff_is_turned_upright():
+    stored_rows = (np.array(AS_STORED[6]) * 1000).astype(np.uint16)
+    upright = greys(tiff(stored_rows, photometric="minisblack", extratags=[(274, 3, 1, 6, True)]))
+    assert upright.argsort(axis=None).tolist() == np.array(UPRIGHT).argsort(axis=None).tolist()
+
+
+def test_a_deep_tiff_cut_short_is_truncated():
+    whole = tiff(spread("u2"), photometric="minisblack")
+    assert code_of(whole[:-1000]) == "truncated"
+
+
+def test_a_tiff_that_is_not_opened_says_what_it_holds():
+    complex_values = tiff(CT.astype(np.complex64), photometric="minisblack")
+    with pytest.raises(PictureError) as caught:
+        open_picture(complex_values)
+    assert (caught.value.code, str(caught.value)) == (
+        "unsupported",
+        "This is a TIFF of 1 x complex64 samples, minisblack, which is not opened: convert it to PNG at its source, "
+        "then retry.",
+    )
+
+
+# ---- deep colours
+
+
+def deep_png(samples, kind):
+    """16-bit samples of shape (height, width, channels) as a PNG of a colour type."""
+    height, width = samples.shape[:2]
+    rows = b"".join(b"\0" + line.astype(">u2").tobytes() for line in samples)
+    return png(width, height, kind, 16, rows)
+
+
+def channels(n, grey, alpha=65535):
+    """`n` of them: grey alone, grey and alpha, RGB, RGBA."""
+    bands = [grey] * (1 if n < 3 else 3) + [np.full_like(grey, alpha)] * (n % 2 == 0)
+    return np.dstack(bands)
+
+
+def deep_tiff(samples, kind):
+    extra = {4: ["unassalpha"], 6: ["unassalpha"]}.get(kind)
+    return tiff(samples.squeeze(), photometric="rgb" if kind in (2, 6) else "minisblack", extrasamples=extra)
+
+
+DEEP = [(0, 1), (4, 2), (2, 3), (6, 4)]
+
+
+@pytest.mark.parametrize("write", [deep_png, deep_tiff])
+@pytest.mark.parametrize(("kind", "n"), DEEP)
+def test_12_bit_values_in_16_bit_colours_are_windowed_as_in_grey(kind, n, write):
+    deep = CT.astype(np.uint16) * 16
+    assert (greys(write(channels(n, deep), kind)) == windowed(deep)).all()
+
+
+@pytest.mark.parametrize("write", [deep_png, deep_tiff])
+@pytest.mark.parametrize(("kind", "n"), DEEP[2:])
+def test_16_bit_colours_of_full_range_stay_as_they_are(kind, n, write):
+    assert (greys(write(channels(n, CT.astype(np.uint16) * 257), kind)) == CT).all()
+
+
+@pytest.mark.parametrize("write", [deep_png, deep_tiff])
+def test_deep_colours_have_one_window_for_all_channels(write):
+    grey = (CT.astype(np.uint16) * 16)[..., None]
+    opened = np.asarray(open_picture(write(np.concatenate([grey, grey // 2, grey // 4], axis=2), 2)))
+    ratios = opened[CT > 100].astype(float).mean(axis=0)
+    assert ratios[1] / ratios[0] == pytest.approx(0.5, abs=0.02)
+    assert ratios[2] / ratios[0] == pytest.approx(0.25, abs=0.02)
+
+
+def test_planes_that_lie_apart_are_put_together():
+    planes = np.stack([CT.astype(np.uint16) * factor for factor in (257, 128, 64)])
+    opened = np.asarray(open_picture(tiff(planes, photometric="rgb", planarconfig="separate")))
+    assert (opened == np.moveaxis(planes >> 8, 0, -1)).all()
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_rgb_in_floating_point_from_0_to_1_keeps_its_levels(dtype):
+    levels = np.repeat((CT / 255)[..., None], 3, axis=2).astype(dtype)
+    assert alike(greys(tiff(levels, photometric="rgb")), CT, most=1)
+
+
+def test_transparent_pixels_do_not_decide_the_window_of_a_deep_picture():
+    samples = channels(2, CT.astype(np.uint16) * 16)
+    samples[:40, :, 0], samples[:40, :, 1] = 60_000, 0
+    shades = greys(deep_png(samples, 4))
+    assert (shades[:40] == 0).all()
+    assert (shades[40:] == windowed(CT[40:].astype(np.uint16) * 16)).all()
+
+
+# ---- transparency hides nothing
+
+
+def rgba(colour, alpha):
+    return Image.merge("RGBA", [*Image.fromarray(colour).convert("RGB").split(), Image.fromarray(alpha)])
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("alpha", [0, 1, 128])
+def test_an_alpha_that_is_the_same_everywhere_hides_no_picture(alpha, fmt):
+    options = {"lossless": True, "exact": True} if fmt == "WEBP" else {}
+    assert (greys(encoded(rgba(CT, np.full_like(CT, alpha)), fmt, **options)) == CT).all()
+
+
+def test_grey_with_an_alpha_of_0_everywhere_shows_the_grey():
+    picture = Image.merge("LA", [Image.fromarray(CT), Image.fromarray(np.zeros_like(CT))])
+    assert (greys(encoded(picture)) == CT).all()
+
+
+def test_an_alpha_from_0_to_1_counts_as_from_0_to_255():
+    """As from code that takes alpha for a share of 1."""
+    alpha = np.ones_like(CT)
+    alpha[:10] = 0
+    shades = greys(encoded(rgba(CT, alpha)))
+    assert (shades[10:] == CT[10:]).all()
+    assert (shades[:10] == 0).all()
+
+
+def strokes():
+    page = Image.new("L", (160, 120), 255)
+    draw = ImageDraw.Draw(page)
+    draw.rectangle((20, 20, 140, 100), outline=0, width=3)
+    draw.text((40, 50), "AXIAL CT", fill=0)
+    return page
+
+
+def smooth_strokes():
+    return strokes().resize((320, 240), Image.Resampling.BICUBIC).resize((150, 110), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("page", [strokes(), smooth_strokes()], ids=["hard", "smooth"])
+def test_black_strokes_on_transparent_white_are_seen_on_white(page):
+    levels = np.asarray(page)
+    assert (greys(encoded(page, transparency=255)) == levels).all()
+    alpha = np.where(levels == 255, 0, 255).astype(np.uint8)
+    assert (greys(encoded(rgba(levels, alpha))) == levels).all()
+    palette = page.convert("P")
+    assert (greys(encoded(palette, transparency=255)) == levels).all()
+
+
+def test_black_strokes_in_1_bit_on_transparent_white_are_seen_on_white():
+    page = strokes().point(lambda level: 255 * (level > 127))
+    assert (greys(encoded(page.convert("1"), transparency=1)) == np.asarray(page)).all()
+
+
+def test_black_and_one_coloured_stroke_on_nothing_are_all_seen():
+    picture = Image.new("RGBA", (100, 100), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((10, 10, 80, 80), outline=(0, 0, 0, 255), width=6)
+    draw.line((20, 20, 24, 24), fill=(255, 0, 0, 255))
+    opened = open_picture(encoded(picture))
+    assert opened.getpixel((10, 10)) == BLACK
+    assert opened.getpixel((22, 22)) == RED
+    assert opened.getpixel((50, 50)) == WHITE
+
+
+def test_a_picture_with_transparent_corners_stays_on_black():
+    alpha = np.full_like(CT, 255)
+    alpha[:30, :30] = 0
+    colours_left = CT.copy()
+    colours_left[:30, :30] = 0
+    shades = greys(encoded(rgba(colours_left, alpha)))
+    assert (shades[:30, :30] == 0).all()
+    assert (shades[30:] == CT[30:]).all()
+
+
+# ---- nothing to see
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(Image.new("L", (9, 9), 77)),
+        encoded(Image.new("RGB", (9, 9), (1, 2, 3))),
+        encoded(Image.fromarray(np.full((9, 9), 700, np.uint16))),
+        encoded(Image.new("RGBA", (9, 9), (0, 0, 0, 0))),
+    ],
+    ids=["grey", "colour", "deep", "transparent"],
+)
+def test_a_picture_of_one_level_is_blank(data):
+    assert is_blank(open_picture(data))
+
+
+def test_a_picture_with_one_other_pixel_is_not_blank():
+    picture = Image.new("L", (9, 9), 77)
+    picture.putpixel((4, 4), 78)
+    assert not is_blank(open_picture(encoded(picture)))
+
+
+# ---- files that lack nothing but form
+
+
+def with_chunk(kind, body, *, checksum=None, before=b"IDAT"):
+    """CT_small as a PNG with another chunk in it."""
+    plain = encoded(Image.fromarray(CT))
+    at = plain.index(before) - 4
+    crc = zlib.crc32(kind + body) if checksum is None else checksum
+    return plain[:at] + struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc) + plain[at:]
+
+
+BOMB = zlib.compress(b"a" * 2_000_000)
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (b"zTXt", b"k\0\0" + BOMB),
+        (b"iTXt", b"k\0\1\0\0\0" + BOMB),
+        (b"iCCP", b"k\0\0" + BOMB),
+        (b"tEXt", b"k\0" + b"a" * 3_000_000),
+    ],
+    ids=["zTXt", "iTXt", "iCCP", "tEXt"],
+)
+def test_a_png_is_read_whatever_the_size_of_its_texts(kind, body, before):
+    assert (greys(with_chunk(kind, body, before=before)) == CT).all()
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iCCP", b"gAMA", b"pHYs", b"eXIf", b"tIME", b"abCd"])
+def test_a_wrong_checksum_of_what_no_pixel_needs_does_not_matter(kind):
+    assert (greys(with_chunk(kind, b"k\0some", checksum=1)) == CT).all()
+
+
+def test_what_turns_and_clears_a_png_survives_a_text_that_is_left_out():
+    picture, exif = stored(6)
+    plain = encoded(picture, exif=exif)
+    at = plain.index(b"IDAT") - 4
+    body = b"k\0\0" + BOMB
+    bomb = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    assert greys(plain[:at] + bomb + plain[at:]).tolist() == UPRIGHT
+
+
+def test_a_text_of_gigabytes_takes_no_memory():
+    """64 MB of text in 64 KB, forty times over: 2.6 GB."""
+    script = (
+        "import resource, sys\n"
+        "from rococap.images import open_picture\n"
+        "data = sys.stdin.buffer.read()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(open_picture(data).size)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    body = b"k\0\0" + zlib.compress(b"\0" * 64_000_000, 9)
+    chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    plain = encoded(Image.fromarray(CT))
+    at = plain.index(b"IDAT") - 4
+    data = plain[:at] + 40 * chunk + plain[at:]
+    run = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True, check=True)
+    size, grown_mb = run.stdout.decode().splitlines()
+    assert size == "(128, 128)"
+    assert int(grown_mb) < 60
+
+
+JPEGS = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "with restarts": {"restart_marker_blocks": 10},
+    "colour": {"subsampling": 2},
+}
+
+
+def jpeg(name):
+    picture = Image.fromarray(CT).resize((300, 280))
+    return encoded(picture.convert("RGB") if name == "colour" else picture, "JPEG", **JPEGS[name])
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_without_its_end_marker_is_whole(name):
+    data = jpeg(name)
+    whole = open_picture(data).tobytes()
+    assert open_picture(data[:-2]).tobytes() == whole
+    assert open_picture(data[:-1]).tobytes() == whole
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_that_lacks_one_byte_of_its_pixels_or_more_is_truncated(name):
+    data = jpeg(name)
+    for cut in (*range(3, 30), *range(30, len(data) - 700, len(data) // 40)):
+        assert code_of(data[:-cut]) == "truncated", cut
+
+
+@pytest.mark.parametrize(
+    "start", [b"\n", b"\r\n\r\n", b"\xef\xbb\xbf", b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n"]
+)
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG"])
+def test_stray_bytes_before_a_picture_are_passed_over(fmt, start):
+    data = encoded(Image.fromarray(CT), fmt)
+    assert open_picture(start + data).tobytes() == open_picture(data).tobytes()
+    ending, published = as_file(start + data)
+    assert (ending, published) == ({"JPEG": ".jpg", "PNG": ".png"}[fmt], data)
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize("fmt", ["AVIF", "QOI", "TGA", "PCX", "ICO", "SGI", "DDS"])
+def test_whatever_the_installed_pillow_opens_is_opened(fmt):
+    options = {"quality": 95} if fmt == "AVIF" else {}
+    shades = np.asarray(open_picture(encoded(Image.fromarray(CT).convert("RGB"), fmt, **options)))
+    assert np.abs(shades[..., 0].astype(int) - CT).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "told"),
+    [
+        (b"\0" * 344 + b"n+1\0", "unsupported", "This is NIfTI, which is not opened: convert it to PNG at its source"),
+        (b"\0\0\0\x18ftypheic" + b"\0" * 40, "unsupported", "This is HEIC, which is not opened"),
+        (b"NRRD0004\ntype: short\n", "unsupported", "This is NRRD, which is not opened"),
+        (b"<?xml version='1.0'?><svg xmlns=''/>", "unsupported", "This is SVG, which is not opened"),
+        (b"\xff\x0a" + b"\0" * 40, "unsupported", "This is JPEG XL, which is not opened"),
+        (b"%PDF-1.7\n", "not_an_image", "Not a picture but a PDF: replace it by the picture at its source"),
+        (b"PK\x03\x04" + b"\0" * 40, "not_an_image", "Not a picture but a zip archive"),
+        (b"\x93NUMPY\x01\0", "not_an_image", "Not a picture but a NumPy array"),
+        (b"iVBORw0KGgoAAAANSUhEUg", "not_an_image", "Not a picture but base64 text: decode it to bytes at its source"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "not_an_image", "Not a picture but a Git LFS pointer"),
+        (b'{"error": "not found"}', "not_an_image", "Not a picture but JSON"),
+        (b"\x13\x37 what", "not_an_image", "Not a picture, it begins with b'\\x137 what': replace it at its source"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_the_message_names_the_format_and_the_next_step(data, code, told):
+    with pytest.raises(PictureError) as caught:
+        open_picture(data)
+    assert caught.value.code == code
+    assert str(caught.value).startswith(told)
+    assert str(caught.value).endswith(", then retry.")
+
+
+# ---- frames
+
+
+@pytest.mark.parametrize("fmt", ["GIF", "TIFF", "PNG", "WEBP"])
+def test_the_frame_that_is_asked_for_is_opened(fmt):
+    frames = [Image.new("RGB", (8, 6), colour) for colour in (RED, GREEN, BLUE)]
+    options = {"lossless": True} if fmt == "WEBP" else {}
+    data = encoded(frames[0], fmt, save_all=True, append_images=frames[1:], **options)
+    assert open_picture(data, 3).getpixel((2, 2)) == BLUE
+    with pytest.raises(PictureError) as caught:
+        open_picture(data, 4)
+    assert (caught.value.code, str(caught.value)) == (
+        "no_frame",
+        "The file holds 3 frames, and frame 4 was asked for: leave this picture out, or enqueue a run with another "
+        "--frame, then retry.",
+    )
+
+
+def test_the_frame_that_is_asked_for_of_a_deep_tiff_is_opened():
+    file = BytesIO()
+    tifffile.imwrite(file, np.stack([spread("u2"), 65535 - spread("u2")]), photometric="minisblack")
+    assert (greys_of(file.getvalue(), 2) == windowed(65535 - spread("u2"))).all()
+    with pytest.raises(PictureError, match="The file holds 2 frames, and frame 3"):
+        open_picture(file.getvalue(), 3)
+
+
+def greys_of(data, frame):
+    return np.asarray(open_picture(data, frame))[..., 0]
 
 
 # ---- robustness

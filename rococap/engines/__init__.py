@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from PIL.Image import Image
 
-from rococap.recipe import Recipe
+from rococap.recipe import RULES, Recipe
 
 EngineName = Literal["transformers", "vllm", "openai"]
 Decode = Literal["auto", "continuous", "static"]
@@ -50,10 +50,10 @@ class EngineInfo:
     digest: str
     adapter: str = ""
 
-    def resolved(self) -> dict[str, str]:
+    def resolved(self) -> dict[str, Any]:
         """What a run pins, so that it never mixes: two workers of a run agree in all of it."""
         pinned = {"engine": self.name, "dtype": self.dtype, "revision": self.revision, "digest": self.digest}
-        return pinned | ({"adapter": self.adapter} if self.adapter else {})
+        return pinned | ({"adapter": self.adapter} if self.adapter else {}) | {"rules": RULES}
 
 
 @dataclass(frozen=True, slots=True)
