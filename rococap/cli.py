@@ -314,6 +314,14 @@ def list_prompts(prompts: Path | None, as_json: bool) -> None:
     help="Larger pictures are reduced; 784 pixels are one visual token.",
 )
 @click.option(
+    "--frame",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Which frame to caption of files that hold several, such as DICOM, counted from 1.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     default="auto",

@@ -376,6 +376,9 @@ def _split(joined: str, separator: str) -> list[str]:
     return joined.split(separator) if joined else []
 
 
+_OF_MODEL = ("engine", "dtype", "revision", "digest", "adapter", "rules", "accepted_rules")
+
+
 def _card(run: Run, written: Sequence[Written], manifest: dict[str, Any]) -> str:
     """README.md: what made the captions, and what they are not for."""
     from jinja2 import Environment, StrictUndefined
@@ -392,7 +395,7 @@ def _card(run: Run, written: Sequence[Written], manifest: dict[str, Any]) -> str
         size=next((size for most, size in _SIZES.items() if rows < most), "n>10M"),
         run=run,
         recipe=run.recipe,
-        resolved=dict.fromkeys(("engine", "dtype", "revision", "digest", "adapter"), "") | (run.resolved or {}),
+        resolved=dict.fromkeys(_OF_MODEL, "") | (run.resolved or {}),
         written=written,
         is_qwen2_vl=_is_qwen2_vl(run.recipe.model),
         version=__version__,

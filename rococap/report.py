@@ -33,7 +33,7 @@ from rococap.evaluate import BY_MODALITY, SEED, Evaluation, Scored
 from rococap.export import Progress, done_pages, replacing, short_reads
 from rococap.images import open_picture
 from rococap.plots import Plot, Series
-from rococap.queue import Failed, Run
+from rococap.queue import Failed, Run, rules_of
 from rococap.recipe import Recipe
 
 NOTICE: Final = "Machine-generated captions, not reviewed by clinicians. Not for clinical use."
@@ -499,11 +499,20 @@ def _facts_of(scored: Scored) -> dict[str, str]:
         "Pixels": f"{recipe.min_pixels:,} to {recipe.max_pixels:,}",
         "Precision": " ".join(filter(None, (resolved.get("dtype") or recipe.dtype, recipe.load_in))),
         "Engine": resolved.get("engine", "not known"),
+        "Rules": _rules(resolved),
         "Data set": " at ".join(filter(None, (_short(run.dataset), run.dataset_revision))),
         "Split": scored.split,
         "Captions": f"{len(scored.pairs):,}",
         "Missing": f"{scored.missing:,}",
     }
+
+
+def _rules(resolved: Mapping[str, Any]) -> str:
+    """Of opening pictures and ending captions; of a run that accepted new ones, from which caption on."""
+    accepted = "".join(
+        f" (under {one['from']} up to caption {one['captions_before']:,})" for one in resolved.get("accepted_rules", [])
+    )
+    return f"{rules_of(resolved)}{accepted}" if resolved else "not known"
 
 
 def _made_by(scored: Scored) -> list[tuple[str, str]]:

@@ -72,10 +72,10 @@ class Settings:
     limit: int | None = None
     wait: bool = False
     self_check: bool = True
-    accept_new_rules: bool = False
     lease_ttl: float = 120.0
     drain_timeout: float = 25.0
     stall_timeout: float = 600.0
+    accept_new_rules: bool = False
 
     def __post_init__(self) -> None:
         if not self.lease_ttl >= MIN_LEASE_SEC:

@@ -180,6 +180,7 @@ EVERY_SETTING = Settings(
     33.5,
     4.0,
     50.0,
+    True,
 )
 
 

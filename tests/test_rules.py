@@ -1,0 +1,167 @@
+"""Captions made by different rules of opening pictures and ending captions never mix unless that is asked for."""
+
+import json
+
+import pytest
+from samples import fill, register, write_shard
+from small_engine import INFO, SmallEngine
+from sqlalchemy import Engine
+
+from rococap import db, export, queue
+from rococap.enqueue import Enqueued, enqueue_from
+from rococap.errors import RunError
+from rococap.recipe import RULES, Recipe
+from rococap.worker import Outcome, Settings, work
+
+pytestmark = pytest.mark.every_database
+
+OLDER = {key: value for key, value in INFO.resolved().items() if key != "rules"}
+"""What runs pinned before there were rules."""
+
+
+def run_worker(database: Engine, **settings) -> Outcome:
+    return work(database, Settings(self_check=False, **settings), load=lambda *_: SmallEngine())
+
+
+def pinned(database: Engine, run: str = "default") -> dict:
+    with db.transaction(database) as conn:
+        return queue.get_run(conn, run).resolved
+
+
+def pin(database: Engine, resolved: dict) -> None:
+    with db.transaction(database, write=True) as conn:
+        db.execute(conn, "UPDATE runs SET resolved = ?", (json.dumps(resolved),))
+
+
+def done(database: Engine) -> int:
+    with db.transaction(database) as conn:
+        return sum(one.done for one in queue.counts(conn))
+
+
+@pytest.fixture
+def begun(database, tmp_path) -> Engine:
+    """A run of 8 pictures with 3 captions that an older rococap made."""
+    fill(database, tmp_path / "set", 8)
+    run_worker(database, limit=3)
+    pin(database, OLDER)
+    return database
+
+
+def test_a_new_run_pins_the_rules(database, tmp_path):
+    fill(database, tmp_path / "set", 2)
+    run_worker(database)
+    assert pinned(database) == OLDER | {"rules": RULES}
+
+
+def test_a_run_begun_under_older_rules_stops_with_the_next_step(begun):
+    loaded = []
+    with pytest.raises(RunError) as caught:
+        work(begun, Settings(self_check=False), load=lambda *_: loaded.append(1) or SmallEngine())
+    assert str(caught.value) == (
+        "Run 'default' was begun under older rules of opening pictures and ending captions (1, here 2), and a run "
+        "never mixes. Caption its pictures anew: rococap enqueue --run NEW --from default; or go on, which its "
+        "manifests will tell: rococap worker --run default --accept-new-rules"
+    )
+    assert loaded == [], "the model is not loaded for nothing"
+    assert (done(begun), pinned(begun)) == (3, OLDER)
+
+
+def test_new_rules_that_are_accepted_are_recorded_and_stand_in_every_manifest(begun, tmp_path):
+    assert run_worker(begun, accept_new_rules=True, limit=2).done == 2
+    accepted = pinned(begun)
+    (record,) = accepted.pop("accepted_rules")
+    assert record.pop("at") > 1_700_000_000_000
+    assert record == {"from": 1, "to": RULES, "captions_before": 3}
+    assert accepted == OLDER | {"rules": RULES}
+    assert run_worker(begun).done == 3, "it was asked once"
+    with db.transaction(begun) as conn:
+        run = queue.get_run(conn, "default")
+    export.export(begun, run, "train", tmp_path / "captions.csv")
+    export.write_checkpoints(begun, run, "train", tmp_path, 4)
+    for manifest in ("captions.json", "run.json"):
+        told = json.loads((tmp_path / manifest).read_text())["resolved"]
+        assert told["accepted_rules"] == pinned(begun)["accepted_rules"]
+        assert told["accepted_rules"][0]["captions_before"] == 3
+
+
+def test_a_run_without_captions_takes_the_new_rules_silently(database, tmp_path):
+    fill(database, tmp_path / "set", 4)
+    pin(database, OLDER)
+    assert run_worker(database).done == 4
+    assert pinned(database) == OLDER | {"rules": RULES}
+
+
+def test_another_model_state_is_refused_whatever_the_rules(begun):
+    pin(begun, OLDER | {"digest": "another"})
+    with pytest.raises(RunError, match="was started with another model state"):
+        run_worker(begun, accept_new_rules=True)
+    assert pinned(begun) == OLDER | {"digest": "another"}
+
+
+def test_what_only_one_side_knows_is_no_difference(begun):
+    pin(begun, {"engine": "small", "rules": RULES, "something": "newer"})
+    assert run_worker(begun).done == 5
+
+
+def test_a_run_begun_under_newer_rules_asks_for_a_newer_rococap(begun):
+    pin(begun, OLDER | {"rules": RULES + 1})
+    with pytest.raises(RunError, match="Upgrade rococap"):
+        run_worker(begun, accept_new_rules=True)
+
+
+def test_pictures_of_a_run_under_older_rules_are_captioned_anew_by_the_same_recipe(begun):
+    def again(source: str, run: str) -> list[Enqueued]:
+        with db.transaction(begun) as conn:
+            old = queue.get_run(conn, source)
+        return enqueue_from(begun, old, ["train"], run=run, recipe=old.recipe)
+
+    assert again("default", "again") == [Enqueued("train", new=8)]
+    assert run_worker(begun, run="again").done == 8
+    assert pinned(begun, "again")["rules"] == RULES
+    with pytest.raises(RunError, match="has this recipe"):
+        again("again", "third")
+
+
+def test_a_finished_run_of_before_exports_as_before(begun, tmp_path):
+    pin(begun, OLDER | {"rules": RULES})
+    run_worker(begun)
+    pin(begun, OLDER)
+    with db.transaction(begun) as conn:
+        run = queue.get_run(conn, "default")
+    assert export.export(begun, run, "train", tmp_path / "captions.csv").rows == 8
+    assert json.loads((tmp_path / "captions.json").read_text())["resolved"] == OLDER
+    assert run_worker(begun).seconds == 0, "nothing is left, and nothing is refused"
+
+
+def test_captions_under_older_rules_are_not_restored_beside_newer_ones(begun, tmp_path):
+    with db.transaction(begun) as conn:
+        run = queue.get_run(conn, "default")
+    export.export(begun, run, "train", tmp_path / "captions.csv")
+    register(begun, tmp_path / "set", ["train"], run="other")
+    run_worker(begun, run="other", limit=1)
+    with db.transaction(begun) as conn:
+        other = queue.get_run(conn, "other")
+    with pytest.raises(RunError, match="a run never mixes"):
+        export.restore(begun, other, tmp_path / "captions.csv")
+    register(begun, tmp_path / "set", ["train"], run="lost")
+    with db.transaction(begun) as conn:
+        lost = queue.get_run(conn, "lost")
+    assert export.restore(begun, lost, tmp_path / "captions.csv").restored == 3
+    with pytest.raises(RunError, match="was begun under older rules"):
+        run_worker(begun, run="lost")
+
+
+def test_a_run_that_accepted_new_rules_restores_its_own_older_files(begun, tmp_path):
+    with db.transaction(begun) as conn:
+        run = queue.get_run(conn, "default")
+    export.export(begun, run, "train", tmp_path / "captions.csv")
+    run_worker(begun, accept_new_rules=True)
+    result = export.restore(begun, run, tmp_path / "captions.csv")
+    assert (result.restored, result.known) == (0, 3)
+
+
+def test_a_second_split_of_a_run_under_older_rules_may_be_enqueued(begun, tmp_path):
+    write_shard(tmp_path / "set", "test", range(2))
+    register(begun, tmp_path / "set", ["test"], recipe=Recipe(model="tests/small"))
+    with db.transaction(begun) as conn:
+        assert [one.split for one in queue.counts(conn)] == ["train", "test"]
