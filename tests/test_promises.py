@@ -21,7 +21,7 @@ from rococap import db, export, queue, spool, worker
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost, RococapError, RunError
 from rococap.queue import Lease, Run
-from rococap.recipe import Recipe
+from rococap.recipe import RULES, Recipe
 from rococap.worker import Outcome, Settings, work
 
 pytestmark = pytest.mark.every_database
@@ -412,6 +412,23 @@ def test_promise_12_a_run_whose_recipe_changed_is_refused(database, tmp_path):
     with pytest.raises(RunError, match="a run never mixes"):
         run_worker(database, Other())
     assert statuses(database) == {"done": 4, "pending": 4}
+
+
+def test_promise_12_rules_that_were_accepted_are_the_only_way_a_run_mixes(database, tmp_path):
+    run = fill(database, tmp_path / "set", 8)
+    run_worker(database, limit=4)
+    older = {key: value for key, value in INFO.resolved().items() if key != "rules"}
+    with writing(database) as conn:
+        db.execute(conn, "UPDATE runs SET resolved = ?", (json.dumps(older),))
+    with pytest.raises(RunError, match="a run never mixes"):
+        run_worker(database)
+    assert statuses(database) == {"done": 4, "pending": 4}
+    assert run_worker(database, accept_new_rules=True).done == 4
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, run.name)
+    export.export(database, run, "train", tmp_path / "captions.csv")
+    (accepted,) = json.loads((tmp_path / "captions.json").read_text())["resolved"]["accepted_rules"]
+    assert (accepted["from"], accepted["to"], accepted["captions_before"]) == (1, RULES, 4)
 
 
 def vars_of(info) -> dict:
