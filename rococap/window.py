@@ -34,7 +34,7 @@ def windowed(values: Values, is_measured: NDArray[np.bool_] | None = None) -> Sh
 
     `is_measured` is False for pixels that say nothing, such as transparent ones: they do not decide the window.
     """
-    wide = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
+    wide = _wide(values)
     is_finite = np.isfinite(wide)
     black, white, _ = _levels(wide[is_finite if is_measured is None else is_finite & is_measured])
     return scaled(np.where(is_finite, wide, black), black, white)
@@ -46,7 +46,7 @@ def colours(values: Values, is_measured: NDArray[np.bool_]) -> Shades:
     What uses the whole range of its type stays as it is: integers beyond 14 of their 16 bits (in 32 and 64 bits: as
     many below the top), and floating point numbers from 0 to 1. `is_measured` has the shape (height, width).
     """
-    wide = values.astype(np.float64)
+    wide = _wide(values)
     is_finite = np.isfinite(wide)
     black, white, highest = _levels(wide[is_finite & is_measured[..., None]])
     if values.dtype.kind == "f":
@@ -58,6 +58,12 @@ def colours(values: Values, is_measured: NDArray[np.bool_]) -> Shades:
             upper: Shades = np.right_shift(values, 8 * values.dtype.itemsize - 8).astype(np.uint8)
             return upper
     return scaled(np.where(is_finite, wide, black), black, white)
+
+
+def _wide(values: Values) -> NDArray[np.floating]:
+    """As numbers that hold every value: those of 32 bits are not exact in floating point of 32."""
+    wide: NDArray[np.floating] = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
+    return wide
 
 
 def scaled(values: NDArray[np.floating], black: float, white: float) -> Shades:
@@ -83,19 +89,21 @@ def _levels(values: NDArray[np.floating]) -> tuple[float, float, float]:
 def _measured(values: NDArray[np.floating]) -> NDArray[np.floating]:
     """Without padding and labels, of which there may be several values at either end."""
     while True:
-        rest = -_without_lowest(-_without_lowest(values))
+        rest = _without(values, values.min())
+        rest = _without(rest, rest.max())
         if rest.size == values.size:
             return values
         values = rest
 
 
-def _without_lowest(values: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Without the lowest value, if that is frequent and far from the others."""
-    lowest = values.min()
-    rest = values[values > lowest]
-    if values.size - rest.size <= FREQUENT * values.size or not rest.size:
+def _without(values: NDArray[np.floating], extreme: np.floating) -> NDArray[np.floating]:
+    """Without the lowest or the highest value, if that is frequent and far from the others."""
+    is_other = values != extreme
+    n_others = np.count_nonzero(is_other)
+    if values.size - n_others <= FREQUENT * values.size or not n_others:
         return values
+    rest = values[is_other]
     low, high = np.percentile(rest, PERCENTILES)
-    is_far = rest.min() - lowest > FAR * (high - low)
+    is_far = np.abs(rest - extreme).min() > FAR * (high - low)
     is_picture = np.unique(rest[:: rest.size // SAMPLED + 1]).size >= FEWEST_VALUES
     return rest if is_far and is_picture else values
