@@ -81,7 +81,8 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, adapter):
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"base_model_name_or_path": "Qwen/Qwen2-VL-7B-Instruct"}))
     assert error_of(Recipe(model=str(MODEL), adapter=str(other))) == (
-        f"The adapter {other} was trained on Qwen/Qwen2-VL-7B-Instruct, not on {MODEL}. Name that with --model."
+        f"The adapter {other} was trained on Qwen/Qwen2-VL-7B-Instruct, not on {MODEL}. Name that with --model. "
+        "If both are one model: enqueue a run with --adapter-base any"
     )
     path.write_text(json.dumps(config | {"target_modules": ["c_attn"], "base_model_name_or_path": None}))
     assert error_of(Recipe(model=str(MODEL), adapter=str(other))).startswith(
