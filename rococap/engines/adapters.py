@@ -168,18 +168,17 @@ def _folder(adapter: str) -> Path:
 
 
 def _check_base(folder: Path, recipe: Recipe) -> None:
-    """By the last part of the name: a model may have been copied since."""
+    """By the last part of the name, however it is spelled: a model may have been copied since."""
     adapter, name = recipe.adapter, recipe.model
     try:
-        base = files.read(folder / files.ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+        base = str(files.read(folder / files.ADAPTER_CONFIG).get("base_model_name_or_path") or "")
     except ModelError as error:
         raise ModelError(
             f"The adapter {adapter} has a damaged {files.ADAPTER_CONFIG}. Copy or download it again."
         ) from error
-    if not base or base.rpartition("/")[2] == name.rpartition("/")[2]:
-        return
-    if files.common_name(base) == files.common_name(name):
-        log.info("the adapter %s was trained on %s, taken for another spelling of %s", adapter, base, name)
+    if not base or files.common_name(base) == files.common_name(name):
+        if base and base.rpartition("/")[2] != name.rpartition("/")[2]:
+            log.info("the adapter %s was trained on %s, taken for another spelling of %s", adapter, base, name)
     elif recipe.adapter_base == "any":
         log.warning("the adapter %s was trained on %s: put on %s, as the run says", adapter, base, name)
     else:

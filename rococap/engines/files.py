@@ -86,7 +86,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def no_model_but_adapter(model: str, config: Path) -> ModelError:
-    base = read(config).get("base_model_name_or_path")
+    base = str(read(config).get("base_model_name_or_path") or "")
     named = f"the model that it was trained on: --model {hub_name(base)}" if base else "its model with --model:"
     return ModelError(f"{model} is an adapter, not a model. Name {named} --adapter {model}")
 
