@@ -289,6 +289,11 @@ def list_prompts(prompts: Path | None, as_json: bool) -> None:
 )
 @click.option("--adapter", metavar="FOLDER|HUB_ID", help="A LoRA or other adapter for the model, in PEFT's format.")
 @click.option(
+    "--adapter-base",
+    type=click.Choice(["any"]),
+    help="any: put the adapter on the model although it says that it was trained on one of another name.",
+)
+@click.option(
     "--load-in", type=click.Choice(LOAD_IN), help="Quantise the weights by bitsandbytes, for models that do not fit."
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model. Look at it first.")
@@ -380,11 +385,16 @@ def enqueue(
 
 
 def _recipe(fields: dict[str, Any]) -> Recipe:
+    from rococap.engines import files
+
     try:
         recipe = Recipe(**fields)
         refuse_placeholders(recipe.prompt)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    if recipe.adapter_base is not None and recipe.adapter is None:
+        raise click.UsageError("--adapter-base says which models an adapter is put on: name one with --adapter.")
+    files.check(recipe.model, recipe.revision, recipe.prompt)
     return recipe
 
 

@@ -4,28 +4,40 @@ A wrong template, wrong padding, weights that overflow or a server without its i
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
+from sqlalchemy import Connection
+
+from rococap import trial
 from rococap.datasets import Place
-from rococap.engines import Completion, Engine, Prepared
+from rococap.engines import Completion, Engine, Failure, Prepared
+from rococap.queue import Run
 from rococap.recipe import Recipe
-from rococap.trial import from_memory, prepare
+from rococap.trial import Read, from_memory, prepare
 
 BATCH = 4
-MOST = 12
-"""Pictures that are captioned at most, before they are all said to look the same to the model."""
+OTHERS = 8
+"""Pictures that are tried besides, from all over the run, before the model is blamed for what it said of the first."""
+MOST = BATCH + OTHERS
+FEW = 4
+"""Fewer pictures than that may be of one scene, or damaged, by chance."""
+UNPROCESSABLE = "unprocessable"
+"""The code of a picture that the engine did not take, as it was prepared."""
 LIKE = 0.5
 """How much of a caption must stay in a batch, where rounding may lead it elsewhere: difflib's ratio."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
-    """`way` is how the engine was told to work; `reason` says why it failed, or, if it passed, what it could not
-    find out.
+    """`way` is how the engine was told to work; `reason` says why it failed, or what it could not find out.
+
+    One that is `inconclusive` has neither passed nor failed: the worker goes on, and the next one looks again.
     """
 
     run: str
@@ -35,9 +47,13 @@ class SelfCheck:
     equal_in_batch: int
     compared: int
     reason: str = ""
+    inconclusive: bool = False
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
+        stated = asdict(self)
+        if not self.inconclusive:
+            del stated["inconclusive"]  # as in the first releases
+        return json.dumps(stated, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -47,6 +63,31 @@ class SelfCheck:
 def under_way(run: str, way: str) -> SelfCheck:
     """What stands there until the outcome is known, and for ever if a picture kills the worker meanwhile."""
     return SelfCheck(run, way, False, 0, 0, 0, "under way")
+
+
+def pictures(conn: Connection, run: Run, splits: Sequence[str]) -> list[Place]:
+    """What to look at: the first pictures of the run, then others from all over it."""
+    present = [split for split in splits if trial.places(conn, run, split, 1)]
+    if not present:
+        return []
+    n = math.ceil(OTHERS / len(present))
+    others = [trial.spread(conn, run, split, n, 0 if at else BATCH) for at, split in enumerate(present)]
+    return [*trial.places(conn, run, present[0], BATCH), *chain.from_iterable(others)][:MOST]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What became of some pictures that the engine was given together."""
+
+    read: Read
+    texts: dict[int, str]
+    failures: list[Failure]
+
+    @property
+    def reasons(self) -> list[tuple[str, str]]:
+        """Why pictures have no caption and never will: code and message."""
+        refused = [(error.code, str(error)) for error in self.read.errors if not error.transient]
+        return refused + [(failure.code, failure.message) for failure in self.failures if not failure.transient]
 
 
 def check(
@@ -59,31 +100,71 @@ def check(
     is_over: Callable[[], bool] = lambda: False,
 ) -> SelfCheck:
     """Captions a handful of the run's own pictures, together and two of them alone; ends early once `is_over`."""
-    prepared = prepare(engine, root, places[:BATCH]).prepared
-    looked_at = len(prepared)
 
     def captions(pictures: Sequence[Prepared]) -> list[Completion]:
         return from_memory(engine, pictures, is_over=is_over)[1]
 
-    def ended(passed: bool, reason: str, equal: int = 0, compared: int = 0) -> SelfCheck:
-        return SelfCheck(run, way, passed, looked_at, equal, compared, reason)
+    def look(places: Sequence[Place]) -> Look:
+        read = prepare(engine, root, places)
+        done = captions(read.prepared)
+        texts = {one.job_id: one.text for one in done if one.failure is None}
+        return Look(read, texts, [one.failure for one in done if one.failure is not None])
 
-    together = captions(prepared)
-    failed = [one.failure for one in together if one.failure is not None]
-    if overflowed := [failure for failure in failed if failure.code == "non_finite"]:
+    looks = [look(places[:BATCH])]
+    if len(_said(looks)) < 2 and not _overflowed(looks) and places[BATCH:MOST]:
+        looks.append(look(places[BATCH:MOST]))
+
+    def ended(passed: bool, reason: str, equal: int = 0, compared: int = 0, *, inconclusive: bool = False) -> SelfCheck:
+        looked_at = sum(len(one.read.prepared) for one in looks)
+        return SelfCheck(run, way, passed, looked_at, equal, compared, reason, inconclusive)
+
+    if overflowed := _overflowed(looks):
         return ended(False, overflowed[0].message)
-    texts = {one.job_id: one.text for one in together if one.failure is None}
-    if len(texts) < 2:
-        return ended(True, f"too few pictures to compare. {failed[0].message if failed else ''}".rstrip())
-    if len(set(texts.values())) == 1:
-        others = prepare(engine, root, places[BATCH:MOST]).prepared  # numbered from 1 again
-        looked_at += len(others)
-        more = [one for one in captions(others) if one.failure is None]
-        if len({*texts.values(), *(one.text for one in more)}) == 1:
-            return ended(False, _one_for_all(next(iter(texts.values())), len(texts) + len(more)))
+    if reason := _why_blind(looks):
+        return ended(False, reason)
+    largest = max(looks, key=lambda one: len(one.texts))
+    if len(_said(looks)) < 2 or len(largest.texts) < 2:
+        return ended(False, _too_few(looks), inconclusive=True)
     if recipe.do_sample:
         return ended(True, "batch and single were not compared, since the recipe samples")
-    return _compared(ended, engine, texts, _shortest_and_longest(prepared, texts), captions)
+    return _compared(
+        ended, engine, largest.texts, _shortest_and_longest(largest.read.prepared, largest.texts), captions
+    )
+
+
+def _said(looks: Sequence[Look]) -> set[str]:
+    return {text for look in looks for text in look.texts.values()}
+
+
+def _overflowed(looks: Sequence[Look]) -> list[Failure]:
+    return [failure for look in looks for failure in look.failures if failure.code == "non_finite"]
+
+
+def _why_blind(looks: Sequence[Look]) -> str:
+    """Why the model does not see pictures; empty if it may."""
+    reasons = [reason for look in looks for reason in look.reasons]
+    said, n = _said(looks), _n_captioned(looks)
+    if len(said) == 1 and n >= FEW:
+        return _one_for_all(next(iter(said)), sum(len(look.texts) for look in looks))
+    n_tried = sum(len(look.read.errors) + len(look.read.prepared) for look in looks)
+    is_engines = any(look.failures for look in looks) or any(code == UNPROCESSABLE for code, _ in reasons)
+    # A few that cannot be read are the data set's fault, and fail as the worker comes to them.
+    if not said and len(reasons) == n_tried > 0 and (is_engines or n_tried >= FEW):
+        return f"none of {n_tried} pictures was captioned. The first: {reasons[0][1]}"
+    return ""
+
+
+def _n_captioned(looks: Sequence[Look]) -> int:
+    """Different pictures: what is said of copies of one proves nothing."""
+    return len({look.read.digests[id] for look in looks for id in look.texts})
+
+
+def _too_few(looks: Sequence[Look]) -> str:
+    n, said = _n_captioned(looks), _said(looks)
+    if len(said) == 1 and n > 1:
+        return f"too few pictures to compare: {n} were captioned, all {_quoted(next(iter(said)))}."
+    reasons = [reason for look in looks for reason in look.reasons]
+    return f"too few pictures to compare. {reasons[0][1] if reasons else ''}".rstrip()
 
 
 def _shortest_and_longest(prepared: Sequence[Prepared], texts: dict[int, str]) -> list[Prepared]:

@@ -1,5 +1,6 @@
 """An engine on a few of a run's pictures, without claiming any: for measuring it, and for trusting it."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -17,24 +18,48 @@ from rococap.queue import Run
 
 def places(conn: Connection, run: Run, split: str, most: int) -> list[Place]:
     """The run's first pictures of a split in the data set's order."""
+    return list(_from(conn, run, split, 0, most).values())
+
+
+def spread(conn: Connection, run: Run, split: str, most: int, skip: int) -> list[Place]:
+    """Up to so many pictures of a split, from its beginning to its end, but for its first `skip` ones."""
+    first = list(_from(conn, run, split, 0, skip + 1))
+    if len(first) <= skip:
+        return []
+    begin, end = first[-1], _last(conn, run, split)
+    found: dict[int, Place] = {}
+    for part in range(most):  # by id: to count them would read them all
+        found |= _from(conn, run, split, begin + (end - begin) * part // max(1, most - 1), 1)
+    # Where a run has only a few of a data set's pictures, several parts meet the same.
+    return list((found | _from(conn, run, split, begin, most)).values())[:most]
+
+
+def _from(conn: Connection, run: Run, split: str, image_id: int, most: int) -> dict[int, Place]:
+    """Pictures from this one on, by their ids."""
     rows = execute(
         conn,
-        "SELECT s.path, i.split, i.row_group, i.row_in_group, i.image_id FROM jobs j "
+        "SELECT j.image_id, s.path, i.split, i.row_group, i.row_in_group, i.image_id FROM jobs j "
         "JOIN images i ON i.id = j.image_id JOIN shards s ON s.id = i.shard_id "
-        "WHERE j.run_id = ? AND j.split = ? ORDER BY j.image_id LIMIT ?",
-        (run.id, split, most),
+        "WHERE j.run_id = ? AND j.split = ? AND j.image_id >= ? ORDER BY j.image_id LIMIT ?",
+        (run.id, split, image_id, most),
     ).fetchall()
-    return [Place(*row) for row in rows]
+    return {row[0]: Place(*row[1:]) for row in rows}
+
+
+def _last(conn: Connection, run: Run, split: str) -> int:
+    last = "SELECT image_id FROM jobs WHERE run_id = ? AND split = ? ORDER BY image_id DESC LIMIT 1"
+    return int(execute(conn, last, (run.id, split)).scalar_one())
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Pictures ready for the engine, milliseconds that one took, and why others are not."""
+    """Pictures ready for the engine, milliseconds that one took, and why others are not. `digests`: of their bytes."""
 
     prepared: list[Prepared]
     errors: list[PictureError]
     load_ms: float
     prepare_ms: float
+    digests: dict[int, bytes]
 
 
 def prepare(
@@ -43,6 +68,7 @@ def prepare(
     """Reads, decodes and prepares on this thread; a picture's id is its number, from 1."""
     prepared: list[Prepared] = []
     errors: list[PictureError] = []
+    digests: dict[int, bytes] = {}
     load_sec = prepare_sec = 0.0
     with PictureReader(root) as reader:
         started = time.perf_counter()
@@ -51,13 +77,14 @@ def prepare(
                 picture = open_picture(_bytes(data))
                 loaded = time.perf_counter()
                 prepared.append(engine.prepare(number, picture))
+                digests[number] = hashlib.sha256(_bytes(data)).digest()
                 load_sec, prepare_sec = load_sec + loaded - started, prepare_sec + time.perf_counter() - loaded
             except PictureError as error:
                 errors.append(error)
             tell(number)
             started = time.perf_counter()
     load_ms, prepare_ms = (1000 * seconds / max(1, len(prepared)) for seconds in (load_sec, prepare_sec))
-    return Read(prepared, errors, load_ms, prepare_ms)
+    return Read(prepared, errors, load_ms, prepare_ms, digests)
 
 
 def _bytes(data: bytes | PictureError) -> bytes:

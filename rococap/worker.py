@@ -24,7 +24,7 @@ from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
 
-from rococap import datasets, db, queue, selfcheck, spool, trial
+from rococap import datasets, db, queue, selfcheck, spool
 from rococap.datasets import Dataset, Place
 from rococap.db import transaction
 from rococap.engines import Completion, Decode, DeviceMap, Engine, EngineName, Options, load_engine
@@ -269,8 +269,7 @@ def _to_check(conn: Connection, run: Run, splits: Sequence[str], engine: Engine,
         if told == selfcheck.under_way(run.name, told.way) and not psutil.pid_exists(pid):
             log.warning("the worker before did not survive its self-check: going on without it")
             return []
-    found = (trial.places(conn, run, split, selfcheck.MOST) for split in splits)
-    return next(filter(None, found), [])
+    return selfcheck.pictures(conn, run, splits)
 
 
 def _check(
@@ -289,7 +288,9 @@ def _check(
     _insist(database, stop, lambda conn: queue.store_self_check(conn, worker_id, told))
     if stop.is_set():
         return
-    if not checked.passed:
+    if checked.inconclusive:
+        log.warning("the self-check found out nothing, and the next worker looks again: %s", checked.reason)
+    elif not checked.passed:
         raise ModelError(
             f"The self-check failed, and nothing was claimed: {checked.reason} To go on all the same: --no-self-check"
         )

@@ -350,6 +350,115 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(folder):
     )
 
 
+def amend(path: Path, part: str | None = None, **changes: object) -> None:
+    content = json.loads(path.read_text())
+    (content if part is None else content[part]).update(changes)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "weight", "stored", "wanted"),
+    [
+        ("text_config", {"vocab_size": 600}, "language_model.embed_tokens", "568 x 128", "600 x 128"),
+        ("text_config", {"hidden_size": 64}, "language_model.embed_tokens", "568 x 128", "568 x 64"),
+        ("text_config", {"intermediate_size": 512}, "language_model.layers.0.mlp.down_proj", "128 x 384", "128 x 512"),
+        (
+            "vision_config",
+            {"patch_size": 16},
+            "visual.patch_embed.proj",
+            "128 x 3 x 2 x 14 x 14",
+            "128 x 3 x 2 x 16 x 16",
+        ),
+    ],
+)
+def test_weights_of_other_shapes_than_the_config_says_are_refused(folder, part, changes, weight, stored, wanted):
+    amend(folder / "config.json", part, **changes)
+    assert error_of(Recipe(model=str(folder))) == (
+        f"{folder}: the weight model.{weight}.weight has the shape {stored} in the file, and {wanted} by config.json, "
+        "so that these are of two models. Copy the config.json that was saved with the weights, or download both again."
+    )
+
+
+def test_a_config_with_fewer_layers_than_the_weights_is_refused(folder):
+    amend(folder / "config.json", "text_config", num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    message = error_of(Recipe(model=str(folder)))
+    assert message.startswith(f"{folder}: config.json has no layer for 12 weights (model.language_model.layers.2.")
+    assert message.endswith(
+        " …), so that these are of two models. Copy the config.json that was saved with the weights, or download both "
+        "again."
+    )
+
+
+def test_weights_that_are_not_the_models_are_told_of(folder, caplog):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"extra_head.weight": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
+    loaded(folder)
+    assert f"{folder}: 1 weights are not the model's and are left out (extra_head.weight …)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"],
+)
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("", "is not valid JSON (Expecting value: line 1 column 1 (char 0))."),
+        (
+            "version https://git-lfs.github.com/spec/v1",
+            "is not valid JSON (Expecting value: line 1 column 1 (char 0)).",
+        ),
+        ('{"a": ', "is not valid JSON (Expecting value: line 1 column 7 (char 6))."),
+        ("[]", "is damaged: it holds no JSON object."),
+        ("null", "is damaged: it holds no JSON object."),
+    ],
+)
+def test_a_file_of_a_model_that_is_damaged_is_named(folder, file, content, fault):
+    (folder / file).write_text(content)
+    assert error_of(Recipe(model=str(folder))) == f"{folder / file} {fault} Copy or download it again."
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "{}"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"added_tokens": [], "model": {}}'),
+        ("processor_config.json", "{}"),
+        ("chat_template.json", "{}"),
+        ("model.safetensors", ""),
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1"),
+        ("model.safetensors.index.json", "{}"),
+        ("pytorch_model.bin", "no pickle"),
+    ],
+)
+def test_a_model_that_is_damaged_otherwise_is_refused_in_one_line(folder, file, content):
+    if file.startswith(("model", "pytorch")):
+        (folder / "model.safetensors").unlink()
+    if file == "chat_template.json":
+        (folder / "chat_template.jinja").unlink()
+    (folder / file).write_text(content)
+    message = error_of(Recipe(model=str(folder)))
+    assert message.startswith(f"The folder {folder} holds no model that can be loaded: ")
+    assert "\n" not in message
+
+
+def test_a_field_of_the_config_that_is_of_another_type_is_refused(folder):
+    amend(folder / "config.json", image_token_id="<|image_pad|>")
+    assert error_of(Recipe(model=str(folder))) == (
+        f"The folder {folder} holds no model that can be loaded: StrictDataclassFieldValidationError: Validation error "
+        "for field 'image_token_id'."
+    )
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder):
+    (folder / "tokenizer.json").unlink()
+    assert error_of(Recipe(model=str(folder))) == (
+        f"The tokenizer of {folder} has 8 tokens, and config.json says that number 566 stands for a picture: its "
+        "tokenizer.json is missing, or another model's. Copy or download it again."
+    )
+
+
 def test_the_patches_of_a_picture_are_projected_as_the_stock_model_does(engine):
     stock = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
     ours, theirs = (model.model.visual.patch_embed for model in (engine.loaded.model, stock))

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from samples import fill, picture, write_shard
+from samples import fill, picture, register, write_shard
 from small_engine import INFO, SmallEngine
 from sqlalchemy import Engine
 
@@ -145,6 +146,151 @@ def test_unreadable_pictures_are_no_fault_of_the_engine(database, tmp_path):
     enqueue(database, located, ["train"], run="default", recipe=Recipe(model="tests/small"))
     outcome = run_worker(database)
     assert (outcome.done, outcome.failed) == (1, 5)
+
+
+# --- pictures that are refused, few, or of one scene -------------------------------------------------------------
+
+
+class Refusing(SmallEngine):
+    """Takes pictures and captions none of them."""
+
+    failure = Failure("unprocessable", "The small engine is blind.")
+
+    def run(self, source: Source) -> Iterator[Completion]:
+        for one in super().run(source):
+            yield Completion(one.job_id, failure=self.failure)
+
+
+class Busy(Refusing):
+    """In the check; else it would be asked again for ever."""
+
+    failure = Failure("busy", "Come back later.", transient=True)
+
+    def run(self, source: Source) -> Iterator[Completion]:
+        yield from super().run(source) if isinstance(source, Memory) else SmallEngine.run(self, source)
+
+
+def scene(number: int) -> bytes:
+    """Another file for each number, of which the small engine says the same."""
+    image = Image.new("L", (40, 40), 7)
+    image.putpixel((39, 39), number)
+    return _png(image)
+
+
+def fill_with(database: Engine, root: Path, n: int, pictures: dict[int, bytes]) -> None:
+    write_shard(root, "train", range(n), pictures=pictures)
+    register(database, root, ["train"])
+
+
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_a_model_that_refuses_every_picture_as_it_is_prepared_stops_the_worker(database, tmp_path, n):
+    fill(database, tmp_path / "set", n)
+    assert refusal(database, SmallEngine(unprepared=tuple(range(256)))) == (
+        f"none of {min(n, 12)} pictures was captioned. The first: The small engine cannot take this picture."
+    )
+
+
+@pytest.mark.every_database
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_a_model_that_refuses_every_picture_as_it_runs_stops_the_worker(database, tmp_path, n):
+    fill(database, tmp_path / "set", n)
+    reason = f"none of {min(n, 12)} pictures was captioned. The first: The small engine is blind."
+    assert refusal(database, Refusing()) == reason
+    assert refusal(database, Refusing()) == reason, "the next worker looks again"
+    told = workers(database)[0].self_check
+    assert (told["passed"], told["reason"]) == (False, reason)
+    assert "inconclusive" not in told
+
+
+def test_the_first_pictures_may_be_refused_if_others_of_the_run_are_captioned(database, tmp_path):
+    fill(database, tmp_path / "set", 100)
+    outcome = run_worker(database, SmallEngine(unprepared=tuple(range(20))))
+    assert (outcome.done, outcome.failed) == (80, 20)
+    told = workers(database)[0].self_check
+    assert (told["passed"], told["pictures"], told["compared"]) == (True, 6, 2)  # of the eight others, two are refused
+
+
+def test_a_data_set_of_which_no_picture_can_be_read_stops_the_worker(database, tmp_path):
+    fill_with(database, tmp_path / "set", 20, dict.fromkeys(range(20), b"no picture"))
+    reason = refusal(database, SmallEngine())
+    assert reason.startswith("none of 12 pictures was captioned. The first: Not a picture")
+
+
+def test_a_few_pictures_that_cannot_be_read_fail_as_the_worker_comes_to_them(database, tmp_path):
+    fill_with(database, tmp_path / "set", 3, dict.fromkeys(range(3), b"no picture"))
+    assert run_worker(database).failed == 3
+    told = workers(database)[0].self_check
+    assert (told["passed"], told["inconclusive"]) == (False, True)
+    assert told["reason"].startswith("too few pictures to compare. Not a picture")
+
+
+def test_what_may_pass_is_no_refusal(database, tmp_path):
+    fill(database, tmp_path / "set", 20)
+    assert run_worker(database, Busy()).done == 20
+    told = workers(database)[0].self_check
+    assert (told["passed"], told["inconclusive"], told["reason"]) == (False, True, "too few pictures to compare.")
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_one_caption_for_less_than_four_pictures_proves_nothing_and_is_no_pass(database, tmp_path, caplog, n):
+    fill(database, tmp_path / "set", n)
+    assert run_worker(database, OneForAll(), limit=1).done == 1
+    reason = f"too few pictures to compare: {n} were captioned, all 'A chest X-ray.'."
+    assert f"the self-check found out nothing, and the next worker looks again: {reason}" in caplog.text
+    assert run_worker(database, OneForAll()).done == n - 1
+    for told in (worker.self_check for worker in workers(database)):
+        assert (told["passed"], told["inconclusive"], told["reason"]) == (False, True, reason)
+
+
+def test_one_caption_for_four_pictures_stops_the_worker(database, tmp_path):
+    fill(database, tmp_path / "set", 4)
+    assert refusal(database, OneForAll()).startswith("4 pictures were all captioned 'A chest X-ray.': the model does")
+
+
+def test_copies_of_one_picture_prove_nothing(database, tmp_path):
+    fill_with(database, tmp_path / "set", 20, dict.fromkeys(range(20), picture(1)))
+    assert run_worker(database).done == 20
+    assert workers(database)[0].self_check["inconclusive"]
+
+
+@pytest.mark.parametrize("n", [14, 100, 400])
+def test_pictures_of_one_scene_are_asked_for_others_from_all_over_the_run(database, tmp_path, n):
+    fill_with(database, tmp_path / "set", n, {number: scene(number) for number in range(n - 2)})
+    assert run_worker(database, limit=1).done == 1
+    told = workers(database)[0].self_check
+    assert (told["passed"], told["pictures"]) == (True, 12)
+
+
+def test_other_pictures_come_from_every_split_from_its_beginning_to_its_end(database, tmp_path):
+    write_shard(tmp_path / "set", "train", range(100))
+    write_shard(tmp_path / "set", "test", range(100, 200))
+    register(database, tmp_path / "set", ["train", "test"])
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, "default")
+        chosen = [place.image_id for place in selfcheck.pictures(conn, run, ["train", "validation", "test"])]
+        alone = [place.image_id for place in selfcheck.pictures(conn, run, ["test"])]
+        assert selfcheck.pictures(conn, run, ["validation"]) == []
+    assert chosen == [f"train_{n:05}" for n in (0, 1, 2, 3, 4, 35, 67, 99)] + [
+        f"test_{n:05}" for n in (100, 133, 166, 199)
+    ]
+    assert alone == [f"test_{n:05}" for n in (100, 101, 102, 103, 104, 117, 131, 144, 158, 171, 185, 199)]
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 9, 12])
+def test_a_small_run_is_looked_at_as_a_whole_and_nothing_twice(database, tmp_path, n):
+    fill(database, tmp_path / "set", n)
+    with db.transaction(database) as conn:
+        chosen = selfcheck.pictures(conn, queue.get_run(conn, "default"), ["train"])
+    assert sorted(place.image_id for place in chosen) == [f"train_{number:05}" for number in range(n)]
+
+
+def test_what_earlier_releases_stored_is_understood():
+    told = '{"run": "a", "way": "b", "passed": false, "pictures": 1, "equal_in_batch": 0, "compared": 0, "reason": "c"}'
+    check = SelfCheck.from_json(told)
+    assert (check.passed, check.inconclusive, check.reason) == (False, False, "c")
+    assert check.to_json() == told
+    unclear = replace(check, inconclusive=True)
+    assert SelfCheck.from_json(unclear.to_json()) == unclear
 
 
 def test_a_recipe_that_samples_is_not_compared(database, tmp_path):

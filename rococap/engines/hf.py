@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image, Resampling
-from safetensors import SafetensorError
+from PIL.Image import new as new_picture
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
@@ -18,21 +18,21 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 from rococap import images
 from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, adapters, continuous, families
 from rococap.engines.checkpoint import (
-    cannot_load,
-    chat_prompt,
     choose_dtype,
     end_tokens,
     folder_digest,
     is_here_or_unreachable,
     load_processor,
     quieten,
+    reading,
     type_of,
 )
 from rococap.engines.continuous import ContinuousDecoder
 from rococap.engines.decoding import Inputs, Loaded, dtype_name, free_memory
 from rococap.engines.packing import pack
-from rococap.engines.sizing import choose_limit
+from rococap.engines.sizing import USUAL_SIDE, choose_limit
 from rococap.engines.static import StaticDecoder
+from rococap.engines.template import ADVICE, chat_prompt
 from rococap.errors import ModelError, PictureError
 from rococap.recipe import LoadIn, Recipe
 
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 STATIC_BATCH = 16
 MOST_TEXTS = 2_000
 SMALL_TABLE = 32
+NO_ADAPTER = {"subfolder": "no-adapter", "local_files_only": True}
+"""Where transformers looks for an adapter, which it would put on without a word: nowhere. See `adapters.put_on`."""
 WEIGHTS_SHARE = 0.8
 """Of a GPU's free memory."""
 SHRINK = 0.7
@@ -65,7 +67,27 @@ class TransformersEngine:
         families.check_name(name)
         source: dict[str, Any] = {"revision": revision, "local_files_only": is_here_or_unreachable(name, revision)}
         source["trust_remote_code"] = self.recipe.trust_remote_code
+        self._load_processor(name, source)
+        model = self._load_model(name, source)
+        adapter = ""
+        if self.recipe.adapter is not None:
+            model, adapter = adapters.put_on(model, self.recipe)
+        model = model.eval()
+        if self.device.type == "cpu" and self.recipe.load_in is None:
+            pack(model)
+        tokenizer = self.processor.tokenizer
+        ends = end_tokens(model.generation_config, self.processor, name)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+        # The model's own is replaced, not amended: whatever a checkpoint sets applies where a field is unset.
+        model.generation_config = _generation_config(self.recipe, ends, pad)
+        self.loaded = Loaded(model, tokenizer, self.device, frozenset(ends), pad, self.recipe.max_new_tokens)
+        self.decoder = self._choose_decoder()
+        self._info = _info(self.recipe, model, self.device, self.dtype, adapter)
+
+    def _load_processor(self, name: str, source: dict[str, Any]) -> None:
+        """Before the weights, which take minutes: it shows what would go wrong with every picture."""
         model_type = type_of(name, source)
+        adapters.tell_of_one_beside(name, source, self.recipe.adapter)
         self.processor = load_processor(name, source)
         # After loading: the bounds in a checkpoint's preprocessor_config.json override those given to from_pretrained.
         bounds = families.pixel_bounds(model_type, self.processor.image_processor, self.recipe)
@@ -75,22 +97,13 @@ class TransformersEngine:
             self._reduces = True
             log.info("pictures are reduced to --max-pixels beforehand: how %s bounds them is not known", model_type)
         self.prompt = chat_prompt(self.processor, self.recipe.prompt, name)
-        model = self._load_model(name, source)
-        adapter = ""
-        if self.recipe.adapter is not None:
-            is_quantised = self.recipe.load_in is not None
-            model, adapter = adapters.put_on(model, self.recipe.adapter, name, is_quantised=is_quantised)
-        model = model.eval()
-        if self.device.type == "cpu" and self.recipe.load_in is None:
-            pack(model)
-        tokenizer = self.processor.tokenizer
-        ends = end_tokens(model.generation_config, tokenizer)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-        # The model's own is replaced, not amended: whatever a checkpoint sets applies where a field is unset.
-        model.generation_config = _generation_config(self.recipe, ends, pad)
-        self.loaded = Loaded(model, tokenizer, self.device, frozenset(ends), pad, self.recipe.max_new_tokens)
-        self.decoder = self._choose_decoder()
-        self._info = _info(self.recipe, model, self.device, self.dtype, adapter)
+        try:
+            self.prepare(0, new_picture("RGB", (USUAL_SIDE, USUAL_SIDE)))
+        except PictureError as error:
+            raise ModelError(
+                f"The processor of {name} takes no picture with what its chat template makes of the prompt: "
+                f"{error.__cause__} {ADVICE}"
+            ) from error
 
     @property
     def info(self) -> EngineInfo:
@@ -255,18 +268,53 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _load_model(name: str, source: dict[str, Any], settings: dict[str, Any]) -> Any:
-    try:
+    with reading(name, source["revision"]):
         model, loading = AutoModelForImageTextToText.from_pretrained(
-            name, **source, **settings, attn_implementation="sdpa", output_loading_info=True
+            name,
+            **source,
+            **settings,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, where both shapes can be told
+            adapter_kwargs=NO_ADAPTER,
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise cannot_load(name, source["revision"], error) from error
-    if lacking := sorted(loading["missing_keys"]):  # transformers would leave them random, and only warn
-        raise ModelError(f"{name} lacks {len(lacking)} weights ({lacking[0]} …). Download it again, or name another.")
+    _check_weights(name, model, loading)
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             _multiply(module)
     return model
+
+
+def _check_weights(name: str, model: nn.Module, loading: dict[str, Any]) -> None:
+    """Raises ModelError for what transformers would leave random, or leave out, and only warn."""
+    if others := sorted(loading["mismatched_keys"]):
+        weight, stored, wanted = others[0]
+        raise ModelError(
+            f"{name}: the weight {weight} has the shape {_shape_of(stored)} in the file, and {_shape_of(wanted)} by "
+            "config.json, so that these are of two models. Copy the config.json that was saved with the weights, or "
+            "download both again."
+        )
+    if lacking := sorted(loading["missing_keys"]):
+        raise ModelError(f"{name} lacks {len(lacking)} weights ({lacking[0]} …). Download it again, or name another.")
+    if unknown := sorted(loading["unexpected_keys"]):
+        if layers := [weight for weight in unknown if _is_beyond(model, weight)]:
+            raise ModelError(
+                f"{name}: config.json has no layer for {len(layers)} weights ({layers[0]} …), so that these are of two "
+                "models. Copy the config.json that was saved with the weights, or download both again."
+            )
+        log.warning("%s: %d weights are not the model's and are left out (%s …)", name, len(unknown), unknown[0])
+
+
+def _shape_of(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
+
+
+def _is_beyond(model: nn.Module, weight: str) -> bool:
+    """Whether it is of a layer after the last one of its kind."""
+    modules = dict(model.named_modules())
+    parts = weight.split(".")
+    numbered = [(modules.get(".".join(parts[:at])), int(part)) for at, part in enumerate(parts) if part.isdecimal()]
+    return any(isinstance(layers, nn.ModuleList) and number >= len(layers) for layers, number in numbered)
 
 
 def _multiply(conv: nn.Conv3d) -> None:

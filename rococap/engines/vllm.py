@@ -29,7 +29,6 @@ from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, 
 from rococap.engines.checkpoint import (
     MODEL_FILES,
     cannot_load,
-    chat_prompt,
     choose_dtype,
     end_tokens,
     folder_digest,
@@ -39,6 +38,7 @@ from rococap.engines.checkpoint import (
     type_of,
 )
 from rococap.engines.decoding import Loaded, Row, dtype_name, free_memory, share
+from rococap.engines.template import chat_prompt
 from rococap.errors import ModelError, PictureError
 from rococap.recipe import Recipe
 
@@ -94,7 +94,7 @@ class VLLMEngine:
         self._llm = _load(folder, recipe, self.options, device, bounds or {})
         _turn_as_configured(self._llm)
         model, tokenizer = self._llm.model_config, processor.tokenizer  # of a model, a caption needs its dtype alone
-        ends = _ends(folder, model, tokenizer)
+        ends = end_tokens(_generation_config(folder, model), processor, recipe.model)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
         self.loaded = Loaded(model, tokenizer, device, frozenset(ends), pad, recipe.max_new_tokens)
         self._sampling = _sampling(recipe, ends)
@@ -281,11 +281,11 @@ def _turn(model: Any, theta: float) -> None:
     model.visual.rotary_pos_emb = rope
 
 
-def _ends(folder: Path, model: Any, tokenizer: Any) -> list[int]:
-    """As transformers has them for this model."""
+def _generation_config(folder: Path, model: Any) -> GenerationConfig:
+    """As transformers has it for this model."""
     if (folder / "generation_config.json").exists():
-        return end_tokens(GenerationConfig.from_pretrained(folder), tokenizer)
-    return end_tokens(GenerationConfig.from_model_config(model.hf_config), tokenizer)
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(model.hf_config)
 
 
 def _sampling(recipe: Recipe, ends: list[int]) -> Any:

@@ -1,0 +1,166 @@
+"""What a model's files say before anything is loaded: whether they are a model's, and which words stand for pictures.
+
+It imports no torch, so that what leads nowhere is refused when a run is registered.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rococap import datasets
+from rococap.errors import ModelError
+
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+OBJECTS = (
+    CONFIG,
+    "added_tokens.json",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+    *(name for name in WEIGHTS if name.endswith(".json")),
+)
+"""A model's files that hold a JSON object; others beside them are nobody's business."""
+PLACEHOLDERS = ("image_token", "video_token", "audio_token", "boi_token", "boa_token")
+"""What processors replace by what a picture, a film or a sound becomes; Gemma's `boi` begins one."""
+
+_ID = re.compile(r"(image|video|audio|boi|boa)_token_(id|index)")
+_IN_A_CACHE = re.compile(r"(?:^|/)(?:models--(?P<hub>[^/]+)|(?P<modelscope>[^/]+--[^/]+)/snapshots/)")
+_QUANTISED = re.compile(r"(-unsloth)?-bnb-[48]bit$")
+
+
+def find(model: str, revision: str, file: str) -> Path | None:
+    """A file of a model, in its folder or in the hub's cache."""
+    if Path(model).is_dir():
+        path = Path(model) / file
+        return path if path.is_file() else None
+    cached = datasets.cached(model, file, revision, "model") if datasets.HUB_ID.fullmatch(model) else None
+    return Path(cached) if cached else None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Raises ModelError, naming it, for a file that holds no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}). Copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is damaged: it holds no JSON object. Copy or download it again.")
+    return content
+
+
+def check(model: str, revision: str, prompt: str) -> None:
+    """Raises ModelError for a folder that holds no model, and for a prompt that would be taken for a picture.
+
+    Of a model on the hub, only what is in the cache is looked at.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if is_adapter(folder):
+            raise no_model_but_adapter(model, folder / ADAPTER_CONFIG)
+        if not (folder / CONFIG).is_file():
+            raise _no_config(folder)
+        read(folder / CONFIG)
+    refuse_placeholders(prompt, placeholders(model, revision), model)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether there is an adapter and no model that it could lie beside: training tools copy a config.json to it."""
+    has_model = (folder / CONFIG).is_file() and any((folder / name).is_file() for name in WEIGHTS)
+    return (folder / ADAPTER_CONFIG).is_file() and not has_model
+
+
+def no_model_but_adapter(model: str, config: Path) -> ModelError:
+    base = str(read(config).get("base_model_name_or_path") or "")
+    named = f"the model that it was trained on: --model {hub_name(base)}" if base else "its model with --model:"
+    return ModelError(f"{model} is an adapter, not a model. Name {named} --adapter {model}")
+
+
+def _no_config(folder: Path) -> ModelError:
+    below = sorted(path.parent for pattern in ("*/", "snapshots/*/") for path in folder.glob(pattern + CONFIG))
+    named = (
+        f"Name the one below it: --model {below[-1]}" if below else "Name another folder, or a hub id, with --model."
+    )
+    return ModelError(f"The folder {folder} holds no model: it has no {CONFIG}. {named}")
+
+
+# --- Names -----------------------------------------------------------------------------------------------------
+
+
+def hub_name(model: str) -> str:
+    """The name that can be given to the hub, if a path into its cache holds it."""
+    found = _IN_A_CACHE.search(model.replace("\\", "/"))
+    return (found["hub"] or found["modelscope"]).replace("--", "/", 1) if found else model
+
+
+def last_part(model: str) -> str:
+    """What a model is called, wherever it lies: on the hub, in its cache, or in a folder of Windows or Linux."""
+    return hub_name(model).replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
+def common_name(model: str) -> str:
+    """The same for every spelling of a model's name.
+
+    ModelScope writes a dot as three underscores; the siblings that bitsandbytes quantised have the same shapes.
+    """
+    return _QUANTISED.sub("", last_part(model).replace("___", ".").lower())
+
+
+# --- Placeholders ----------------------------------------------------------------------------------------------
+
+
+def placeholders(model: str, revision: str) -> set[str]:
+    """The tokens that stand for pictures, as far as the files that are at hand tell them."""
+
+    def content(file: str) -> dict[str, Any]:
+        path = find(model, revision, file)
+        return read(path) if path else {}
+
+    config, tokenizer_config = content(CONFIG), content("tokenizer_config.json")
+    extra = tokenizer_config.get("extra_special_tokens")
+    told = (content("processor_config.json"), tokenizer_config, extra if isinstance(extra, dict) else {})
+    named = {text_of(where.get(name)) for where in told for name in PLACEHOLDERS}
+    ids = {value for name, value in config.items() if _ID.fullmatch(name) and isinstance(value, int)}
+    tokens = _added(tokenizer_config, content("added_tokens.json"))
+    if not ids <= tokens.keys():
+        tokens |= {token["id"]: token["content"] for token in _listed(content("tokenizer.json"))}
+    return named | {tokens[id] for id in ids & tokens.keys()}
+
+
+def _added(tokenizer_config: dict[str, Any], added: dict[str, Any]) -> dict[int, str]:
+    decoder = tokenizer_config.get("added_tokens_decoder") or {}
+    return {int(id): text_of(token) for id, token in decoder.items()} | {id: token for token, id in added.items()}
+
+
+def _listed(tokenizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    return (token for token in tokenizer.get("added_tokens") or [] if {"id", "content"} <= token.keys())
+
+
+def text_of(token: Any) -> str:
+    """A token is written as a string, or as an object that holds one; empty if it is neither."""
+    text = token.get("content") if isinstance(token, dict) else getattr(token, "content", token)
+    return text if isinstance(text, str) else ""
+
+
+def refuse_placeholders(prompt: str, tokens: set[str], model: str) -> None:
+    """Raises ModelError for a prompt that holds one: the model would be told of more pictures than it gets."""
+    if found := sorted(token for token in tokens if token.strip() and token in prompt):
+        raise ModelError(
+            f"prompt holds {found[0]}, which {model} would take for one more picture. Leave it out: the chat template "
+            "puts the picture there by itself."
+        )

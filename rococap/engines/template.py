@@ -1,0 +1,115 @@
+"""A model's chat template: the prompt that it makes of a picture and a question, and the token that ends an answer.
+
+transformers reads it from a Jinja file, chat_template.json, processor_config.json or tokenizer_config.json.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rococap.engines import files
+from rococap.errors import ModelError
+
+OF_PROCESSOR = ("chat_template.jinja", "chat_template.json", "processor_config.json")
+OF_TOKENIZER = "tokenizer_config.json"
+ADVICE = "Copy the chat template of the model that it was trained from, or name another with --model."
+PARTS_AS_TEXT = ("'type': 'image'", '"type": "image"')
+"""What the list of a message's parts looks like where a template prints it, by repr or as JSON."""
+OF_A_PICTURE = ("image_token", "boi_token")
+"""Where a processor knows both, a template may hold either."""
+ANSWER = "an answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """`called` is how a message names it."""
+
+    processor: Any
+    called: str
+    text: str
+
+    def render(self, messages: list[dict[str, Any]], *, asks: bool) -> str:
+        """With the beginning of an answer, if it `asks`. Raises ModelError for what the template cannot take."""
+        try:
+            return str(
+                self.processor.apply_chat_template(
+                    messages, chat_template=self.text, tokenize=False, add_generation_prompt=asks
+                )
+            )
+        except Exception as error:  # a template is foreign code: Jinja lets through whatever its expressions raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise ModelError(
+                f"{self.called} cannot take a picture and a prompt: {type(error).__name__}: {reason}. {ADVICE}"
+            ) from error
+
+
+def chat_prompt(processor: Any, prompt: str, name: str) -> str:
+    """The prompt for one picture. Raises ModelError, naming the template, if picture or prompt got lost in it."""
+    files.refuse_placeholders(prompt, _tokens(processor, files.PLACEHOLDERS), name)
+    template = _template(processor, name)
+    text = template.render([_question(prompt)], asks=True)
+    if any(parts in text for parts in PARTS_AS_TEXT):
+        raise ModelError(f"{template.called} writes out a picture as text. {ADVICE}")
+    pictures = _tokens(processor, OF_A_PICTURE)
+    if pictures and not any(token in text for token in pictures):
+        raise ModelError(f"{template.called} leaves the picture out. {ADVICE}")
+    if prompt.strip() not in text:
+        raise ModelError(f"{template.called} leaves the prompt out. {ADVICE}")
+    return text
+
+
+def turn_end(processor: Any, name: str) -> int | None:
+    """The token that the template puts after an answer, be it the beginning of the next question.
+
+    None if it puts none, or cannot take an answer.
+    """
+    for content, more in product(([{"type": "text", "text": ANSWER}], ANSWER), ([], [_question("another")])):
+        try:
+            messages = [_question("a question"), {"role": "assistant", "content": content}, *more]
+            text = _template(processor, name).render(messages, asks=False)
+        except ModelError:
+            continue
+        _, answer, rest = text.rpartition(ANSWER)
+        if answer and (end := _first_special(processor.tokenizer, rest)) is not None:
+            return end
+    return None
+
+
+def _question(prompt: str) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+
+
+def _first_special(tokenizer: Any, text: str) -> int | None:
+    """Tokens that were added in training are no special ones by their files, but split off all the same."""
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    special |= set(tokenizer.all_special_ids)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return next((id for id in ids if id in special), None)
+
+
+def _template(processor: Any, name: str) -> Template:
+    found = processor.chat_template or processor.tokenizer.chat_template
+    if not found:
+        raise ModelError(f"{name} has no chat template, so it does not follow prompts. Name an instruct model.")
+    places = OF_PROCESSOR if processor.chat_template else (OF_TOKENIZER,)
+    place = next((file for file in places if (Path(name) / file).is_file()), "")
+    called = f"The chat template of {name}" + (f" ({place})" if place else "")
+    if isinstance(found, list):
+        found = {one["name"]: one["template"] for one in found}
+    if not isinstance(found, dict):
+        return Template(processor, called, found)
+    if "default" not in found and len(found) > 1:
+        raise ModelError(
+            f"{name} has several chat templates and none of them is its default: {', '.join(sorted(found))}. Copy the "
+            "one that takes pictures to chat_template.jinja beside its config.json."
+        )
+    chosen = "default" if "default" in found else next(iter(found))
+    return Template(processor, f"{called}, {chosen!r}", found[chosen])
+
+
+def _tokens(processor: Any, names: Sequence[str]) -> set[str]:
+    """Those that processor and tokenizer know by these names."""
+    told = (processor, processor.tokenizer)
+    return {text for where in told for name in names if (text := files.text_of(getattr(where, name, None))).strip()}
