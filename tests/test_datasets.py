@@ -12,6 +12,8 @@ from samples import picture as png
 from samples import write_shard as write_hub_shard
 
 from rococap.datasets import (
+    STANDARD,
+    Columns,
     Dataset,
     PictureReader,
     Place,
@@ -196,28 +198,231 @@ def test_a_page_that_is_not_parquet_is_named(tmp_path):
 
 def test_missing_columns_are_named_with_those_found(tmp_path):
     path = tmp_path / "train-00000-of-00001.parquet"
-    write_shard(path, [row(0)], columns=["image", "cui"])
+    write_shard(path, [row(0)], columns=["caption", "cui"])
     assert message(find_shards, tmp_path, "train") == (
-        f"{path} lacks the columns image_id, caption; it has the columns image, cui. "
-        "Rename its columns to image, image_id, caption and cui."
+        f"{path} lacks the column image; it has the columns caption, cui. "
+        "Say what they are called, as in --columns image=IMG,image_id=ID,caption=TEXT,cui=CONCEPTS"
+    )
+    columns = Columns(image="cui", image_id="number", caption="caption", cui="concepts")
+    assert message(find_shards, tmp_path, "train", "", columns).startswith(
+        f"{path} lacks the columns number, concepts; it has the columns caption, cui. "
     )
 
 
 @pytest.mark.parametrize(
     ("column", "values", "complaint"),
     [
-        ("image", pa.array([b"x"]), "the column image is binary, not a struct with bytes"),
-        ("image_id", pa.array([7]), "the column image_id is int64, not text"),
+        ("image", pa.array([7]), "the column image is int64, not a struct with bytes"),
+        ("image", pa.array([{"height": 7}]), "the column image is struct<height: int64>, not a struct with bytes"),
+        (
+            "image",
+            pa.array([[{"bytes": b"x"}]]),
+            "the column image is list<element: struct<bytes: binary>>, not a struct with bytes",
+        ),
+        ("image_id", pa.array([7.5]), "the column image_id is double, not text"),
+        ("image_id", pa.array([b"x"]), "the column image_id is binary, not text"),
         ("caption", pa.array([b"x"]), "the column caption is binary, not text"),
-        ("cui", pa.array(["C1;C2"]), "the column cui is string, not a list of text"),
+        ("caption", pa.array([["x"]]), "the column caption is list<element: string>, not text"),
+        ("cui", pa.array([7]), "the column cui is int64, not a list of text"),
+        ("cui", pa.array([[7]]), "the column cui is list<element: int64>, not a list of text"),
     ],
 )
 def test_a_column_of_another_type_is_named(tmp_path, column, values, complaint):
     path = tmp_path / "train-00000-of-00001.parquet"
     write_shard(path, [row(0)])
+    replace_column(path, column, values)
+    assert message(find_shards, tmp_path, "train") == f"{path}: {complaint}. Write the file again."
+
+
+def replace_column(path, column, values):
     table = pq.read_table(path)
     pq.write_table(table.set_column(table.schema.get_field_index(column), column, values), path)
-    assert message(find_shards, tmp_path, "train") == f"{path}: {complaint}. Write the file again."
+
+
+DECODE = "If it holds base64, decode it (base64.b64decode) to pa.binary()"
+CAST = "Cast each of its lists by bytes() to pa.binary()."
+PATHS = "; if it holds paths, make them the field path of a struct."
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        (pa.array([{"bytes": [1, 2], "path": None}]), f"image.bytes is list<element: int64>, not binary. {CAST}"),
+        (
+            pa.array([{"bytes": [1, 2]}], pa.struct([("bytes", pa.large_list(pa.uint8()))])),
+            f"image.bytes is large_list<element: uint8>, not binary. {CAST}",
+        ),
+        (pa.array([{"bytes": "aGk=", "path": "a.png"}]), f"image.bytes is string, not binary. {DECODE}."),
+        (pa.array(["aGk="], pa.large_string()), f"image is large_string, not a struct with bytes. {DECODE}{PATHS}"),
+        (pa.array(["a.png"]).dictionary_encode(), None),
+        (pa.array([[1, 2]], pa.list_(pa.uint8())), f"image is list<element: uint8>, not a struct with bytes. {CAST}"),
+    ],
+)
+def test_pictures_that_are_not_binary_are_refused_with_what_to_cast_them_to(tmp_path, values, complaint):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0)])
+    replace_column(path, "image", values)
+    complaint = complaint or f"image is {values.type}, not a struct with bytes. {DECODE}{PATHS}"
+    assert message(find_shards, tmp_path, "train") == f"{path}: the column {complaint}"
+
+
+@pytest.mark.parametrize("column", ["image", "image_id", "caption", "cui"])
+def test_a_column_that_is_there_twice_is_named_with_its_file(tmp_path, column):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0)])
+    table = pq.read_table(path)
+    pq.write_table(table.append_column(column, table.column(column)), path)
+    assert message(find_shards, tmp_path, "train") == (
+        f"{path} has the column {column} 2 times: rename or drop all but one."
+    )
+
+
+def test_a_field_of_the_picture_that_is_there_twice_is_named(tmp_path):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0)])
+    twice = pa.StructArray.from_arrays([pa.array([b"x"]), pa.array([b"y"])], names=["bytes", "bytes"])
+    replace_column(path, "image", twice)
+    assert message(find_shards, tmp_path, "train") == (
+        f"{path}: the column image holds bytes 2 times: rename or drop all but one."
+    )
+
+
+def test_a_column_that_nobody_reads_may_be_there_twice(tmp_path):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0)])
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("note", pa.array(["x"])).append_column("note", pa.array(["y"])), path)
+    assert [sample.caption for sample in all_samples(tmp_path)] == ["A caption."]
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, [place(0)]) == [b"picture 0"]
+
+
+# ---- Parquet: other columns
+
+
+def write_table(path, table, row_group_size=3):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=row_group_size)
+
+
+def picture_of(root, sample, shard, columns=STANDARD):
+    place = Place(shard.path, shard.split, sample.row_group, sample.row_in_group, sample.image_id, columns)
+    with PictureReader(root) as reader:
+        ((_, data),) = reader.read([place])
+    return data.code if isinstance(data, PictureError) else data
+
+
+def everything(root, columns=STANDARD, split="train"):
+    """(id, caption, concepts, picture) of each row."""
+    return [
+        (sample.image_id, sample.caption, sample.cui, picture_of(root, sample, shard, columns))
+        for shard in find_shards(root, split, columns=columns)
+        for sample in samples(root, shard, columns)
+    ]
+
+
+def test_columns_of_other_names_are_read(tmp_path):
+    images = pa.array([{"bytes": b"p0", "path": None}, {"bytes": b"p1", "path": None}], IMAGE)
+    table = pa.table(
+        {"IMG": images, "n": ["a", "b"], "text": ["A.", "B."], "concepts": [["C1"], []], "image": ["x", "y"]}
+    )
+    write_table(tmp_path / "train.parquet", table)
+    columns = Columns.parse("image=IMG,image_id=n, caption=text,cui=concepts")
+    assert everything(tmp_path, columns) == [("a", "A.", ("C1",), b"p0"), ("b", "B.", (), b"p1")]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
+def test_a_picture_may_be_a_plain_binary_column(tmp_path, kind):
+    write_table(tmp_path / "train.parquet", pa.table({"image": pa.array([b"p0", b"p1"], kind), "image_id": ["a", "b"]}))
+    assert everything(tmp_path) == [("a", "", (), b"p0"), ("b", "", (), b"p1")]
+
+
+@pytest.mark.parametrize("kind", [pa.int8(), pa.int64(), pa.uint64()], ids=str)
+def test_ids_that_are_numbers_are_taken_as_text(tmp_path, kind):
+    write_table(tmp_path / "train.parquet", pa.table({"image": [b"p0", b"p1"], "image_id": pa.array([7, 12], kind)}))
+    assert everything(tmp_path) == [("7", "", (), b"p0"), ("12", "", (), b"p1")]
+
+
+def test_concepts_may_be_text_joined_by_semicolons(tmp_path):
+    cuis = ["C1;C2", "", None, "nan", "C3; C4"]
+    write_table(tmp_path / "train.parquet", pa.table({"image": [b"p"] * 5, "image_id": list("abcde"), "cui": cuis}))
+    assert [sample.cui for sample in all_samples(tmp_path)] == [("C1", "C2"), (), (), (), ("C3", "C4")]
+
+
+@pytest.mark.parametrize("captions", [None, pa.nulls(2), pa.array([None, None], pa.string())])
+def test_a_set_without_captions_is_unlabelled(tmp_path, captions):
+    table = pa.table({"image": [b"p0", b"p1"], "image_id": ["a", "b"]})
+    write_table(tmp_path / "train.parquet", table if captions is None else table.append_column("caption", captions))
+    assert [sample.caption for sample in all_samples(tmp_path)] == ["", ""]
+
+
+def write_without_ids(root, paths, per_shard=4):
+    """Shards of pictures that have a path, in row groups of three."""
+    numbers = range(len(paths))
+    n_shards = -(-len(paths) // per_shard)
+    for shard in range(n_shards):
+        part = numbers[shard * per_shard : (shard + 1) * per_shard]
+        images = [{"bytes": f"p{n}".encode(), "path": paths[n]} for n in part]
+        table = pa.table({"image": pa.array(images, IMAGE), "caption": [f"c{n}" for n in part]})
+        write_table(root / f"train-{shard:05}-of-{n_shards:05}.parquet", table)
+
+
+def test_without_ids_the_file_name_is_the_id_as_it_is(tmp_path):
+    paths = ["a.png", "x/b.JPG", "deep/er/c d.dcm", "./e", "Röntgen.tif"]
+    write_without_ids(tmp_path, paths)
+    expected = ["a.png", "b.JPG", "c d.dcm", "e", "Röntgen.tif"]
+    assert everything(tmp_path) == [(one, f"c{n}", (), f"p{n}".encode()) for n, one in enumerate(expected)]
+
+
+@pytest.mark.parametrize("paths", [["a.png", None], ["a.png", ""], ["a.png", "x/"], ["x/a.png", "y/a.png"], [None] * 2])
+def test_without_ids_and_file_names_that_are_distinct_rows_are_counted_over_the_split(tmp_path, paths):
+    paths = [*(f"{n}.png" for n in range(7)), *paths]
+    write_without_ids(tmp_path, paths)
+    expected = [(f"train_{n:06}", f"c{n}", (), f"p{n}".encode()) for n in range(9)]
+    assert everything(tmp_path) == expected
+
+
+def test_pictures_alone_are_enough(tmp_path):
+    write_table(tmp_path / "test.parquet", pa.table({"image": [b"p0", b"p1", b"p2", b"p3"]}))
+    assert everything(tmp_path, split="test") == [(f"test_{n:06}", "", (), f"p{n}".encode()) for n in range(4)]
+
+
+def test_a_file_name_that_is_not_the_one_enqueued_means_moved(tmp_path):
+    write_without_ids(tmp_path, ["a.png", "b.png"])
+    with PictureReader(tmp_path) as reader:
+        ((_, error),) = reader.read([Place("train-00000-of-00001.parquet", "train", 0, 1, "a.png")])
+    assert str(error).startswith("train-00000-of-00001.parquet holds 'b.png' in row group 0, row 1, where 'a.png' was ")
+
+
+def test_a_row_whose_id_is_null_is_not_taken_for_one_without_ids(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00001.parquet", [row(0) | {"image_id": None}])
+    with PictureReader(tmp_path) as reader:
+        ((_, error),) = reader.read([Place("train-00000-of-00001.parquet", "train", 0, 0, "train_000000")])
+    assert error.code == "moved"
+
+
+def test_one_shard_of_a_split_without_ids_is_named(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00002.parquet", [row(0)])
+    write_shard(tmp_path / "train-00001-of-00002.parquet", [row(1)], columns=["image", "caption"])
+    assert message(find_shards, tmp_path, "train") == (
+        f"{tmp_path / 'train-00001-of-00002.parquet'} lacks the column image_id, which train-00000-of-00002.parquet "
+        "has: write it with its ids, or all files of the split without."
+    )
+
+
+@pytest.mark.parametrize("text", ["text=x", "image", "image=", "caption=a,caption=b", "", "=x", "image=a,,cui=b"])
+def test_what_columns_cannot_be_is_refused_with_what_can(text):
+    told = message(Columns.parse, text)
+    assert told.startswith("--columns takes image, image_id, caption and cui, each at most once with the name of a ")
+    assert told.endswith("for example --columns image=IMG,caption=TEXT")
+
+
+def test_columns_come_back_from_their_json():
+    columns = Columns.parse("image=IMG,cui=Konzepte")
+    assert Columns.from_json(columns.to_json()) == columns
+    assert (STANDARD.to_json(), Columns.from_json(None)) == (None, STANDARD)
+    assert columns.differs(STANDARD)
+    assert not Columns(image="image").differs(STANDARD)
 
 
 # ---- Parquet: samples
