@@ -43,6 +43,7 @@ __all__ = [
     "cached",
     "find_shards",
     "locate",
+    "name_of",
     "parse_name",
     "samples",
 ]
@@ -53,11 +54,7 @@ def locate(name: str, splits: Sequence[str], revision: str | None = None, config
 
     The configuration may be told apart or in the name, after a colon.
     """
-    place, told = parse_name(name)
-    if config and told not in ("", config):
-        raise DatasetError(f"{name} names the configuration {told}, and --config {config}: leave one of them out.")
-    config = config or told
-    config = "" if config == layout.DEFAULT else config
+    place, config = _place_and_config(name, config)
     folder = Path(os.path.expanduser(place))
     if folder.is_dir():
         if revision is not None:
@@ -69,6 +66,19 @@ def locate(name: str, splits: Sequence[str], revision: str | None = None, config
     if not HUB_ID.fullmatch(place):
         raise DatasetError(f"There is no folder {place}: check the path, or name a data set of the hub as owner/name.")
     return hub.download(place, config, splits, revision)
+
+
+def name_of(name: str, config: str) -> str:
+    """What a data set of the hub is called that is asked for so."""
+    return full_name(*_place_and_config(name, config))
+
+
+def _place_and_config(name: str, config: str) -> tuple[str, str]:
+    place, told = parse_name(name)
+    if config and told not in ("", config):
+        raise DatasetError(f"{name} names the configuration {told}, and --config {config}: leave one of them out.")
+    config = config or told
+    return place, "" if config == layout.DEFAULT else config
 
 
 def find_shards(root: Path, split: str, config: str = "", columns: Columns = STANDARD) -> list[Shard]:

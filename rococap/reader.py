@@ -11,6 +11,7 @@ from unicodedata import normalize
 
 from rococap.errors import DatasetError, PictureError
 from rococap.folders import SUFFIXES, Index, inner_folders, suffix_of, top_folders
+from rococap.layout import CAPTIONS
 from rococap.parquet import batches, open_parquet
 from rococap.places import Columns, Place, file_name, is_row_id
 
@@ -55,13 +56,15 @@ class PictureReader:
     def read(self, places: Sequence[Place]) -> Iterator[tuple[Place, bytes | PictureError]]:
         """One item for each place, in that order. DatasetError where a whole shard is gone or broken."""
         for place in places:
-            if place.shard.lower().endswith(".csv"):
+            if place.shard.lower().endswith(CAPTIONS):
                 yield place, self._picture_in_folder(place)
             else:
                 yield place, self._picture_in_shard(place)
 
     def look(self, place: Place) -> bytes | PictureError:
-        """The picture at a place of a Parquet shard, whatever its id."""
+        """The picture at a place; of a Parquet shard whatever its id."""
+        if place.shard.lower().endswith(CAPTIONS):
+            return self._picture_in_folder(place)
         row = self._at(place).row(place.row_in_group)
         return _moved(place, None) if row is None else self._picture(place, row)
 

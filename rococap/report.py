@@ -242,7 +242,10 @@ def _rows(database: Database, run: Run, split: str, image_ids: Sequence[str]) ->
         )
         with transaction(database) as conn:
             rows = execute(conn, sql, (run.dataset_id, split, *some)).fetchall()
-        found += [(row[0], _Row(Place(*row[1:6]), row[6], concepts.modality(concepts.parse(row[7])))) for row in rows]
+        found += [
+            (row[0], _Row(Place(*(*row[1:6], run.columns)), row[6], concepts.modality(concepts.parse(row[7]))))
+            for row in rows
+        ]
     return [row for _, row in sorted(found, key=lambda one: one[0])]
 
 
@@ -346,12 +349,13 @@ def _cards(
 
 def _root(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
     """Where the data set is, or why it is not here. Nothing is downloaded: a look at captions is no reason to."""
+    name, _ = datasets.parse_name(run.dataset)
     if not run.dataset_revision:
-        return Path(run.dataset), ""
+        return Path(name), ""
     for shard in dict.fromkeys(shards):
-        if file := datasets.cached(run.dataset, shard, run.dataset_revision, "dataset"):
+        if file := datasets.cached(name, shard, run.dataset_revision, "dataset"):
             return Path(file.removesuffix(shard)), ""
-    command = f"hf download --repo-type dataset --revision {run.dataset_revision} {run.dataset}"
+    command = f"hf download --repo-type dataset --revision {run.dataset_revision} {name}"
     return Path(), f"The data set is not in the hub's cache here. To have it: {command}"
 
 

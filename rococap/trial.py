@@ -24,7 +24,7 @@ def places(conn: Connection, run: Run, split: str, most: int) -> list[Place]:
         "WHERE j.run_id = ? AND j.split = ? ORDER BY j.image_id LIMIT ?",
         (run.id, split, most),
     ).fetchall()
-    return [Place(*row) for row in rows]
+    return [Place(*(*row, run.columns)) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)

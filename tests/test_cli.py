@@ -328,7 +328,7 @@ def test_missing_columns_are_named(here):
     import pyarrow.parquet as pq
 
     path = write_shard(here / "set", "train", range(5))
-    pq.write_table(pq.read_table(path).drop_columns(["caption", "cui"]), path)
+    pq.write_table(pq.read_table(path).drop_columns(["image", "cui"]), path)
     message = refused("enqueue", "--split", "train", "--dataset", "set")
     assert "caption" in message
     assert "cui" in message
