@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unicodedata import normalize
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -869,7 +870,200 @@ def test_a_split_without_a_picture_folder_is_an_error_of_the_data_set(tmp_path):
         )
 
 
+SUFFIXES = ["jpg", "jpeg", "png", "tif", "tiff", "webp", "bmp", "dcm", "gif", "jp2", "avif"]
+NFC, NFD = (normalize(form, "Röntgen_1") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, *map(str.upper, SUFFIXES), "Jpg", "TiFf"])
+@pytest.mark.parametrize("image_id", ["a", "a.b", "1.2.840.10008", "a.jpg", "a.JPG", "a.tif"])
+@pytest.mark.parametrize("folder", ["train", "Train", "training_images", "train/deep"])
+def test_a_picture_is_found_whatever_its_ending_and_its_id(tmp_path, suffix, image_id, folder):
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [[image_id, "one"]])
+    stem = image_id.removesuffix(".jpg").removesuffix(".JPG").removesuffix(".tif")
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / f"{stem}.{suffix}").write_bytes(b"picture")
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, folder_places(image_id)) == [b"picture"]
+
+
+@pytest.mark.parametrize("image_id", [NFC, NFD, f"{NFC}.jpg", f"{NFD}.JPG"])
+@pytest.mark.parametrize("name", [NFC, NFD])
+@pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".tif"])
+def test_a_name_in_either_form_of_unicode_is_the_same_name(tmp_path, image_id, name, suffix):
+    assert NFC != NFD
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [[image_id, "one"]])
+    write_csv(tmp_path / "train_concepts.csv", ["ID", "CUIs"], [[normalize("NFC", image_id), "C1"], [NFD, "C2"]])
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / f"{name}{suffix}").write_bytes(b"picture")
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, folder_places(image_id)) == [b"picture"]
+    assert all_samples(tmp_path)[0].image_id == image_id
+    assert all_samples(tmp_path)[0].cui[0] == "C1"
+
+
+def test_of_several_candidates_todays_order_goes_first(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [["a", "one"]])
+    order = [
+        *("train/a.jpg", "train/a.jpeg", "train/a.png", "train_images/a.jpg", "train_images/a.png"),
+        *("train/a.JPG", "train/a.JPEG", "train/a.tif", "train/a.TIF", "train/a.avif", "train_images/a.JPG"),
+        *("train/inner/a.jpg", "train/inner/a.bmp", "train_images/inner/a.jpg"),
+    ]
+    for path in order:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(path.encode())
+    for path in order:
+        with PictureReader(tmp_path) as reader:
+            assert read(reader, folder_places("a")) == [path.encode()]
+        (tmp_path / path).unlink()
+
+
+def test_of_an_id_with_an_ending_the_file_with_that_ending_goes_first(tmp_path):
+    order = ["a.png.jpg", "a.png", "a.PNG", "a.jpg", "a.JPG", "a.tif"]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train_captions.csv").touch()
+    for name in order:
+        (tmp_path / "train" / name).write_bytes(name.encode())
+    for name in order:
+        with PictureReader(tmp_path) as reader:
+            assert read(reader, folder_places("a.png")) == [name.encode()]
+        (tmp_path / "train" / name).unlink()
+
+
+def test_other_letters_are_another_picture(folder):
+    with PictureReader(folder) as reader:
+        assert read(reader, folder_places("A", "a.", "", "aa", "a.jpeg.")) == ["missing_file"] * 5
+
+
+def test_the_usual_file_is_opened_without_listing_its_folder_and_a_miss_lists_it_once(folder, monkeypatch):
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(Path(path).name) or scandir(path))
+    (folder / "train" / "b.TIF").write_bytes(b"picture b")
+    (folder / "train" / "c.tif").write_bytes(b"picture c")
+    with PictureReader(folder) as reader:
+        assert read(reader, folder_places("a", "a")) == [b"picture a"] * 2
+        assert listed == []
+        assert read(reader, folder_places("b", "c", "d", "b", "a"))[:2] == [b"picture b", b"picture c"]
+        once = list(listed)
+        assert read(reader, folder_places("e", "c")) == ["missing_file", b"picture c"]
+        assert listed == once
+
+
+def test_a_missing_picture_of_an_id_with_an_ending_is_named_as_it_is(folder):
+    with PictureReader(folder) as reader:
+        ((_, error),) = reader.read(folder_places("b.png"))
+    assert str(error) == "There is no file train/b.png for b.png: restore it, then retry."
+
+
+@pytest.mark.parametrize(
+    "there", ["pictures/a.JPG", "pictures/a.tif", f"{NFD}/a.jpg", f"{NFC}/a.JPG", f"pictures/{NFD}.png"]
+)
+def test_a_path_in_a_row_is_found_as_a_file_of_a_folder_is(tmp_path, there):
+    asked = (
+        normalize("NFC", there) if there.endswith(".png") else str(Path(normalize("NFC", there)).with_suffix(".jpg"))
+    )
+    root = tmp_path / "set"
+    write_shard(root / "train-00000-of-00001.parquet", [row(0) | {"image": {"bytes": None, "path": asked}}])
+    (root / there).parent.mkdir(parents=True)
+    (root / there).write_bytes(b"picture")
+    with PictureReader(root) as reader:
+        assert read(reader, [place(0)]) == [b"picture"]
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "../secret", "pictures/../../secret.jpg", "..", ".", "", "/", "a\0b/c.png"]
+)
+def test_no_way_of_writing_a_path_leads_out_of_the_data_set(tmp_path, path):
+    (tmp_path / "secret.PNG").write_bytes(b"outside")
+    root = tmp_path / "set"
+    write_shard(root / "train-00000-of-00001.parquet", [row(0) | {"image": {"bytes": None, "path": path}}])
+    with PictureReader(root) as reader:
+        assert read(reader, [place(0)]) == ["missing_file" if path else "no_picture"]
+
+
+def test_concepts_of_an_id_that_is_listed_twice_are_joined_in_order(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [["a", "one"], ["b", "two"]])
+    concepts = [["a", "C3;C1"], ["b", "C9"], ["a", "C1;C2"], ["a", ""], ["a", "C0;nan"]]
+    write_csv(tmp_path / "train_concepts.csv", ["ID", "CUIs"], concepts)
+    assert [sample.cui for sample in all_samples(tmp_path)] == [("C3", "C1", "C2", "C0"), ("C9",)]
+
+
+def test_a_captions_csv_of_nothing_but_ids_is_unlabelled(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["ID"], [["a"], ["b"]])
+    write_csv(tmp_path / "train_concepts.csv", ["ID", "CUIs"], [["b", "C1"]])
+    assert all_samples(tmp_path) == [Sample("a", "", (), 0, 0), Sample("b", "", ("C1",), 0, 1)]
+
+
+def test_a_csv_has_columns_of_other_names_and_none_of_pictures(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["Name", "Text", "ID"], [["a", "one", "7"]])
+    write_csv(tmp_path / "train_concepts.csv", ["Name", "Codes"], [["a", "C1"]])
+    columns = Columns(image_id="Name", caption="Text", cui="Codes")
+    (shard,) = find_shards(tmp_path, "train", columns=columns)
+    assert list(samples(tmp_path, shard, columns)) == [Sample("a", "one", ("C1",), 0, 0)]
+    assert message(find_shards, tmp_path, "train", "", Columns(image="IMG")) == (
+        f"{tmp_path / 'train_captions.csv'} is a CSV, whose pictures are files: leave image=IMG out of --columns."
+    )
+
+
+@pytest.mark.parametrize("header", [["ID", "Caption", "Caption"], ["ID", "ID", "Caption"]])
+def test_a_column_of_a_csv_that_is_there_twice_is_named(tmp_path, header):
+    path = tmp_path / "train_captions.csv"
+    write_csv(path, header, [["a", "b", "c"]])
+    assert message(find_shards, tmp_path, "train") == f"{path} has the column {header[1]} 2 times: drop all but one."
+
+
+@pytest.mark.parametrize("alias", ["val", "dev", "Valid", "VALIDATION"])
+def test_a_folder_of_pictures_is_found_by_every_name_of_its_split(tmp_path, alias):
+    write_csv(tmp_path / f"{alias}_captions.csv", ["ID", "Caption"], [["a", "one"]])
+    (tmp_path / alias).mkdir()
+    (tmp_path / alias / "a.jpg").write_bytes(b"picture")
+    (shard,) = find_shards(tmp_path, "validation")
+    assert (shard.path, shard.split) == (f"{alias}_captions.csv", "validation")
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, [Place(shard.path, "validation", 0, 0, "a")]) == [b"picture"]
+
+
+# ---- layouts on disk
+
+
+def test_a_folder_is_read_as_its_names_and_its_readme_say(tmp_path):
+    write_shard(tmp_path / "sub" / "x.parquet", [row(0)])
+    write_shard(tmp_path / "dev-00000-of-00001.parquet", [row(1)])
+    write_shard(tmp_path / "results_medical" / "train.parquet", [row(2)])
+    write_shard(tmp_path / ".hidden" / "train.parquet", [row(3)])
+    assert [shard.path for shard in find_shards(tmp_path, "validation")] == ["dev-00000-of-00001.parquet"]
+    assert message(find_shards, tmp_path, "train") == (
+        f"{tmp_path} holds no split 'train', neither train-00000-of-000NN.parquet nor train_captions.csv. It holds: "
+        "validation. Choose one of these. The name of sub/x.parquet tells no split: to use it as train, rename it to "
+        "sub/train/x.parquet."
+    )
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: sub/*\n---\n")
+    assert [shard.path for shard in find_shards(tmp_path, "train")] == ["sub/x.parquet"]
+
+
+def test_splits_that_no_command_accepts_are_not_offered(tmp_path):
+    write_shard(tmp_path / "fold1-00000-of-00001.parquet", [row(0)])
+    told = message(find_shards, tmp_path, "train")
+    assert "Choose" not in told
+    assert told.endswith(
+        "The name of fold1-00000-of-00001.parquet tells no split: to use it as train, rename it to "
+        "train-00000-of-00001.parquet."
+    )
+
+
 # ---- locate
+
+
+def test_a_configuration_is_part_of_the_name(tmp_path):
+    root = tmp_path / "a:b"
+    root.mkdir()
+    assert locate(str(root), ["train"]) == Dataset(str(root), root, "")
+    named = Dataset(f"{root}:axial", root, "", "axial")
+    assert locate(str(root), ["train"], config="axial") == locate(f"{root}:axial", ["train"]) == named
+    assert locate(str(root), ["train"], config="default") == Dataset(str(root), root, "")
+    assert message(lambda: locate(f"{root}:axial", ["train"], config="coronal")) == (
+        f"{root}:axial names the configuration axial, and --config coronal: leave one of them out."
+    )
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path, monkeypatch):
