@@ -939,7 +939,7 @@ def compare(
     header = ["run", "captions", "s/pic", "pic/s", "tokens", "chars", "words", "flag %", "cut %"]
     click.echo(_within_80(header, [_compared_row(one) for one in compared.runs], 0))
     shared = f", {compared.shared} of them captioned by every run" if len(names) > 1 else ""
-    click.echo(f"\n{compared.path}: {compared.rows} pictures{shared}")
+    click.echo(f"\n{compared.path}: {compared.rows} pictures{shared}{'' if compared.originals else ', no originals'}")
 
 
 def _compared_row(run: Any) -> list[str]:
@@ -1018,8 +1018,13 @@ def _scores_text(told: dict[str, Any], split: str) -> str:
     else:
         notes = ["In brackets 95 % intervals. cider_d goes to 10, and of flagged less is better."]
     notes += [f"difference and p: of the {one['n']} pictures that both captioned" for one in paired if len(runs) == 2]
-    reasons = dict.fromkeys((name, why) for run in runs for name, why in run["not_computed"].items())
-    reasons_told = [textwrap.fill(f"{name}: not computed: {why}", 80, subsequent_indent="  ") for name, why in reasons]
+    reasons: dict[str, list[str]] = {}
+    for name, why in dict.fromkeys(one for run in runs for one in run["not_computed"].items()):
+        reasons.setdefault(why, []).append(name)
+    reasons_told = [
+        textwrap.fill(f"{', '.join(names)}: not computed: {why}", 80, subsequent_indent="  ")
+        for why, names in reasons.items()
+    ]
     tables = (_overall_table(list(names), runs, paired), _modalities_table(runs))
     return "\n\n".join([f"{split}: {counts}", tables[0], "\n".join(notes), tables[1], "\n".join(reasons_told)]).rstrip()
 
