@@ -9,6 +9,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -18,6 +19,7 @@ sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for t
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 from report import Clock, Line, Took, alternate, compare, show, timed
 from rows import SPLIT, caption, concepts, connect, image_id
 from sqlalchemy import Engine
@@ -43,6 +45,15 @@ CLOCKS: tuple[Clock, ...] = ("wall", "cpu")
 
 ReadSplit = list[tuple[Shard, list[Sample]]]
 
+
+def _picture() -> bytes:
+    file = BytesIO()
+    Image.new("L", (64, 64), 128).save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURE = _picture()
+
 # --- The data set ----------------------------------------------------------------------------------------------
 
 
@@ -64,7 +75,8 @@ def _write_shard(path: Path, numbers: range, picture_bytes: int, source: random.
 
 
 def _row(number: int, picture_bytes: int, source: random.Random) -> dict[str, object]:
-    picture = {"bytes": os.urandom(picture_bytes), "path": None}
+    # Enqueue opens a few: each is a picture, and behind its end noise that nothing looks at.
+    picture = {"bytes": PICTURE + os.urandom(picture_bytes - len(PICTURE)), "path": None}
     return {"image": picture, "image_id": image_id(number), "caption": caption(source), "cui": concepts(source)}
 
 
@@ -111,8 +123,8 @@ def time_ours(read: ReadSplit, root: Path, engine: Engine, _path: Path) -> Took:
     """Enqueue with its reading taken out: the samples are in memory already."""
     rows = {shard.path: samples for shard, samples in read}
     in_memory = SimpleNamespace(
-        find_shards=lambda root, split: [shard for shard, _ in read],
-        samples=lambda root, shard: iter(rows[shard.path]),
+        find_shards=lambda root, split, config, columns: [shard for shard, _ in read],
+        samples=lambda root, shard, columns: iter(rows[shard.path]),
     )
     with patch.object(enqueue, "datasets", in_memory):
         return timed(lambda: enqueue_all(engine, root))
@@ -138,7 +150,7 @@ def _insert(
     connection: sqlite3.Connection, read: ReadSplit, images: list[tuple[object, ...]], jobs: list[tuple[int, int, str]]
 ) -> None:
     connection.execute("BEGIN IMMEDIATE")
-    connection.execute("INSERT INTO datasets VALUES (1, 'bench', '')")
+    connection.execute("INSERT INTO datasets VALUES (1, 'bench', '', NULL)")
     connection.execute(
         "INSERT INTO runs (id, name, dataset_id, recipe, recipe_hash, created_at) VALUES (1, 'bench', 1, '', '', 0)"
     )

@@ -66,7 +66,7 @@ def fill(path: Path, rows: int, *, done: bool) -> None:
 
 def _add_parents(connection: sqlite3.Connection, rows: int) -> None:
     recipe = Recipe()
-    connection.execute("INSERT INTO datasets VALUES (1, 'bench', '')")
+    connection.execute("INSERT INTO datasets VALUES (1, 'bench', '', NULL)")
     connection.execute(
         "INSERT INTO shards VALUES (1, 1, 'train-00000-of-00001.parquet', ?, ?, ?, 1, '')", (SPLIT, rows, rows // 100)
     )

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +259,7 @@ def _worker_rate(
     with tempfile.TemporaryDirectory(prefix="rococap-bench-") as folder:
         database = db.connect(f"sqlite:///{folder}/queue.db", force=True)  # nobody else opens it
         try:
+            dataset = replace(dataset, columns=run.columns)
             enqueue(database, dataset, [split], run=run.name, recipe=run.recipe, limit=n, offset=offset)
             outcome = work(
                 database,

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from itertools import product
@@ -260,6 +260,12 @@ def list_prompts(prompts: Path | None, as_json: bool) -> None:
 @click.option(
     "--dataset-revision", metavar="REV", help="Branch, tag or commit of a data set on the hub. [default: main]"
 )
+@click.option("--config", metavar="NAME", help="Of a data set that has several configurations, this one.")
+@click.option(
+    "--columns",
+    metavar="KEY=NAME,…",
+    help="Columns of other names: image=IMG,image_id=ID,caption=TEXT,cui=CONCEPTS. Kept with the data set.",
+)
 @click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Only N rows of each split.")
 @click.option("--offset", type=click.IntRange(0, MANY), default=0, metavar="K", help="Leave out the first K rows.")
 @click.option(
@@ -341,6 +347,8 @@ def enqueue(
     splits: tuple[str, ...],
     dataset: str,
     dataset_revision: str | None,
+    config: str | None,
+    columns: str | None,
     limit: int | None,
     offset: int,
     run_name: str,
@@ -375,7 +383,9 @@ def enqueue(
             )
     else:
         wanted = _recipe(recipe)
-        located = datasets.locate(dataset, splits, dataset_revision or _pinned_revision(database, run_name, dataset))
+        asked = datasets.Columns.parse(columns) if columns is not None else datasets.STANDARD
+        revision = dataset_revision or _pinned_revision(database, run_name, dataset, config or "")
+        located = replace(datasets.locate(dataset, splits, revision, config or ""), columns=asked)
         with _bar() as progress:
             results = registration.enqueue(
                 database, located, splits, run=run_name, recipe=wanted, limit=limit, offset=offset, progress=progress
@@ -405,7 +415,7 @@ def _check_enqueue(ctx: click.Context, source: str | None, has_splits: bool, has
         if not has_splits:
             raise click.UsageError("Missing option '--split'. Choose from: train, validation, test, all.")
         return
-    for name in ("dataset", "dataset_revision", "limit", "offset"):
+    for name in ("dataset", "dataset_revision", "config", "columns", "limit", "offset"):
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--from takes another run's pictures: leave --{name.replace('_', '-')} out.")
     if ctx.get_parameter_source("run_name") is ParameterSource.DEFAULT:
@@ -454,11 +464,12 @@ def _absolute_if_folder(name: str, what: str) -> str:
     return str(path.resolve()) if path.is_dir() else name
 
 
-def _pinned_revision(database: Database, run_name: str, dataset: str) -> str | None:
+def _pinned_revision(database: Database, run_name: str, dataset: str, config: str) -> str | None:
     """A run stays on the commit of its data set, also when the hub's branch has moved on."""
+    name = datasets.name_of(dataset, config)
     with db.transaction(database) as conn:
         for run in queue.list_runs(conn):
-            if (run.name, run.dataset) == (run_name, dataset):
+            if (run.name, run.dataset) == (run_name, name):
                 return run.dataset_revision or None
     return None
 
@@ -467,6 +478,9 @@ def _echo_enqueued(run_name: str, result: Any) -> None:
     click.echo(f"{run_name} {result.split}: {result.new} new, {result.known} known, {result.changed} changed")
     if result.duplicates:
         click.echo(f"  {result.duplicates} rows repeat an image_id that is already there and were left out")
+    if result.is_unlabelled:
+        click.echo("  no originals: nothing is scored against them. If a column holds them, register it in another")
+        click.echo("  queue: --db URL --columns caption=NAME")
     for shard in result.altered_shards:
         click.echo(f"  {shard} was altered since it was registered: places and captions were read anew")
 
@@ -949,7 +963,7 @@ def compare(
     header = ["run", "captions", "s/pic", "pic/s", "tokens", "chars", "words", "flag %", "cut %"]
     click.echo(_within_80(header, [_compared_row(one) for one in compared.runs], 0))
     shared = f", {compared.shared} of them captioned by every run" if len(names) > 1 else ""
-    click.echo(f"\n{compared.path}: {compared.rows} pictures{shared}")
+    click.echo(f"\n{compared.path}: {compared.rows} pictures{shared}{'' if compared.originals else ', no originals'}")
 
 
 def _compared_row(run: Any) -> list[str]:
@@ -1028,8 +1042,13 @@ def _scores_text(told: dict[str, Any], split: str) -> str:
     else:
         notes = ["In brackets 95 % intervals. cider_d goes to 10, and of flagged less is better."]
     notes += [f"difference and p: of the {one['n']} pictures that both captioned" for one in paired if len(runs) == 2]
-    reasons = dict.fromkeys((name, why) for run in runs for name, why in run["not_computed"].items())
-    reasons_told = [textwrap.fill(f"{name}: not computed: {why}", 80, subsequent_indent="  ") for name, why in reasons]
+    reasons: dict[str, list[str]] = {}
+    for name, why in dict.fromkeys(one for run in runs for one in run["not_computed"].items()):
+        reasons.setdefault(why, []).append(name)
+    reasons_told = [
+        textwrap.fill(f"{', '.join(names)}: not computed: {why}", 80, subsequent_indent="  ")
+        for why, names in reasons.items()
+    ]
     tables = (_overall_table(list(names), runs, paired), _modalities_table(runs))
     return "\n\n".join([f"{split}: {counts}", tables[0], "\n".join(notes), tables[1], "\n".join(reasons_told)]).rstrip()
 

@@ -63,12 +63,13 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """`shared` counts the pictures that every run has captioned."""
+    """`shared` counts the pictures that every run has captioned, `originals` those that have an original caption."""
 
     path: Path
     rows: int
     shared: int
     runs: tuple[Summary, ...]
+    originals: int
 
 
 def default_path(names: Sequence[str]) -> Path:
@@ -106,7 +107,7 @@ def compare(
         rows = write_frames(join.frames(read, cutoff, done, progress), partial, path.suffix, _schema(runs))
         if not rows:
             raise RunError(_nothing(names, all_done))
-    return Compared(path, rows, join.shared, tuple(measure.summary() for measure in join.measures))
+    return Compared(path, rows, join.shared, tuple(measure.summary() for measure in join.measures), join.originals)
 
 
 def check_suffix(path: Path) -> None:
@@ -216,6 +217,7 @@ class _Join:
     measures: Sequence[_Measure]
     all_done: bool
     shared: int = 0
+    originals: int = 0
 
     def frames(self, read: Read, cutoff: int, done: Mapping[str, int], progress: Progress) -> Iterator[pd.DataFrame]:
         columns = _schema(self.runs).names
@@ -239,6 +241,7 @@ class _Join:
     def _row(self, split: str, of_run: Captions) -> list[Any]:
         cells: list[tuple[Any, ...]] = [(None,) * len(OF_RUN)] * len(self.runs)
         _, image_id, original, *_ = next(iter(of_run.values()))
+        self.originals += bool(original)
         for n, row in of_run.items():
             cells[n] = _cells(*row[3:])
             self.measures[n].add(*cells[n])

@@ -347,16 +347,17 @@ def _dataset(database: Engine, run: Run) -> Iterator[Finding]:
     sql = "SELECT path, split, n_rows, n_row_groups, size, digest FROM shards WHERE dataset_id = ? ORDER BY id"
     with transaction(database) as conn:
         known = {row[0]: Shard(*row) for row in execute(conn, sql, (run.dataset_id,)).fetchall()}
-    root = Path(run.dataset)
+    name, config = datasets.parse_name(run.dataset)
+    root = Path(name)
     if run.dataset_revision:
-        files = {path: datasets.cached(run.dataset, path, run.dataset_revision, "dataset") for path in known}
+        files = {path: datasets.cached(name, path, run.dataset_revision, "dataset") for path in known}
         absent = [path for path, file in files.items() if file is None]
         if absent:
-            yield _not_cached("dataset", run.dataset, run.dataset_revision, _listed(absent))
+            yield _not_cached("dataset", name, run.dataset_revision, _listed(absent))
             return
         root = next((Path(file.removesuffix(path)) for path, file in files.items() if file), root)
     splits = dict.fromkeys(shard.split for shard in known.values())
-    there = {shard.path: shard for split in splits for shard in datasets.find_shards(root, split)}
+    there = {shard.path: shard for split in splits for shard in datasets.find_shards(root, split, config, run.columns)}
     altered = [path for path in known if path in there and there[path] != known[path]]
     gone = [path for path in known if path not in there]
     found = " at ".join(filter(None, (run.dataset, run.dataset_revision)))

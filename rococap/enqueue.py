@@ -1,21 +1,22 @@
-"""Registers a data set's rows and a run's jobs. Reads captions and concepts, never a picture.
+"""Registers a data set's rows and a run's jobs. Reads captions and concepts, and of a new split a few pictures.
 
 The whole split is entered in `images`, whatever `limit` says, so that ids follow the data set's order; a run's jobs
 are a selection of them. A shard is one transaction and so is a page of jobs: killed half-way, the next enqueue goes on.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 from sqlalchemy import Connection, Engine
 
 from rococap import datasets, queue
-from rococap.datasets import Dataset, Sample, Shard
+from rococap.datasets import Columns, Dataset, Sample, Shard
 from rococap.db import execute, lock, transaction
-from rococap.errors import RunError
+from rococap.errors import DatasetError, RunError
 from rococap.models import JobState
+from rococap.probe import require_pictures
 from rococap.queue import clean_text
 from rococap.recipe import RULES, Recipe
 
@@ -27,7 +28,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(slots=True)
 class Enqueued:
-    """What an enqueue did to one split: jobs new and known, rows changed and duplicate, shards altered since."""
+    """What an enqueue did to one split: jobs new and known, rows changed and duplicate, shards altered since, and
+    whether no row of it has an original caption.
+    """
 
     split: str
     new: int = 0
@@ -35,6 +38,7 @@ class Enqueued:
     changed: int = 0
     duplicates: int = 0
     altered_shards: list[str] = field(default_factory=list)
+    is_unlabelled: bool = False
 
 
 def enqueue(
@@ -51,9 +55,14 @@ def enqueue(
     """Makes the rows `offset` to `offset + limit` of each split pending in a run; what is known stays as it is.
 
     Raises RunError if the run exists with another recipe or data set, DatasetError for data that cannot be read:
-    every shard's footer is read before anything is written.
+    every shard's footer is read, and of a split that is new or altered some pictures, before anything is written.
     """
-    shards = {split: datasets.find_shards(dataset.root, split) for split in splits}
+    with transaction(engine) as conn:
+        dataset, known = _as_registered(conn, dataset, splits)
+    shards = {split: datasets.find_shards(dataset.root, split, dataset.config, dataset.columns) for split in splits}
+    for split in splits:
+        if any(known[split].get(shard.path) != shard for shard in shards[split]):
+            require_pictures(dataset, split, shards[split], recipe)
     with transaction(engine, write=True) as conn:
         dataset_id = register_dataset(conn, dataset)
         target = queue.create_run(conn, run, dataset_id, recipe)
@@ -62,8 +71,15 @@ def enqueue(
         result = Enqueued(split)
         _register_split(engine, dataset, dataset_id, shards[split], result, progress)
         _register_jobs(engine, target, split, limit, offset, result, progress)
+        with transaction(engine) as conn:
+            result.is_unlabelled = not _has_originals(conn, dataset_id, split)
         results.append(result)
     return results
+
+
+def _has_originals(conn: Connection, dataset_id: int, split: str) -> bool:
+    sql = "SELECT 1 FROM images WHERE dataset_id = ? AND split = ? AND caption <> '' LIMIT 1"
+    return execute(conn, sql, (dataset_id, split)).one_or_none() is not None
 
 
 def enqueue_from(
@@ -96,11 +112,35 @@ def enqueue_from(
 def register_dataset(conn: Connection, dataset: Dataset) -> int:
     execute(
         conn,
-        "INSERT INTO datasets (name, revision) VALUES (?, ?) ON CONFLICT (name, revision) DO NOTHING",
-        (dataset.name, dataset.revision),
+        "INSERT INTO datasets (name, revision, columns) VALUES (?, ?, ?) ON CONFLICT (name, revision) DO NOTHING",
+        (dataset.name, dataset.revision, dataset.columns.to_json()),
     )
-    row = execute(conn, "SELECT id FROM datasets WHERE name = ? AND revision = ?", (dataset.name, dataset.revision))
-    return int(row.scalar_one())
+    row = execute(conn, _DATASET, (dataset.name, dataset.revision)).one()
+    _check_columns(dataset, Columns.from_json(row[1]))
+    return int(row[0])
+
+
+_DATASET = "SELECT id, columns FROM datasets WHERE name = ? AND revision = ?"
+
+
+def _as_registered(
+    conn: Connection, dataset: Dataset, splits: Sequence[str]
+) -> tuple[Dataset, dict[str, dict[str, Shard]]]:
+    """A data set with the columns that it was registered with, if it was, and the shards of each split by path."""
+    row = execute(conn, _DATASET, (dataset.name, dataset.revision)).one_or_none()
+    if row is None:
+        return dataset, {split: {} for split in splits}
+    columns = Columns.from_json(row[1])
+    _check_columns(dataset, columns)
+    return replace(dataset, columns=columns), {split: _known_shards(conn, row[0], split) for split in splits}
+
+
+def _check_columns(dataset: Dataset, stored: Columns) -> None:
+    if dataset.columns.given() and dataset.columns.differs(stored):
+        raise DatasetError(
+            f"The data set {dataset.name} was registered with {stored} for its columns, and its pictures are read by "
+            f"these, not by {dataset.columns}: leave --columns out, or register it in another queue with --db."
+        )
 
 
 # --- Images ----------------------------------------------------------------------------------------------------
@@ -120,6 +160,7 @@ def _register_split(
         altered = [shard for shard in shards if known.get(shard.path, shard) != shard]
         new = [shard for shard in shards if shard.path not in known]
         gone = known.keys() - {shard.path for shard in shards}
+        _check_row_ids(dataset, shards, known)
         if altered or (new and gone):
             # In one transaction: killed between two of them, nobody would know that the first was altered.
             _merge(conn, dataset, dataset_id, altered + new, {*gone, *(shard.path for shard in altered)}, result)
@@ -134,10 +175,22 @@ def _register_split(
         progress(f"{result.split}: reading captions", done, total)
 
 
+def _check_row_ids(dataset: Dataset, shards: list[Shard], known: dict[str, Shard]) -> None:
+    """A row that is named by its number is another picture's once a row before it comes or goes."""
+    is_by_row = any(shard.ids == "row" for shard in shards)
+    for shard, old in zip(shards, known.values(), strict=False):
+        if is_by_row and shard != old:
+            raise DatasetError(
+                f"{dataset.root / shard.path} is not what was registered, and its rows have no ids by which to tell "
+                "them apart: register the data set in another queue with --db, or give it a column image_id."
+            )
+
+
 def _known_shards(conn: Connection, dataset_id: int, split: str) -> dict[str, Shard]:
     rows = execute(
         conn,
-        "SELECT path, split, n_rows, n_row_groups, size, digest FROM shards WHERE dataset_id = ? AND split = ?",
+        "SELECT path, split, n_rows, n_row_groups, size, digest FROM shards WHERE dataset_id = ? AND split = ? "
+        "ORDER BY id",
         (dataset_id, split),
     ).fetchall()
     return {row[0]: Shard(*row) for row in rows}
@@ -146,7 +199,7 @@ def _known_shards(conn: Connection, dataset_id: int, split: str) -> dict[str, Sh
 def _add_shard(conn: Connection, dataset: Dataset, dataset_id: int, shard: Shard) -> int:
     """Enters a new shard; returns how many of its rows had an image_id that was not there."""
     shard_id = _save_shard(conn, dataset_id, shard)
-    pages = _pages(datasets.samples(dataset.root, shard))
+    pages = _pages(datasets.samples(dataset.root, shard, dataset.columns))
     return sum(_add_images(conn, dataset_id, shard, shard_id, page) for page in pages)
 
 
@@ -199,7 +252,7 @@ def _merge(
         if shard.path in movable:
             result.altered_shards.append(shard.path)
         moved, added = [], []
-        for sample in datasets.samples(dataset.root, shard):
+        for sample in datasets.samples(dataset.root, shard, dataset.columns):
             path, *old = known.get(sample.image_id, (None,))
             new = _place_and_texts(shard_id, sample)
             if sample.image_id in seen or (path is not None and path not in movable):

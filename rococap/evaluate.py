@@ -47,6 +47,8 @@ RESAMPLES = 1_000
 SEED = 20_411  # intervals and tests are the same whenever they are computed
 STORE = 500  # captions whose scores are stored at once, and lost at most where evaluating is killed
 LONGEST_NAME = 150  # bytes of the runs' names in a file's, which file systems hold to 255
+NO_ORIGINALS = "There are no originals: the data set has no captions of its own for these pictures."
+NO_CONCEPTS = "There are no originals and no concepts: the data set has none for these pictures."
 TRAINING = "rococap_training.json"
 """Beside an adapter or model that rococap trained: {"dataset": name, "splits": [what it was trained on]}."""
 
@@ -91,12 +93,19 @@ COUNTED: dict[str, tuple[tuple[str, ...], Callable[[Matrix], Matrix]]] = {
 """Scores of a corpus that are no means of its captions': their names, and what makes them of summed counts."""
 
 
+def _of_counts(kind: str, counts: Matrix) -> Matrix:
+    """NaN where nothing was counted: there is no original."""
+    _, score = COUNTED[kind]
+    scores: Matrix = np.where(np.any(counts, axis=-1, keepdims=True), score(counts), np.nan)
+    return scores
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """`score` takes all pairs and the places of those that are wanted, and yields a Scores for each of these, or raises
     NotComputed. `packages`: whose versions decide the numbers; `edition` changes with our own code. A metric
     `of_corpus` hangs on all references of the evaluation; an `extra` one takes long, or a package that rococap does not
-    bring, and is computed where it is asked for.
+    bring, and is computed where it is asked for. Of scores, those `of_concepts` need no original.
     """
 
     name: str
@@ -106,6 +115,7 @@ class Metric:
     edition: str = "1"
     of_corpus: bool = False
     extra: bool = False
+    of_concepts: tuple[str, ...] = ()
 
     def digests(self, pairs: Sequence[Pair]) -> list[str]:
         """What the score of each pair hangs on."""
@@ -199,7 +209,13 @@ METRICS = (
     ),
     Metric("meteor_nltk", ("meteor_nltk",), _meteor, ("nltk",)),
     Metric("cider_d", ("cider_d",), _cider_d, of_corpus=True),
-    Metric("concepts", ("concept_f1", "concept_recall", "concept_f1_ref"), _concepts, edition=concepts.DIGEST),
+    Metric(
+        "concepts",
+        ("concept_f1", "concept_recall", "concept_f1_ref"),
+        _concepts,
+        edition=concepts.DIGEST,
+        of_concepts=("concept_f1", "concept_recall"),
+    ),
     Metric(
         "bertscore_f1",
         ("bertscore_f1",),
@@ -298,8 +314,8 @@ class Scored:
         found: dict[str, Vector] = {}
         at = 0
         for kind, counts in self.counts.items():
-            names, score = COUNTED[kind]
-            found |= zip(names, np.moveaxis(score(sums[..., at : at + counts.shape[1]]), -1, 0), strict=True)
+            names, _ = COUNTED[kind]
+            found |= zip(names, np.moveaxis(_of_counts(kind, sums[..., at : at + counts.shape[1]]), -1, 0), strict=True)
             at += counts.shape[1]
         for name in self.values:
             found[name] = _ratio(sums[..., at], sums[..., at + 1])
@@ -389,8 +405,9 @@ def _only(scored: Scored, rows: npt.NDArray[np.int64], like: Scored, is_part: bo
     for metric in METRICS if is_part else ():
         if metric.of_corpus and metric.name in values:
             del values[metric.name]
-            if not metric.extra and len(rows) > 1:
-                _add(part, list(metric.score(part.pairs, range(len(rows)))))
+            labelled = _labelled(part.pairs)
+            if not metric.extra and len(labelled) > 1:
+                _add(part, list(metric.score([part.pairs[at] for at in labelled], range(len(labelled)))), labelled)
     return part
 
 
@@ -474,22 +491,55 @@ def _evaluate(
         progress(f"{run.name}, {split}: {what}", done, total)
 
     was_computed = {name for _, name in kept}
+    labelled = _labelled(pairs)
     for metric in METRICS:
         if metric.extra and metric.name not in {*also, *was_computed}:
             continue
+        rows = range(len(pairs)) if metric.of_concepts else labelled
+        scored.not_computed |= _not_to_be_had(metric, pairs, labelled)
+        if scored.not_computed.keys() >= set(metric.scores):
+            continue
         try:
-            scores = _scores(database, metric, pairs, kept, metric.name in also, told)
+            scores = _scores(database, metric, [pairs[at] for at in rows], kept, metric.name in also, told)
         except NotComputed as why:
             scored.not_computed |= dict.fromkeys(metric.scores, str(why))
         else:
-            _add(scored, scores)
+            _add(scored, scores, rows)
+    _drop_unlabelled(scored, labelled)
     scored.values["flagged"] = np.array([float(bool(pair.flags)) for pair in pairs])
     return scored
 
 
-def _add(scored: Scored, scores: Sequence[Scores]) -> None:
+def _labelled(pairs: Sequence[Pair]) -> list[int]:
+    """The places of those that have an original."""
+    return [at for at, pair in enumerate(pairs) if pair.reference.strip()]
+
+
+def _not_to_be_had(metric: Metric, pairs: Sequence[Pair], labelled: Sequence[int]) -> dict[str, str]:
+    """The scores that need originals where there are none, and why."""
+    if labelled:
+        return {}
+    if metric.of_concepts and not any(pair.cui for pair in pairs):
+        return dict.fromkeys(metric.scores, NO_CONCEPTS)
+    return {name: NO_ORIGINALS for name in metric.scores if name not in metric.of_concepts}
+
+
+def _drop_unlabelled(scored: Scored, labelled: Sequence[int]) -> None:
+    """Takes away what a metric of concepts says of originals that are not there."""
+    for metric in METRICS:
+        for name in metric.scores if metric.of_concepts else ():
+            if name in scored.not_computed:
+                scored.values.pop(name, None)
+            elif name not in metric.of_concepts and name in scored.values:
+                scored.values[name][np.setdiff1d(np.arange(len(scored.pairs)), labelled)] = np.nan
+
+
+def _add(scored: Scored, scores: Sequence[Scores], rows: Sequence[int]) -> None:
+    """Enters the scores of some captions; the others have none."""
     for name in scores[0]:
-        column = np.array([one[name] for one in scores], dtype=np.float64)
+        told = np.array([one[name] for one in scores], dtype=np.float64)
+        column = np.full((len(scored.pairs), *told.shape[1:]), 0.0 if name in COUNTED else np.nan)
+        column[list(rows)] = told
         if name in COUNTED:
             scored.counts[name] = column
         else:
@@ -499,6 +549,11 @@ def _add(scored: Scored, scores: Sequence[Scores]) -> None:
 def _warnings(scored: Scored, n_images: int) -> Iterator[str]:
     run, split = scored.run, scored.split
     n = len(scored.pairs)
+    if n_labelled := len(_labelled(scored.pairs)):
+        if n_labelled < n:
+            yield f"{n - n_labelled} captions of {split} have no original: scores against originals are of the others."
+    else:
+        yield f"{run.name} has no originals for {split}: scores against them are not computed."
     if scored.missing:
         yield f"{scored.missing} pictures of {split} are not captioned by {run.name}: these scores are of the others."
     if n + scored.missing < n_images:
@@ -609,6 +664,6 @@ def _frames(scored: Scored) -> Iterator[pd.DataFrame]:
 def _by_caption(scored: Scored) -> dict[str, Vector]:
     counted: dict[str, Vector] = {}
     for kind, counts in scored.counts.items():
-        names, score = COUNTED[kind]
-        counted |= zip(names, score(counts).T, strict=True)
+        names, _ = COUNTED[kind]
+        counted |= zip(names, _of_counts(kind, counts).T, strict=True)
     return counted | {name: value for name, value in scored.values.items() if name != "flagged"}

@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA = "0003"
+SCHEMA = "0004"
 """The alembic revision that this code reads and writes."""
 
 
@@ -70,8 +70,9 @@ datasets = Table(
     "datasets",
     metadata,
     _id(),
-    Column("name", Text, nullable=False),  # absolute path of a folder, or a hub id
+    Column("name", Text, nullable=False),  # absolute path of a folder, or a hub id; with `:config` if one was chosen
     Column("revision", Text, nullable=False),  # the hub's commit; empty for a folder
+    Column("columns", Text),  # JSON of places.Columns; NULL: they have their standard names
     UniqueConstraint("name", "revision"),
     sqlite_strict=True,
 )

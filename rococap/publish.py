@@ -389,9 +389,10 @@ def _card(run: Run, written: Sequence[Written], manifest: dict[str, Any]) -> str
     )
     environment.filters |= {"fenced": _fenced, "code": _code, "quoted": _quoted}
     rows = sum(one.captions for one in written)
+    source, _ = datasets.parse_name(run.dataset)
     return environment.from_string(CARD.read_text(encoding="utf-8")).render(
         title=f"Captions of radiology pictures by {Path(run.recipe.model).name}",
-        source=run.dataset if datasets.HUB_ID.fullmatch(run.dataset) else None,
+        source=source if datasets.HUB_ID.fullmatch(source) else None,
         size=next((size for most, size in _SIZES.items() if rows < most), "n>10M"),
         run=run,
         recipe=run.recipe,
@@ -600,7 +601,7 @@ def _samples(
     # Each page is a transaction of its own, also on PostgreSQL, which ends one that waits a minute for pictures.
     pages = done_pages(lambda: transaction(source.database), source.run, counts.split, source.cutoff, _OF_SAMPLE)
     for n, row in enumerate(chain.from_iterable(pages), 1):
-        place, texts = Place(*row[1:6]), row[6:]
+        place, texts = Place(*(*row[1:6], source.run.columns)), row[6:]
         ((_, data),) = reader.read([place])
         try:
             yield _sample(source.run, place, _picture(data), *texts)

@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from rococap import db
-from rococap.datasets import SPLITS, Place
+from rococap.datasets import SPLITS, STANDARD, Columns, Place
 from rococap.db import execute
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import LeaseLost, RunError
@@ -52,6 +52,7 @@ class Run:
     resolved: dict[str, Any] | None
     max_attempts: int
     paused: bool
+    columns: Columns = STANDARD
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +145,16 @@ def tally(conn: Connection, run_id: int, split: str, slot: int, changes: Mapping
 
 _RUNS = (
     "SELECT r.id, r.name, r.dataset_id, d.name, d.revision, r.recipe, r.resolved, r.max_attempts, "
-    "r.paused FROM runs r JOIN datasets d ON d.id = r.dataset_id "
+    "r.paused, d.columns FROM runs r JOIN datasets d ON d.id = r.dataset_id "
 )
 
 
 def _run(row: Sequence[Any]) -> Run:
-    run_id, name, dataset_id, dataset, revision, recipe, resolved, max_attempts, paused = row
+    run_id, name, dataset_id, dataset, revision, recipe, resolved, max_attempts, paused, columns = row
     parsed = json.loads(resolved) if resolved else None
     return Run(
-        run_id, name, dataset_id, dataset, revision, Recipe.from_json(recipe), parsed, max_attempts, bool(paused)
+        *(run_id, name, dataset_id, dataset, revision, Recipe.from_json(recipe), parsed, max_attempts, bool(paused)),
+        columns=Columns.from_json(columns),
     )
 
 
@@ -386,8 +388,14 @@ def claim(
     if not rows:
         return None
     lease_id = _lease(conn, worker_id, run_id, split, lane, [row[0] for row in rows], ttl_ms, _at(conn, now))
-    jobs = tuple(Job(row[0], lease_id, Place(row[1], split, row[2], row[3], row[4])) for row in rows)
+    columns = _columns(conn, run_id)
+    jobs = tuple(Job(row[0], lease_id, Place(row[1], split, row[2], row[3], row[4], columns)) for row in rows)
     return Lease(lease_id, worker_id, run_id, split, lane, jobs)
+
+
+def _columns(conn: Connection, run_id: int) -> Columns:
+    sql = "SELECT d.columns FROM datasets d JOIN runs r ON r.dataset_id = d.id WHERE r.id = ?"
+    return Columns.from_json(execute(conn, sql, (run_id,)).scalar_one())
 
 
 def _lease(

@@ -205,10 +205,9 @@ def _fitting(drawn: Sequence[str], chosen: Sequence[str], most: int) -> Sequence
 def _candidates(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]]) -> dict[str, Sequence[str]]:
     """Of each section, the first to be taken first."""
     first = evaluated.scored[0]
-    # One caption has no CIDEr-D.
-    scores = zip(
-        first.values.get("cider_d", first.values["rouge_l"]), (pair.image_id for pair in first.pairs), strict=True
-    )
+    # One caption has no CIDEr-D, and one without an original no score at all.
+    values: Iterable[float] = next((first.values[name] for name in ("cider_d", "rouge_l") if name in first.values), [])
+    scores = [(value, pair.image_id) for value, pair in zip(values, first.pairs, strict=False) if not np.isnan(value)]
     ranked = [image_id for _, image_id in sorted(scores, key=lambda one: (-one[0], one[1]))]
     equal = {pair.image_id for pair in first.pairs if pair.text == pair.reference}
     everything = list(dict.fromkeys(pair.image_id for one in evaluated.scored for pair in one.pairs))
@@ -242,7 +241,10 @@ def _rows(database: Database, run: Run, split: str, image_ids: Sequence[str]) ->
         )
         with transaction(database) as conn:
             rows = execute(conn, sql, (run.dataset_id, split, *some)).fetchall()
-        found += [(row[0], _Row(Place(*row[1:6]), row[6], concepts.modality(concepts.parse(row[7])))) for row in rows]
+        found += [
+            (row[0], _Row(Place(*(*row[1:6], run.columns)), row[6], concepts.modality(concepts.parse(row[7]))))
+            for row in rows
+        ]
     return [row for _, row in sorted(found, key=lambda one: one[0])]
 
 
@@ -299,8 +301,9 @@ class _Captions:
 
     def mean(self, image_id: str) -> float | None:
         places = [(one, at[image_id]) for one, at in zip(self._scored, self._at, strict=True) if image_id in at]
-        values = [float(one.values["rouge_l"][at]) for one, at in places]
-        return sum(values) / len(values) if values else None
+        values = [float(one.values["rouge_l"][at]) for one, at in places if "rouge_l" in one.values]
+        known = [value for value in values if not np.isnan(value)]
+        return sum(known) / len(known) if known else None
 
     def _said(self, number: int, scored: Scored, image_id: str) -> Said:
         at = self._at[number].get(image_id)
@@ -309,7 +312,7 @@ class _Captions:
             names = [name for name in OF_A_CARD if name in scored.values]
             scores = [(explained(name).title, _number(scored.values[name][at], 2)) for name in names]
             flags = [flag for flag in pair.flags.split(",") if flag]
-            is_equal = pair.text == pair.reference
+            is_equal = bool(pair.reference) and pair.text == pair.reference
             return Said(scored.run.name, number, _cut(pair.text), is_equal, scores, flags)
         if failed := self._failed[number].get(image_id):
             return Said(
@@ -346,12 +349,13 @@ def _cards(
 
 def _root(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
     """Where the data set is, or why it is not here. Nothing is downloaded: a look at captions is no reason to."""
+    name, _ = datasets.parse_name(run.dataset)
     if not run.dataset_revision:
-        return Path(run.dataset), ""
+        return Path(name), ""
     for shard in dict.fromkeys(shards):
-        if file := datasets.cached(run.dataset, shard, run.dataset_revision, "dataset"):
+        if file := datasets.cached(name, shard, run.dataset_revision, "dataset"):
             return Path(file.removesuffix(shard)), ""
-    command = f"hf download --repo-type dataset --revision {run.dataset_revision} {run.dataset}"
+    command = f"hf download --repo-type dataset --revision {run.dataset_revision} {name}"
     return Path(), f"The data set is not in the hub's cache here. To have it: {command}"
 
 
@@ -388,9 +392,9 @@ def _plots(database: Database, evaluated: Evaluation, told: Mapping[str, Any]) -
     scored = evaluated.scored
     names = [name for name in BY_MODALITY if any(run["metrics"].get(name) is not None for run in told["runs"])]
     times = [_times(database, one) for one in scored]
-    originals = {pair.image_id: _words(pair.reference) for one in scored for pair in one.pairs}
+    originals = {pair.image_id: _words(pair.reference) for one in scored for pair in one.pairs if pair.reference}
     lengths = [
-        Series("originals", None, np.array(list(originals.values()))),
+        *([Series("originals", None, np.array(list(originals.values())))] if originals else []),
         *_series(scored, [np.array([_words(pair.text) for pair in one.pairs]) for one in scored]),
     ]
     return [
@@ -468,6 +472,7 @@ def _page(
         sections=[(section, counts[section], gallery.of[section]) for section in SECTIONS],
         modalities=sorted({row.modality for row in rows}),
         n_cards=len(rows),
+        has_originals=any(pair.reference for one in evaluated.scored for pair in one.pairs),
         cards=cards,
         number=_number,
         style=Markup(style),

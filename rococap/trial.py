@@ -43,7 +43,7 @@ def _from(conn: Connection, run: Run, split: str, image_id: int, most: int) -> d
         "WHERE j.run_id = ? AND j.split = ? AND j.image_id >= ? ORDER BY j.image_id LIMIT ?",
         (run.id, split, image_id, most),
     ).fetchall()
-    return {row[0]: Place(*row[1:]) for row in rows}
+    return {row[0]: Place(*(*row[1:], run.columns)) for row in rows}
 
 
 def _last(conn: Connection, run: Run, split: str) -> int:

@@ -18,12 +18,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 TOKEN, USER = "hf_writes", "me"
 """Who may write, and to which namespace."""
 CUT = "hf_cut"
 """The token of one who gets no answer."""
 UPLOAD = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)/(?P<what>preupload|commit)/main")
-API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
+API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>.+))?")
 RESOLVE = re.compile(r"/datasets/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
@@ -258,7 +260,13 @@ def _info(name: str, repo: Repo, commit: str) -> dict[str, object]:
         "sha": commit,
         "private": repo.private,
         "siblings": [{"rfilename": path} for path in repo.files],
+        "cardData": _card(repo.files.get("README.md", b"").decode()),
     }
+
+
+def _card(readme: str) -> object:
+    head = readme.split("---\n")
+    return yaml.safe_load(head[1]) if len(head) > 2 else None
 
 
 def _tree(repo: Repo) -> list[dict[str, object]]:

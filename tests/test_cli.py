@@ -9,9 +9,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from samples import write_shard
@@ -78,6 +80,74 @@ def test_a_split_goes_from_shards_to_csv(here):
         rows = list(csv.DictReader(file))
     assert [row["image_id"] for row in rows] == [f"PHANTOM_train_{n:06}" for n in range(1, 13)]
     assert sum(row["original_caption"] == row["generated_caption"] for row in rows) >= 11
+
+
+def renamed(root: Path, image: str, keep: Sequence[str] = ()) -> None:
+    """The set's columns under other names, pictures as a plain binary column; of the others those to keep."""
+    (path,) = (root / "data").glob("train-*.parquet")
+    table = pq.read_table(path)
+    pictures = pa.array([one["bytes"] for one in table.column("image").to_pylist()], pa.binary())
+    pq.write_table(pa.table({image: pictures, **{f"my_{key}": table.column(key) for key in keep}}), path)
+
+
+def test_columns_of_other_names_are_read_by_every_command_that_opens_pictures(here):
+    write_dataset(here / "set", {"train": 12})
+    renamed(here / "set", "scan", ("image_id", "caption", "cui"))
+    assert "lacks the column image; it has the columns scan, my_image_id" in refused(
+        *("enqueue", "--split", "train", "--dataset", "set", "--model", str(MODEL))
+    )
+    columns = "image=scan,image_id=my_image_id,caption=my_caption,cui=my_cui"
+    assert enqueue("--columns", columns) == "default train: 12 new, 0 known, 0 changed\n"
+    assert enqueue() == "default train: 0 new, 12 known, 0 changed\n"
+    assert "was registered with image=scan," in refused(
+        *("enqueue", "--split", "train", "--dataset", "set", "--model", str(MODEL), "--columns", "image=my_cui")
+    )
+    assert "--columns takes image" in refused(
+        *("enqueue", "--split", "train", "--dataset", "set", "--model", str(MODEL), "--columns", "text=my_caption")
+    )
+    assert said("worker", "--device", "cpu", "--batch-size", "8").rstrip().endswith("0 failed")  # checks itself too
+    assert "as registered, 1 shards" in invoke("doctor").stdout
+    assert "0 pictures" not in said("report", "--split", "train", "--output", "report.html")
+    assert (here / "report.html").read_text().count('src="data:image/jpeg') == 12
+    assert "12 captions" in said("export", "--split", "train", "--format", "webdataset")
+    said("bench", "--pictures", "2", "--device", "cpu", "--batch-size", "1")
+
+
+def test_pictures_alone_are_captioned_and_exported_with_an_empty_original(here):
+    write_dataset(here / "set", {"train": 12})
+    renamed(here / "set", "image")
+    assert enqueue() == (
+        "default train: 12 new, 0 known, 0 changed\n"
+        "  no originals: nothing is scored against them. If a column holds them, register it in another\n"
+        "  queue: --db URL --columns caption=NAME\n"
+    )
+    assert said("worker", "--device", "cpu", "--batch-size", "8").rstrip().endswith("0 failed")
+    said("export", "--split", "train", "--output", "out.csv")
+    with (here / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image_id"] for row in rows] == [f"train_{n:06}" for n in range(12)]
+    assert {row["original_caption"] for row in rows} == {""}
+    assert all(row["generated_caption"] for row in rows)
+    assert "There are no originals" in " ".join(said("evaluate", "--split", "train").split())
+    said("report", "--split", "train", "--output", "report.html")
+    page = (here / "report.html").read_text()
+    assert page.count("no originals: the data set has no caption of this picture") == 12
+    assert "equals the original" not in page
+
+
+def test_a_configuration_is_chosen_by_its_name(here):
+    for config in ("axial", "coronal"):
+        write_shard(here / "set" / config, "train", range(3))
+    options = ("enqueue", "--split", "train", "--dataset", "set", "--model", str(MODEL))
+    assert "has several configurations (axial, coronal): choose one with --config NAME." in refused(*options)
+    assert enqueue("--config", "axial") == "default train: 3 new, 0 known, 0 changed\n"
+    assert "Run 'default' is on another data set" in refused(*options, "--config", "coronal")
+    assert enqueue("--config", "coronal", "--run", "other") == "other train: 3 new, 0 known, 0 changed\n"
+    assert json.loads(said("runs", "--json"))[0]["dataset"] == f"{here}/set:axial"
+    assert [line for line in invoke("doctor").stdout.splitlines() if "set:coronal: as registered, 1 shards" in line]
+    assert "leave --config out" in refused(
+        *("enqueue", "--run", "third", "--from", "other", "--config", "axial", "--prompt", "What?"), code=2
+    )
 
 
 def test_captions_are_exported_in_another_format_or_place(here):
@@ -325,13 +395,10 @@ def test_a_shard_that_is_truncated_is_refused_and_nothing_is_registered(here):
 
 
 def test_missing_columns_are_named(here):
-    import pyarrow.parquet as pq
-
     path = write_shard(here / "set", "train", range(5))
-    pq.write_table(pq.read_table(path).drop_columns(["caption", "cui"]), path)
+    pq.write_table(pq.read_table(path).drop_columns(["image", "cui"]), path)
     message = refused("enqueue", "--split", "train", "--dataset", "set")
-    assert "caption" in message
-    assert "cui" in message
+    assert "lacks the column image; it has the columns image_id, caption. Say what they are called, as in" in message
 
 
 def test_two_recipes_under_one_name_are_refused_with_what_differs(here):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unicodedata import normalize
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,8 @@ from samples import picture as png
 from samples import write_shard as write_hub_shard
 
 from rococap.datasets import (
+    STANDARD,
+    Columns,
     Dataset,
     PictureReader,
     Place,
@@ -196,28 +199,231 @@ def test_a_page_that_is_not_parquet_is_named(tmp_path):
 
 def test_missing_columns_are_named_with_those_found(tmp_path):
     path = tmp_path / "train-00000-of-00001.parquet"
-    write_shard(path, [row(0)], columns=["image", "cui"])
+    write_shard(path, [row(0)], columns=["caption", "cui"])
     assert message(find_shards, tmp_path, "train") == (
-        f"{path} lacks the columns image_id, caption; it has the columns image, cui. "
-        "Rename its columns to image, image_id, caption and cui."
+        f"{path} lacks the column image; it has the columns caption, cui. "
+        "Say what they are called, as in --columns image=IMG,image_id=ID,caption=TEXT,cui=CONCEPTS"
+    )
+    columns = Columns(image="cui", image_id="number", caption="caption", cui="concepts")
+    assert message(find_shards, tmp_path, "train", "", columns).startswith(
+        f"{path} lacks the columns number, concepts; it has the columns caption, cui. "
     )
 
 
 @pytest.mark.parametrize(
     ("column", "values", "complaint"),
     [
-        ("image", pa.array([b"x"]), "the column image is binary, not a struct with bytes"),
-        ("image_id", pa.array([7]), "the column image_id is int64, not text"),
+        ("image", pa.array([7]), "the column image is int64, not a struct with bytes"),
+        ("image", pa.array([{"height": 7}]), "the column image is struct<height: int64>, not a struct with bytes"),
+        (
+            "image",
+            pa.array([[{"bytes": b"x"}]]),
+            "the column image is list<element: struct<bytes: binary>>, not a struct with bytes",
+        ),
+        ("image_id", pa.array([7.5]), "the column image_id is double, not text"),
+        ("image_id", pa.array([b"x"]), "the column image_id is binary, not text"),
         ("caption", pa.array([b"x"]), "the column caption is binary, not text"),
-        ("cui", pa.array(["C1;C2"]), "the column cui is string, not a list of text"),
+        ("caption", pa.array([["x"]]), "the column caption is list<element: string>, not text"),
+        ("cui", pa.array([7]), "the column cui is int64, not a list of text"),
+        ("cui", pa.array([[7]]), "the column cui is list<element: int64>, not a list of text"),
     ],
 )
 def test_a_column_of_another_type_is_named(tmp_path, column, values, complaint):
     path = tmp_path / "train-00000-of-00001.parquet"
     write_shard(path, [row(0)])
+    replace_column(path, column, values)
+    assert message(find_shards, tmp_path, "train") == f"{path}: {complaint}. Write the file again."
+
+
+def replace_column(path, column, values):
     table = pq.read_table(path)
     pq.write_table(table.set_column(table.schema.get_field_index(column), column, values), path)
-    assert message(find_shards, tmp_path, "train") == f"{path}: {complaint}. Write the file again."
+
+
+DECODE = "If it holds base64, decode it (base64.b64decode) to pa.binary()"
+CAST = "Cast each of its lists by bytes() to pa.binary()."
+PATHS = "; if it holds paths, make them the field path of a struct."
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        (pa.array([{"bytes": [1, 2], "path": None}]), f"image.bytes is list<element: int64>, not binary. {CAST}"),
+        (
+            pa.array([{"bytes": [1, 2]}], pa.struct([("bytes", pa.large_list(pa.uint8()))])),
+            f"image.bytes is large_list<element: uint8>, not binary. {CAST}",
+        ),
+        (pa.array([{"bytes": "aGk=", "path": "a.png"}]), f"image.bytes is string, not binary. {DECODE}."),
+        (pa.array(["aGk="], pa.large_string()), f"image is large_string, not a struct with bytes. {DECODE}{PATHS}"),
+        (pa.array(["a.png"]).dictionary_encode(), None),
+        (pa.array([[1, 2]], pa.list_(pa.uint8())), f"image is list<element: uint8>, not a struct with bytes. {CAST}"),
+    ],
+)
+def test_pictures_that_are_not_binary_are_refused_with_what_to_cast_them_to(tmp_path, values, complaint):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0)])
+    replace_column(path, "image", values)
+    complaint = complaint or f"image is {values.type}, not a struct with bytes. {DECODE}{PATHS}"
+    assert message(find_shards, tmp_path, "train") == f"{path}: the column {complaint}"
+
+
+@pytest.mark.parametrize("column", ["image", "image_id", "caption", "cui"])
+def test_a_column_that_is_there_twice_is_named_with_its_file(tmp_path, column):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0)])
+    table = pq.read_table(path)
+    pq.write_table(table.append_column(column, table.column(column)), path)
+    assert message(find_shards, tmp_path, "train") == (
+        f"{path} has the column {column} 2 times: rename or drop all but one."
+    )
+
+
+def test_a_field_of_the_picture_that_is_there_twice_is_named(tmp_path):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0)])
+    twice = pa.StructArray.from_arrays([pa.array([b"x"]), pa.array([b"y"])], names=["bytes", "bytes"])
+    replace_column(path, "image", twice)
+    assert message(find_shards, tmp_path, "train") == (
+        f"{path}: the column image holds bytes 2 times: rename or drop all but one."
+    )
+
+
+def test_a_column_that_nobody_reads_may_be_there_twice(tmp_path):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_shard(path, [row(0)])
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("note", pa.array(["x"])).append_column("note", pa.array(["y"])), path)
+    assert [sample.caption for sample in all_samples(tmp_path)] == ["A caption."]
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, [place(0)]) == [b"picture 0"]
+
+
+# ---- Parquet: other columns
+
+
+def write_table(path, table, row_group_size=3):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=row_group_size)
+
+
+def picture_of(root, sample, shard, columns=STANDARD):
+    place = Place(shard.path, shard.split, sample.row_group, sample.row_in_group, sample.image_id, columns)
+    with PictureReader(root) as reader:
+        ((_, data),) = reader.read([place])
+    return data.code if isinstance(data, PictureError) else data
+
+
+def everything(root, columns=STANDARD, split="train"):
+    """(id, caption, concepts, picture) of each row."""
+    return [
+        (sample.image_id, sample.caption, sample.cui, picture_of(root, sample, shard, columns))
+        for shard in find_shards(root, split, columns=columns)
+        for sample in samples(root, shard, columns)
+    ]
+
+
+def test_columns_of_other_names_are_read(tmp_path):
+    images = pa.array([{"bytes": b"p0", "path": None}, {"bytes": b"p1", "path": None}], IMAGE)
+    table = pa.table(
+        {"IMG": images, "n": ["a", "b"], "text": ["A.", "B."], "concepts": [["C1"], []], "image": ["x", "y"]}
+    )
+    write_table(tmp_path / "train.parquet", table)
+    columns = Columns.parse("image=IMG,image_id=n, caption=text,cui=concepts")
+    assert everything(tmp_path, columns) == [("a", "A.", ("C1",), b"p0"), ("b", "B.", (), b"p1")]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
+def test_a_picture_may_be_a_plain_binary_column(tmp_path, kind):
+    write_table(tmp_path / "train.parquet", pa.table({"image": pa.array([b"p0", b"p1"], kind), "image_id": ["a", "b"]}))
+    assert everything(tmp_path) == [("a", "", (), b"p0"), ("b", "", (), b"p1")]
+
+
+@pytest.mark.parametrize("kind", [pa.int8(), pa.int64(), pa.uint64()], ids=str)
+def test_ids_that_are_numbers_are_taken_as_text(tmp_path, kind):
+    write_table(tmp_path / "train.parquet", pa.table({"image": [b"p0", b"p1"], "image_id": pa.array([7, 12], kind)}))
+    assert everything(tmp_path) == [("7", "", (), b"p0"), ("12", "", (), b"p1")]
+
+
+def test_concepts_may_be_text_joined_by_semicolons(tmp_path):
+    cuis = ["C1;C2", "", None, "nan", "C3; C4"]
+    write_table(tmp_path / "train.parquet", pa.table({"image": [b"p"] * 5, "image_id": list("abcde"), "cui": cuis}))
+    assert [sample.cui for sample in all_samples(tmp_path)] == [("C1", "C2"), (), (), (), ("C3", "C4")]
+
+
+@pytest.mark.parametrize("captions", [None, pa.nulls(2), pa.array([None, None], pa.string())])
+def test_a_set_without_captions_is_unlabelled(tmp_path, captions):
+    table = pa.table({"image": [b"p0", b"p1"], "image_id": ["a", "b"]})
+    write_table(tmp_path / "train.parquet", table if captions is None else table.append_column("caption", captions))
+    assert [sample.caption for sample in all_samples(tmp_path)] == ["", ""]
+
+
+def write_without_ids(root, paths, per_shard=4):
+    """Shards of pictures that have a path, in row groups of three."""
+    numbers = range(len(paths))
+    n_shards = -(-len(paths) // per_shard)
+    for shard in range(n_shards):
+        part = numbers[shard * per_shard : (shard + 1) * per_shard]
+        images = [{"bytes": f"p{n}".encode(), "path": paths[n]} for n in part]
+        table = pa.table({"image": pa.array(images, IMAGE), "caption": [f"c{n}" for n in part]})
+        write_table(root / f"train-{shard:05}-of-{n_shards:05}.parquet", table)
+
+
+def test_without_ids_the_file_name_is_the_id_as_it_is(tmp_path):
+    paths = ["a.png", "x/b.JPG", "deep/er/c d.dcm", "./e", "Röntgen.tif"]
+    write_without_ids(tmp_path, paths)
+    expected = ["a.png", "b.JPG", "c d.dcm", "e", "Röntgen.tif"]
+    assert everything(tmp_path) == [(one, f"c{n}", (), f"p{n}".encode()) for n, one in enumerate(expected)]
+
+
+@pytest.mark.parametrize("paths", [["a.png", None], ["a.png", ""], ["a.png", "x/"], ["x/a.png", "y/a.png"], [None] * 2])
+def test_without_ids_and_file_names_that_are_distinct_rows_are_counted_over_the_split(tmp_path, paths):
+    paths = [*(f"{n}.png" for n in range(7)), *paths]
+    write_without_ids(tmp_path, paths)
+    expected = [(f"train_{n:06}", f"c{n}", (), f"p{n}".encode()) for n in range(9)]
+    assert everything(tmp_path) == expected
+
+
+def test_pictures_alone_are_enough(tmp_path):
+    write_table(tmp_path / "test.parquet", pa.table({"image": [b"p0", b"p1", b"p2", b"p3"]}))
+    assert everything(tmp_path, split="test") == [(f"test_{n:06}", "", (), f"p{n}".encode()) for n in range(4)]
+
+
+def test_a_file_name_that_is_not_the_one_enqueued_means_moved(tmp_path):
+    write_without_ids(tmp_path, ["a.png", "b.png"])
+    with PictureReader(tmp_path) as reader:
+        ((_, error),) = reader.read([Place("train-00000-of-00001.parquet", "train", 0, 1, "a.png")])
+    assert str(error).startswith("train-00000-of-00001.parquet holds 'b.png' in row group 0, row 1, where 'a.png' was ")
+
+
+def test_a_row_whose_id_is_null_is_not_taken_for_one_without_ids(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00001.parquet", [row(0) | {"image_id": None}])
+    with PictureReader(tmp_path) as reader:
+        ((_, error),) = reader.read([Place("train-00000-of-00001.parquet", "train", 0, 0, "train_000000")])
+    assert error.code == "moved"
+
+
+def test_one_shard_of_a_split_without_ids_is_named(tmp_path):
+    write_shard(tmp_path / "train-00000-of-00002.parquet", [row(0)])
+    write_shard(tmp_path / "train-00001-of-00002.parquet", [row(1)], columns=["image", "caption"])
+    assert message(find_shards, tmp_path, "train") == (
+        f"{tmp_path / 'train-00001-of-00002.parquet'} lacks the column image_id, which train-00000-of-00002.parquet "
+        "has: write it with its ids, or all files of the split without."
+    )
+
+
+@pytest.mark.parametrize("text", ["text=x", "image", "image=", "caption=a,caption=b", "", "=x", "image=a,,cui=b"])
+def test_what_columns_cannot_be_is_refused_with_what_can(text):
+    told = message(Columns.parse, text)
+    assert told.startswith("--columns takes image, image_id, caption and cui, each at most once with the name of a ")
+    assert told.endswith("for example --columns image=IMG,caption=TEXT")
+
+
+def test_columns_come_back_from_their_json():
+    columns = Columns.parse("image=IMG,cui=Konzepte")
+    assert Columns.from_json(columns.to_json()) == columns
+    assert (STANDARD.to_json(), Columns.from_json(None)) == (None, STANDARD)
+    assert columns.differs(STANDARD)
+    assert not Columns(image="image").differs(STANDARD)
 
 
 # ---- Parquet: samples
@@ -664,7 +870,200 @@ def test_a_split_without_a_picture_folder_is_an_error_of_the_data_set(tmp_path):
         )
 
 
+SUFFIXES = ["jpg", "jpeg", "png", "tif", "tiff", "webp", "bmp", "dcm", "gif", "jp2", "avif"]
+NFC, NFD = (normalize(form, "Röntgen_1") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, *map(str.upper, SUFFIXES), "Jpg", "TiFf"])
+@pytest.mark.parametrize("image_id", ["a", "a.b", "1.2.840.10008", "a.jpg", "a.JPG", "a.tif"])
+@pytest.mark.parametrize("folder", ["train", "Train", "training_images", "train/deep"])
+def test_a_picture_is_found_whatever_its_ending_and_its_id(tmp_path, suffix, image_id, folder):
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [[image_id, "one"]])
+    stem = image_id.removesuffix(".jpg").removesuffix(".JPG").removesuffix(".tif")
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / f"{stem}.{suffix}").write_bytes(b"picture")
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, folder_places(image_id)) == [b"picture"]
+
+
+@pytest.mark.parametrize("image_id", [NFC, NFD, f"{NFC}.jpg", f"{NFD}.JPG"])
+@pytest.mark.parametrize("name", [NFC, NFD])
+@pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".tif"])
+def test_a_name_in_either_form_of_unicode_is_the_same_name(tmp_path, image_id, name, suffix):
+    assert NFC != NFD
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [[image_id, "one"]])
+    write_csv(tmp_path / "train_concepts.csv", ["ID", "CUIs"], [[normalize("NFC", image_id), "C1"], [NFD, "C2"]])
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / f"{name}{suffix}").write_bytes(b"picture")
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, folder_places(image_id)) == [b"picture"]
+    assert all_samples(tmp_path)[0].image_id == image_id
+    assert all_samples(tmp_path)[0].cui[0] == "C1"
+
+
+def test_of_several_candidates_todays_order_goes_first(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [["a", "one"]])
+    order = [
+        *("train/a.jpg", "train/a.jpeg", "train/a.png", "train_images/a.jpg", "train_images/a.png"),
+        *("train/a.JPG", "train/a.JPEG", "train/a.tif", "train/a.TIF", "train/a.avif", "train_images/a.JPG"),
+        *("train/inner/a.jpg", "train/inner/a.bmp", "train_images/inner/a.jpg"),
+    ]
+    for path in order:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(path.encode())
+    for path in order:
+        with PictureReader(tmp_path) as reader:
+            assert read(reader, folder_places("a")) == [path.encode()]
+        (tmp_path / path).unlink()
+
+
+def test_of_an_id_with_an_ending_the_file_with_that_ending_goes_first(tmp_path):
+    order = ["a.png.jpg", "a.png", "a.PNG", "a.jpg", "a.JPG", "a.tif"]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train_captions.csv").touch()
+    for name in order:
+        (tmp_path / "train" / name).write_bytes(name.encode())
+    for name in order:
+        with PictureReader(tmp_path) as reader:
+            assert read(reader, folder_places("a.png")) == [name.encode()]
+        (tmp_path / "train" / name).unlink()
+
+
+def test_other_letters_are_another_picture(folder):
+    with PictureReader(folder) as reader:
+        assert read(reader, folder_places("A", "a.", "", "aa", "a.jpeg.")) == ["missing_file"] * 5
+
+
+def test_the_usual_file_is_opened_without_listing_its_folder_and_a_miss_lists_it_once(folder, monkeypatch):
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(Path(path).name) or scandir(path))
+    (folder / "train" / "b.TIF").write_bytes(b"picture b")
+    (folder / "train" / "c.tif").write_bytes(b"picture c")
+    with PictureReader(folder) as reader:
+        assert read(reader, folder_places("a", "a")) == [b"picture a"] * 2
+        assert listed == []
+        assert read(reader, folder_places("b", "c", "d", "b", "a"))[:2] == [b"picture b", b"picture c"]
+        once = list(listed)
+        assert read(reader, folder_places("e", "c")) == ["missing_file", b"picture c"]
+        assert listed == once
+
+
+def test_a_missing_picture_of_an_id_with_an_ending_is_named_as_it_is(folder):
+    with PictureReader(folder) as reader:
+        ((_, error),) = reader.read(folder_places("b.png"))
+    assert str(error) == "There is no file train/b.png for b.png: restore it, then retry."
+
+
+@pytest.mark.parametrize(
+    "there", ["pictures/a.JPG", "pictures/a.tif", f"{NFD}/a.jpg", f"{NFC}/a.JPG", f"pictures/{NFD}.png"]
+)
+def test_a_path_in_a_row_is_found_as_a_file_of_a_folder_is(tmp_path, there):
+    asked = (
+        normalize("NFC", there) if there.endswith(".png") else str(Path(normalize("NFC", there)).with_suffix(".jpg"))
+    )
+    root = tmp_path / "set"
+    write_shard(root / "train-00000-of-00001.parquet", [row(0) | {"image": {"bytes": None, "path": asked}}])
+    (root / there).parent.mkdir(parents=True)
+    (root / there).write_bytes(b"picture")
+    with PictureReader(root) as reader:
+        assert read(reader, [place(0)]) == [b"picture"]
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "../secret", "pictures/../../secret.jpg", "..", ".", "", "/", "a\0b/c.png"]
+)
+def test_no_way_of_writing_a_path_leads_out_of_the_data_set(tmp_path, path):
+    (tmp_path / "secret.PNG").write_bytes(b"outside")
+    root = tmp_path / "set"
+    write_shard(root / "train-00000-of-00001.parquet", [row(0) | {"image": {"bytes": None, "path": path}}])
+    with PictureReader(root) as reader:
+        assert read(reader, [place(0)]) == ["missing_file" if path else "no_picture"]
+
+
+def test_concepts_of_an_id_that_is_listed_twice_are_joined_in_order(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["ID", "Caption"], [["a", "one"], ["b", "two"]])
+    concepts = [["a", "C3;C1"], ["b", "C9"], ["a", "C1;C2"], ["a", ""], ["a", "C0;nan"]]
+    write_csv(tmp_path / "train_concepts.csv", ["ID", "CUIs"], concepts)
+    assert [sample.cui for sample in all_samples(tmp_path)] == [("C3", "C1", "C2", "C0"), ("C9",)]
+
+
+def test_a_captions_csv_of_nothing_but_ids_is_unlabelled(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["ID"], [["a"], ["b"]])
+    write_csv(tmp_path / "train_concepts.csv", ["ID", "CUIs"], [["b", "C1"]])
+    assert all_samples(tmp_path) == [Sample("a", "", (), 0, 0), Sample("b", "", ("C1",), 0, 1)]
+
+
+def test_a_csv_has_columns_of_other_names_and_none_of_pictures(tmp_path):
+    write_csv(tmp_path / "train_captions.csv", ["Name", "Text", "ID"], [["a", "one", "7"]])
+    write_csv(tmp_path / "train_concepts.csv", ["Name", "Codes"], [["a", "C1"]])
+    columns = Columns(image_id="Name", caption="Text", cui="Codes")
+    (shard,) = find_shards(tmp_path, "train", columns=columns)
+    assert list(samples(tmp_path, shard, columns)) == [Sample("a", "one", ("C1",), 0, 0)]
+    assert message(find_shards, tmp_path, "train", "", Columns(image="IMG")) == (
+        f"{tmp_path / 'train_captions.csv'} is a CSV, whose pictures are files: leave image=IMG out of --columns."
+    )
+
+
+@pytest.mark.parametrize("header", [["ID", "Caption", "Caption"], ["ID", "ID", "Caption"]])
+def test_a_column_of_a_csv_that_is_there_twice_is_named(tmp_path, header):
+    path = tmp_path / "train_captions.csv"
+    write_csv(path, header, [["a", "b", "c"]])
+    assert message(find_shards, tmp_path, "train") == f"{path} has the column {header[1]} 2 times: drop all but one."
+
+
+@pytest.mark.parametrize("alias", ["val", "dev", "Valid", "VALIDATION"])
+def test_a_folder_of_pictures_is_found_by_every_name_of_its_split(tmp_path, alias):
+    write_csv(tmp_path / f"{alias}_captions.csv", ["ID", "Caption"], [["a", "one"]])
+    (tmp_path / alias).mkdir()
+    (tmp_path / alias / "a.jpg").write_bytes(b"picture")
+    (shard,) = find_shards(tmp_path, "validation")
+    assert (shard.path, shard.split) == (f"{alias}_captions.csv", "validation")
+    with PictureReader(tmp_path) as reader:
+        assert read(reader, [Place(shard.path, "validation", 0, 0, "a")]) == [b"picture"]
+
+
+# ---- layouts on disk
+
+
+def test_a_folder_is_read_as_its_names_and_its_readme_say(tmp_path):
+    write_shard(tmp_path / "sub" / "x.parquet", [row(0)])
+    write_shard(tmp_path / "dev-00000-of-00001.parquet", [row(1)])
+    write_shard(tmp_path / "results_medical" / "train.parquet", [row(2)])
+    write_shard(tmp_path / ".hidden" / "train.parquet", [row(3)])
+    assert [shard.path for shard in find_shards(tmp_path, "validation")] == ["dev-00000-of-00001.parquet"]
+    assert message(find_shards, tmp_path, "train") == (
+        f"{tmp_path} holds no split 'train', neither train-00000-of-000NN.parquet nor train_captions.csv. It holds: "
+        "validation. Choose one of these. The name of sub/x.parquet tells no split: to use it as train, rename it to "
+        "sub/train/x.parquet."
+    )
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: sub/*\n---\n")
+    assert [shard.path for shard in find_shards(tmp_path, "train")] == ["sub/x.parquet"]
+
+
+def test_splits_that_no_command_accepts_are_not_offered(tmp_path):
+    write_shard(tmp_path / "fold1-00000-of-00001.parquet", [row(0)])
+    told = message(find_shards, tmp_path, "train")
+    assert "Choose" not in told
+    assert told.endswith(
+        "The name of fold1-00000-of-00001.parquet tells no split: to use it as train, rename it to "
+        "train-00000-of-00001.parquet."
+    )
+
+
 # ---- locate
+
+
+def test_a_configuration_is_part_of_the_name(tmp_path):
+    root = tmp_path / "a:b"
+    root.mkdir()
+    assert locate(str(root), ["train"]) == Dataset(str(root), root, "")
+    named = Dataset(f"{root}:axial", root, "", "axial")
+    assert locate(str(root), ["train"], config="axial") == locate(f"{root}:axial", ["train"]) == named
+    assert locate(str(root), ["train"], config="default") == Dataset(str(root), root, "")
+    assert message(lambda: locate(f"{root}:axial", ["train"], config="coronal")) == (
+        f"{root}:axial names the configuration axial, and --config coronal: leave one of them out."
+    )
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path, monkeypatch):

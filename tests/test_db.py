@@ -808,7 +808,7 @@ def explained(engine, statement, before="SELECT 1"):
 
 def test_a_full_disk_is_explained(engine, url):
     fill = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 9000) INSERT INTO datasets SELECT i, "
-    assert explained(engine, fill + "hex(zeroblob(100)) || i, '' FROM n", before="PRAGMA max_page_count = 1") == (
+    assert explained(engine, fill + "hex(zeroblob(100)) || i, '', NULL FROM n", before="PRAGMA max_page_count = 1") == (
         f"{url}: the disk is full. Free some space, then run the command again."
     )
 

@@ -3,15 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import recount, tallies
-from samples import fill, register, write_shard
+from samples import fill, picture, register, write_shard
 from small_engine import INFO
 from sqlalchemy import Engine
 
-from rococap import db, queue
+from rococap import db, queue, trial
+from rococap.datasets import Columns, PictureReader, locate
 from rococap.engines import Completion
-from rococap.enqueue import Enqueued, enqueue_from
+from rococap.enqueue import Enqueued, enqueue, enqueue_from
 from rococap.errors import DatasetError, RunError
 from rococap.recipe import Recipe
 
@@ -210,6 +212,169 @@ def test_a_split_without_rows_says_so(database, root):
     write_shard(root, "train", [])
     with pytest.raises(RunError, match=r"Split train has 0 rows: choose another\."):
         register(database, root, ["train"])
+
+
+# --- other columns ---------------------------------------------------------------------------------------------
+
+
+def write_renamed(root: Path, n: int = 4, **names: str) -> None:
+    """A shard whose columns are called otherwise; without one whose name is empty."""
+    path = write_shard(root, "train", range(n))
+    table = pq.read_table(path)
+    kept = [key for key in table.column_names if names.get(key, key)]
+    pq.write_table(table.select(kept).rename_columns([names.get(key, key) for key in kept]), path)
+
+
+def register_with(database: Engine, root: Path, columns: str = "", **options: str) -> list[Enqueued]:
+    asked = Columns.parse(columns) if columns else Columns()
+    located = replace(locate(str(root), ["train"], **options), columns=asked)
+    return enqueue(database, located, ["train"], run="default", recipe=Recipe(model="tests/small"))
+
+
+NAMES = {"image": "IMG", "image_id": "n", "caption": "text", "cui": "concepts"}
+ASKED = "image=IMG,image_id=n,caption=text,cui=concepts"
+
+
+def test_columns_of_other_names_are_kept_with_the_data_set_and_every_reader_of_pictures_has_them(database, root):
+    write_renamed(root, **NAMES)
+    assert register_with(database, root, ASKED)[0].new == 4
+    assert rows(database, "SELECT image_id, caption, cui FROM images ORDER BY id")[1] == (
+        *("train_00001", "Original caption 1.", "C0040405"),
+    )
+    with db.transaction(database, write=True) as conn:
+        run = queue.get_run(conn, "default")
+        worker = queue.register_worker(conn, "one", "host", 1, INFO)
+        lease = queue.claim(conn, worker, run.id, "train", 4, ttl_ms=60_000)
+        places = trial.places(conn, run, "train", 4)
+    assert run.columns == Columns.parse(ASKED)
+    assert [job.place for job in lease.jobs] == places
+    with PictureReader(root) as reader:
+        assert [data for _, data in reader.read(places)] == [picture(n) for n in range(4)]
+
+
+def test_a_second_enqueue_uses_the_columns_of_the_first_and_is_refused_with_others(database, root):
+    write_renamed(root, **NAMES)
+    register_with(database, root, ASKED)
+    for columns in ("", ASKED, "cui=concepts,caption=text,image_id=n,image=IMG"):
+        assert register_with(database, root, columns)[0].known == 4
+    with pytest.raises(DatasetError) as caught:
+        register_with(database, root, "image=IMG,caption=concepts")
+    assert str(caught.value) == (
+        f"The data set {root} was registered with {ASKED} for its columns, and its pictures are read by these, not by "
+        "image=IMG,caption=concepts: leave --columns out, or register it in another queue with --db."
+    )
+    assert rows(database, "SELECT count(*) FROM datasets") == [(1,)]
+
+
+def test_a_data_set_of_standard_columns_is_not_read_by_others_later(database, root):
+    write_shard(root, "train", range(4))
+    register(database, root, ["train"])
+    assert rows(database, "SELECT columns FROM datasets") == [(None,)]
+    assert register_with(database, root, "image=image,caption=caption")[0].known == 4
+    with pytest.raises(
+        DatasetError, match=r"was registered with the standard names for its columns, .* not by caption=cui: "
+    ):
+        register_with(database, root, "caption=cui")
+
+
+def test_a_set_without_captions_is_registered_and_told_apart(database, root):
+    write_renamed(root, caption="")
+    (result,) = register_with(database, root)
+    assert (result.new, result.is_unlabelled) == (4, True)
+    assert rows(database, "SELECT DISTINCT caption FROM images") == [("",)]
+    write_shard(root, "test", range(4))
+    assert not register(database, root, ["test"])[0].is_unlabelled
+
+
+def test_rows_that_only_their_number_names_are_refused_once_they_are_other_rows(database, root):
+    write_renamed(root, image_id="")
+    register_with(database, root)
+    assert image_ids(database) == [f"train_{n:06}" for n in range(4)]
+    assert register_with(database, root)[0].known == 4
+    write_renamed(root, n=5, image_id="")
+    with pytest.raises(DatasetError) as caught:
+        register_with(database, root)
+    path = root / "data" / "train-00000-of-00001.parquet"
+    assert str(caught.value) == (
+        f"{path} is not what was registered, and its rows have no ids by which to tell them apart: register the data "
+        "set in another queue with --db, or give it a column image_id."
+    )
+    assert image_ids(database) == [f"train_{n:06}" for n in range(4)]
+
+
+def test_configurations_of_a_folder_are_data_sets_of_their_own(database, root):
+    for config in ("axial", "coronal"):
+        write_shard(root / config, "train", range(4))
+    with pytest.raises(DatasetError, match=r"several configurations \(axial, coronal\)"):
+        register_with(database, root)
+    register_with(database, root, config="axial")
+    located = locate(f"{root}:coronal", ["train"])
+    enqueue(database, located, ["train"], run="other", recipe=Recipe(model="tests/small"))
+    assert rows(database, "SELECT name FROM datasets ORDER BY id") == [(f"{root}:axial",), (f"{root}:coronal",)]
+    assert rows(database, "SELECT path FROM shards ORDER BY id") == [
+        ("axial/data/train-00000-of-00001.parquet",),
+        ("coronal/data/train-00000-of-00001.parquet",),
+    ]
+
+
+# --- pictures that cannot be opened ----------------------------------------------------------------------------
+
+
+def bad(*numbers: int) -> dict[int, bytes]:
+    return dict.fromkeys(numbers, b"no picture")
+
+
+@pytest.mark.parametrize("good", [0, 1, 17, 37])
+def test_a_split_of_which_some_pictures_can_be_opened_is_registered(database, root, good):
+    fine = {n % 40 for n in range(good, good + 3)}
+    write_shard(root, "train", range(40), pictures=bad(*({*range(40)} - fine)))
+    assert register(database, root, ["train"])[0].new == 40
+
+
+def test_a_split_of_which_no_picture_can_be_opened_is_refused_before_anything_is_written(database, root):
+    write_shard(root, "train", range(30), "00000-of-00002", pictures=bad(*range(30)))
+    write_shard(root, "train", range(30, 50), "00001-of-00002", pictures=bad(*range(30, 50)))
+    with pytest.raises(DatasetError) as caught:
+        register(database, root, ["train"])
+    told = str(caught.value)
+    assert told.startswith(
+        "Nothing was registered: none of 20 pictures of the split 'train' that were tried can be opened. "
+        "The first, row 1 of data/train-00000-of-00002.parquet: "
+    )
+    assert told.endswith(" If the pictures are elsewhere, name their column: --columns image=NAME")
+    assert "\n" not in told
+    assert rows(database, "SELECT count(*) FROM datasets") == rows(database, "SELECT count(*) FROM runs") == [(0,)]
+
+
+def test_every_picture_of_a_small_split_is_tried(database, root):
+    write_shard(root, "train", range(20), pictures=bad(*range(19)))
+    assert register(database, root, ["train"])[0].new == 20
+    write_shard(root, "test", range(1), pictures=bad(0))
+    with pytest.raises(DatasetError, match="none of 1 pictures of the split 'test'"):
+        register(database, root, ["train", "test"])
+
+
+def test_a_split_that_is_registered_and_unchanged_is_not_looked_at_again(database, root, monkeypatch):
+    write_shard(root, "train", range(12))
+    register(database, root, ["train"])
+    monkeypatch.setattr(PictureReader, "look", lambda *_: pytest.fail("looked again"))
+    assert register(database, root, ["train"])[0].known == 12
+    assert register(database, root, ["train"], run="other")[0].new == 12
+    write_shard(root, "train", range(13))
+    with pytest.raises(pytest.fail.Exception, match="looked again"):
+        register(database, root, ["train"])
+
+
+def test_a_folder_whose_pictures_are_not_there_is_refused(database, root):
+    (root / "train").mkdir(parents=True)
+    (root / "train_captions.csv").write_text("ID,Caption\na,A.\nb,B.\n")
+    with pytest.raises(DatasetError) as caught:
+        register(database, root, ["train"])
+    assert "The first, row 0 of train_captions.csv: There is no file train/a.jpg for a: restore it, then retry." in str(
+        caught.value
+    )
+    (root / "train" / "b.TIF").write_bytes(picture(1))
+    assert register(database, root, ["train"])[0].new == 2
 
 
 # --- from another run ------------------------------------------------------------------------------------------

@@ -586,3 +586,81 @@ def test_a_second_call_imports_neither_torch_nor_nltk(url, here, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+
+
+# --- without originals -----------------------------------------------------------------------------------------
+
+AGAINST_ORIGINALS = [
+    *(*evaluate.BLEUS, "rouge_1", "rouge_l", "rouge_l_coco", "rouge1_imageclef", "meteor_nltk", "cider_d"),
+    "concept_f1_ref",
+]
+
+
+def scored_of(database: Engine, root: Path, captions: dict[int, str], cuis: dict[int, list[str]]) -> evaluate.Scored:
+    write_shard(root, "train", range(len(ORIGINALS)), captions=captions, cuis=cuis)
+    register(database, root, ["train"])
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, "default")
+    caption(database, run, texts(*CAPTIONS))
+    (scored,) = evaluate.evaluate(database, ["default"], ["train"]).scored
+    return scored
+
+
+def test_without_originals_scores_against_them_are_not_computed_for_that_reason(database, root):
+    scored = scored_of(database, root, dict.fromkeys(range(6), ""), dict(enumerate(CUIS)))
+    metrics = evaluate.summarise(scored).metrics
+    assert set(metrics) == {"concept_f1", "concept_recall", "flagged"}
+    assert scored.not_computed == dict.fromkeys(AGAINST_ORIGINALS, evaluate.NO_ORIGINALS)
+    assert "no originals" in evaluate.NO_ORIGINALS
+    assert scored.warnings == ["default has no originals for train: scores against them are not computed."]
+
+
+def test_without_originals_and_concepts_only_flags_are_told(database, root):
+    scored = scored_of(database, root, dict.fromkeys(range(6), " \n"), {n: [] for n in range(6)})
+    assert set(evaluate.summarise(scored).metrics) == {"flagged"}
+    assert scored.not_computed["concept_f1"] == evaluate.NO_CONCEPTS
+
+
+def test_captions_without_an_original_do_not_weigh_on_the_scores_of_the_others(database, root, tmp_path):
+    labelled = dict(enumerate(ORIGINALS))
+    scored = scored_of(database, root, labelled | {1: "", 4: ""}, dict(enumerate(CUIS)))
+    assert scored.warnings[0] == "2 captions of train have no original: scores against originals are of the others."
+    some = [n for n in range(6) if n not in (1, 4)]
+    pairs = [pair for pair in scored.pairs if pair.reference]
+    assert len(pairs) == len(some)
+    for metric in evaluate.METRICS:
+        if metric.extra:
+            continue
+        of_others = list(metric.score(pairs, range(len(pairs))))
+        for name in metric.scores:
+            if name in scored.values and name not in metric.of_concepts:
+                values = scored.values[name]
+                assert np.isnan(values[[1, 4]]).all()
+                expected = np.array([one[name] for one in of_others], dtype=float)
+                np.testing.assert_array_equal(values[some], expected)
+    bleu = evaluate.summarise(scored).metrics["bleu_1"]
+    counts = scored.counts["bleu"][some].sum(axis=0)
+    assert bleu == evaluate.COUNTED["bleu"][1](counts)[0]
+    assert np.isnan(evaluate._by_caption(scored)["bleu_1"][[1, 4]]).all()
+    assert not np.isnan(scored.values["concept_f1"][[1, 4]]).any()
+
+
+def test_two_runs_without_originals_are_paired_by_what_they_have(database, root):
+    scored_of(database, root, dict.fromkeys(range(6), ""), dict(enumerate(CUIS)))
+    register(database, root, ["train"], run="other", recipe=Recipe(model="tests/other"))
+    with db.transaction(database) as conn:
+        other = queue.get_run(conn, "other")
+    caption(database, other, texts(*CAPTIONS[::-1][:4]))
+    (paired,) = evaluate.evaluate(database, ["default", "other"], ["train"]).paired
+    assert (paired.n, set(paired.differences)) == (4, {"concept_f1", "concept_recall", "flagged"})
+
+
+def test_evaluate_says_that_there_are_no_originals(database, root, url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scored_of(database, root, dict.fromkeys(range(6), ""), dict(enumerate(CUIS)))
+    result = CliRunner().invoke(cli, ["--db", url, "evaluate", "--split", "train"])
+    assert result.exit_code == 0, result.output
+    assert "concept_f1_ref: not computed: There are no originals: the data" in " ".join(result.output.split())
+    assert "default has no originals for train" in result.stderr
+    compared = CliRunner().invoke(cli, ["--db", url, "compare", "default"])
+    assert compared.output.splitlines()[-1].endswith("6 pictures, no originals")

@@ -24,9 +24,9 @@ PYTHON = """
 import json, sys
 from rococap.datasets import locate
 from rococap.errors import DatasetError
-name, splits, revision = json.loads(sys.argv[1])
+name, splits, revision, config = json.loads(sys.argv[1])
 try:
-    found = locate(name, splits, revision)
+    found = locate(name, splits, revision, config)
     print(json.dumps({"name": found.name, "root": str(found.root), "revision": found.revision}))
 except DatasetError as error:
     print(json.dumps({"error": str(error)}))
@@ -83,9 +83,9 @@ def environment(hub, home, **extra):
     }
 
 
-def located(hub, home, splits=("train",), revision=None, name=NAME, limit=None, **extra):
+def located(hub, home, splits=("train",), revision=None, name=NAME, limit=None, config="", **extra):
     run = subprocess.run(
-        [sys.executable, "-c", PYTHON, json.dumps([name, splits, revision])],
+        [sys.executable, "-c", PYTHON, json.dumps([name, splits, revision, config])],
         env=environment(hub, home, **extra),
         preexec_fn=limit,
         capture_output=True,
@@ -174,7 +174,7 @@ def test_a_killed_download_keeps_the_files_that_are_whole(hub, files, tmp_path):
     stalled, whole = "data/train-00001-of-00002.parquet", "data/train-00000-of-00002.parquet"
     hub.stall.add(stalled)
     process = subprocess.Popen(
-        [sys.executable, "-c", PYTHON, json.dumps([NAME, ["train"], None])], env=environment(hub, tmp_path / "home")
+        [sys.executable, "-c", PYTHON, json.dumps([NAME, ["train"], None, ""])], env=environment(hub, tmp_path / "home")
     )
     commit = hub.repos[NAME].commit
     try:
@@ -304,3 +304,83 @@ def test_a_cache_that_cannot_be_written_is_an_error(hub, tmp_path):
         "error": f"The data set {NAME} cannot be written to the cache {tmp_path}/home/hub (Not a directory): "
         "check the folder, or set HF_HOME to another disk, then run this again; whole files are kept."
     }
+
+
+# --- other layouts ---------------------------------------------------------------------------------------------
+
+CONVERTED = "refs/convert/parquet"
+
+
+def repo(*names, **texts):
+    return Repo({name: shard_bytes(number, size=100) for number, name in enumerate(names)} | texts)
+
+
+def fetched_of(hub, home, *args, **kwargs):
+    hub.requests.clear()
+    found = located(hub, home, *args, **kwargs)
+    assert "error" not in found, found
+    return hub.fetched()
+
+
+def test_only_the_wanted_splits_files_are_fetched_whatever_they_are_called(tmp_path):
+    names = ["roco-train-00000-of-00001.parquet", "dev/0000.parquet", "dev/0001.parquet", "data/Test.parquet", "a.bin"]
+    with Hub({NAME: repo(*names)}) as hub:
+        assert fetched_of(hub, tmp_path, ["train"]) == names[:1]
+        assert fetched_of(hub, tmp_path, ["validation", "test"]) == ["data/Test.parquet", *names[1:3]]
+
+
+def test_a_configuration_is_chosen_and_stands_in_the_name(tmp_path):
+    names = ["axial/train-00000-of-00001.parquet", "coronal/train/0000.parquet", "coronal/val/0000.parquet"]
+    with Hub({NAME: repo(*names)}) as hub:
+        assert located(hub, tmp_path)["error"] == (
+            f"The data set {NAME} at {hub.repos[NAME].commit} has several configurations (axial, coronal): choose one "
+            "with --config NAME."
+        )
+        found = located(hub, tmp_path, config="coronal")
+        assert (found["name"], hub.fetched()) == (f"{NAME}:coronal", names[1:2])
+        assert [shard.path for shard in find_shards(Path(found["root"]), "train", "coronal")] == names[1:2]
+        assert located(hub, tmp_path, name=f"{NAME}:coronal") == found
+        assert "has no configuration 'sagittal'" in located(hub, tmp_path, config="sagittal")["error"]
+        hub.stop()
+        assert located(hub, tmp_path, name=f"{NAME}:coronal", revision=found["revision"]) == found
+
+
+@pytest.mark.parametrize("config", ["", "default"])
+def test_the_hubs_converted_branch_has_a_lone_configuration(tmp_path, config):
+    converted = repo("default/train/0000.parquet", "default/train/0001.parquet", "default/test/0000.parquet")
+    converted.branches[CONVERTED] = converted.commit
+    with Hub({NAME: converted}) as hub:
+        found = located(hub, tmp_path, revision=CONVERTED, config=config)
+        assert (found["name"], found["revision"]) == (NAME, converted.commit)
+        assert hub.fetched() == ["default/train/0000.parquet", "default/train/0001.parquet"]
+        assert located(hub, tmp_path, revision=CONVERTED, HF_HUB_OFFLINE="1") == found
+        (Path(found["root"]) / "default" / "train" / "0001.parquet").unlink()
+        told = located(hub, tmp_path, revision=CONVERTED, HF_HUB_OFFLINE="1")["error"]
+        assert "is not whole in the cache" in told
+
+
+def test_what_the_hub_converted_in_part_is_refused_before_anything_is_fetched(tmp_path):
+    with Hub({NAME: repo("default/partial-train/0000.parquet")}) as hub:
+        assert "holds only a part of the split 'train'" in located(hub, tmp_path)["error"]
+        assert hub.fetched() == []
+
+
+def test_a_readme_that_names_files_decides_also_offline(tmp_path):
+    text = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: part/b*\n---\n"
+    readme = {"README.md": text.encode()}
+    with Hub({NAME: repo("part/a.parquet", "part/b.parquet", "train.parquet", **readme)}) as hub:
+        found = located(hub, tmp_path)
+        assert hub.fetched() == ["README.md", "part/b.parquet"]
+        assert [shard.path for shard in find_shards(Path(found["root"]), "train")] == ["part/b.parquet"]
+        hub.requests.clear()
+        assert located(hub, tmp_path, HF_HUB_OFFLINE="1") == found
+        assert hub.requests == []
+
+
+def test_files_of_unknown_splits_are_named_with_what_to_rename_them_to(tmp_path):
+    with Hub({NAME: repo("data/fold1-00000-of-00001.parquet")}) as hub:
+        assert located(hub, tmp_path)["error"] == (
+            f"The data set {NAME} at {hub.repos[NAME].commit} has no Parquet files for the split 'train': choose "
+            "another split or revision, or give a folder. The name of data/fold1-00000-of-00001.parquet tells no "
+            "split: to use it as train, rename it to data/train-00000-of-00001.parquet."
+        )

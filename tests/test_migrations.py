@@ -24,7 +24,7 @@ NEXT = f"{int(SCHEMA) + 1:04}"
 BACKUP = f"queue.db.before-{NEXT}-from-{SCHEMA}"
 
 ROWS = """
-INSERT INTO datasets VALUES (1, '/data/rocov2', '');
+INSERT INTO datasets VALUES (1, '/data/rocov2', '', '{"image": "IMG"}');
 INSERT INTO shards VALUES (1, 1, 'data/train-00000-of-00001.parquet', 'train', 2, 1, 1000, 'aa');
 INSERT INTO images VALUES (1, 1, 'train', 'train_1', 1, 0, 0, 'An X-ray.', 'C0040405');
 INSERT INTO images VALUES (2, 1, 'train', 'train_2', 1, 0, 1, 'A CT.', '');
