@@ -62,7 +62,7 @@ MUTANTS = (
         (
             ("    lease_id: int\n    place: Place\n", "    lease_id: int\n    place: Place\n    attempts: int = 1\n"),
             ('i.image_id "\n    "FROM runs r', 'i.image_id, j.attempts "\n    "FROM runs r'),
-            ("row[3], row[4])) for row", "row[3], row[4]), row[5] + 1) for row"),
+            ("row[3], row[4], columns)) for row", "row[3], row[4], columns), row[5] + 1) for row"),
             (
                 'finished_at = ? "\n        "WHERE id = ? AND lease_id = ? AND status = \'leased\'",\n'
                 "        [(at, c.job_id, lease.id) for c in done],",

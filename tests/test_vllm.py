@@ -127,6 +127,30 @@ def test_a_recipe_that_vllm_does_not_follow_to_the_letter_is_refused(field, valu
     )
 
 
+@pytest.mark.parametrize(
+    ("beside", "index", "is_refused"),
+    [
+        ("adapter_model.safetensors", False, True),
+        ("adapter_model.safetensors", True, False),
+        ("adapter_model.bin", False, False),  # where there are safetensors, it reads no other files
+        ("training_args.bin", False, False),
+    ],
+)
+def test_an_adapter_that_vllm_would_read_as_weights_is_refused(folder, beside, index, is_refused):
+    (folder / beside).touch()
+    if index:
+        (folder / "model.safetensors.index.json").write_text("{}")
+    if not is_refused:
+        vllm._refuse_adapter_beside(folder, "a model")
+        return
+    with pytest.raises(ModelError) as caught:
+        vllm._refuse_adapter_beside(folder, "a model")
+    assert str(caught.value) == (
+        f"vLLM would read {beside}, which lies beside the weights of a model, as a part of them. Move it elsewhere, or "
+        "use --engine transformers, which leaves it out."
+    )
+
+
 def test_a_way_of_decoding_is_refused_since_vllm_has_its_own():
     assert error_of(RECIPE, Options(engine="vllm", decode="static")) == (
         "decode: the vllm engine does not know 'static'. Use --engine transformers."

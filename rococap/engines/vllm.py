@@ -25,7 +25,18 @@ from PIL.Image import Image
 from transformers import GenerationConfig
 
 from rococap import images
-from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source, families, gather
+from rococap.engines import (
+    Completion,
+    EngineInfo,
+    Failure,
+    Options,
+    Prepared,
+    Source,
+    adapters,
+    families,
+    files,
+    gather,
+)
 from rococap.engines.checkpoint import (
     MODEL_FILES,
     cannot_load,
@@ -90,7 +101,9 @@ class VLLMEngine:
         bounds = families.pixel_bounds(model_type, processor.image_processor, recipe)
         self._reduces = bounds is None
         self._prompt = chat_prompt(processor, recipe.prompt, recipe.model)
+        adapters.tell_of_one_beside(recipe.model, source, None)
         folder = _folder(recipe.model, source)
+        _refuse_adapter_beside(folder, recipe.model)
         self._llm = _load(folder, recipe, self.options, device, bounds or {})
         _turn_as_configured(self._llm)
         model, tokenizer = self._llm.model_config, processor.tokenizer  # of a model, a caption needs its dtype alone
@@ -236,6 +249,20 @@ def _folder(name: str, source: dict[str, Any]) -> Path:
         raise cannot_load(name, source["revision"], error) from error
 
 
+def _refuse_adapter_beside(folder: Path, name: str) -> None:
+    """Raises ModelError for an adapter that vLLM would take for weights of the model: it reads what an index names, or
+    all that there is.
+    """
+    found = [file for file in files.ADAPTER_WEIGHTS if (folder / file).is_file()]
+    is_pickled = not any((folder / file).is_file() for file in files.WEIGHTS if "safetensors" in file)
+    read = [file for file in found if is_pickled or file.endswith(".safetensors")]
+    if read and not (folder / "model.safetensors.index.json").is_file():
+        raise ModelError(
+            f"vLLM would read {read[0]}, which lies beside the weights of {name}, as a part of them. Move it "
+            "elsewhere, or use --engine transformers, which leaves it out."
+        )
+
+
 def _load(folder: Path, recipe: Recipe, options: Options, device: torch.device, bounds: families.Bounds) -> Any:
     from vllm import EngineArgs, LLMEngine
 
@@ -259,7 +286,7 @@ def _load(folder: Path, recipe: Recipe, options: Options, device: torch.device, 
                 seed=0,
             )
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError) as error:
         raise cannot_load(recipe.model, recipe.revision, error) from error
 
 
