@@ -144,7 +144,7 @@ def _measure(
 ) -> Measured:
     info, automatic = engine.info, engine.batch_size
     log.info("%s on %s (%s): %d pictures at a time by itself", info.model, info.device, info.dtype, automatic)
-    read = _read(engine, dataset.root, places, progress)
+    read = _read(engine, dataset.root, places, run.recipe.frame, progress)
     chosen = sizes_up_to(len(read.prepared), automatic) if sizes is None else _fitting(sizes, len(read.prepared))
     from_memory(engine, read.prepared[:1])  # what the device does once, it does now
     rates = _rates(engine, read.prepared, chosen, progress)
@@ -183,9 +183,9 @@ def _measure(
 # --- Reading ---------------------------------------------------------------------------------------------------
 
 
-def _read(engine: Engine, root: Path, places: Sequence[Place], progress: Progress) -> Read:
+def _read(engine: Engine, root: Path, places: Sequence[Place], frame: int, progress: Progress) -> Read:
     """Raises RococapError if no picture can be read and prepared."""
-    read = prepare(engine, root, places, lambda done: progress("reading and preparing", done, len(places)))
+    read = prepare(engine, root, places, frame, lambda done: progress("reading and preparing", done, len(places)))
     if not read.prepared:
         raise RococapError(f"None of the {len(places)} pictures can be measured. The first: {read.errors[0]}")
     log.info("reading a picture: %.1f ms, preparing it: %.1f ms", read.load_ms, read.prepare_ms)

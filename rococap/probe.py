@@ -36,7 +36,7 @@ def _complaint(reader: PictureReader, place: Place, recipe: Recipe) -> str | Non
         data = reader.look(place)
         if isinstance(data, PictureError):
             raise data
-        open_picture(data)
+        open_picture(data, recipe.frame)
     except PictureError as error:
         return str(error)
     return None

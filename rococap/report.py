@@ -337,7 +337,7 @@ def _cards(
         for number, row in enumerate(rows):
             progress("reading pictures", number, len(rows))
             image_id = row.place.image_id
-            thumbnail = Thumbnail(why=absent) if absent else _thumbnail(reader, row.place, root)
+            thumbnail = Thumbnail(why=absent) if absent else _thumbnail(reader, row.place, root, run.recipe.frame)
             if thumbnail.why:
                 unreadable.append(image_id)
             yield Card(
@@ -359,13 +359,13 @@ def _root(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
     return Path(), f"The data set is not in the hub's cache here. To have it: {command}"
 
 
-def _thumbnail(reader: PictureReader, place: Place, root: Path) -> Thumbnail:
+def _thumbnail(reader: PictureReader, place: Place, root: Path, frame: int) -> Thumbnail:
     try:
         # One at a time: the reader's generator ends where it raises.
         ((_, data),) = reader.read([place])
         if isinstance(data, PictureError):
             raise data
-        return _reduced(open_picture(data))
+        return _reduced(open_picture(data, frame))
     except (DatasetError, PictureError, OSError) as error:
         return Thumbnail(why=_short_within(str(error), [str(root)]))
 

@@ -105,7 +105,7 @@ def check(
         return from_memory(engine, pictures, is_over=is_over)[1]
 
     def look(places: Sequence[Place]) -> Look:
-        read = prepare(engine, root, places)
+        read = prepare(engine, root, places, recipe.frame)
         done = captions(read.prepared)
         texts = {one.job_id: one.text for one in done if one.failure is None}
         return Look(read, texts, [one.failure for one in done if one.failure is not None])

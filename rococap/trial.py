@@ -63,9 +63,9 @@ class Read:
 
 
 def prepare(
-    engine: Engine, root: Path, places: Sequence[Place], tell: Callable[[int], None] = lambda done: None
+    engine: Engine, root: Path, places: Sequence[Place], frame: int, tell: Callable[[int], None] = lambda done: None
 ) -> Read:
-    """Reads, decodes and prepares on this thread; a picture's id is its number, from 1."""
+    """Reads, decodes and prepares on this thread; a picture's id is its number, from 1. `frame` is the recipe's."""
     prepared: list[Prepared] = []
     errors: list[PictureError] = []
     digests: dict[int, bytes] = {}
@@ -74,7 +74,7 @@ def prepare(
         started = time.perf_counter()
         for number, (_, data) in enumerate(reader.read(places), 1):
             try:
-                picture = open_picture(_bytes(data))
+                picture = open_picture(_bytes(data), frame)
                 loaded = time.perf_counter()
                 prepared.append(engine.prepare(number, picture))
                 digests[number] = hashlib.sha256(_bytes(data)).digest()
