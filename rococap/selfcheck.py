@@ -5,18 +5,21 @@ A wrong template, wrong padding, weights that overflow or a server without its i
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from itertools import chain
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+from PIL.Image import Image, fromarray
 from sqlalchemy import Connection
 
 from rococap import trial
 from rococap.datasets import Place
 from rococap.engines import Completion, Engine, Failure, Prepared
+from rococap.errors import PictureError
 from rococap.queue import Run
 from rococap.recipe import Recipe
 from rococap.trial import Read, from_memory, prepare
@@ -120,16 +123,44 @@ def check(
 
     if overflowed := _overflowed(looks):
         return ended(False, overflowed[0].message)
-    if reason := _why_blind(looks):
-        return ended(False, reason)
     largest = max(looks, key=lambda one: len(one.texts))
-    if len(_said(looks)) < 2 or len(largest.texts) < 2:
+    sees = len(_said(looks)) > 1
+    if not sees and _n_captioned(looks) >= FEW:
+        # They may all be of one scene.
+        sees = len({*_said(looks), *_said_of_drawings(engine, largest.read.size, captions)}) > 1
+    if not sees and (reason := _why_blind(looks)):
+        return ended(False, reason)
+    if not sees or len(largest.texts) < 2:
         return ended(False, _too_few(looks), inconclusive=True)
     if recipe.do_sample:
         return ended(True, "batch and single were not compared, since the recipe samples")
     return _compared(
         ended, engine, largest.texts, _shortest_and_longest(largest.read.prepared, largest.texts), captions
     )
+
+
+def _said_of_drawings(
+    engine: Engine, size: tuple[int, int], captions: Callable[[Sequence[Prepared]], list[Completion]]
+) -> set[str]:
+    """What is said of drawings that nobody takes for one another. They have the size of a picture that was captioned:
+    a model that is blind still counts its tokens.
+    """
+    try:
+        prepared = [engine.prepare(number, drawing) for number, drawing in enumerate(_drawings(*size))]
+    except PictureError:
+        return set()
+    return {one.text for one in captions(prepared) if one.failure is None}
+
+
+def _drawings(width: int, height: int) -> Iterator[Image]:
+    """A disc, a ramp, a chequerboard and noise."""
+    rows, columns = np.ogrid[:height, :width]
+    disc = (rows - height / 2) ** 2 + (columns - width / 2) ** 2 < (min(width, height) / 3) ** 2
+    ramp = np.broadcast_to(columns / max(1, width - 1), (height, width))
+    squares = (rows * 8 // height + columns * 8 // width) % 2
+    noise = np.random.default_rng(0).random((height, width))
+    for shades in (disc, 1 - ramp, squares, noise):
+        yield fromarray(np.rint(255 * shades).astype(np.uint8)).convert("RGB")
 
 
 def _said(looks: Sequence[Look]) -> set[str]:

@@ -53,13 +53,17 @@ def _last(conn: Connection, run: Run, split: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Pictures ready for the engine, milliseconds that one took, and why others are not. `digests`: of their bytes."""
+    """Pictures ready for the engine, milliseconds that one took, and why others are not.
+
+    `digests` are of their pixels, and `size` is the width and height of the last one.
+    """
 
     prepared: list[Prepared]
     errors: list[PictureError]
     load_ms: float
     prepare_ms: float
     digests: dict[int, bytes]
+    size: tuple[int, int]
 
 
 def prepare(
@@ -70,6 +74,7 @@ def prepare(
     errors: list[PictureError] = []
     digests: dict[int, bytes] = {}
     load_sec = prepare_sec = 0.0
+    size = (0, 0)
     with PictureReader(root) as reader:
         started = time.perf_counter()
         for number, (_, data) in enumerate(reader.read(places), 1):
@@ -77,14 +82,14 @@ def prepare(
                 picture = open_picture(_bytes(data), frame)
                 loaded = time.perf_counter()
                 prepared.append(engine.prepare(number, picture))
-                digests[number] = hashlib.sha256(_bytes(data)).digest()
+                digests[number], size = hashlib.sha256(picture.tobytes()).digest(), picture.size
                 load_sec, prepare_sec = load_sec + loaded - started, prepare_sec + time.perf_counter() - loaded
             except PictureError as error:
                 errors.append(error)
             tell(number)
             started = time.perf_counter()
     load_ms, prepare_ms = (1000 * seconds / max(1, len(prepared)) for seconds in (load_sec, prepare_sec))
-    return Read(prepared, errors, load_ms, prepare_ms, digests)
+    return Read(prepared, errors, load_ms, prepare_ms, digests, size)
 
 
 def _bytes(data: bytes | PictureError) -> bytes:

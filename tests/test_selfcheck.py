@@ -8,6 +8,7 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,7 +26,7 @@ from rococap.enqueue import enqueue
 from rococap.errors import ModelError
 from rococap.recipe import Recipe
 from rococap.selfcheck import SelfCheck
-from rococap.trial import Memory
+from rococap.trial import Memory, from_memory
 from rococap.worker import Outcome, Settings, work
 
 DEMO = Recipe(model=str(MODEL), max_new_tokens=48, dtype="float32")
@@ -211,13 +212,15 @@ def test_the_first_pictures_may_be_refused_if_others_of_the_run_are_captioned(da
 
 
 def test_a_data_set_of_which_no_picture_can_be_read_stops_the_worker(database, tmp_path):
-    fill_with(database, tmp_path / "set", 20, dict.fromkeys(range(20), b"no picture"))
+    fill(database, tmp_path / "set", 20)
+    write_shard(tmp_path / "set", "train", range(20), pictures=dict.fromkeys(range(20), b"no picture"))
     reason = refusal(database, SmallEngine())
     assert reason.startswith("none of 12 pictures was captioned. The first: Not a picture")
 
 
 def test_a_few_pictures_that_cannot_be_read_fail_as_the_worker_comes_to_them(database, tmp_path):
-    fill_with(database, tmp_path / "set", 3, dict.fromkeys(range(3), b"no picture"))
+    fill(database, tmp_path / "set", 3)
+    write_shard(tmp_path / "set", "train", range(3), pictures=dict.fromkeys(range(3), b"no picture"))
     assert run_worker(database).failed == 3
     told = workers(database)[0].self_check
     assert (told["passed"], told["inconclusive"]) == (False, True)
@@ -392,6 +395,20 @@ def _png(image: Image.Image) -> bytes:
     file = BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+def test_pictures_of_one_scene_do_not_prove_that_the_model_is_blind(tmp_path, database, demo):
+    """Every one is another file with other pixels, and all get one caption."""
+    scene = np.asarray(draw(1).image.convert("L"))
+    shades = {n: _png(Image.fromarray(np.maximum(scene, n).astype(np.uint8))) for n in range(12)}
+    write_shard(tmp_path / "set", "train", range(12), pictures=shades)
+    register(database, tmp_path / "set", ["train"], recipe=DEMO)
+    with db.transaction(database) as conn:
+        places = selfcheck.pictures(conn, queue.get_run(conn, "default"), ["train"])
+    said = trial.prepare(demo, tmp_path / "set", places, 1)
+    assert len({one.text for one in from_memory(demo, said.prepared)[1]}) == 1
+    checked = selfcheck.check(demo, DEMO, "default", "as usual", tmp_path / "set", places)
+    assert (checked.passed, checked.pictures, checked.compared) == (True, 12, 2)
 
 
 def test_weights_that_overflow_are_noticed(phantoms, database, demo):
