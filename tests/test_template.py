@@ -114,6 +114,12 @@ def test_a_template_that_cannot_ask_about_a_picture_is_named_with_what_to_do(fol
     )
 
 
+def test_a_template_may_trim_a_prompt_and_join_its_lines(folder):
+    path = folder / "chat_template.jinja"
+    path.write_text(GOOD.replace("{{ part['text'] }}", "{{ part['text'].split() | join(' ') }}"))
+    assert "What is it? Where is it?" in loaded(folder, prompt=" What is it?\n\nWhere is it?\n").prompt
+
+
 @pytest.mark.parametrize(
     ("file", "template", "called"),
     [
