@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, StoppingCriteriaList, pipeline
 
-from rococap import db, queue, selfcheck, trial
+from rococap import db, queue, selfcheck
 from rococap.bench import Ready
 from rococap.datasets import locate
 from rococap.engines import Engine, Options, Prepared
@@ -72,10 +72,10 @@ def self_check(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> floa
     """Seconds of a worker's self-check on the run that `whole_worker` captioned."""
     database = db.connect(f"sqlite:///{folder / 'queue.db'}")
     with db.transaction(database) as conn:
-        places = trial.places(conn, queue.get_run(conn, "default"), "train", selfcheck.MOST)
+        places = selfcheck.pictures(conn, queue.get_run(conn, "default"), ["train"])
     database.dispose()
     started = time.perf_counter()
-    checked = selfcheck.check(Ready(engine), recipe, "default", root, places)
+    checked = selfcheck.check(Ready(engine), recipe, "default", "as usual", root, places)
     assert checked.passed, checked.reason
     return time.perf_counter() - started
 

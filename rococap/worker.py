@@ -289,7 +289,7 @@ def _check(
     if stop.is_set():
         return
     if checked.inconclusive:
-        log.warning("the self-check found out nothing, and the next worker looks again: %s", checked.reason)
+        log.warning("the self-check is inconclusive, and the next worker looks again: %s", checked.reason)
     elif not checked.passed:
         raise ModelError(
             f"The self-check failed, and nothing was claimed: {checked.reason} To go on all the same: --no-self-check"

@@ -246,6 +246,24 @@ def with_earlier_name(key: str, names: dict[str, str], prefix: str = "") -> str:
     return key
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["merger"]},
+        {"target_modules": ["q_proj"], "bias": "all"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_lora_with_earlier_names_says_the_same(tmp_path, settings):
+    new = write_lora(tmp_path / "new", MODEL, **settings)
+    old = as_saved_earlier(new, tmp_path / "old", EARLIER["qwen2_vl"])
+    said = [texts(captions(loaded(adapter=str(one)), mixed_pictures()[:4])) for one in (new, old)]
+    assert said[0] == said[1] != texts(captions(loaded(), mixed_pictures()[:4]))
+
+
 @pytest.mark.parametrize("family", EARLIER)
 def test_an_adapter_with_the_names_of_an_earlier_transformers_says_the_same(family, tmp_path):
     model = FAMILIES[family](tmp_path / "model")
@@ -426,6 +444,17 @@ def test_quantised_weights_caption_and_say_so(bits):
     layer = engine.loaded.model.model.language_model.layers[0].mlp.up_proj
     assert type(layer).__module__.startswith("bitsandbytes")
     assert "bitsandbytes" in engine.info.versions
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantised_weights_of_other_shapes_than_the_config_says_are_refused(tmp_path, bits):
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    amend(folder / "config.json", text_config=config["text_config"] | {"intermediate_size": 512})
+    assert error_of(Recipe(model=str(folder), load_in=bits)).startswith(
+        f"{folder}: the weight model.language_model.layers.0.mlp.gate_proj.weight has the shape 384 x 128 in the file, "
+        "and 512 x 128 by config.json"
+    )
 
 
 def test_an_adapter_goes_on_quantised_weights(adapter):

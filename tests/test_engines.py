@@ -447,7 +447,7 @@ def test_a_field_of_the_config_that_is_of_another_type_is_refused(folder):
     amend(folder / "config.json", image_token_id="<|image_pad|>")
     assert error_of(Recipe(model=str(folder))) == (
         f"The folder {folder} holds no model that can be loaded: StrictDataclassFieldValidationError: Validation error "
-        "for field 'image_token_id'."
+        "for field 'image_token_id'. Copy or download it again, or name another."
     )
 
 

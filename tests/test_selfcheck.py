@@ -239,7 +239,7 @@ def test_one_caption_for_less_than_four_pictures_proves_nothing_and_is_no_pass(d
     fill(database, tmp_path / "set", n)
     assert run_worker(database, OneForAll(), limit=1).done == 1
     reason = f"too few pictures to compare: {n} were captioned, all 'A chest X-ray.'."
-    assert f"the self-check found out nothing, and the next worker looks again: {reason}" in caplog.text
+    assert f"the self-check is inconclusive, and the next worker looks again: {reason}" in caplog.text
     assert run_worker(database, OneForAll()).done == n - 1
     for told in (worker.self_check for worker in workers(database)):
         assert (told["passed"], told["inconclusive"], told["reason"]) == (False, True, reason)

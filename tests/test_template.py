@@ -114,10 +114,17 @@ def test_a_template_that_cannot_ask_about_a_picture_is_named_with_what_to_do(fol
     )
 
 
+def test_a_template_may_trim_a_prompt_and_join_its_lines(folder):
+    path = folder / "chat_template.jinja"
+    path.write_text(GOOD.replace("{{ part['text'] }}", "{{ part['text'].split() | join(' ') }}"))
+    assert "What is it? Where is it?" in loaded(folder, prompt=" What is it?\n\nWhere is it?\n").prompt
+
+
 @pytest.mark.parametrize(
     ("file", "template", "called"),
     [
         ("chat_template.json", TEXT_ONLY, "(chat_template.json)"),
+        ("processor_config.json", TEXT_ONLY, "(processor_config.json)"),
         ("tokenizer_config.json", TEXT_ONLY, "(tokenizer_config.json)"),
         ("tokenizer_config.json", [{"name": "chat", "template": TEXT_ONLY}], "(tokenizer_config.json), 'chat'"),
     ],
@@ -127,6 +134,12 @@ def test_the_error_says_which_of_the_templates_it_is(folder, file, template, cal
     assert error_of(Recipe(model=str(folder))) == (
         f"The chat template of {folder} {called} leaves the picture out. {ADVICE}"
     )
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json"])
+def test_of_two_templates_the_error_names_the_one_that_transformers_takes(folder, file):
+    amend(folder / file, chat_template=TEXT_ONLY)
+    assert f"The chat template of {folder} ({file}) leaves" in error_of(Recipe(model=str(folder)))
 
 
 def test_a_template_with_places_for_two_pictures_is_refused_before_any_picture(folder):

@@ -128,7 +128,6 @@ def _rename_targets(config: Any, renamed: Mapping[str, str], keys: Iterable[str]
     if isinstance(config.target_modules, str):
         parts = (key.partition(".lora_") for key in keys)
         config.target_modules = {_with_new_name(module, renamed) for module, lora, _ in parts if lora}
-        config.exclude_modules = None
     elif config.target_modules:
         config.target_modules = {_with_new_name(module, renamed) for module in config.target_modules}
     for patterns in ("rank_pattern", "alpha_pattern"):

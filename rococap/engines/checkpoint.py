@@ -46,7 +46,9 @@ def cannot_load(name: str, revision: str, error: Exception) -> ModelError:
     if not isinstance(error, OSError | ValueError):  # raised by code that took a file for whole, and says little
         reason = f"{type(error).__name__}: {reason}"
     if Path(name).is_dir():
-        return ModelError(f"The folder {name} holds no model that can be loaded: {reason}")
+        return ModelError(
+            f"The folder {name} holds no model that can be loaded: {reason} Copy or download it again, or name another."
+        )
     if name.startswith((".", "/", "~")):
         return ModelError(f"There is no model folder {name}. Name an existing folder or a hub id with --model.")
     return ModelError(

@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +37,8 @@ from rococap.errors import ModelError, PictureError
 from rococap.recipe import LoadIn, Recipe
 
 log = logging.getLogger(__name__)
+
+Size = tuple[int, ...]
 
 STATIC_BATCH = 16
 MOST_TEXTS = 2_000
@@ -287,7 +289,7 @@ def _load_model(name: str, source: dict[str, Any], settings: dict[str, Any]) -> 
 
 def _check_weights(name: str, model: nn.Module, loading: dict[str, Any]) -> None:
     """Raises ModelError for what transformers would leave random, or leave out, and only warn."""
-    if others := sorted(loading["mismatched_keys"]):
+    if others := sorted(loading["mismatched_keys"]) or _quantised_otherwise(model):
         weight, stored, wanted = others[0]
         raise ModelError(
             f"{name}: the weight {weight} has the shape {_shape_of(stored)} in the file, and {_shape_of(wanted)} by "
@@ -305,7 +307,19 @@ def _check_weights(name: str, model: nn.Module, loading: dict[str, Any]) -> None
         log.warning("%s: %d weights are not the model's and are left out (%s …)", name, len(unknown), unknown[0])
 
 
-def _shape_of(size: Sequence[int]) -> str:
+def _quantised_otherwise(model: nn.Module) -> list[tuple[str, Size, Size]]:
+    """Weights that bitsandbytes took from the file in whatever shape they had: their names, and both shapes."""
+    found: list[tuple[str, Size, Size]] = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            whole = getattr(layer.weight, "quant_state", None) or layer.weight
+            stored, wanted = tuple(whole.shape), (layer.out_features, layer.in_features)
+            if stored != wanted:
+                found.append((f"{name}.weight", stored, wanted))
+    return found
+
+
+def _shape_of(size: Size) -> str:
     return " x ".join(map(str, size))
 
 

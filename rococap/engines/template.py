@@ -12,8 +12,8 @@ from typing import Any
 from rococap.engines import files
 from rococap.errors import ModelError
 
-OF_PROCESSOR = ("chat_template.jinja", "chat_template.json", "processor_config.json")
-OF_TOKENIZER = "tokenizer_config.json"
+OF_PROCESSOR = ("chat_template.json", "chat_template.jinja")
+"""In the order in which transformers takes them."""
 ADVICE = "Copy the chat template of the model that it was trained from, or name another with --model."
 PARTS_AS_TEXT = ("'type': 'image'", '"type": "image"')
 """What the list of a message's parts looks like where a template prints it, by repr or as JSON."""
@@ -55,7 +55,7 @@ def chat_prompt(processor: Any, prompt: str, name: str) -> str:
     pictures = _tokens(processor, OF_A_PICTURE)
     if pictures and not any(token in text for token in pictures):
         raise ModelError(f"{template.called} leaves the picture out. {ADVICE}")
-    if prompt.strip() not in text:
+    if " ".join(prompt.split()) not in " ".join(text.split()):  # some templates trim it
         raise ModelError(f"{template.called} leaves the prompt out. {ADVICE}")
     return text
 
@@ -93,9 +93,7 @@ def _template(processor: Any, name: str) -> Template:
     found = processor.chat_template or processor.tokenizer.chat_template
     if not found:
         raise ModelError(f"{name} has no chat template, so it does not follow prompts. Name an instruct model.")
-    places = OF_PROCESSOR if processor.chat_template else (OF_TOKENIZER,)
-    place = next((file for file in places if (Path(name) / file).is_file()), "")
-    called = f"The chat template of {name}" + (f" ({place})" if place else "")
+    called = f"The chat template of {name}" + (f" ({place})" if (place := _place(processor, Path(name))) else "")
     if isinstance(found, list):
         found = {one["name"]: one["template"] for one in found}
     if not isinstance(found, dict):
@@ -107,6 +105,18 @@ def _template(processor: Any, name: str) -> Template:
         )
     chosen = "default" if "default" in found else next(iter(found))
     return Template(processor, f"{called}, {chosen!r}", found[chosen])
+
+
+def _place(processor: Any, folder: Path) -> str:
+    """The file that it is in; empty for a model on the hub."""
+    if not folder.is_dir():
+        return ""
+    if not processor.chat_template:
+        return "tokenizer_config.json"
+    config = folder / "processor_config.json"
+    if config.is_file() and files.read(config).get("chat_template"):
+        return config.name
+    return next((file for file in OF_PROCESSOR if (folder / file).is_file()), "")
 
 
 def _tokens(processor: Any, names: Sequence[str]) -> set[str]:
