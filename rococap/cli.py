@@ -898,6 +898,7 @@ def _run_json(seen: queue.RunSeen) -> dict[str, Any]:
     created_at = datetime.fromtimestamp(seen.created_at / 1000, UTC).isoformat(timespec="milliseconds")
     return {
         **asdict(seen.run),
+        "columns": seen.run.columns.given(),
         "recipe_hash": seen.run.recipe.hash,
         "created_at": created_at.replace("+00:00", "Z"),
         "state": _state(seen),

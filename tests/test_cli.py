@@ -107,6 +107,7 @@ def test_columns_of_other_names_are_read_by_every_command_that_opens_pictures(he
     )
     assert said("worker", "--device", "cpu", "--batch-size", "8").rstrip().endswith("0 failed")  # checks itself too
     assert "as registered, 1 shards" in invoke("doctor").stdout
+    assert json.loads(said("runs", "--json"))[0]["columns"] == dict(one.split("=") for one in columns.split(","))
     assert "0 pictures" not in said("report", "--split", "train", "--output", "report.html")
     assert (here / "report.html").read_text().count('src="data:image/jpeg') == 12
     assert "12 captions" in said("export", "--split", "train", "--format", "webdataset")

@@ -82,6 +82,7 @@ def test_json_has_everything(database, here):
         "resolved": INFO.resolved(),
         "max_attempts": 5,
         "paused": False,
+        "columns": {},
         "created_at": "2023-11-14T22:13:20.123Z",
         "state": "waiting",
     }
