@@ -29,6 +29,7 @@ MAX_PIXELS = 8192 * 8192
 # Longest to shortest side. Qwen2-VL's resizing raises beyond it, and takes the whole batch with it.
 MAX_RATIO = 200
 
+_USUAL = ("PNG", "JPEG", "TIFF", "JPEG2000", "WEBP", "GIF", "BMP", "PPM")
 # The plugin for EPS starts Ghostscript on the bytes it is given; the others tell a format that Pillow cannot decode.
 _NOT_OPENED = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 
@@ -63,7 +64,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
 
 Image.init()
-FORMATS = tuple(name for name in Image.ID if name not in _NOT_OPENED)
+FORMATS = (*_USUAL, *sorted(set(Image.ID) - _NOT_OPENED - set(_USUAL)))
 
 
 def open_picture(data: bytes, frame: int = 1) -> Image.Image:
