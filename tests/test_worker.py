@@ -380,8 +380,10 @@ def test_a_worker_whose_reading_hangs_still_stops_when_asked(database, url, tmp_
     root = tmp_path / "set"
     (root / "train").mkdir(parents=True)
     (root / "train_captions.csv").write_text("ID,Caption\na,A.\n")
-    os.mkfifo(root / "train" / "a.jpg")  # like a disk that does not answer
+    (root / "train" / "a.jpg").write_bytes(picture(0))
     register(database, root, ["train"])
+    (root / "train" / "a.jpg").unlink()
+    os.mkfifo(root / "train" / "a.jpg")  # like a disk that does not answer
     process = start(url, batch_size=4, drain_timeout=0.5)
     until(lambda: statuses(database).get("leased", 0) == 1, "a claim")
     process.send_signal(signal.SIGTERM)
