@@ -449,7 +449,7 @@ def test_only_pictures_that_are_shown_are_read_one_after_the_other(database, run
     read = []
     thumbnail = reporting._thumbnail
     monkeypatch.setattr(
-        reporting, "_thumbnail", lambda reader, place, root: read.append(place) or thumbnail(reader, place, root)
+        reporting, "_thumbnail", lambda reader, place, *more: read.append(place) or thumbnail(reader, place, *more)
     )
     report(database, [], "train", out, pictures=6)
     assert len(read) == 6
