@@ -41,7 +41,7 @@ _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB = 0, 1, 2
 _ALPHAS = (1, 2)  # associated and unassociated
 _MOST_SAMPLES = 8
 
-_DEEP_PNG = {(16, 2), (16, 4), (16, 6)}
+_DEEP_PNG = (b"\x10\x02", b"\x10\x04", b"\x10\x06")
 """Bits and colour type of what Pillow reads the upper half of: RGB, grey with alpha, RGBA."""
 
 TURNS = {
@@ -123,7 +123,9 @@ def _opened(data: bytes, frame: int) -> Image.Image:
         _check_size(picture.size)
         with _blaming_the_file():
             picture.load()
-        upright = _turn(_rgb(picture, data), _orientation(picture))
+        is_deep_png = frame == 1 and data.startswith(repair.PNG_SIGNATURE) and data[24:26] in _DEEP_PNG
+        rgb = _from_samples(_png_samples(data)) if is_deep_png else _rgb(picture)
+        upright = _turn(rgb, _orientation(picture))
     return _without_metadata(upright)
 
 
@@ -241,11 +243,9 @@ def _seek(picture: Image.Image, frame: int) -> None:
         picture.seek(frame - 1)
 
 
-def _rgb(picture: Image.Image, data: bytes) -> Image.Image:
+def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         return Image.fromarray(windowed(np.asarray(picture))).convert("RGB")
-    if data[24:26] in {bytes(kind) for kind in _DEEP_PNG} and data.startswith(repair.PNG_SIGNATURE):
-        return _from_samples(_png_samples(data))
     if picture.has_transparency_data:
         return _flatten(picture.convert("RGBA"))
     return picture.convert("RGB")
