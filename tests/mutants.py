@@ -745,6 +745,47 @@ MUTANTS = (
         "if False:",
         "test_blank.py::test_a_picture_of_one_level_is_captioned_and_flagged",
     ),
+    # --- models and data sets ---
+    mutant(
+        "ends-of-the-config-alone",
+        "a caption runs on past the ends that only tokenizer and chat template name",
+        "rococap/engines/checkpoint.py",
+        "tokenizer.eos_token_id, turn_end(processor, name)]",
+        "*([] if named else [tokenizer.eos_token_id])]",
+        "test_template.py::test_captions_end_where_they_did_when_the_generation_config_names_another_end",
+    ),
+    mutant(
+        "adapter-beside-put-on",
+        "an adapter that lies beside the weights is put on silently",
+        "rococap/engines/hf.py",
+        "            adapter_kwargs=NO_ADAPTER,\n",
+        "",
+        "test_adapters.py::test_an_adapter_beside_a_models_weights_is_told_of_and_not_put_on",
+    ),
+    mutant(
+        "blind-to-drawings",
+        "pictures of one scene prove that the model is blind",
+        "rococap/selfcheck.py",
+        "    if not sees and _n_captioned(looks) >= FEW:\n",
+        "    if False:\n",
+        "test_selfcheck.py::test_pictures_of_one_scene_do_not_prove_that_the_model_is_blind",
+    ),
+    mutant(
+        "too-few-pass",
+        "a self-check that saw too few pictures counts as passed",
+        "rococap/selfcheck.py",
+        "return ended(False, _too_few(looks), inconclusive=True)",
+        "return ended(True, _too_few(looks))",
+        "test_selfcheck.py::test_one_caption_for_less_than_four_pictures_proves_nothing_and_is_no_pass",
+    ),
+    mutant(
+        "registered-unseen",
+        "a split of which no picture can be opened is registered",
+        "rococap/enqueue.py",
+        "            require_pictures(dataset, split, shards[split], recipe)\n",
+        "            pass\n",
+        "test_enqueue.py::test_a_split_of_which_no_picture_can_be_opened_is_refused_before_anything_is_written",
+    ),
     # --- continuous decoding ---
     mutant(
         "positions-stand-still",
