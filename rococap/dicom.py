@@ -8,8 +8,8 @@ file's first VOI LUT or window (C.11.2), else through a window of our own (`roco
 
 import importlib.util
 import logging
-import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
@@ -37,7 +37,26 @@ _TAGS = [
     *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
 ]
-_JPEG_OF_12_BITS = "1.2.840.10008.1.2.4.51"
+_JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
+_LOSSLESS_JPEG = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
+_PLUGINS = {
+    "1.2.840.10008.1.2.4.50": "pillow",
+    _JPEG_EXTENDED: "pillow",
+    "1.2.840.10008.1.2.4.80": "pyjpegls",
+    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    "1.2.840.10008.1.2.4.90": "pylibjpeg",
+    "1.2.840.10008.1.2.4.91": "pylibjpeg",
+    "1.2.840.10008.1.2.4.201": "pylibjpeg",
+    "1.2.840.10008.1.2.4.202": "pylibjpeg",
+    "1.2.840.10008.1.2.4.203": "pylibjpeg",
+    "1.2.840.10008.1.2.5": "pydicom",
+}
+"""Of those that pydicom may find. GDCM, should it be installed, ends the process on damaged data, and the compiled one
+for RLE panics, which no `except Exception` catches.
+"""
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_MOST_INFLATED = 1 << 29
+"""Bytes: 67 million pixels of 64 bits."""
 
 EXTRA_IS_MISSING = (
     "This is DICOM, which is opened with the extra `dicom`: pip install 'rococap[dicom]', or convert it to PNG at its "
@@ -55,6 +74,7 @@ def open_dicom(data: bytes, frame: int, check_size: Callable[[tuple[int, int]], 
     """
     if importlib.util.find_spec("pydicom") is None:
         raise PictureError("unsupported", EXTRA_IS_MISSING)
+    _check_deflated(data)
     header = _header(data)
     try:
         return _open(header, frame, check_size)
@@ -69,8 +89,22 @@ def open_dicom(data: bytes, frame: int, check_size: Callable[[tuple[int, int]], 
         ) from None
 
 
+def _check_deflated(data: bytes) -> None:
+    """pydicom inflates to whatever size it comes to."""
+    if data[128:132] == b"DICM" and _DEFLATED in data[:1024]:
+        meta = int.from_bytes(data[140:144], "little")
+        inflating = zlib.decompressobj(-zlib.MAX_WBITS)
+        with suppress(zlib.error):  # is told of when it is read
+            inflating.decompress(data[144 + meta :], _MOST_INFLATED)
+        if inflating.unconsumed_tail:
+            raise PictureError(
+                "too_large",
+                f"The file inflates to over {_MOST_INFLATED:,} bytes: replace it at its source, then retry.",
+            )
+
+
 def _open(header: Any, frame: int, check_size: Callable[[tuple[int, int]], None]) -> Image.Image:
-    n_frames = int(header.get("NumberOfFrames") or 1)
+    n_frames = header.NumberOfFrames = _n_frames(header)
     if frame > n_frames:
         raise no_frame(n_frames, frame)
     check_size((int(header.get("Columns") or 0), int(header.get("Rows") or 0)))
@@ -122,31 +156,53 @@ def _apply_functional_groups(header: Any, frame: int) -> None:
 def _stored_values(header: Any, frame: int) -> NDArray[Any]:
     """Of shape (rows, columns) or (rows, columns, 3), colours as RGB."""
     from pydicom.pixels.utils import pixel_array
-    from pydicom.uid import RLELossless
 
-    syntax = header.file_meta.TransferSyntaxUID
+    syntax = str(header.file_meta.TransferSyntaxUID)
+    if syntax in _LOSSLESS_JPEG or (syntax == _JPEG_EXTENDED and int(header.BitsStored) > 8):
+        return _jpeg(header, frame)
+    surplus = _surplus_bits(header)
+    if surplus:
+        header.BitsStored = int(header.BitsStored) + surplus
     try:
-        # The compiled plug-in for RLE panics on damaged data, which no `except Exception` catches.
-        plugin = "pydicom" if syntax == RLELossless else ""
-        return np.asarray(pixel_array(header, index=frame - 1, decoding_plugin=plugin))
+        values = np.asarray(pixel_array(header, index=frame - 1, decoding_plugin=_PLUGINS.get(syntax, "")))
     except ValueError as error:
         if "less than expected" not in str(error):
             raise
         told = f"The pixels of this DICOM file ({_coding(header)}) end too early"
         raise PictureError("truncated", f"{told}: replace it at its source, then retry.") from None
-    except RuntimeError:
-        if syntax != _JPEG_OF_12_BITS:
-            raise
-        return _jpeg_of_12_bits(header, frame)
+    if not surplus:
+        return values
+    header.BitsStored = int(header.BitsStored) - surplus
+    return np.asarray(values >> surplus)
 
 
-def _jpeg_of_12_bits(header: Any, frame: int) -> NDArray[Any]:
-    """Neither Pillow nor GDCM reads them."""
+def _surplus_bits(header: Any) -> int:
+    """Below the stored ones: older writers put 12 bits at the upper end of 16."""
+    allocated, stored, highest = (int(header.get(name) or 0) for name in ("BitsAllocated", "BitsStored", "HighBit"))
+    is_native = not header.file_meta.TransferSyntaxUID.is_encapsulated
+    return highest + 1 - stored if is_native and stored <= highest < allocated else 0
+
+
+def _jpeg(header: Any, frame: int) -> NDArray[Any]:
+    """JPEG of 12 bits, and lossless JPEG: Pillow reads neither."""
     import imagecodecs
     from pydicom.encaps import get_frame
+    from pydicom.pixels.processing import convert_color_space
 
-    coded = get_frame(header.PixelData, frame - 1, number_of_frames=int(header.get("NumberOfFrames") or 1))
-    return np.asarray(imagecodecs.jpeg8_decode(coded))
+    coded = get_frame(header.PixelData, frame - 1, number_of_frames=_n_frames(header))
+    decoded = np.asarray(imagecodecs.jpeg8_decode(coded))
+    if str(header.get("PhotometricInterpretation", "")).startswith("YBR_FULL"):
+        return np.asarray(convert_color_space(decoded, "YBR_FULL", "RGB"))
+    is_signed = bool(header.get("PixelRepresentation"))
+    return (
+        decoded.view(f"i{decoded.itemsize}")
+        if is_signed and int(header.BitsStored) == 8 * decoded.itemsize
+        else decoded
+    )
+
+
+def _n_frames(header: Any) -> int:
+    return max(1, int(header.get("NumberOfFrames") or 1))
 
 
 def _coding(header: Any) -> str:
@@ -178,6 +234,8 @@ def _shades(header: Any, stored: NDArray[Any]) -> NDArray[np.uint8]:
 def _grey(header: Any, stored: NDArray[Any]) -> NDArray[np.uint8]:
     from pydicom.pixels.processing import apply_modality_lut
 
+    if _number_of(header, "RescaleSlope") == 0:
+        header.RescaleSlope = 1  # 0 would leave nothing of the picture
     values = apply_modality_lut(stored, header)
     shades = _through_voi(header, values)
     if shades is not None and shades.min() < shades.max():
@@ -190,14 +248,10 @@ def _grey(header: Any, stored: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _through_voi(header: Any, values: NDArray[Any]) -> NDArray[np.uint8] | None:
     """Through the first VOI LUT, else the first window; None if the file has neither, or none that can be used."""
-    from pydicom.pixels.processing import apply_voi, apply_windowing
+    from pydicom.pixels.processing import apply_windowing
 
-    if header.get("VOILUTSequence"):
-        with suppress(
-            ValueError, TypeError, AttributeError, NotImplementedError, struct.error
-        ):  # a table cut short, say
-            brightest = 2.0 ** int(header.VOILUTSequence[0].LUTDescriptor[2]) - 1
-            return scaled(apply_voi(values, header, index=0).astype(np.float64), 0.0, brightest)
+    if (shades := _through_voi_table(header, values)) is not None:
+        return shades
     if _number_of(header, "WindowWidth") is None or _number_of(header, "WindowCenter") is None:
         return None
     try:
@@ -207,6 +261,25 @@ def _through_voi(header: Any, values: NDArray[Any]) -> NDArray[np.uint8] | None:
     except (ValueError, AttributeError, TypeError):  # a width of 0, say
         return None
     return scaled(seen.astype(np.float64), float(ends[0]), float(ends[1]))
+
+
+def _through_voi_table(header: Any, values: NDArray[Any]) -> NDArray[np.uint8] | None:
+    """None if the file has no VOI LUT, or less of it than its descriptor says.
+
+    Its entries may be bytes, or words whatever their bits; the brightest of them is white.
+    """
+    for item in (header.get("VOILUTSequence") or [])[:1]:
+        n, first, _ = (int(number) for number in item.LUTDescriptor)
+        n = n or 1 << 16
+        data = item.LUTData
+        if isinstance(data, bytes):
+            table = np.frombuffer(data, np.dtype(np.uint8 if len(data) < 2 * n else "<u2"))[:n]
+        else:
+            table = np.array(data)[:n]
+        if len(table) == n and table.max() > table.min():
+            places = (values.astype(np.int64) - first).clip(0, n - 1)
+            return scaled(table[places].astype(np.float64), float(table.min()), float(table.max()))
+    return None
 
 
 def _number_of(header: Any, name: str) -> float | None:

@@ -2,6 +2,7 @@
 
 import re
 
+_JPEG = "a JPEG of 12 bits, lossless or damaged"
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"%PDF", "a PDF"),
     (b"%!PS", "PostScript"),
@@ -20,7 +21,15 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"MATLAB", "a MATLAB file"),
     (b"PAR1", "Parquet"),
     (b"SQLite format 3", "an SQLite database"),
-    (b"\x80\x04", "a Python pickle"),
+    *((bytes([0x80, protocol]), "a Python pickle") for protocol in range(2, 6)),
+    (b"\xff\xd8\xff", _JPEG),
+    (b"\xff\x4f\xff\x51", "a JPEG 2000 codestream that is damaged"),
+    (b"\x76\x2f\x31\x01", "OpenEXR"),
+    (b"#?RADIANCE", "Radiance HDR"),
+    (b"AT&TFORM", "DjVu"),
+    (b"{\\rtf", "RTF"),
+    (b"ID3", "an MP3 file"),
+    (b"\xd0\xcf\x11\xe0", "an OLE file, maybe of Word or Excel"),
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL ", "JPEG XL"),
     (b"II\xbc\x01", "JPEG XR"),
@@ -37,7 +46,9 @@ _NEXT_STEPS = {
     "base64 text": "decode it to bytes at its source",
     "HTML": "download the picture again, this is a page about it",
 }
-PICTURES = frozenset({"HEIC", "HEIF", "JPEG XL", "JPEG XR", "MetaImage", "NIfTI", "NRRD", "SVG"})
+PICTURES = frozenset(
+    {"HEIC", "HEIF", "JPEG XL", "JPEG XR", "MetaImage", "NIfTI", "NRRD", "OpenEXR", "Radiance HDR", "SVG", "DjVu"}
+)
 """Formats of pictures that are not opened."""
 CONVERT = "which is not opened: convert it to PNG at its source"
 
@@ -49,6 +60,8 @@ def name_of(data: bytes) -> str | None:
     for signature, name in _SIGNATURES:
         if data.startswith(signature):
             return name
+    if data[257:262] == b"ustar":
+        return "a tar archive"
     if data[4:8] == b"ftyp":
         return _BRANDS.get(data[8:12], "a video")
     if data[:4] == b"RIFF":

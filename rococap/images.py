@@ -38,8 +38,11 @@ _ENDINGS = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2", "tiff": "tif"}
 
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB = 0, 1, 2
-_ALPHAS = (1, 2)  # associated and unassociated
+_ASSOCIATED, _UNASSOCIATED = 1, 2
+_ALPHAS = (_ASSOCIATED, _UNASSOCIATED)
 _MOST_SAMPLES = 8
+_COMPRESSIONS = (1, 5, 7, 8, 32773, 32946, 34925, 50000)
+"""None, LZW, JPEG, deflate by both numbers, PackBits, LZMA, zstandard: others bring sizes of their own."""
 
 _DEEP_PNG = (b"\x10\x02", b"\x10\x04", b"\x10\x06")
 """Bits and colour type of what Pillow reads the upper half of: RGB, grey with alpha, RGBA."""
@@ -56,7 +59,9 @@ TURNS = {
 
 VANISHING = 8
 """Levels from its background at which a pixel is as good as gone."""
-WHITE = 250
+DARK, WHITE = 48, 250
+SPARSE = 0.4
+"""Of a page that holds strokes, at most that much is covered."""
 
 # Once, at import: warnings.catch_warnings around each picture is not thread-safe. MAX_PIXELS refuses these.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -107,7 +112,7 @@ def as_file(data: bytes, frame: int = 1) -> tuple[str, bytes]:
     try:
         return suffix_of(data), data
     except PictureError:
-        whole = repair.from_its_start(data)
+        whole = None if formats.name_of(data) else repair.from_its_start(data)
         if whole is None:
             raise
         return suffix_of(whole), whole
@@ -116,15 +121,17 @@ def as_file(data: bytes, frame: int = 1) -> tuple[str, bytes]:
 def _opened(data: bytes, frame: int) -> Image.Image:
     if formats.is_dicom(data):  # also where its preamble makes a TIFF of it
         return _checked(dicom.open_dicom(data, frame, _check_size))
-    if data.startswith(_TIFF_STARTS) and (picture := _open_deep_tiff(data, frame)) is not None:
+    if data.startswith(_TIFF_STARTS) and (picture := _open_tiff(data, frame, only_deep=True)) is not None:
         return _without_metadata(picture)
+    if repair.is_padded(data):
+        raise PictureError("truncated", "The picture ends in zeros: replace it at its source, then retry.")
     with _identify(data) as picture:
         _seek(picture, frame)
         _check_size(picture.size)
         with _blaming_the_file():
             picture.load()
-        is_deep_png = frame == 1 and data.startswith(repair.PNG_SIGNATURE) and data[24:26] in _DEEP_PNG
-        rgb = _from_samples(_png_samples(data)) if is_deep_png else _rgb(picture)
+            is_deep_png = frame == 1 and data.startswith(repair.PNG_SIGNATURE) and data[24:26] in _DEEP_PNG
+            rgb = _from_samples(_png_samples(data, picture)) if is_deep_png else _rgb(picture)
         upright = _turn(rgb, _orientation(picture))
     return _without_metadata(upright)
 
@@ -142,13 +149,15 @@ def _checked(picture: Image.Image) -> Image.Image:
 
 def _opened_repaired(data: bytes, frame: int, code: str) -> Image.Image | None:
     """What a viewer would show all the same; None if nothing less than pixels is missing."""
+    if code == "unsupported" and data.startswith(_TIFF_STARTS):
+        return _open_tiff(data, frame)
     if code not in ("not_an_image", "truncated", "corrupt"):
         return None
     if data.startswith(repair.PNG_SIGNATURE):
         plain = repair.without_ancillary(data)
         return None if plain == data else _opened(plain, frame)
     if code == "not_an_image":
-        whole = repair.from_its_start(data)
+        whole = None if formats.name_of(data) else repair.from_its_start(data)
         return None if whole is None else open_picture(whole, frame)
     return _one_for_all([_tried(ended, frame) for ended in repair.ended(data)])
 
@@ -173,8 +182,6 @@ def _identify(data: bytes) -> Image.Image:
         if data.startswith(repair.PNG_SIGNATURE) and b"\0\0\0\0" in (data[16:20], data[20:24]):
             raise _zero_size() from error
         raise _not_opened(data) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large("The picture is") from error
 
 
 def _not_opened(data: bytes) -> PictureError:
@@ -193,13 +200,10 @@ def _not_opened(data: bytes) -> PictureError:
 def _blaming_the_file() -> Iterator[None]:
     try:
         yield
-    except (
-        MemoryError,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ):
+    except (MemoryError, UnidentifiedImageError, PictureError):
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large("The picture is") from error
     # Pillow raises whatever broken bytes lead it to: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         cut = isinstance(error, EOFError | struct.error) or "truncated" in str(error).lower()
@@ -236,11 +240,11 @@ def _zero_size() -> PictureError:
 def _seek(picture: Image.Image, frame: int) -> None:
     if frame == 1:
         return
-    there = getattr(picture, "n_frames", 1)
-    if frame > there:
-        raise dicom.no_frame(there, frame)
     with _blaming_the_file():
-        picture.seek(frame - 1)
+        try:
+            picture.seek(frame - 1)  # first: to count the frames, some formats read all of them
+        except EOFError:
+            raise dicom.no_frame(getattr(picture, "n_frames", 1), frame) from None
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -251,11 +255,16 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _png_samples(data: bytes) -> NDArray[Any]:
+def _png_samples(data: bytes, picture: Image.Image) -> NDArray[Any]:
+    """With alpha where the file names a transparent colour."""
     import imagecodecs
 
-    with _blaming_the_file():
-        return np.asarray(imagecodecs.png_decode(data))
+    samples = np.asarray(imagecodecs.png_decode(data))
+    transparent = picture.info.get("transparency")
+    if samples.shape[-1] != 3 or not isinstance(transparent, tuple):
+        return samples
+    is_opaque = (samples != np.array(transparent, dtype=samples.dtype)).any(-1)
+    return np.dstack([samples, np.where(is_opaque, 65535, 0).astype(samples.dtype)])
 
 
 def _from_samples(samples: NDArray[Any], *, min_is_white: bool = False) -> Image.Image:
@@ -266,20 +275,24 @@ def _from_samples(samples: NDArray[Any], *, min_is_white: bool = False) -> Image
     seen, alpha = samples[..., :n_colours], samples[..., n_colours:]
     is_seen = (alpha != 0).all(-1) if alpha.any() else np.ones((height, width), dtype=bool)
     if n_colours == 3:
-        shades = colours(seen, is_seen)
+        shades = seen if seen.dtype == np.uint8 else colours(seen, is_seen)
     else:
-        grey = _negative(seen[..., 0]) if min_is_white else seen[..., 0]
-        shades = np.repeat(windowed(grey, is_seen)[..., None], 3, axis=2)
+        shades = np.repeat(_grey(seen[..., 0], is_seen, min_is_white)[..., None], 3, axis=2)
     if not alpha.size:
         return Image.fromarray(shades)
     return _flatten(Image.fromarray(np.dstack([shades, _alpha_of_8_bits(alpha[..., 0])])))
 
 
-def _negative(values: NDArray[Any]) -> NDArray[Any]:
-    return -values.astype(np.float64)
+def _grey(values: NDArray[Any], is_seen: NDArray[np.bool_], min_is_white: bool) -> NDArray[np.uint8]:
+    shades = values if values.dtype == np.uint8 else windowed(values, is_seen)
+    if min_is_white:
+        shades = np.where(np.isfinite(values), 255 - shades, np.uint8(0))
+    return shades
 
 
 def _alpha_of_8_bits(alpha: NDArray[Any]) -> NDArray[np.uint8]:
+    if alpha.dtype == np.uint8:
+        return alpha
     if alpha.dtype.kind == "f":
         return scaled(np.nan_to_num(alpha), 0.0, 1.0)
     shifted: NDArray[np.uint8] = (alpha >> (8 * alpha.dtype.itemsize - 8)).astype(np.uint8)
@@ -306,14 +319,15 @@ def _flatten(picture: Image.Image) -> Image.Image:
 
 def _needs_white(picture: Image.Image) -> bool:
     """Whether black would swallow what is seen of an RGBA picture: nearly all of it, or, where the colour under the
-    transparent pixels is white, as under black strokes on a page, a good part. And white would swallow less.
+    transparent pixels is white or little is seen at all, as of strokes on a page, a good part. And white would swallow
+    less.
     """
-    pixels = np.asarray(picture)
-    luma, alpha = np.asarray(picture.convert("RGB").convert("L")), pixels[..., 3].astype(np.float64)
-    on_black = float(alpha[luma <= VANISHING].sum() / alpha.sum())
+    luma, alpha = np.asarray(picture.convert("RGB").convert("L")), np.asarray(picture)[..., 3].astype(np.float64)
+    seen, hidden = luma[alpha > 0], luma[alpha == 0]
+    vanishing = VANISHING if np.ptp(seen) > VANISHING else DARK  # of one dark colour, nothing stands out of black
+    on_black = float(alpha[luma <= vanishing].sum() / alpha.sum())
     on_white = float(alpha[luma >= 255 - VANISHING].sum() / alpha.sum())
-    hidden = luma[alpha == 0]
-    is_page = hidden.size > 0 and float(np.median(hidden)) >= WHITE
+    is_page = hidden.size > 0 and (float(np.median(hidden)) >= WHITE or seen.size < SPARSE * luma.size)
     return on_black > on_white and on_black >= (0.25 if is_page else 0.95)
 
 
@@ -324,10 +338,10 @@ def _constant(band: Image.Image) -> bool:
 # ---- TIFF
 
 
-def _open_deep_tiff(data: bytes, frame: int) -> Image.Image | None:
-    """A TIFF whose samples Pillow would cut, wrap, invert or refuse; None for what it opens right.
+def _open_tiff(data: bytes, frame: int, *, only_deep: bool = False) -> Image.Image | None:
+    """A grey or RGB TIFF of any depth; with `only_deep`, one whose samples Pillow would cut, wrap, invert or refuse.
 
-    That is all but grey, colour and palette pictures of up to 8 unsigned bits a sample. Follows TIFF 6.0.
+    None for others. Follows TIFF 6.0.
     """
     import tifffile
 
@@ -336,7 +350,7 @@ def _open_deep_tiff(data: bytes, frame: int) -> Image.Image | None:
             if frame > 1 and frame > (there := len(file.pages)):
                 raise dicom.no_frame(there, frame)
             page: Any = file.pages[frame - 1]
-            if not (_is_deep(page) and _is_grey_or_rgb(page)):
+            if (only_deep and not _is_deep(page)) or not _is_grey_or_rgb(page):
                 return None
             _check_size((page.imagewidth, page.imagelength))
             _check_segments(page, len(data))
@@ -349,13 +363,22 @@ def _open_deep_tiff(data: bytes, frame: int) -> Image.Image | None:
 
 
 def _is_deep(page: Any) -> bool:
+    """All but unsigned integers of up to 8 bits."""
     bits, kind = page.bitspersample, page.sampleformat
     return bool((bits if isinstance(bits, int) else max(bits)) > 8 or kind not in (1, None))
 
 
 def _is_grey_or_rgb(page: Any) -> bool:
-    is_known = page.photometric in (_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB) and page.dtype is not None
-    return is_known and page.dtype.kind in "biuf" and page.imagedepth == 1 and page.samplesperpixel <= _MOST_SAMPLES
+    bits = page.bitspersample if isinstance(page.bitspersample, int) else max(page.bitspersample)
+    return (
+        page.photometric in (_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB)
+        and page.dtype is not None
+        and page.dtype.kind in "iuf"
+        and (8 <= bits <= 16 or bits in (32, 64))  # tifffile reads noise from integers of 24
+        and page.imagedepth == 1
+        and page.samplesperpixel <= _MOST_SAMPLES
+        and page.compression in _COMPRESSIONS
+    )
 
 
 def _check_segments(page: Any, size: int) -> None:
@@ -372,7 +395,20 @@ def _of_tiff(page: Any, samples: NDArray[Any]) -> Image.Image:
     if page.planarconfig == 2 and samples.ndim == 3:
         samples = np.moveaxis(samples, 0, -1)
     samples = samples.reshape(page.imagelength, page.imagewidth, -1)[..., : n_colours + has_alpha]
-    return _from_samples(samples, min_is_white=page.photometric == _MIN_IS_WHITE)
+    if has_alpha and extra[:1] == [_ASSOCIATED]:
+        samples = _not_premultiplied(samples)
+    # The tag has no default: without it, the lowest value is black in practice.
+    return _from_samples(samples, min_is_white=_tag(page, "PhotometricInterpretation") == _MIN_IS_WHITE)
+
+
+def _not_premultiplied(samples: NDArray[Any]) -> NDArray[Any]:
+    """Colours as they were before they were multiplied by their alpha."""
+    if samples.dtype.kind not in "uf":
+        return samples
+    opaque = 1.0 if samples.dtype.kind == "f" else float(np.iinfo(samples.dtype).max)
+    colour, alpha = samples[..., :-1].astype(np.float64), samples[..., -1:].astype(np.float64)
+    restored = np.divide(colour * opaque, alpha, out=colour.copy(), where=alpha > 0).clip(0, opaque)
+    return np.concatenate([restored.astype(samples.dtype), samples[..., -1:]], axis=-1)
 
 
 def _describe_tiff(data: bytes) -> str:

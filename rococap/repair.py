@@ -3,6 +3,7 @@
 Nothing is guessed: pixels that are not in the file are never made up.
 """
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -10,8 +11,8 @@ from collections.abc import Iterator
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-MOST_STRAY = 1024
-"""Bytes before a file's start, such as a newline or the headers of an HTTP answer."""
+MOST_STRAY, MOST_STRAY_BINARY = 1024, 16
+"""Bytes before a file's start."""
 LARGEST_TEXT = 1 << 20
 """Of a text chunk once unpacked, as Pillow allows."""
 MOST_TEXT = 64 * LARGEST_TEXT
@@ -26,10 +27,20 @@ _SCANS_OF_NOTHING = (b"", b"\x00" * 64, b"\x55" * 64, b"\xaa" * 64, b"\xf0\xcc" 
 
 
 def from_its_start(data: bytes) -> bytes | None:
-    """The file without stray bytes before it; None if there is no JPEG or PNG soon after its first byte."""
+    """The file without stray bytes before it; None if there is no JPEG or PNG soon after its first byte, or if what
+    stands before it is the beginning of something else that holds a picture.
+    """
     starts = [data.find(start, 1, MOST_STRAY + len(start)) for start in (JPEG_START + b"\xff", PNG_SIGNATURE)]
     found = [start for start in starts if start > 0]
-    return data[min(found) :] if found else None
+    if not found or not _is_stray(data[: min(found)]):
+        return None
+    return data[min(found) :]
+
+
+def _is_stray(before: bytes) -> bool:
+    """Text, such as an HTTP answer's headers, or a few bytes that are no piece of a JPEG that lost its own start."""
+    is_text = all(byte in b"\t\r\n" or 0x20 <= byte < 0x7F for byte in before.removeprefix(b"\xef\xbb\xbf"))
+    return is_text or (len(before) <= MOST_STRAY_BINARY and not re.search(rb"\xff[\xc0-\xfe]|Exif|JFIF", before))
 
 
 # ---- PNG
@@ -89,6 +100,11 @@ def _text_size(kind: bytes, body: bytes) -> int:
 # ---- JPEG
 
 
+def is_padded(data: bytes) -> bool:
+    """Whether a JPEG ends in zeros and not in its end marker: a decoder would take them for pixels."""
+    return data.startswith(JPEG_START) and data.endswith(b"\0") and not data.rstrip(b"\0").endswith(JPEG_END)
+
+
 def ended(data: bytes) -> list[bytes]:
     """A JPEG without its end marker, with the marker put behind it after nothing and after various other bytes.
 
@@ -98,7 +114,7 @@ def ended(data: bytes) -> list[bytes]:
     """
     if not data.startswith(JPEG_START) or JPEG_END in data[-2:]:
         return []
-    data = data.removesuffix(b"\xff")
+    data = data.rstrip(b"\0").removesuffix(b"\xff")  # zeros would be read for pixels that are missing
     if not _has_all_scans(data):
         return []
     return [data + padding + JPEG_END for padding in _SCANS_OF_NOTHING]
@@ -111,7 +127,7 @@ def _has_all_scans(data: bytes) -> bool:
     missing: set[tuple[int, int]] = set()
     intervals = restarts = interval = 0
     for marker, body in _segments(data):
-        if 0xC0 <= marker <= 0xC3 and len(body) >= 6 + 3 * body[5]:
+        if 0xC0 <= marker <= 0xC3 and len(body) > 5 and len(body) >= 6 + 3 * body[5]:
             components = [(body[6 + 3 * n], body[7 + 3 * n]) for n in range(body[5])]
             missing = {(id, k) for id, _ in components for k in range(64)}
             intervals = _n_units(body, [factors for _, factors in components])
@@ -137,13 +153,15 @@ def _n_units(frame: bytes, factors: list[int]) -> int:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(marker, content) of each segment; what is coded between them is passed over."""
+    """(marker, content) of each segment up to the end; what is coded between them is passed over."""
     at = 2
     while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
         marker = data[at + 1]
         if marker in (0x00, 0xFF):
             at += 2 - (marker == 0xFF)
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD9:
+        elif marker == 0xD9:
+            return
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
             yield marker, b""
             at += 2
         else:

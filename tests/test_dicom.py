@@ -2,6 +2,9 @@
 
 import importlib.util
 import logging
+import subprocess
+import sys
+import zlib
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -276,3 +279,65 @@ def test_what_is_published_of_it_is_a_png_of_its_pixels():
     assert ending == ".png"
     assert b"Doe" not in published
     assert Image.open(BytesIO(published)).convert("RGB").tobytes() == open_picture(data).tobytes()
+
+
+# ---- what older writers, and hostile ones, made
+
+
+def test_values_at_the_upper_end_of_their_word_are_read_there():
+    shifted = (CT << 4).astype(np.uint16)
+    data = file_of(shifted, BitsStored=12, HighBit=15)
+    assert (greys(data) == windowed(CT)).all()
+    window = {"WindowCenter": 800, "WindowWidth": 300}
+    assert np.abs(greys(file_of(shifted, BitsStored=12, HighBit=15, **window)) - through(CT * 1.0, 800, 300)).max() <= 1
+
+
+def test_a_voi_table_of_bytes_in_words_is_applied():
+    words = np.arange(4096, dtype="<u2") // 16
+    data = file_of(CT, VOILUTSequence=voi_table(words.tobytes(), 8), BitsStored=12, HighBit=11)
+    assert np.abs(greys(data) - CT // 16).max() <= 1
+
+
+def test_a_voi_table_of_12_bits_that_says_16_is_applied():
+    data = file_of(CT, VOILUTSequence=voi_table(list(range(4096)), 16), BitsStored=12, HighBit=11)
+    assert (greys(data) == np.rint(CT * (255 / 4095))).all()
+
+
+def test_a_rescale_slope_of_0_is_ignored():
+    slope = {"RescaleSlope": 0, "RescaleIntercept": 0}
+    assert (greys(file_of(CT, **slope)) == windowed(CT)).all()
+    seen = greys(file_of(CT, **slope, WindowCenter=800, WindowWidth=300))
+    assert np.abs(seen - through(CT * 1.0, 800, 300)).max() <= 1
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_a_number_of_frames_that_cannot_be_is_one(n):
+    assert (greys(file_of(CT, NumberOfFrames=n)) == windowed(CT)).all()
+
+
+def test_a_file_that_inflates_to_gigabytes_is_refused():
+    whole = (FILES / "image_dfl.dcm").read_bytes()
+    meta = 144 + int.from_bytes(whole[140:144], "little")
+    deflating = zlib.compressobj(9, zlib.DEFLATED, -15)
+    bomb = b"".join(deflating.compress(bytes(1 << 24)) for _ in range(40)) + deflating.flush()
+    assert code_and_message(whole[:meta] + bomb)[0] == "too_large"
+    assert open_picture(whole).size == (512, 512)
+
+
+def test_damaged_jpeg_ends_no_process():
+    """By GDCM, the first of these ended it."""
+    whole = (FILES / "SC_rgb_small_odd_jpeg.dcm").read_bytes()
+    start = whole.index(b"\xff\xd8\xff")
+    script = (
+        "import sys\n"
+        "from rococap.images import open_picture\n"
+        "from rococap.errors import PictureError\n"
+        "whole, start = sys.stdin.buffer.read(), int(sys.argv[1])\n"
+        "for at in range(start + 2, len(whole)):\n"
+        "    for value in (0, 255):\n"
+        "        try: open_picture(whole[:at] + bytes([value]) + whole[at + 1 :])\n"
+        "        except PictureError: pass\n"
+        "print('alive')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(start)], input=whole, capture_output=True)
+    assert run.stdout == b"alive\n", run.stderr[-500:]

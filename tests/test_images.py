@@ -787,6 +787,185 @@ def greys_of(data, frame):
     return np.asarray(open_picture(data, frame))[..., 0]
 
 
+# ---- what is damaged, hostile or rare
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("before", [b"", b"\r\n"])
+def test_a_jpeg_cut_inside_its_header_is_no_picture_and_no_crash(progressive, before):
+    data = before + encoded(Image.fromarray(CT), "JPEG", progressive=progressive)
+    for cut in range(2, data.index(b"\xff\xda") + 12):
+        assert code_of(data[:cut]) in ("truncated", "corrupt", "not_an_image", "unsupported"), cut
+
+
+@pytest.mark.parametrize("zeros", [1, 4, 64, 4096])
+@pytest.mark.parametrize("name", JPEGS)
+def test_zeros_in_place_of_pixels_and_end_do_not_make_a_jpeg_whole(name, zeros):
+    data = jpeg(name)
+    for cut in (3, 5, 8):
+        assert code_of(data[:-cut] + b"\0" * zeros) == "truncated", cut
+    assert open_picture(data[:-2] + b"\0" * zeros).tobytes() == open_picture(data).tobytes()
+
+
+def with_thumbnail():
+    """A JPEG whose EXIF holds another, smaller one."""
+    thumbnail = encoded(Image.new("L", (16, 16), 200), "JPEG")
+    exif = b"Exif\0\0" + b"II*\0\x08\0\0\0\0\0\0\0\0\0" + thumbnail
+    segment = b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif
+    data = encoded(Image.fromarray(CT), "JPEG")
+    return data[:2] + segment + data[2:]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "before",
+    [
+        b"PK\x03\x04" + b"\0" * 26,
+        b"\x80\x05\x95" + b"\0" * 12,
+        b"ID3\x04\0\0\0\0\0\x10APIC",
+        b"%PDF-1.7\n",
+        b"<!DOCTYPE html><html>",
+        b"name.jpg" + b"\0" * 249 + b"ustar" + b"\0" * 250,
+    ],
+    ids=["zip", "pickle", "mp3", "pdf", "html", "tar"],
+)
+def test_a_picture_inside_another_file_is_not_taken_for_it(before):
+    assert code_of(before + encoded(Image.fromarray(CT), "JPEG")) == "not_an_image"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("lost", [1, 2])
+def test_the_thumbnail_of_a_picture_that_lost_its_start_is_not_taken_for_it(lost):
+    data = with_thumbnail()
+    assert open_picture(data).size == (128, 128)
+    for damaged in (data[lost:], b"\0" * lost + data[lost:]):
+        assert code_of(damaged) in ("not_an_image", "unsupported")
+
+
+@pytest.mark.parametrize("size", [(512, 512), (40, 48)])
+def test_an_icon_with_a_palette_is_opened_or_refused(size):
+    with suppress(PictureError):
+        assert open_picture(encoded(Image.new("L", size).convert("P"), "ICNS")).mode == "RGB"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("fmt", ["TIFF", "GIF", "PNG", "WEBP"])
+def test_a_later_frame_of_damaged_bytes_gives_a_picture_or_a_picture_error(fmt):
+    frames = [Image.fromarray(CT // n).convert("RGB") for n in (1, 2, 3)]
+    whole = encoded(frames[0], fmt, save_all=True, append_images=frames[1:])
+    dice = random.Random(7)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(dice.choice([1, 4, 30])):
+            damaged[dice.randrange(min(len(damaged), dice.choice([64, 10**6])))] = dice.randrange(256)
+        with suppress(PictureError):
+            assert open_picture(bytes(damaged), 2).mode == "RGB"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", ["u2", "i1", "f4", "f8"])
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib"])
+def test_damaged_bytes_of_a_deep_tiff_give_a_picture_or_a_picture_error(dtype, compression):
+    whole = tiff(spread(dtype), photometric="minisblack", compression=compression)
+    dice = random.Random(7)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(dice.choice([1, 4, 30])):
+            damaged[dice.randrange(min(len(damaged), dice.choice([256, 10**6])))] = dice.randrange(256)
+        with suppress(PictureError):
+            assert open_picture(bytes(damaged)).mode == "RGB"
+
+
+def test_integers_of_24_bits_are_refused():
+    samples = np.frombuffer(b"".join((int(v) * 257).to_bytes(3, "little") for v in CT.ravel()), np.uint8)
+    whole = bytearray(tiff(CT, photometric="minisblack"))
+    page = tifffile.TiffFile(BytesIO(bytes(whole))).pages[0]
+    for name, value in (("BitsPerSample", 24), ("StripByteCounts", samples.size), ("StripOffsets", len(whole))):
+        tag = page.tags[name]
+        width = 4 if tag.dtype == 4 else 2
+        whole[tag.valueoffset : tag.valueoffset + width] = value.to_bytes(width, "little")
+    assert code_of(bytes(whole) + samples.tobytes()) == "unsupported"
+
+
+def test_a_deep_tiff_that_does_not_say_which_end_is_white_has_black_at_the_lowest():
+    whole = tiff(spread("u2"), photometric="minisblack")
+    tag = tifffile.TiffFile(BytesIO(whole)).pages[0].tags["PhotometricInterpretation"]
+    assert (greys(whole[: tag.offset] + b"\xf0\xff" + whole[tag.offset + 2 :]) == windowed(spread("u2"))).all()
+
+
+def test_a_tiff_of_8_bits_that_only_tifffile_opens_is_opened():
+    assert (greys(tiff(255 - CT, photometric="miniswhite", extrasamples=None, compression="lzma")) == CT).all()
+
+
+def test_premultiplied_deep_colours_are_what_the_same_in_8_bits_are():
+    alpha = np.where(CT > 128, 65535, 30_000).astype(np.uint32)
+    colour = (CT.astype(np.uint32) * 257 * alpha // 65535).astype(np.uint16)
+    samples = np.dstack([colour, colour, colour, alpha.astype(np.uint16)])
+    deep = greys(tiff(samples, photometric="rgb", extrasamples=["assocalpha"]))
+    shallow = greys(tiff((samples >> 8).astype(np.uint8), photometric="rgb", extrasamples=["assocalpha"]))
+    assert alike(deep, shallow, most=4)
+
+
+def test_a_transparent_colour_of_a_deep_png_hides_nothing_and_decides_no_window():
+    page = np.where(np.asarray(strokes()) > 127, 65535, 0).astype(np.uint16)
+    white = deep_png(np.repeat(page[..., None], 3, axis=2), 2)
+    at = white.index(b"IDAT") - 4
+    body = struct.pack(">HHH", 65535, 65535, 65535)
+    chunk = struct.pack(">I", 6) + b"tRNS" + body + struct.pack(">I", zlib.crc32(b"tRNS" + body))
+    assert (greys(white[:at] + chunk + white[at:]) == page >> 8).all()
+    deep = CT.astype(np.uint16) * 16
+    deep[:40] = 65535
+    outside = deep_png(np.repeat(deep[..., None], 3, axis=2), 2)
+    at = outside.index(b"IDAT") - 4
+    shades = greys(outside[:at] + chunk + outside[at:])
+    assert (shades[:40] == 0).all()
+    assert alike(shades[40:], windowed(CT[40:].astype(np.uint16) * 16), most=1)
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (20, 20, 20), (30, 30, 30), (0, 0, 100)])
+def test_dark_strokes_on_transparent_white_are_seen(colour):
+    picture = Image.new("RGBA", (100, 100), (255, 255, 255, 0))
+    ImageDraw.Draw(picture).rectangle((10, 10, 80, 80), outline=(*colour, 255), width=6)
+    opened = open_picture(encoded(picture))
+    assert (opened.getpixel((10, 10)), opened.getpixel((50, 50))) == (colour, WHITE)
+
+
+@pytest.mark.parametrize("n_red", [1, 8, 30])
+def test_black_and_red_strokes_on_nothing_are_all_seen(n_red):
+    picture = Image.new("RGBA", (100, 100), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((10, 10, 80, 80), outline=(0, 0, 0, 255), width=4)
+    draw.rectangle((20, 20, 60, 20 + n_red), fill=(255, 0, 0, 255))
+    opened = open_picture(encoded(picture))
+    assert [opened.getpixel(at) for at in ((10, 10), (22, 20), (90, 90))] == [BLACK, RED, WHITE]
+
+
+def test_a_later_frame_of_a_deep_animation_is_that_frame():
+    frames = [Image.fromarray(CT // n).convert("RGB") for n in (1, 2)]
+    data = bytearray(encoded(frames[0], save_all=True, append_images=frames[1:]))
+    assert open_picture(bytes(data), 2).tobytes() != open_picture(bytes(data), 1).tobytes()
+    assert np.abs(greys_of(bytes(data), 2).astype(int) - CT // 2).max() <= 1
+
+
+@pytest.mark.slow
+def test_the_second_frame_of_a_tiff_of_many_pages_is_opened_at_once():
+    """Counting its pages would take Pillow a minute."""
+    script = (
+        "import sys, time\n"
+        "from rococap.images import open_picture\n"
+        "data = sys.stdin.buffer.read()\n"
+        "started = time.process_time()\n"
+        "print(open_picture(data, 2).size)\n"
+        "print(time.process_time() - started < 5)\n"
+    )
+    file = BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        for _ in range(3000):
+            writer.write(np.zeros((2, 2), np.uint8), photometric="minisblack", contiguous=False)
+    run = subprocess.run([sys.executable, "-c", script], input=file.getvalue(), capture_output=True, check=True)
+    assert run.stdout.decode().split() == ["(2,", "2)", "True"]
+
+
 # ---- robustness
 
 

@@ -1,10 +1,12 @@
 """Deep values -> 8 bits: what decides black and white, and what does not."""
 
+import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from rococap.window import colours, windowed
 
@@ -66,6 +68,51 @@ def test_padding_and_a_label_and_an_offset_may_come_together():
     assert (shades[~both] == without(both)).all()
 
 
+def letters(size):
+    """The share of a label at each pixel, with the smooth edges that drawn letters have."""
+    large = Image.new("L", (4 * size[0], 4 * size[1]))
+    ImageDraw.Draw(large).text((20, 20), "R  AXIAL CT\nJ. D. 1/24", fill=255, font_size=44)
+    return np.asarray(large.resize(size, Image.Resampling.BOX)) / 255
+
+
+@pytest.mark.parametrize("value", [65535, 20_000])
+def test_smooth_letters_do_not_decide_the_window(value):
+    share = letters(CT.shape[::-1])
+    assert (share == 1).mean() > 0.001
+    assert ((share > 0) & (share < 1)).mean() > 0.02
+    shades = windowed(np.rint(CT * (1 - share) + value * share).astype(np.uint16))
+    assert np.abs(shades.astype(int) - windowed(CT))[share == 0].max() <= 12
+    assert (shades[share == 1] == 255).all()
+
+
+@pytest.mark.parametrize("offset", [32_768 - 1024, 20_000])
+def test_the_resampled_edge_of_padding_does_not_decide_the_window(offset):
+    share = np.clip(62 - np.sqrt((ROWS - 64) ** 2 + (COLUMNS - 64) ** 2), 0, 1)
+    shades = windowed(np.rint((CT + offset) * share).astype(np.uint16))
+    assert np.abs(shades.astype(int) - windowed(CT))[share == 1].max() <= 12
+    assert (shades[share == 0] == 0).all()
+
+
+def test_one_odd_pixel_beside_padding_changes_nothing():
+    padded = with_values((CT + 31_744).astype(np.uint16), (OUTSIDE, 0), ((ROWS == 0) & (COLUMNS == 0), 1))
+    assert (windowed(padded)[~OUTSIDE] == without(OUTSIDE)).all()
+
+
+def test_numbers_at_the_ends_of_their_type_make_no_noise():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert windowed(np.array([[-1e308, 0.0, 1e308]])).tolist() == [[0, 128, 255]]
+
+
+def test_a_picture_of_many_megapixels_takes_little_more_than_itself():
+    tracemalloc.start()
+    shades = windowed(np.tile(CT.astype(np.uint16), (40, 40)))
+    peak_mb = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    assert peak_mb < 52 + 52 + 26 + 180, "26 megapixels, twice in 16 bits, once in 8, and what decides"
+    assert np.abs(shades[:128, :128].astype(int) - windowed(CT)).max() <= 1
+
+
 def test_two_values_of_padding_are_both_left_out():
     outer = (ROWS - 64) ** 2 + (COLUMNS - 64) ** 2 > 75**2
     shades = windowed(with_values(CT, (OUTSIDE, -2000), (outer, -4000)))
@@ -103,13 +150,13 @@ def test_values_that_do_not_fit_into_floats_of_32_bits_keep_their_contrast():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "factor"), [(np.uint16, 8), (np.uint16, 1), (np.uint32, 1 << 20), (np.uint64, 1 << 50)]
+    ("dtype", "factor"), [(np.uint16, 16), (np.uint16, 4), (np.uint16, 1), (np.uint32, 1 << 20), (np.uint64, 1 << 50)]
 )
 def test_colours_beyond_14_bits_stay_and_others_are_windowed(dtype, factor):
     rgb = np.repeat(CT[..., None], 3, axis=2).astype(dtype) * dtype(factor)
     everywhere = np.ones(CT.shape, dtype=bool)
     shades = colours(rgb, everywhere)
-    is_full = int(rgb.max()) >> (8 * rgb.dtype.itemsize - 2) > 0
+    is_full = factor in (16, 1 << 20)
     expected = (rgb >> (8 * rgb.dtype.itemsize - 8)) if is_full else np.repeat(windowed(CT)[..., None], 3, axis=2)
     assert (shades == expected).all()
 
