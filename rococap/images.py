@@ -383,6 +383,8 @@ def _is_grey_or_rgb(page: Any) -> bool:
 
 def _check_segments(page: Any, size: int) -> None:
     """Pixels that are not in the file would be read as zeros."""
+    if math.prod(page.chunks) > MAX_PIXELS * _MOST_SAMPLES:
+        raise _too_large("A tile of the picture is")
     ends = [start + length for start, length in zip(page.dataoffsets, page.databytecounts, strict=False)]
     if not ends or max(ends) > size or 0 in page.databytecounts:
         raise PictureError("truncated", "The picture's data ends too early: replace it at its source, then retry.")
