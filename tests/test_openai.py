@@ -265,6 +265,26 @@ def test_a_caption_in_parts_is_their_text(server, load):
     assert [completions[n].finish_reason for n in (1, 2, 3)] == ["stop", "length", "stop"]
 
 
+REASONING = [
+    (saying("A scan.", reasoning_content="A lung?"), "<think>A lung?</think>\nA scan.", "reasoning"),
+    (saying("A scan.", reasoning="A lung?\n"), "<think>A lung?\n</think>\nA scan.", "reasoning"),
+    (saying("<think>A lung?</think>\n\nA scan."), "<think>A lung?</think>\n\nA scan.", "reasoning"),
+    (saying(None, "length", reasoning_content="A lu"), "<think>A lu</think>\n", "unfinished_reasoning"),
+    (saying("<think>A lu", "length"), "<think>A lu", "unfinished_reasoning"),
+    (saying("<think>A lung?</think>"), "<think>A lung?</think>", "unfinished_reasoning"),
+    (saying("A scan.", reasoning_content=None, reasoning=""), "A scan.", ""),
+    (saying("A scan.", reasoning={"effort": "low"}), "A scan.", ""),
+]
+
+
+def test_reasoning_is_stored_as_it_came_and_flagged(server, database, tmp_path):
+    fill(database, tmp_path / "set", len(REASONING), recipe=RECIPE)
+    server.of_grey = {grey: [trouble] for grey, (trouble, _, _) in enumerate(REASONING)}
+    assert caption_with(database, server, self_check=False).done == len(REASONING)
+    found = select(database, "SELECT c.text, c.flags FROM captions c ORDER BY c.job_id")
+    assert found == [(text, f"blank,{flags}".rstrip(",")) for _, text, flags in REASONING]
+
+
 def test_the_shares_of_all_pictures_sum_to_the_time_that_requests_were_in_flight(server, load):
     server.sec = 0.1
     engine = load(batch_size=4)

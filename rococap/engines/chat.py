@@ -250,13 +250,14 @@ class Server:
                 raise self._no_caption("an error with status 200", response, "server_error")
             choice = answer["choices"][0]
             self._check_ended(choice)
-            content, finish_reason = choice["message"]["content"], choice.get("finish_reason")
+            message, finish_reason = choice["message"], choice.get("finish_reason")
+            text, reasoning = _text(message["content"]), _reasoning(message)
             model, usage = answer.get("model"), answer.get("usage")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise self._no_caption(_kind(response), response) from error
-        if (text := _text(content)) is None:
+        if text is None:
             raise self._no_caption("an answer whose caption is no text", response)
-        if not (text or finish_reason):
+        if not (reasoning or text or finish_reason):
             raise self._no_caption(_kind(response), response)
         if isinstance(model, str) and model in self._others:
             raise ModelError(
@@ -264,7 +265,7 @@ class Server:
                 "Start the server again with the run's model."
             )
         return Answer(
-            text,
+            reasoning + text,
             finish_reason or "stop",  # some servers leave it out
             _count(usage, "prompt_tokens"),
             _count(usage, "completion_tokens"),
@@ -348,6 +349,12 @@ def _text(content: object) -> str | None:
         texts = [part["text"] for part in content if _is_text(part)]
         return "".join(texts) if len(texts) == len(content) else None
     return content or "" if isinstance(content, str | None) else None
+
+
+def _reasoning(message: dict[str, Any]) -> str:
+    """What some servers tell apart from the content, as a model writes it."""
+    told = message.get("reasoning_content") or message.get("reasoning")
+    return f"<think>{told}</think>\n" if told and isinstance(told, str) else ""
 
 
 def _is_text(part: object) -> bool:
