@@ -875,6 +875,12 @@ def _watch(text: Callable[[], str]) -> None:
         return
 
 
+strip_option = click.option(
+    "--strip-reasoning",
+    is_flag=True,
+    help="Leave out what a model thought aloud: closed <think> blocks, and the white space after them.",
+)
+
 # --- runs, compare ---------------------------------------------------------------------------------------------
 
 
@@ -946,10 +952,16 @@ def _recipe_text(recipe: Recipe) -> str:
     help="Ends in .csv, .parquet or .jsonl. [default: results_medical/compare_RUN_RUN….csv]",
 )
 @click.option("--all-done", is_flag=True, help="Only pictures that every run has captioned.")
+@strip_option
 @json_option
 @db_option
 def compare(
-    names: tuple[str, ...], splits: tuple[str, ...], output: Path | None, all_done: bool, as_json: bool
+    names: tuple[str, ...],
+    splits: tuple[str, ...],
+    output: Path | None,
+    all_done: bool,
+    strip_reasoning: bool,
+    as_json: bool,
 ) -> None:
     """Put runs side by side: a file with a row for each picture, and speed, length and flags of each run."""
     from rococap import compare as comparison
@@ -957,9 +969,15 @@ def compare(
     path = output or comparison.default_path(names)
     database = _database()
     with _bar() as progress:
-        compared = comparison.compare(database, names, path, splits=splits, all_done=all_done, progress=progress)
+        compared = comparison.compare(
+            *(database, names, path),
+            splits=splits,
+            all_done=all_done,
+            strip_reasoning=strip_reasoning,
+            progress=progress,
+        )
     if as_json:
-        _echo_json({**asdict(compared), "path": str(compared.path)})
+        _echo_json({**asdict(compared), "path": str(compared.path), "strip_reasoning": strip_reasoning})
         return
     header = ["run", "captions", "s/pic", "pic/s", "tokens", "chars", "words", "flag %", "cut %"]
     click.echo(_within_80(header, [_compared_row(one) for one in compared.runs], 0))
@@ -998,10 +1016,16 @@ def runs_option(help: str) -> Callable[[F], F]:
     multiple=True,
     help="Compute this too: it needs an extra of rococap, and BERTScore hours without a GPU. May be repeated.",
 )
+@strip_option
 @json_option
 @db_option
 def evaluate(
-    splits: tuple[str, ...], names: tuple[str, ...], output: Path | None, also: tuple[str, ...], as_json: bool
+    splits: tuple[str, ...],
+    names: tuple[str, ...],
+    output: Path | None,
+    also: tuple[str, ...],
+    strip_reasoning: bool,
+    as_json: bool,
 ) -> None:
     """Score captions against the original ones: BLEU, ROUGE, METEOR, CIDEr-D and concepts, overall and by modality.
 
@@ -1015,7 +1039,9 @@ def evaluate(
         comparison.check_suffix(output)
     database = _database()
     with _bar() as progress:
-        found = evaluation.evaluate(database, names, splits, also=also, progress=progress)
+        found = evaluation.evaluate(
+            database, names, splits, also=also, strip_reasoning=strip_reasoning, progress=progress
+        )
     told = evaluation.to_json(found)
     path = output or evaluation.default_path(found, "scores", ".parquet")
     rows = evaluation.write(found, path, told)
@@ -1111,8 +1137,9 @@ def _modalities_table(runs: Sequence[Any]) -> str:
 @click.option(
     "--pictures", type=click.IntRange(0, 100_000), default=200, show_default=True, metavar="N", help="How many to show."
 )
+@strip_option
 @db_option
-def report(split: str, names: tuple[str, ...], output: Path | None, pictures: int) -> None:
+def report(split: str, names: tuple[str, ...], output: Path | None, pictures: int, strip_reasoning: bool) -> None:
     """Write one HTML file to look at: scores, plots, and pictures with their captions beside the originals.
 
     It needs no server and no network. Of a run's pictures it shows the best, the worst, some at random, those that are
@@ -1121,7 +1148,12 @@ def report(split: str, names: tuple[str, ...], output: Path | None, pictures: in
     from rococap import report as reporting
 
     with _bar() as progress:
-        made = reporting.report(_database(), names, split, output, pictures=pictures, progress=progress)
+        made = reporting.report(
+            *(_database(), names, split, output),
+            pictures=pictures,
+            strip_reasoning=strip_reasoning,
+            progress=progress,
+        )
     click.echo(f"{made.path}: {made.captions} captions, {made.pictures} pictures shown, {made.size / 1e6:.1f} MB")
     if made.unreadable:
         click.echo(f"  {made.unreadable} of the pictures could not be read: their cards say why")
@@ -1175,6 +1207,7 @@ _ONLY_FOR = {
     help="csv: an apostrophe before texts that a spreadsheet would run as formulas; `restore` takes it away. "
     "Checkpoint segments, which are for restoring, stay as they are.",
 )
+@strip_option
 @click.option("--allow-missing", is_flag=True, help="imageclef: an empty caption for pictures that have none.")
 @click.option(
     "--push", metavar="REPO", help="hf: upload the folder to this data set of the hub; a new one is made, and private."
@@ -1192,6 +1225,7 @@ def export(
     follow: bool,
     require_complete: bool,
     excel_safe: bool,
+    strip_reasoning: bool,
     allow_missing: bool,
     push: str | None,
 ) -> None:
@@ -1218,13 +1252,13 @@ def export(
     with db.transaction(database) as conn:
         run = queue.find_run(conn, run_name)
     if format in FOLDERS:
-        _export_folder(database, run, splits, format, output, require_complete, push)
+        _export_folder(database, run, splits, format, output, require_complete, strip_reasoning, push)
         return
     paths = {split: _export_path(run.name, split, format, output, len(splits)) for split in splits}
     if format == "imageclef":
-        _export_submissions(database, run, paths, allow_missing)
+        _export_submissions(database, run, paths, allow_missing, strip_reasoning)
     else:
-        _export_files(database, run, paths, checkpoint_every, follow, require_complete, excel_safe)
+        _export_files(database, run, paths, checkpoint_every, follow, require_complete, excel_safe, strip_reasoning)
 
 
 def _export_files(
@@ -1235,6 +1269,7 @@ def _export_files(
     follow: bool,
     require_complete: bool,
     excel_safe: bool,
+    strip_reasoning: bool,
 ) -> None:
     from rococap import export as files
 
@@ -1247,6 +1282,7 @@ def _export_files(
                 *(database, run, split, path),
                 require_complete=require_complete,
                 excel_safe=excel_safe,
+                strip_reasoning=strip_reasoning,
                 progress=progress,
             )
         if checkpoint_every:
@@ -1254,12 +1290,19 @@ def _export_files(
         click.echo(f"{exported.path}: {exported.rows} captions{_left(exported.missing)}")
 
 
-def _export_submissions(database: Database, run: queue.Run, paths: dict[str, Path], allow_missing: bool) -> None:
+def _export_submissions(
+    database: Database, run: queue.Run, paths: dict[str, Path], allow_missing: bool, strip_reasoning: bool
+) -> None:
     from rococap import publish
 
     for split, path in paths.items():
         with _bar() as progress:
-            submission = publish.submit(database, run, split, path, allow_missing=allow_missing, progress=progress)
+            submission = publish.submit(
+                *(database, run, split, path),
+                allow_missing=allow_missing,
+                strip_reasoning=strip_reasoning,
+                progress=progress,
+            )
         empty = f", {submission.empty} of them empty, which score next to nothing" if submission.empty else ""
         click.echo(f"{path}: {submission.rows} captions{empty}. Submit it as submission.csv, alone in a zip.")
 
@@ -1271,6 +1314,7 @@ def _export_folder(
     format: str,
     output: Path | None,
     require_complete: bool,
+    strip_reasoning: bool,
     push: str | None,
 ) -> None:
     from rococap import publish
@@ -1280,7 +1324,10 @@ def _export_folder(
     folder = output or _results(run.name) / f"medical_captions_{format}"
     with _bar() as progress:
         written = publish.publish(
-            *(database, run, splits, folder, format), require_complete=require_complete, progress=progress
+            *(database, run, splits, folder, format),
+            require_complete=require_complete,
+            strip_reasoning=strip_reasoning,
+            progress=progress,
         )
     for one in written:
         click.echo(f"{folder} {one.split}: {one.captions} captions{_left(one.missing)}")

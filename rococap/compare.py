@@ -83,6 +83,7 @@ def compare(
     *,
     splits: Sequence[str] = (),
     all_done: bool = False,
+    strip_reasoning: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Compared:
     """Writes a row for every picture that one of the runs has captioned, or with `all_done` that each has, in data set
@@ -102,7 +103,7 @@ def compare(
         raise RunError(
             f"{_quoted(names)} captioned nothing of {of} yet. Caption pictures: rococap worker --run {names[0]}"
         )
-    join = _Join(runs, [_Measure(run) for run in runs], all_done)
+    join = _Join(runs, [_Measure(run) for run in runs], all_done, strip_reasoning)
     with replacing(path) as partial, short_reads(database) as read:
         rows = write_frames(join.frames(read, cutoff, done, progress), partial, path.suffix, _schema(runs))
         if not rows:
@@ -216,13 +217,19 @@ class _Join:
     runs: Sequence[Run]
     measures: Sequence[_Measure]
     all_done: bool
+    strip_reasoning: bool
     shared: int = 0
     originals: int = 0
 
     def frames(self, read: Read, cutoff: int, done: Mapping[str, int], progress: Progress) -> Iterator[pd.DataFrame]:
         columns = _schema(self.runs).names
         for split in (split for split in SPLITS if done[split]):
-            streams = [chain.from_iterable(done_pages(read, run, split, cutoff, _COLUMNS)) for run in self.runs]
+            streams = [
+                chain.from_iterable(
+                    done_pages(read, run, split, cutoff, _COLUMNS, strip_reasoning=self.strip_reasoning)
+                )
+                for run in self.runs
+            ]
             images, passed = _by_image(streams), 0
             while page := list(islice(images, PAGE)):
                 passed += sum(map(len, page))

@@ -41,5 +41,13 @@ class ModelError(RococapError):
     """A model that cannot be loaded, or that does not caption pictures."""
 
 
+class ServerRefuses(ModelError):
+    """A server that refuses whatever it is asked, which is no picture's fault. `reason` quotes it."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class LeaseLost(RococapError):
     """The lease is no longer this worker's: nothing was written."""

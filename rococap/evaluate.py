@@ -34,6 +34,7 @@ from rococap.export import (
     manifest_path,
     replacing,
     short_reads,
+    stripped,
     write_frames,
     write_json,
 )
@@ -234,10 +235,13 @@ Kept = dict[tuple[int, str], tuple[str, str]]
 """(job, metric) -> digest and scores, as JSON."""
 
 
-def _read(read: Read, run: Run, split: str, cutoff: int) -> tuple[list[Pair], Kept]:
+_PAIR = "j.image_id, j.id, i.image_id, i.caption, i.cui, c.text, c.flags"
+
+
+def _read(read: Read, run: Run, split: str, cutoff: int, *, strip_reasoning: bool) -> tuple[list[Pair], Kept]:
     pairs: list[Pair] = []
     kept: Kept = {}
-    for rows in done_pages(read, run, split, cutoff, "j.image_id, j.id, i.image_id, i.caption, i.cui, c.text, c.flags"):
+    for rows in done_pages(read, run, split, cutoff, _PAIR, strip_reasoning=strip_reasoning):
         page = [Pair(*row[1:]) for row in rows]
         pairs += page
         sql = "SELECT job_id, metric, digest, value FROM scores WHERE job_id IN ({})".format(", ".join("?" * len(page)))
@@ -428,6 +432,7 @@ class Evaluation:
 
     scored: list[Scored]
     paired: list[Paired]
+    strip_reasoning: bool = False
 
 
 def evaluate(
@@ -436,10 +441,11 @@ def evaluate(
     splits: Sequence[str],
     *,
     also: Sequence[str] = (),
+    strip_reasoning: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Evaluation:
     """Scores what the runs have captioned of the splits up to now; without names, the default run or the only one.
-    `also` names the extra metrics to compute.
+    `also` names the extra metrics to compute; `strip_reasoning` leaves out what a model thought aloud.
 
     Raises RunError for runs that do not exist, are of different data sets, or captioned nothing of any of the splits.
     """
@@ -457,13 +463,13 @@ def evaluate(
                 f"Caption pictures: rococap worker --run {run.name}"
             )
         for split in captioned:
-            one = _evaluate(database, run, split, cutoff, also, progress)
+            one = _evaluate(database, run, split, cutoff, also, strip_reasoning, progress)
             one.missing = counts[run.name, split].total - len(one.pairs)
             one.warnings = list(_warnings(one, n_images[split]))
             scored.append(one)
     by_split = [[one for one in scored if one.split == split] for split in splits]
     paired = [pair_up(several[0], other) for several in by_split for other in several[1:]]
-    return Evaluation(list(chain.from_iterable(by_split)), paired)
+    return Evaluation(list(chain.from_iterable(by_split)), paired, strip_reasoning)
 
 
 def _images(conn: Connection, run: Run) -> dict[str, int]:
@@ -478,10 +484,11 @@ def _evaluate(
     split: str,
     cutoff: int,
     also: Sequence[str],
+    strip_reasoning: bool,
     progress: Progress,
 ) -> Scored:
     with short_reads(database) as read:
-        pairs, kept = _read(read, run, split, cutoff)
+        pairs, kept = _read(read, run, split, cutoff, strip_reasoning=strip_reasoning)
     if not pairs:  # a clock that stepped back
         raise RunError(f"Run {run.name!r} captioned nothing of {split} by the database's clock. Try again in a moment.")
     modalities = [concepts.modality(concepts.parse(pair.cui)) for pair in pairs]
@@ -599,6 +606,7 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
         "concepts": concepts.DIGEST,
         "resamples": RESAMPLES,
         "seed": SEED,
+        **stripped(evaluation.strip_reasoning),
         "runs": [_run_json(one) for one in evaluation.scored],
         "paired": [
             {"split": one.split, "runs": list(one.runs), "n": one.n, "differences": one.differences, "p": one.p}

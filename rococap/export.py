@@ -30,10 +30,14 @@ from sqlalchemy import Engine as Database
 from rococap import __version__, db, queue
 from rococap.db import execute, transaction
 from rococap.errors import RococapError, RunError
+from rococap.flags import without_reasoning
 from rococap.models import JobState
 from rococap.queue import Run, clean_text
 
 FOLDER = Path("results_medical")
+MANIFEST = "rococap.json"
+"""In every folder that `publish` writes: only such folders are ever replaced."""
+STRIPPED = "strip_reasoning"
 FORMATS = ("csv", "parquet", "jsonl")
 COLUMNS = (
     "image_id",
@@ -82,10 +86,12 @@ def export(
     *,
     require_complete: bool = False,
     excel_safe: bool = False,
+    strip_reasoning: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Exported:
     """Writes the done images of a split, in data set order, to a .csv, .parquet or .jsonl file, and its manifest.
-    `excel_safe` puts an apostrophe before texts that a spreadsheet would run, which `restore` takes away again.
+    `excel_safe` puts an apostrophe before texts that a spreadsheet would run, which `restore` takes away again;
+    `strip_reasoning` leaves out what a model thought aloud, which cannot be restored.
 
     Raises RunError if the run has nothing of the split, IncompleteError if some are not done and all were required,
     RococapError if the file cannot be written; then an older file stays as it was.
@@ -96,7 +102,7 @@ def export(
     if require_complete:
         check_complete(run, split, counts.done, counts.total)
     manifest = manifest_path(path)
-    frames = _pages(database, run, split, cutoff, counts.done, progress)
+    frames = _pages(database, run, split, cutoff, counts.done, progress, strip_reasoning=strip_reasoning)
     if excel_safe:
         frames = (frame.map(_disarmed) for frame in frames)
     with replacing(path) as partial:
@@ -107,8 +113,14 @@ def export(
         manifest.unlink(missing_ok=True)  # killed before the next line, the new file has none rather than the old one's
     missing = counts.total - rows
     about = {"split": split, "file": path.name, "rows": rows, "missing": missing, "sha256": digest}
-    write_json(manifest, manifest_of(run) | about | ({"excel_safe": True} if excel_safe else {}))
+    about |= stripped(strip_reasoning) | ({"excel_safe": True} if excel_safe else {})
+    write_json(manifest, manifest_of(run) | about)
     return Exported(path, rows, missing)
+
+
+def stripped(strip_reasoning: bool) -> dict[str, bool]:
+    """How a manifest states it."""
+    return {STRIPPED: True} if strip_reasoning else {}
 
 
 def _disarmed(cell: Any) -> Any:
@@ -140,11 +152,11 @@ _DONE = (
 
 
 def _pages(
-    database: Database, run: Run, split: str, cutoff: int, total: int, progress: Progress
+    database: Database, run: Run, split: str, cutoff: int, total: int, progress: Progress, *, strip_reasoning: bool
 ) -> Iterator[pd.DataFrame]:
     done = 0
     with short_reads(database) as read:
-        for rows in done_pages(read, run, split, cutoff, SELECTED):
+        for rows in done_pages(read, run, split, cutoff, SELECTED, strip_reasoning=strip_reasoning):
             done += len(rows)
             yield frame_of(rows, run, split)
             progress(f"{split}: exporting", done, total)
@@ -153,10 +165,13 @@ def _pages(
 Read = Callable[[], AbstractContextManager[Connection]]
 
 
-def done_pages(read: Read, run: Run, split: str, cutoff: int, columns: str) -> Iterator[Sequence[Sequence[Any]]]:
-    """What was done by the cutoff, in data set order. The first of the columns is j.image_id; i is the image, c its
-    caption.
+def done_pages(
+    read: Read, run: Run, split: str, cutoff: int, columns: str, *, strip_reasoning: bool = False
+) -> Iterator[Sequence[Sequence[Any]]]:
+    """What was done by the cutoff, in data set order. The first of the columns is j.image_id, and one is c.text; i is
+    the image, c its caption.
     """
+    at = columns.split(", ").index("c.text") if strip_reasoning else 0
     select = (
         f"SELECT {columns} {_DONE}j.status = 'done' AND j.finished_at <= ? AND j.image_id > ? "
         "ORDER BY j.image_id LIMIT ?"
@@ -168,7 +183,7 @@ def done_pages(read: Read, run: Run, split: str, cutoff: int, columns: str) -> I
         if not rows:
             return
         after = rows[-1][0]
-        yield rows
+        yield [(*row[:at], without_reasoning(row[at]), *row[at + 1 :]) for row in rows] if strip_reasoning else rows
 
 
 @contextmanager
@@ -430,12 +445,13 @@ def restore(database: Database, run: Run, path: Path) -> Restored:
     """Reads an export or a segment back: captions that are there win, what a file does not hold stays empty. What a
     segment holds counts as written to it.
 
-    Raises RococapError, changing nothing, for a file that is no export, was altered since, or was made by another
-    model or recipe than the run's.
+    Raises RococapError, changing nothing, for a file that is no export, was altered since, lacks what was stripped, or
+    was made by another model or recipe than the run's.
     """
     manifest = _read_manifest(path)
     with transaction(database) as conn:
         run = queue.get_run(conn, run.name)  # as it is by now: the file before may have pinned it
+    _check_whole(path, manifest)
     _check_manifest(run, path, manifest)
     for frame in _as_exported(path, manifest):
         _check_frame(run, path, frame)
@@ -462,6 +478,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     except (TypeError, ValueError) as error:
         raise RococapError(f"{path} is not a manifest ({error}). Move it away to go on without it.") from error
+
+
+def _check_whole(path: Path, manifest: dict[str, Any] | None) -> None:
+    of_folder = read_json(path.absolute().parents[1] / MANIFEST) if path.absolute().parent.name == "data" else None
+    if any(one is not None and one.get(STRIPPED) for one in (manifest, of_folder)):
+        raise RococapError(
+            f"{path} was exported with --strip-reasoning: what the model thought aloud is missing, and a run keeps "
+            "captions as they came. Restore the checkpoint segments, or an export without it."
+        )
 
 
 def _check_manifest(run: Run, path: Path, manifest: dict[str, Any] | None) -> None:

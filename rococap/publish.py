@@ -30,11 +30,13 @@ from rococap.datasets import PictureReader, Place
 from rococap.db import execute, transaction
 from rococap.errors import PictureError, RococapError, RunError
 from rococap.export import (
+    MANIFEST,
     PAGE,
     SCHEMA,
     SELECTED,
     IncompleteError,
     Progress,
+    Read,
     cannot_write,
     check_complete,
     done_pages,
@@ -46,6 +48,7 @@ from rococap.export import (
     replacing,
     sha256_of,
     short_reads,
+    stripped,
     write_frames,
     write_json,
 )
@@ -55,9 +58,6 @@ from rococap.queue import Counts, Run
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-MANIFEST = "rococap.json"
-"""In every folder that is written here: only such folders are ever replaced."""
 
 # --- ImageCLEF -------------------------------------------------------------------------------------------------
 
@@ -81,6 +81,7 @@ def submit(
     path: Path,
     *,
     allow_missing: bool = False,
+    strip_reasoning: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Submission:
     """Writes `ID,Caption` for every picture that the data set has of the split, in its order, and a manifest.
@@ -101,7 +102,8 @@ def submit(
         raise RococapError(f"IDs of {split} differ by white space alone, which ImageCLEF ignores: mend the data set.")
     submission = Submission(path)
     with replacing(path) as partial, short_reads(database) as read:
-        captions = chain.from_iterable(done_pages(read, run, split, cutoff, "j.image_id, c.text"))
+        pages = done_pages(read, run, split, cutoff, "j.image_id, c.text", strip_reasoning=strip_reasoning)
+        captions = chain.from_iterable(pages)
         write_frames(_submitted(ids, captions, submission, split, progress), partial, ".csv", _SUBMISSION)
         if submission.missing and not allow_missing:
             raise _incomplete(run, split, submission)
@@ -109,7 +111,7 @@ def submit(
         manifest_path(path).unlink(missing_ok=True)
     told = {name: getattr(submission, name) for name in ("rows", "missing", "empty")}
     about = {"format": "imageclef", "split": split, "file": path.name, **told, "sha256": digest}
-    write_json(manifest_path(path), manifest_of(run) | about)
+    write_json(manifest_path(path), manifest_of(run) | about | stripped(strip_reasoning))
     return submission
 
 
@@ -183,6 +185,7 @@ def publish(
     format: str,
     *,
     require_complete: bool = False,
+    strip_reasoning: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> list[Written]:
     """Writes the done images of the splits, in data set order, to one folder of the format: hf, webdataset or kohya.
@@ -201,7 +204,7 @@ def publish(
     if require_complete:
         for one in counts:
             check_complete(run, one.split, one.done, one.total)
-    source = _Source(database, run, cutoff, progress)
+    source = _Source(database, run, cutoff, strip_reasoning, progress)
     folder = folder.resolve()
     new = {"run": run.name, "recipe_hash": run.recipe.hash, "format": format, "splits": splits}
     _check_replaceable(folder, new)
@@ -209,6 +212,7 @@ def publish(
     with _replacing_folder(folder, lambda: _check_replaceable(folder, new)) as partial:
         written = _WRITERS[format](source, counts, partial)
         manifest = manifest_of(run) | {"format": format, "splits": {one.split: _told(one) for one in written}}
+        manifest |= stripped(strip_reasoning)
         if format == "hf":
             (partial / "README.md").write_text(_card(run, written, manifest), encoding="utf-8")
         write_json(partial / MANIFEST, manifest | {"files": _listing(partial)})
@@ -221,7 +225,11 @@ class _Source:
     database: Database
     run: Run
     cutoff: int
+    strip_reasoning: bool
     progress: Progress
+
+    def pages(self, read: Read, split: str, columns: str) -> Iterator[Sequence[Sequence[Any]]]:
+        return done_pages(read, self.run, split, self.cutoff, columns, strip_reasoning=self.strip_reasoning)
 
 
 def _told(one: Written) -> dict[str, Any]:
@@ -362,8 +370,7 @@ def _write_shards(frames: Iterator[pd.DataFrame], folder: Path, split: str) -> i
 def _hub_frames(source: _Source, counts: Counts) -> Iterator[pd.DataFrame]:
     done = 0
     with short_reads(source.database) as read:
-        pages = done_pages(read, source.run, counts.split, source.cutoff, f"{SELECTED}, c.flags, i.cui")
-        for rows in pages:
+        for rows in source.pages(read, counts.split, f"{SELECTED}, c.flags, i.cui"):
             done += len(rows)
             frame = frame_of(rows, source.run, counts.split)
             frame["flags"] = [_split(row[-2], ",") for row in rows]
@@ -599,7 +606,7 @@ def _samples(
     source: _Source, counts: Counts, reader: PictureReader, without_picture: dict[str, str]
 ) -> Iterator[_Sample]:
     # Each page is a transaction of its own, also on PostgreSQL, which ends one that waits a minute for pictures.
-    pages = done_pages(lambda: transaction(source.database), source.run, counts.split, source.cutoff, _OF_SAMPLE)
+    pages = source.pages(lambda: transaction(source.database), counts.split, _OF_SAMPLE)
     for n, row in enumerate(chain.from_iterable(pages), 1):
         place, texts = Place(*(*row[1:6], source.run.columns)), row[6:]
         ((_, data),) = reader.read([place])

@@ -25,7 +25,7 @@ from rococap.datasets import SPLITS, STANDARD, Columns, Place
 from rococap.db import execute
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import LeaseLost, RunError
-from rococap.flags import FLAGS, degenerate
+from rococap.flags import FLAGS, degenerate, of_reasoning, without_reasoning
 from rococap.models import JobState
 from rococap.recipe import RULES, Recipe, refuse_placeholders
 
@@ -552,8 +552,9 @@ def flags_of(text: str, finish_reason: str, told: str = "") -> str:
     """What is odd about a caption, joined by commas: what its engine told, what it is like, and `replaced` where
     `clean_text` had to change or cut it.
     """
-    is_whole = clean_text(text) == text
-    return ",".join(filter(None, (told, *degenerate(text, finish_reason), "" if is_whole else "replaced")))
+    said = without_reasoning(text) or text
+    odd = (*degenerate(said, finish_reason), *of_reasoning(text))
+    return ",".join(filter(None, (told, *odd, "" if clean_text(text) == text else "replaced")))
 
 
 def flagged(flag: str) -> str:

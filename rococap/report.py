@@ -125,6 +125,7 @@ def report(
     *,
     pictures: int = 200,
     note: str = "",
+    strip_reasoning: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Reported:
     """Writes what the runs captioned of a split to `path`, with at most so many pictures, and a note at the top.
@@ -134,7 +135,7 @@ def report(
     """
     if path is not None and path.is_dir():
         raise RococapError(f"{path} is a folder: name a file with --output, such as {path / 'report.html'}")
-    evaluated = evaluation.evaluate(database, names, [split], progress=progress)
+    evaluated = evaluation.evaluate(database, names, [split], strip_reasoning=strip_reasoning, progress=progress)
     path = path or evaluation.default_path(evaluated, "report", ".html")
     progress("resampling", 0, 1)
     told = evaluation.to_json(evaluated)
@@ -487,7 +488,8 @@ def _warnings(told: Mapping[str, Any]) -> list[str]:
 
 def _facts(evaluated: Evaluation) -> list[tuple[str, list[str]]]:
     """What made each run's captions: a row for each fact, a cell for each run."""
-    of_runs = [_facts_of(one) for one in evaluated.scored]
+    stripped = {"Reasoning": "left out of the captions"} if evaluated.strip_reasoning else {}
+    of_runs = [_facts_of(one) | stripped for one in evaluated.scored]
     return [(name, [facts[name] for facts in of_runs]) for name in of_runs[0]]
 
 

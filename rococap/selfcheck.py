@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 from rococap import trial
 from rococap.datasets import Place
 from rococap.engines import Completion, Engine, Failure, Prepared
-from rococap.errors import PictureError
+from rococap.errors import PictureError, ServerRefuses
 from rococap.queue import Run
 from rococap.recipe import Recipe
 from rococap.trial import Read, from_memory, prepare
@@ -109,7 +109,11 @@ def check(
 
     def look(places: Sequence[Place]) -> Look:
         read = prepare(engine, root, places, recipe.frame)
-        done = captions(read.prepared)
+        try:
+            done = captions(read.prepared)
+        except ServerRefuses as error:  # others may be captioned
+            refusal = Failure("refused_by_server", error.reason)
+            return Look(read, {}, [refusal] * len(read.prepared))
         texts = {one.job_id: one.text for one in done if one.failure is None}
         return Look(read, texts, [one.failure for one in done if one.failure is not None])
 

@@ -142,10 +142,13 @@ def work(
     with _signals(stop):
         engine = load(run.recipe, settings.options())
         engine.load()
-        if stop.is_set():
-            return Outcome(run.name, drained=True)
-        folder = spool_folder or spool.folder_of(database.url)
-        return _work(database, settings, report, run, splits, dataset, engine, folder, stop)
+        try:
+            if stop.is_set():
+                return Outcome(run.name, drained=True)
+            folder = spool_folder or spool.folder_of(database.url)
+            return _work(database, settings, report, run, splits, dataset, engine, folder, stop)
+        finally:
+            engine.close()
 
 
 def _work(
@@ -187,7 +190,6 @@ def _work(
     finally:
         _say_goodbye(database, pipeline, meter, worker_id)
         kept.close()
-        engine.close()
     return outcome
 
 

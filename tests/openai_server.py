@@ -58,6 +58,19 @@ def failing(status: int, message: str = "", **headers: str) -> Trouble:
     return Trouble(status, body, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
+def saying(content: object, finish_reason: object = "stop", **message: object) -> Trouble:
+    """`message`: what it holds besides; a `finish_reason` of None is left out."""
+    choice: dict[str, Any] = {"message": {"role": "assistant", "content": content} | message}
+    return Trouble(changes={"choices": [choice | ({"finish_reason": finish_reason} if finish_reason else {})]})
+
+
+def streaming(text: str) -> Trouble:
+    """An event stream, as `stream: true` asks for."""
+    event = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": text}}]}
+    body = f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode()
+    return Trouble(body=body, headers={"Content-Type": "text/event-stream; charset=utf-8"})
+
+
 class ChatServer:
     """`with ChatServer() as server`; `server.url` ends in /v1. Every request is kept, with the time it came."""
 

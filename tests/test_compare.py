@@ -322,6 +322,29 @@ def test_the_command_prints_json_and_writes_where_it_is_told(here):
     assert len(pd.read_parquet("c/d.parquet")) == 2
 
 
+def test_reasoning_is_flagged_and_compared_unless_it_is_to_be_stripped(database, runs, out):
+    caption(database, runs[0], texts("<think>A lung?</think>\nA scan.", "<think>A lung", "A bone."))
+    compared = compare(database, ["a"], out)
+    assert [row["generated_caption_a"] for row in read(out)] == [
+        "<think>A lung?</think>\nA scan.",
+        "<think>A lung",
+        "A bone.",
+    ]
+    assert compared.runs[0].flags == {"reasoning": 1, "unfinished_reasoning": 1}
+    stripped = compare(database, ["a"], out, strip_reasoning=True)
+    assert cells(out, "generated_caption_a", "flags_a") == [
+        ("A scan.", "reasoning"),
+        ("<think>A lung", "unfinished_reasoning"),
+        ("A bone.", ""),
+    ]
+    assert stripped.runs[0].characters < compared.runs[0].characters
+
+
+def test_the_command_says_that_it_stripped_reasoning(here):
+    told = json.loads(invoke("a", "b", "--json", "--strip-reasoning").stdout)
+    assert told["strip_reasoning"] is True
+
+
 def test_a_file_of_another_kind_is_refused_with_those_that_are_known(here):
     for name in ("x.txt", "x"):
         result = invoke("a", "--output", name)

@@ -496,6 +496,28 @@ def test_a_score_that_a_run_lacks_is_empty_in_its_rows(database, two, tmp_path, 
 # --- The command -----------------------------------------------------------------------------------------------
 
 
+def test_reasoning_is_scored_unless_it_is_to_be_stripped(database, tmp_path):
+    run = make(database, tmp_path / "set")
+    reasoned = [f"<think>A lung, or a bone?</think>\n\n{text}" for text in ORIGINALS]
+    caption(database, run, texts(*reasoned))
+    whole = evaluate.to_json(evaluate.evaluate(database, [], ["train"]))
+    told = evaluate.to_json(evaluate.evaluate(database, [], ["train"], strip_reasoning=True))
+    assert told["strip_reasoning"] is True
+    assert "strip_reasoning" not in whole
+    assert told["runs"][0]["metrics"]["rouge_l"] == 1.0
+    assert whole["runs"][0]["metrics"]["rouge_l"] < 0.9
+    again = evaluate.to_json(evaluate.evaluate(database, [], ["train"]))
+    assert again == whole, "what was kept of the one is not taken for the other"
+
+
+def test_the_command_strips_reasoning_and_says_so_beside_the_scores(database, tmp_path, url, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    caption(database, make(database, tmp_path / "set"), texts("<think>A lung?</think> A scan."))
+    assert invoke(url, "--split", "train", "--strip-reasoning", "--output", "x.csv").exit_code == 0
+    assert list(pd.read_csv("x.csv")["generated_caption"]) == ["A scan."]
+    assert json.loads(Path("x.json").read_text())["strip_reasoning"] is True
+
+
 def invoke(url: str, *args: str):
     return CliRunner().invoke(cli, ["--db", url, "evaluate", *args])
 

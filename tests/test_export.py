@@ -363,6 +363,19 @@ def other(tmp_path: Path) -> Engine:
     engine.dispose()
 
 
+def test_reasoning_is_flagged_whatever_the_engine_and_again_when_it_is_restored(database, other, tmp_path, out):
+    run = fill(database, tmp_path / "set", 3)
+    caption(database, run, ["<think>A lung?</think>A scan.", "<think>A lung", "A bone."])
+    path = export.export(database, run, "train", out / "x.csv").path
+    new = fill(other, tmp_path / "set", 3)
+    assert restore(other, new, path).restored == 3
+    for engine in (database, other):
+        with db.transaction(engine) as conn:
+            assert queue.counts_of(conn, new)[0].flags == {"reasoning": 1, "unfinished_reasoning": 1}
+            flags = db.execute(conn, "SELECT flags FROM captions ORDER BY job_id").scalars().all()
+        assert flags == ["reasoning", "unfinished_reasoning", ""]
+
+
 @pytest.mark.parametrize("format", export.FORMATS)
 def test_a_lost_database_is_restored_from_an_export_to_the_byte(database, other, run, out, tmp_path, format):
     caption(database, run, [*AWKWARD, *[f"{n}" for n in range(30 - len(AWKWARD))]])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rococap.flags import degenerate
+from rococap.flags import degenerate, of_reasoning, without_reasoning
 
 CAPTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
 
@@ -81,3 +81,50 @@ def test_no_caption_that_people_wrote_is_marked():
 def test_a_piece_that_fills_the_end_is_found_wherever_it_is_cut(piece, cut, beginning):
     rounds = 4 + 24 // len(piece)
     assert degenerate(beginning + piece * rounds + piece[: cut % len(piece)], "length") in (("loop",), ("one_token",))
+
+
+REASONED = [
+    ("<think>A lung?</think>A scan.", "A scan."),
+    ("<think>\nA lung?\n</think>\n\nA scan.\n", "A scan.\n"),
+    (" <think></think> A scan.", " A scan."),
+    ("A lung? Yes.\n</think>\nA scan.", "A scan."),
+    ("<think>a</think> A <think>b</think>scan.", "A scan."),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), REASONED)
+def test_a_closed_block_is_reasoning_and_goes_with_the_white_space_after_it(text, said):
+    assert of_reasoning(text) == ("reasoning",)
+    assert without_reasoning(text) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<think>A lung? Let me look", "<think>A lung? Let me look"),
+        ("<think>A lung?</thi", "<think>A lung?</thi"),
+        ("<think>A lung?</think>", ""),
+        ("<think>A lung?</think>\n", ""),
+        ("A lung?</think> ", ""),
+        ("<think>a</think>A scan. <think>b", "A scan. <think>b"),
+    ],
+)
+def test_reasoning_that_never_ends_or_that_nothing_follows_is_unfinished(text, said):
+    assert of_reasoning(text) == ("unfinished_reasoning",)
+    assert without_reasoning(text) == said
+
+
+@pytest.mark.parametrize(
+    "text", ["", "A scan.", " I think: a scan. ", "a < b > c", "<thinking> is no tag of this kind"]
+)
+def test_a_text_without_reasoning_stays_as_it_is(text):
+    assert of_reasoning(text) == ()
+    assert without_reasoning(text) == text
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", " ", "a", "\n"]), max_size=12).map("".join))
+def test_what_is_stripped_once_has_no_closed_block_left(text):
+    said = without_reasoning(text)
+    assert "<think>" not in said or "</think>" not in said[said.index("<think>") :]
+    assert len(said) <= len(text)
+    assert bool(of_reasoning(text)) == ("<think>" in text or "</think>" in text)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from openai_server import HTML, Batched, ChatServer, Trouble, failing, picture_of
+from openai_server import HTML, Batched, ChatServer, Trouble, failing, picture_of, saying, streaming
 from PIL import Image
 from samples import fill, register
 from small_engine import caption_of
@@ -32,7 +32,7 @@ from rococap.engines import chat as chat_module
 from rococap.engines import openai as openai_module
 from rococap.engines.hf import TransformersEngine
 from rococap.engines.openai import OpenAIEngine
-from rococap.errors import ModelError, RunError
+from rococap.errors import ModelError, RunError, ServerRefuses
 from rococap.recipe import Recipe
 from rococap.worker import Outcome, Settings, work
 
@@ -64,6 +64,7 @@ class Pictures:
 def no_key_and_short_waits(monkeypatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(openai_module, "FIRST_WAIT_SEC", 0.02)
+    monkeypatch.setattr(openai_module, "SHORT_WAIT_SEC", 0.02)
 
 
 @pytest.fixture
@@ -102,6 +103,10 @@ def grey_texts(greys: Sequence[int]) -> dict[int, str]:
 
 def texts(completions: dict[int, Completion]) -> dict[int, str]:
     return {job_id: completion.text for job_id, completion in sorted(completions.items())}
+
+
+def asked(server: ChatServer) -> list[int]:
+    return [picture_of(request).getpixel((0, 0))[0] for request in server.requests]
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
@@ -223,15 +228,12 @@ def test_pictures_that_come_later_fill_free_places_at_once(server, load):
 
 
 def test_the_answer_is_taken_as_it_is(server, load):
-    def choice(text: str | None, finish_reason: str) -> Trouble:
-        message = {"role": "assistant", "content": text}
-        return Trouble(changes={"choices": [{"message": message, "finish_reason": finish_reason}], "usage": None})
-
+    uncounted = saying(" A scan.\n\n")
     server.of_grey = {
-        1: [choice(" A scan.\n\n", "stop")],
-        2: [choice("A sc", "length")],
-        3: [choice("", "stop")],
-        4: [choice(None, "content_filter")],
+        1: [replace(uncounted, changes=uncounted.changes | {"usage": None})],
+        2: [saying("A sc", "length")],
+        3: [saying("")],
+        4: [saying(None)],
     }
     engine = load()
     completions = run(engine, Pictures(engine, [1, 2, 3, 4, 5]))
@@ -240,6 +242,47 @@ def test_the_answer_is_taken_as_it_is(server, load):
     assert (completions[1].prompt_tokens, completions[1].new_tokens) == (0, 0)
     assert (completions[5].prompt_tokens, completions[5].new_tokens) == (7, 3)
     assert all(completion.failure is None for completion in completions.values())
+
+
+def test_a_reason_that_is_left_out_is_a_caption_that_ended(server, load):
+    null = {"message": {"content": "A bone."}, "finish_reason": None}
+    server.of_grey = {1: [saying("A scan.", None)], 2: [Trouble(changes={"choices": [null]})]}
+    engine = load()
+    completions = run(engine, Pictures(engine, [1, 2]))
+    assert texts(completions) == {1: "A scan.", 2: "A bone."}
+    assert {one.finish_reason for one in completions.values()} == {"stop"}
+
+
+def test_a_caption_in_parts_is_their_text(server, load):
+    server.of_grey = {
+        1: [saying([{"type": "text", "text": "A scan."}])],
+        2: [saying([{"type": "text", "text": "A scan "}, {"type": "text", "text": "of a hand."}], "length")],
+        3: [saying([])],
+    }
+    engine = load()
+    completions = run(engine, Pictures(engine, [1, 2, 3]))
+    assert texts(completions) == {1: "A scan.", 2: "A scan of a hand.", 3: ""}
+    assert [completions[n].finish_reason for n in (1, 2, 3)] == ["stop", "length", "stop"]
+
+
+REASONING = [
+    (saying("A scan.", reasoning_content="A lung?"), "<think>A lung?</think>\nA scan.", "reasoning"),
+    (saying("A scan.", reasoning="A lung?\n"), "<think>A lung?\n</think>\nA scan.", "reasoning"),
+    (saying("<think>A lung?</think>\n\nA scan."), "<think>A lung?</think>\n\nA scan.", "reasoning"),
+    (saying(None, "length", reasoning_content="A lu"), "<think>A lu</think>\n", "unfinished_reasoning"),
+    (saying("<think>A lu", "length"), "<think>A lu", "unfinished_reasoning"),
+    (saying("<think>A lung?</think>"), "<think>A lung?</think>", "unfinished_reasoning"),
+    (saying("A scan.", reasoning_content=None, reasoning=""), "A scan.", ""),
+    (saying("A scan.", reasoning={"effort": "low"}), "A scan.", ""),
+]
+
+
+def test_reasoning_is_stored_as_it_came_and_flagged(server, database, tmp_path):
+    fill(database, tmp_path / "set", len(REASONING), recipe=RECIPE)
+    server.of_grey = {grey: [trouble] for grey, (trouble, _, _) in enumerate(REASONING)}
+    assert caption_with(database, server, self_check=False).done == len(REASONING)
+    found = select(database, "SELECT c.text, c.flags FROM captions c ORDER BY c.job_id")
+    assert found == [(text, f"blank,{flags}".rstrip(",")) for _, text, flags in REASONING]
 
 
 def test_the_shares_of_all_pictures_sum_to_the_time_that_requests_were_in_flight(server, load):
@@ -311,6 +354,7 @@ def test_closing_ends_its_thread_and_what_is_under_way(server):
 
 # --- a server that is away -------------------------------------------------------------------------------------
 
+ERROR_200 = Trouble(body=b'{"error": {"message": "Vision add-on is not loaded", "code": 1}}')
 REASONS = [
     (failing(500, "out of cheese"), "status 500: out of cheese"),
     (failing(502), "status 502"),
@@ -318,10 +362,43 @@ REASONS = [
     (failing(429, "slow down"), "status 429: slow down"),
     (failing(408), "status 408"),
     (failing(409), "status 409"),
-    (Trouble(body=b'{"choices": ['), "an answer that holds no caption"),
-    (Trouble(body=HTML), "an answer that holds no caption"),
-    (Trouble(body=b'{"choices": []}'), "an answer that holds no caption"),
-    (Trouble(body=b'{"choices": [{"message": {"content": [1]}}]}'), "an answer whose caption is no text"),
+    (Trouble(body=b'{"choices": ['), 'an answer that holds no caption: {"choices": ['),
+    (Trouble(body=HTML), "a web page: Welcome to nginx!"),
+    (Trouble(body=b'{"choices": []}'), 'an answer that holds no caption: {"choices": []}'),
+    (Trouble(body=b"[1, 2]"), "an answer that holds no caption: [1, 2]"),
+    (Trouble(body=b'{"object": "error", "message": "out of slots"}'), "an answer that holds no caption: out of slots"),
+    (
+        Trouble(body=b'{"choices": [{"message": {"content": null}, "finish_reason": null}]}'),
+        'an answer that holds no caption: {"choices": [{"message": {"content": null}, "finish_reason": null}]}',
+    ),
+    (
+        Trouble(body=b'{"choices": [{"message": {"content": [1]}}]}'),
+        'an answer whose caption is no text: {"choices": [{"message": {"content": [1]}}]}',
+    ),
+    (
+        Trouble(body=b'{"choices": [{"message": {"content": [{"type": "audio", "text": "a"}]}}]}'),
+        'an answer whose caption is no text: {"choices": [{"message": {"content": [{"type": "audio", "text": "a"}]}}]}',
+    ),
+    (ERROR_200, "an error with status 200: Vision add-on is not loaded"),
+    (Trouble(body=b'{"error": {"code": 7}}'), 'an error with status 200: {"error": {"code": 7}}'),
+    (Trouble(302, headers={"Location": "/login?to=v1"}), "a redirect with status 302: /login?to=v1"),
+    (Trouble(308, HTML), "a redirect with status 308"),
+    (
+        Trouble(body=b"<!DOCTYPE html>\n<script>let a = '<b>'</script><title>Log &lt;in&gt;</title><p>Please  do"),
+        "a web page: Log <in> Please do",
+    ),
+    (streaming("A"), "an event stream, which was not asked for: data: " + streaming("A").body.decode()[6:].strip()),
+    (saying("A sc", "abort"), "an answer that ended with the reason: abort"),
+    (saying("A sc", "error"), "an answer that ended with the reason: error"),
+    (saying(None, "content_filter"), "an answer that ended with the reason: content_filter"),
+    (saying("A scan.", "tool_calls", tool_calls=[]), "an answer that ended with the reason: tool_calls"),
+    (saying(None, "function_call"), "an answer that ended with the reason: function_call"),
+    (saying("A scan.", "on\na whim"), "an answer that ended with the reason: on a whim"),
+    (saying("A scan.", ["stop"]), 'an answer that ended with the reason: ["stop"]'),
+    (
+        Trouble(body=b'{"choices": [{"finish_reason": "error", "error": {"code": 502, "message": "overloaded"}}]}'),
+        "an answer that ended with the reason: error: overloaded",
+    ),
 ]
 
 
@@ -333,7 +410,7 @@ def test_what_may_pass_is_asked_again_and_told_once(server, load, caplog, troubl
     assert texts(run(engine, Pictures(engine, [1, 2, 3]))) == grey_texts([1, 2, 3])
     assert len(server.requests) == 6
     assert told(caplog) == [
-        f"{server.url} is away: waiting until it answers again ({reason})",
+        f"{server.url} is away: waiting until it answers again ({' '.join(reason.split())})",
         f"{server.url} answers again",
     ]
 
@@ -442,7 +519,8 @@ def test_a_picture_that_is_refused_fails_alone_and_is_not_asked_again(server, lo
     completions = run(engine, Pictures(engine, range(6)))
     failure = completions.pop(3).failure
     assert texts(completions) == grey_texts([0, 1, 2, 4, 5])
-    assert len(server.requests) == 6
+    assert asked(server).count(3) == 1
+    assert len(server.requests) <= 7, "and one of the others once more, if nothing else can tell"
     assert failure is not None
     assert (failure.code, failure.transient) == ("refused_by_server", False)
     assert failure.message.startswith(f"The server refused this picture with status {status}: image too large too")
@@ -452,8 +530,11 @@ def test_a_picture_that_is_refused_fails_alone_and_is_not_asked_again(server, lo
 @pytest.mark.parametrize(
     ("trouble", "code", "is_transient", "last"),
     [
-        (Trouble(body=HTML), "garbage_answer", False, "an answer that holds no caption"),
+        (Trouble(body=HTML), "garbage_answer", False, "a web page: Welcome to nginx!"),
+        (ERROR_200, "server_error", True, "an error with status 200: Vision add-on is not loaded"),
         (failing(500, "no such tensor"), "server_error", True, "status 500: no such tensor"),
+        (saying("A sc", "abort"), "ended_by_server", True, "an answer that ended with the reason: abort"),
+        (saying("", "content_filter"), "ended_by_server", True, "an answer that ended with the reason: content_filter"),
     ],
 )
 def test_a_picture_that_the_server_never_answers_fails_while_others_are(
@@ -486,6 +567,43 @@ def test_a_server_that_answers_nobody_is_no_pictures_fault(server, load, monkeyp
     assert {completion.job_id: completion.text for completion in done} == grey_texts(range(2))
 
 
+@pytest.mark.parametrize(
+    "trouble", [failing(500), Trouble(body=HTML), saying("", "content_filter")], ids=["500", "page", "filter"]
+)
+def test_the_last_picture_fails_too_where_one_that_was_captioned_is_captioned_again(server, load, trouble):
+    engine = load(batch_size=1)
+    assert texts(run(engine, Pictures(engine, [1, 2]))) == grey_texts([1, 2])
+    server.of_grey = {3: [trouble] * 99}
+    failure = run(engine, Pictures(engine, [3]))[3].failure
+    assert failure is not None
+    assert failure.message.startswith("The server failed on this picture 5 times while it answered others.")
+    assert asked(server) == [1, 2, 3, 2, 3, 3, 3, 3, 3]
+
+
+def test_a_refusal_is_the_pictures_only_once_the_server_captioned_what_it_was_asked_after_it(server, load):
+    server.of_grey = {1: [failing(400)], 2: [Trouble(delay=0.5)]}
+    engine = load(batch_size=2)
+    source = Pictures(engine, [1, 2])
+    later = [engine.prepare(3, Image.new("RGB", (30, 28), (3,) * 3))]
+    order = []
+    for completion in engine.run(source):
+        order.append((completion.job_id, completion.failure is None))
+        source.left += later
+        later = []
+    assert order == [(2, True), (1, False), (3, True)], "2 may have been captioned before the server broke"
+
+
+def test_many_refusals_in_a_row_are_the_pictures_where_one_that_was_captioned_is_captioned_again(server, load):
+    greys = range(10, 50)
+    server.of_grey = {grey: [failing(413, "too large")] for grey in greys}
+    engine = load(batch_size=4)
+    completions = run(engine, Pictures(engine, [1, 2, *greys, 3]))
+    assert {grey for grey, one in completions.items() if one.failure is None} == {1, 2, 3}
+    codes = {one.failure.code for one in completions.values() if one.failure is not None}
+    assert codes == {"refused_by_server"}
+    assert all(asked(server).count(grey) == 1 for grey in greys)
+
+
 # --- what ends the worker --------------------------------------------------------------------------------------
 
 
@@ -495,6 +613,72 @@ def run_error(load, server, trouble: Trouble, **options: object) -> str:
     with pytest.raises(ModelError) as error:
         run(engine, Pictures(engine, range(4)))
     return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "told"),
+    [
+        (ERROR_200, "an error with status 200: Vision add-on is not loaded"),
+        (streaming("A"), "an event stream, which was not asked for: data: {"),
+        (
+            Trouble(307, headers={"Location": "https://sso.example/"}),
+            "a redirect with status 307: https://sso.example/",
+        ),
+        (Trouble(body=HTML), "a web page: Welcome to nginx!"),
+        (saying("A sc", "abort"), "an answer that ended with the reason: abort"),
+        (Trouble(body=b"{}"), "an answer that holds no caption: {}"),
+    ],
+    ids=["error", "stream", "redirect", "page", "abort", "garbage"],
+)
+@pytest.mark.parametrize("n_good", [0, 3])
+def test_a_server_that_gives_no_captions_ends_it_after_so_many(server, load, trouble, told, n_good):
+    server.troubles.extend([Trouble()] * n_good + [trouble] * 99)
+    engine = load(batch_size=1)
+    completions = []
+    with pytest.raises(ModelError) as error:
+        completions.extend(engine.run(Pictures(engine, range(9))))
+    assert str(error.value).startswith(
+        f"{server.url} answered 16 times in a row with something else than a caption ({told}"
+    )
+    assert str(error.value).endswith(
+        "), and no picture was charged. Correct the server or --base-url, then start the worker again."
+    )
+    assert len(server.requests) == n_good + 16
+
+
+def test_fewer_answers_in_a_row_that_are_no_captions_are_waited_for(server, load):
+    server.troubles.extend([Trouble(body=HTML)] * 15 + [Trouble()] + [Trouble(body=HTML)] * 4)
+    engine = load(batch_size=1)
+    assert texts(run(engine, Pictures(engine, range(3)))) == grey_texts(range(3))
+
+
+def test_answers_of_one_moment_count_once(server, load):
+    server.troubles.extend([replace(saying("A sc", "abort"), delay=0.2)] * 40)
+    engine = load(batch_size=40)
+    assert texts(run(engine, Pictures(engine, range(40)))) == grey_texts(range(40))
+
+
+@pytest.mark.parametrize("status", [400, 413, 415, 422])
+@pytest.mark.parametrize("n_good", [0, 5])
+def test_a_server_that_refuses_everything_ends_it_and_fails_no_picture(server, load, status, n_good):
+    server.troubles.extend([Trouble()] * n_good + [failing(status, "The model has crashed.")] * 99)
+    engine = load(batch_size=1)
+    completions = []
+    with pytest.raises(ServerRefuses) as error:
+        completions.extend(engine.run(Pictures(engine, range(40))))
+    assert str(error.value) == (
+        f"{server.url} refuses every picture (status {status}: The model has crashed.), and none of them was charged. "
+        "Correct the server, then start the worker again."
+    )
+    assert texts({one.job_id: one for one in completions}) == grey_texts(range(n_good))
+    assert asked(server) == [*range(n_good + 16), *([n_good - 1] if n_good else [])]
+
+
+def test_the_only_picture_that_a_server_was_asked_for_and_refused_ends_it(server, load):
+    server.of_grey = {1: [failing(400, "no")]}
+    engine = load()
+    with pytest.raises(ServerRefuses):
+        run(engine, Pictures(engine, [1]))
 
 
 def test_a_key_that_is_refused_under_way_ends_it(server, load, monkeypatch):
@@ -671,6 +855,14 @@ def test_the_key_is_sent_and_told_nowhere(server, load, monkeypatch, caplog):
     server.of_grey = {
         2: [failing(400, "you sent sk-very-secret")],
         3: [failing(500, "you sent sk-very-secret")],
+        4: [
+            Trouble(302, headers={"Location": "/login?key=sk-very-secret"}),
+            Trouble(body=b"<html>Not sk-very-secret"),
+            Trouble(body=b'{"error": "bad sk-very-secret"}'),
+            Trouble(body=b'{"key": "sk-very-secret"}'),
+            saying("", "sk-very-secret"),
+            streaming("sk-very-secret"),
+        ],
     }
     engine = load()
     completions = run(engine, Pictures(engine, range(5)))
@@ -737,6 +929,67 @@ def test_a_refused_picture_fails_with_its_code_and_the_rest_is_captioned(server,
     ]
 
 
+def pending_and_done(database: Engine) -> dict[tuple, int]:
+    rows = select(database, "SELECT status, attempts, crashes, count(*) FROM jobs GROUP BY 1, 2, 3")
+    return {row[:3]: row[3] for row in rows}
+
+
+@pytest.mark.every_database
+@pytest.mark.parametrize("batch_size", [1, 16])
+@pytest.mark.parametrize(
+    ("trouble", "told"),
+    [
+        (failing(400, "The model has crashed."), r"refuses every picture \(status 400: The model has crashed.\)"),
+        (ERROR_200, r"something else than a caption \(an error with status 200: Vision add-on is not loaded\)"),
+        (saying("A sc", "abort"), r"something else than a caption \(an answer that ended with the reason: abort\)"),
+    ],
+    ids=["refuses", "error", "abort"],
+)
+def test_a_server_that_breaks_under_way_fails_no_picture(server, database, tmp_path, batch_size, trouble, told):
+    fill(database, tmp_path / "set", 50, recipe=RECIPE)
+    server.troubles.extend([Trouble()] * 14 + [trouble] * 999)
+    with pytest.raises(ModelError, match=told):
+        caption_with(database, server, batch_size=batch_size, self_check=False)
+    assert pending_and_done(database) == {("pending", 0, 0): 36, ("done", 1, 0): 14}
+    assert select(database, "SELECT count(*) FROM failures") == [(0,)]
+
+
+def test_a_server_that_refuses_the_whole_self_check_stops_the_worker(server, database, tmp_path):
+    fill(database, tmp_path / "set", 20, recipe=RECIPE)
+    server.always = failing(422, "no vision")
+    with pytest.raises(ModelError) as error:
+        caption_with(database, server)
+    assert str(error.value) == (
+        "The self-check failed, and nothing was claimed: none of 12 pictures was captioned. The first: "
+        "The server refused this picture with status 422: no vision To go on all the same: --no-self-check"
+    )
+    assert pending_and_done(database) == {("pending", 0, 0): 20}
+    assert sorted(set(asked(server))) == sorted(asked(server)), "no picture twice"
+
+
+def test_a_self_check_whose_first_pictures_are_refused_looks_at_others(server, database, tmp_path):
+    fill(database, tmp_path / "set", 20, recipe=RECIPE)
+    server.of_grey = {grey: [failing(413, "too large")] * 9 for grey in range(4)}
+    outcome = caption_with(database, server)
+    assert (outcome.done, outcome.failed) == (16, 4)
+
+
+@pytest.mark.parametrize("reason", ["abort", "content_filter", "tool_calls", "eos"])
+def test_an_answer_that_ended_for_another_reason_is_tried_again_and_never_stored(
+    server, database, tmp_path, monkeypatch, reason
+):
+    monkeypatch.setattr(openai_module, "FIRST_WAIT_SEC", 0.002)
+    monkeypatch.setattr(queue, "backoff_ms", lambda attempts: 1)
+    fill(database, tmp_path / "set", 8, recipe=RECIPE)
+    server.of_grey = {5: [saying("A sc", reason)] * 999}
+    outcome = caption_with(database, server)
+    assert outcome.done == 7
+    last = f"The last time: an answer that ended with the reason: {reason}"
+    message = f"The server failed on this picture 5 times while it answered others. {last}"
+    assert select(database, "SELECT code, message FROM failures") == [("ended_by_server", message)] * 5
+    assert select(database, "SELECT status, attempts FROM jobs WHERE status <> 'done'") == [("failed", 5)]
+
+
 def test_an_error_that_ends_the_worker_gives_back_what_was_under_way(server, database, tmp_path):
     fill(database, tmp_path / "set", 12, recipe=RECIPE)
     server.of_grey = {5: [failing(404, "gone")]}
@@ -776,6 +1029,27 @@ def test_a_worker_without_a_server_says_so_in_one_line_and_exits_1(database, url
     assert process.returncode == 1
     assert err.strip().splitlines()[-1].endswith("start the server, or correct --base-url.")
     assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("n_good", [0, 6])
+def test_a_worker_whose_server_refuses_everything_says_so_in_one_line_and_exits_1(
+    server, database, url, tmp_path, n_good
+):
+    fill(database, tmp_path / "set", 40, recipe=RECIPE)
+    server.troubles.extend([Trouble()] * n_good + [failing(400, "The model has crashed.")] * 99)
+    process = start(url, server.url, "--no-self-check")
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert (
+        err.strip()
+        .splitlines()[-1]
+        .endswith(
+            f"{server.url} refuses every picture (status 400: The model has crashed.), and none of them was charged. "
+            "Correct the server, then start the worker again."
+        )
+    )
+    assert "Traceback" not in out + err
+    assert pending_and_done(database).get(("pending", 0, 0)) == 40 - n_good
 
 
 @pytest.mark.parametrize("command", ["worker", "bench"])

@@ -896,3 +896,65 @@ def test_a_push_that_cannot_be_costs_no_export(database, url, root, out, monkeyp
         "Error: HF_HUB_OFFLINE is set, and nothing can be pushed: unset it and run this again."
     )
     assert not out.exists()
+
+
+# --- reasoning -------------------------------------------------------------------------------------------------
+
+REASONED = ["<think>A lung?</think>\n\nA scan.", "<think>A lung", "A bone.", "<think>a</think>"]
+STRIPPED = ["A scan.", "<think>A lung", "A bone.", ""]
+
+
+def reasoned(database: Engine, root: Path) -> Run:
+    write_data_set(root, [f"Original {n}." for n in range(len(REASONED))])
+    return enqueue(database, root)
+
+
+def manifest_in(out: Path, format: str) -> dict:
+    name = {"csv": "x.json", "parquet": "x.parquet.json", "jsonl": "x.jsonl.json"}.get(format, "rococap.json")
+    return json.loads((out / name).read_text())
+
+
+@pytest.mark.parametrize("format", READERS)
+@pytest.mark.parametrize(
+    ("options", "texts", "stated"), [((), REASONED, None), (("--strip-reasoning",), STRIPPED, True)]
+)
+def test_reasoning_is_written_unless_it_is_to_be_stripped_and_then_the_manifest_says_so(
+    database, url, root, out, format, options, texts, stated
+):
+    caption(database, reasoned(database, root), REASONED)
+    place = out / f"x.{format}" if format in export.FORMATS else out
+    done = invoke(url, "--format", format, "--output", str(place), *options)
+    assert done.exit_code == 0, done.output
+    assert [row[2] for row in READERS[format](place)] == texts
+    assert manifest_in(out, format).get("strip_reasoning") is stated
+
+
+def test_a_submission_is_stripped_where_that_is_asked(database, url, root, out):
+    caption(database, reasoned(database, root), REASONED)
+    command = ("--format", "imageclef", "--output", str(out), "--allow-missing")
+    path = out / "submission_train.csv"
+    assert invoke(url, *command).exit_code == 0
+    assert submitted(path)[:4] == list(map(fold, REASONED))
+    assert "strip_reasoning" not in json.loads(path.with_suffix(".json").read_text())
+    assert invoke(url, *command, "--strip-reasoning").exit_code == 0
+    assert submitted(path)[:4] == STRIPPED
+    assert json.loads(path.with_suffix(".json").read_text())["strip_reasoning"] is True
+
+
+@pytest.mark.parametrize("format", [*export.FORMATS, "hf"])
+def test_what_was_stripped_is_not_restored_and_the_segments_beside_it_are(database, url, root, out, format):
+    run = reasoned(database, root)
+    caption(database, run, REASONED)
+    place = out / f"x.{format}" if format in export.FORMATS else out
+    command = ("--format", format, "--output", str(place), "--strip-reasoning")
+    assert invoke(url, *command).exit_code == 0
+    path = place if format in export.FORMATS else next(out.glob("data/*.parquet"))
+    done = CliRunner().invoke(cli, ["--db", url, "restore", str(path)])
+    assert done.exit_code == 1
+    assert " ".join(done.stderr.split()) == (
+        f"Error: {path} was exported with --strip-reasoning: what the model thought aloud is missing, and a run keeps "
+        "captions as they came. Restore the checkpoint segments, or an export without it."
+    )
+    [segment] = export.write_checkpoints(database, run, "train", out / "segments", 4)
+    assert [row[2] for row in table_rows(segment)] == REASONED
+    assert CliRunner().invoke(cli, ["--db", url, "restore", str(segment)]).exit_code == 0

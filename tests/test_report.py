@@ -395,6 +395,20 @@ def test_no_more_pictures_than_were_asked_for(database, run, out, no_plots):
         assert len(cards(parse(out))) == most
 
 
+@pytest.mark.parametrize("strips", [False, True])
+def test_reasoning_is_shown_unless_it_is_to_be_stripped_and_then_the_report_says_so(
+    database, url, run, out, no_plots, strips
+):
+    caption(database, run, texts("<think>A lung?</think>\nA scan."))
+    options = ["--strip-reasoning"] if strips else []
+    done = CliRunner().invoke(cli, ["--db", url, "report", "--split", "train", "--output", str(out), *options])
+    assert done.exit_code == 0, done.output
+    page = parse(out)
+    [card] = cards(page).values()
+    assert captions_of(card)[1:] == ["A scan." if strips else "<think>A lung?</think>\nA scan."]
+    assert ("left out of the captions" in page.text) == strips
+
+
 def test_a_data_set_that_is_gone_leaves_cards_without_pictures(database, run, out, tmp_path, no_plots):
     caption(database, run, texts("A caption.", "Another."))
     shutil.rmtree(tmp_path / "set")

@@ -1,11 +1,15 @@
 """An OpenAI-compatible server, asked over HTTP: its models, and one answer for one request body.
 
-What goes wrong is raised by what can be done about it: Refused is about one picture and for ever, Away may pass, and
-ModelError needs a person. Knows no picture and no queue. The API key is sent, and never told.
+What goes wrong is raised by what can be done about it: Refused is for ever, and about one picture if others are
+captioned; Away may pass; and ModelError needs a person. Knows no picture and no queue. The API key is sent, and never
+told.
 """
 
 import asyncio
+import html
+import json
 import os
+import re
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import Future
@@ -29,17 +33,22 @@ KEEP_SEC = 2.0
 LONGEST_WAIT_SEC = 600.0
 """As long as a server may ask to be left alone."""
 MAX_TOLD = 300
+MAX_PAGE = 20_000
+"""Characters of a web page, in which its words are looked for."""
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
+FINISHED = ("stop", "length")
 REFUSALS = frozenset({400, 413, 415, 422})
 BUSY = frozenset({408, 409, 425, 429, 503})
 """What a server says of itself, whatever it was asked."""
+
+_MARKUP = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 
 T = TypeVar("T")
 
 
 class Refused(Exception):
-    """The server will never take this picture."""
+    """The server will not take this picture; nor any other, if something is wrong with it."""
 
 
 class Away(Exception):
@@ -52,6 +61,10 @@ class Away(Exception):
         super().__init__(reason)
         self.code = code
         self.wait = wait
+
+
+class NoCaption(Away):
+    """The server is there and answered, but not with a caption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +228,11 @@ class Server:
 
     def _refuse(self, response: httpx.Response) -> NoReturn:
         status, said = response.status_code, self._said(response)
+        if 300 <= status < 400:
+            told = self._quoted(response.headers.get("location", ""))
+            raise NoCaption(f"a redirect with status {status}{told}", code="garbage_answer")
         if status in REFUSALS:
-            raise Refused(f"The server refused this picture with status {status}{said}")
+            raise Refused(f"status {status}{said}")
         if status in BUSY or status >= 500:
             code = "" if status in BUSY else "server_error"
             raise Away(f"status {status}{said}", code=code, wait=_retry_after(response.headers.get("retry-after")))
@@ -230,37 +246,60 @@ class Server:
     def _read(self, response: httpx.Response) -> Answer:
         try:
             answer = response.json()
+            if answer.get("error"):
+                raise self._no_caption("an error with status 200", response, "server_error")
             choice = answer["choices"][0]
-            text = choice["message"]["content"]
-            finish_reason, model, usage = choice.get("finish_reason"), answer.get("model"), answer.get("usage")
+            self._check_ended(choice)
+            message, finish_reason = choice["message"], choice.get("finish_reason")
+            text, reasoning = _text(message["content"]), _reasoning(message)
+            model, usage = answer.get("model"), answer.get("usage")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise Away("an answer that holds no caption", code="garbage_answer") from error
-        if not isinstance(text, str | None):
-            raise Away("an answer whose caption is no text", code="garbage_answer")
+            raise self._no_caption(_kind(response), response) from error
+        if text is None:
+            raise self._no_caption("an answer whose caption is no text", response)
+        if not (reasoning or text or finish_reason):
+            raise self._no_caption(_kind(response), response)
         if isinstance(model, str) and model in self._others:
             raise ModelError(
                 f"{self.url} answered with the model {model}, not with {self._model}, and a run never mixes. "
                 "Start the server again with the run's model."
             )
         return Answer(
-            text or "",
-            "length" if finish_reason == "length" else "stop",
+            reasoning + text,
+            finish_reason or "stop",  # some servers leave it out
             _count(usage, "prompt_tokens"),
             _count(usage, "completion_tokens"),
         )
+
+    def _check_ended(self, choice: dict[str, Any]) -> None:
+        """Whatever text comes with another reason was cut, or withheld."""
+        reason, error = choice.get("finish_reason"), choice.get("error")
+        if not error and (not reason or reason in FINISHED):
+            return
+        told = self._quoted(reason if isinstance(reason, str) else json.dumps(reason or "error"))
+        raise NoCaption(
+            f"an answer that ended with the reason{told}{self._quoted(_message(error))}", code="ended_by_server"
+        )
+
+    def _no_caption(self, what: str, response: httpx.Response, code: str = "garbage_answer") -> NoCaption:
+        return NoCaption(what + (self._said(response) or self._quoted(response.text)), code=code)
 
     def _locked(self, status: int) -> ModelError:
         which = "the one in OPENAI_API_KEY is refused" if self._key else "OPENAI_API_KEY is not set"
         return ModelError(f"{self.url} asks for an API key (status {status}), and {which}. Set OPENAI_API_KEY.")
 
     def _said(self, response: httpx.Response) -> str:
-        """The server's own words, bounded, without the key that some servers repeat."""
+        """The server's own words, or those of a page that answers in its place."""
+        if _is_page(response):
+            return self._quoted(html.unescape(_MARKUP.sub(" ", response.text[:MAX_PAGE])))
         said: object = response.text
         with suppress(ValueError, RecursionError):
             said = _message(response.json())
-        if "<html" in str(said).lower():
-            return ""
-        words = " ".join(str(said).split())
+        return self._quoted(said)
+
+    def _quoted(self, said: object) -> str:
+        """After a colon, bounded, without the key that some servers repeat."""
+        words = " ".join(str(said or "").split())
         if self._key:
             words = words.replace(self._key, "***")
         return f": {words[:MAX_TOLD]}" if words else ""
@@ -302,6 +341,36 @@ def _models(response: httpx.Response) -> dict[str, Mapping[str, object]] | None:
         return {one["id"]: one for one in listed if isinstance(one["id"], str)}
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
+
+
+def _text(content: object) -> str | None:
+    """Of a caption, or of its parts; None if it is something else."""
+    if isinstance(content, list):
+        texts = [part["text"] for part in content if _is_text(part)]
+        return "".join(texts) if len(texts) == len(content) else None
+    return content or "" if isinstance(content, str | None) else None
+
+
+def _reasoning(message: dict[str, Any]) -> str:
+    """What some servers tell apart from the content, as a model writes it."""
+    told = message.get("reasoning_content") or message.get("reasoning")
+    return f"<think>{told}</think>\n" if told and isinstance(told, str) else ""
+
+
+def _is_text(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _kind(response: httpx.Response) -> str:
+    if response.headers.get("content-type", "").startswith("text/event-stream"):
+        return "an event stream, which was not asked for"
+    return "a web page" if _is_page(response) else "an answer that holds no caption"
+
+
+def _is_page(response: httpx.Response) -> bool:
+    """By what it holds: proxies and portals often name its type wrongly."""
+    text = response.text[:MAX_PAGE].lstrip("\ufeff \r\n\t").lower()
+    return text.startswith("<") and ("<html" in text or "<!doctype html" in text)
 
 
 def _message(answer: object) -> object:

@@ -1,7 +1,8 @@
 """Any server that speaks OpenAI's chat interface: vLLM, SGLang, llama.cpp, Ollama, LM Studio. Imports no torch.
 
 Requests are kept in flight, as many as the batch size says. A server that is away is waited for: its pictures stay
-where they are, so that no attempt is charged, and one request at a time finds out whether it is back.
+where they are, so that no attempt is charged, and one request at a time finds out whether it is back. A picture fails
+only by a server that captions others: where nothing else is left to tell, one that was captioned is asked for again.
 """
 
 import base64
@@ -14,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Set
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -22,9 +23,9 @@ from pathlib import Path
 from PIL.Image import Image
 
 from rococap import images
-from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source
-from rococap.engines.chat import Answer, Away, Refused, Server
-from rococap.errors import ModelError
+from rococap.engines import LINGER_SEC, Completion, EngineInfo, Failure, Options, Prepared, Source
+from rococap.engines.chat import Answer, Away, NoCaption, Refused, Server
+from rococap.errors import ModelError, ServerRefuses
 from rococap.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,14 @@ FIRST_WAIT_SEC = 0.5
 MOST_WAIT_SEC = 60.0
 STRIKES = 5
 """So many failures on one picture, while the server answers others, are the picture's."""
+HOPELESS = 16
+"""So many refusals in a row, or answers that are no captions, are the server's fault."""
+SHORT_WAIT_SEC = 1.0
+"""The most that a server which answers, but not with captions, is waited for: it would not be away for long."""
+QUIET_SEC = 10.0
+"""How long a picture that was refused waits for another to be asked about, as long as none was captioned."""
+PROBE = 0
+"""The id of a captioned picture that is asked for again: no job's."""
 TOKEN_PIXELS = 784
 
 
@@ -45,6 +54,8 @@ class OpenAIEngine:
         self.options = options
         self.batch_size = options.batch_size or IN_FLIGHT
         self._server: Server | None = None
+        self._captioned: deque[Prepared] = deque(maxlen=1)
+        """The last one, in the self-check or later."""
 
     def load(self) -> None:
         for name in ("httpx", "httpcore", "asyncio"):  # one line for every request
@@ -91,7 +102,7 @@ class OpenAIEngine:
 
     def run(self, source: Source) -> Iterator[Completion]:
         assert self._server is not None, "not loaded"
-        flight = _Flight(self._server, source, self.batch_size)
+        flight = _Flight(self._server, source, self.batch_size, self._captioned)
         try:
             while flight.take():
                 flight.send()
@@ -116,6 +127,7 @@ class _Row:
     taken_at: float
     request: Future[Answer] | None = None
     sent_at: float = 0.0
+    landed_at: float = 0.0
     not_before: float = 0.0
     strikes: int = 0
     failed_after: int | None = None
@@ -124,36 +136,90 @@ class _Row:
     batch_size: int = 1
 
 
-class _Flight:
-    """The pictures that one `run` holds: `_waiting` to be sent, for the first time or again, and `_asked`."""
+@dataclass(slots=True)
+class _Doubts:
+    """What speaks against the server since it captioned a picture last, and the pictures that it refused meanwhile."""
 
-    def __init__(self, server: Server, source: Source, limit: int) -> None:
+    refused: dict[_Row, Refused] = field(default_factory=dict)
+    n_refusals: int = 0
+    n_no_captions: int = 0
+    last_refusal: Refused | None = None
+    last_no_caption: NoCaption | None = None
+    had_probe: bool = False
+    """Whether a picture that it captioned once got no caption again."""
+    refused_probe: bool = False
+
+    @property
+    def are_grave(self) -> bool:
+        return self.refused_probe or max(self.n_refusals, self.n_no_captions) >= HOPELESS
+
+    def answered(self, sent_at: float) -> dict[_Row, Refused]:
+        """Returns the pictures that it had refused before it was sent this one: it refuses these alone."""
+        alone = {row: error for row, error in self.refused.items() if row.landed_at < sent_at}
+        self.refused = {row: error for row, error in self.refused.items() if row not in alone}
+        self.n_refusals = self.n_no_captions = 0
+        self.had_probe = self.refused_probe = False
+        return alone
+
+
+class _Flight:
+    """The pictures that one `run` holds: `_waiting` to be sent, for the first time or again, `_asked`, and refused
+    but not failed. `_probe` is not one of them: it was captioned before, and tells whether the server still captions.
+    """
+
+    def __init__(self, server: Server, source: Source, limit: int, captioned: deque[Prepared]) -> None:
         self._server = server
         self._source = source
         self._limit = limit
+        self._captioned = captioned
         self._waiting: deque[_Row] = deque()
         self._asked: dict[_Row, None] = {}
         self._landed: fifo.SimpleQueue[_Row] = fifo.SimpleQueue()
         self._gate = _Gate(server.url)
+        self._doubts = _Doubts()
+        self._probe: _Row | None = None
         self._n_answers = 0
         self._clock = time.monotonic()
         self._lost: Set[int] = frozenset()
 
     def take(self) -> bool:
-        """Whether there is something to do: waits for it only if nothing is held."""
+        """Whether there is something to do: waits for it only if nothing is under way."""
         held = len(self._waiting) + len(self._asked)
         taken: list[Prepared] = []
-        if held < self._limit:
-            taken = self._source.take(self._limit - held, 0 if held else None)
+        if held < self._limit and self._probe is None:
+            taken = self._source.take(self._limit - held, 0 if held else self._patience())
         now = time.monotonic()
         self._waiting.extend(_Row(picture, now) for picture in taken)
         if taken:
             self._lost = self._source.step(0)
-        return bool(held or taken)
+        elif self._needs_another():
+            self._ask_for_captioned()
+        return bool(self._waiting or self._asked or self._doubts.refused)
+
+    def _patience(self) -> float | None:
+        if not self._doubts.refused:
+            return None
+        return LINGER_SEC if self._captioned else QUIET_SEC
+
+    def _needs_another(self) -> bool:
+        """Whether all that is left failed, and only the answer to another picture can tell whose fault it is."""
+        if self._asked or self._probe is not None:
+            return False
+        if not self._waiting:
+            return bool(self._doubts.refused)
+        return bool(self._captioned) and all(row.failed_after == self._n_answers for row in self._waiting)
+
+    def _ask_for_captioned(self) -> None:
+        """Raises ModelError if there is none that could tell, or it told already."""
+        if not self._captioned:
+            raise self._hopeless()
+        self._probe = _Row(replace(self._captioned[0], job_id=PROBE), time.monotonic())
+        self._waiting.appendleft(self._probe)
 
     def send(self) -> None:
         now = self._tick()
-        for row in [row for row in self._waiting if row.not_before <= now]:
+        due = self._waiting if self._probe is None else [self._probe] if self._probe not in self._asked else []
+        for row in [row for row in due if row.not_before <= now]:
             if not self._gate.lets(now, self._asked):
                 break
             self._waiting.remove(row)
@@ -170,8 +236,9 @@ class _Flight:
         n_asked = len(self._asked)
         for row in [row for row in landed if row in self._asked]:
             del self._asked[row]
-            if (completion := self._outcome(row, now)) is not None:
-                yield completion
+            row.landed_at = now
+            yield from self._outcome(row, now)
+        self._judge()
         if landed:
             self._lost = self._source.step(n_asked)
         elif not self._asked or now < self._gate.opens_at:  # a server that hangs gets no one's word for it
@@ -179,7 +246,8 @@ class _Flight:
 
     def _drop(self) -> None:
         """Rows of jobs that are another's by now."""
-        for row in [row for row in (*self._waiting, *self._asked) if row.picture.job_id in self._lost]:
+        held = (*self._waiting, *self._asked, *self._doubts.refused)
+        for row in [row for row in held if row.picture.job_id in self._lost]:
             self._forget(row)
 
     def cancel(self) -> None:
@@ -191,6 +259,8 @@ class _Flight:
             del self._asked[row]
             assert row.request is not None
             row.request.cancel()
+        elif row in self._doubts.refused:
+            del self._doubts.refused[row]
         else:
             self._waiting.remove(row)
 
@@ -213,44 +283,97 @@ class _Flight:
         self._clock = now
         return now
 
-    def _outcome(self, row: _Row, now: float) -> Completion | None:
-        """None if it is to be asked again."""
+    def _outcome(self, row: _Row, now: float) -> Iterator[Completion]:
+        """Nothing if it is to be asked again, or nobody knows yet whose fault it is."""
         assert row.request is not None
         try:
             answer = row.request.result()
         except Refused as error:
-            self._heard()
-            return Completion(row.picture.job_id, failure=Failure("refused_by_server", str(error)))
+            self._doubt(row, error)
         except Away as error:
-            return self._put_off(row, error, now)
-        self._heard()
-        return Completion(
-            row.picture.job_id,
-            text=answer.text,
-            finish_reason=answer.finish_reason,
-            prompt_tokens=answer.prompt_tokens,
-            new_tokens=answer.new_tokens,
-            processing_ms=row.share_ms,
-            latency_ms=(now - row.taken_at) * 1000,
-            batch_size=row.batch_size,
-        )
+            yield from self._put_off(row, error, now)
+        else:
+            yield from self._heard(row)
+            if row is self._probe:
+                self._probe = None
+            else:
+                self._captioned.append(row.picture)
+                yield _captioned(row, answer, now)
 
-    def _heard(self) -> None:
+    def _heard(self, row: _Row) -> Iterator[Completion]:
         self._n_answers += 1
         self._gate.answered()
+        for refused, error in self._doubts.answered(row.sent_at).items():
+            yield Completion(refused.picture.job_id, failure=Failure("refused_by_server", _refused(error)))
 
-    def _put_off(self, row: _Row, error: Away, now: float) -> Completion | None:
+    def _doubt(self, row: _Row, error: Refused) -> None:
+        self._gate.answered()
+        self._doubts.n_refusals += 1
+        self._doubts.last_refusal = error
+        if row is self._probe:
+            self._probe = None
+            self._doubts.had_probe = self._doubts.refused_probe = True
+        else:
+            self._doubts.refused[row] = error
+
+    def _put_off(self, row: _Row, error: Away, now: float) -> Iterator[Completion]:
         """It waits for its next turn, behind the others; or fails, once the server answers others and never this."""
-        self._gate.failed(row.sent_at, error, now)
+        is_news = self._gate.failed(row.sent_at, error, now)
+        if isinstance(error, NoCaption):
+            self._doubts.n_no_captions += is_news
+            self._doubts.last_no_caption = error
+            self._doubts.had_probe |= row is self._probe
+        if row is self._probe:
+            self._probe = None
+            return
         if error.code:
             if row.failed_after is None:
                 row.failed_after = self._n_answers
             row.strikes += row.failed_after < self._n_answers
         if row.strikes == STRIKES:
-            return Completion(row.picture.job_id, failure=_given_up(error))
+            yield Completion(row.picture.job_id, failure=_given_up(error))
+            return
         row.not_before = now + (_backoff(row.strikes) if row.strikes else 0.0)
         self._waiting.append(row)
-        return None
+
+    def _judge(self) -> None:
+        """Raises ModelError once it is clear that the server captions nothing."""
+        if self._probe is not None or not self._doubts.are_grave:
+            return
+        if self._doubts.had_probe:
+            raise self._hopeless()
+        self._ask_for_captioned()
+
+    def _hopeless(self) -> ModelError:
+        doubts, url = self._doubts, self._server.url
+        if doubts.n_no_captions >= HOPELESS:
+            return ModelError(
+                f"{url} answered {HOPELESS} times in a row with something else than a caption "
+                f"({doubts.last_no_caption}), and no picture was charged. "
+                "Correct the server or --base-url, then start the worker again."
+            )
+        return ServerRefuses(
+            f"{url} refuses every picture ({doubts.last_refusal}), and none of them was charged. "
+            "Correct the server, then start the worker again.",
+            _refused(doubts.last_refusal),
+        )
+
+
+def _refused(error: Refused | None) -> str:
+    return f"The server refused this picture with {error}"
+
+
+def _captioned(row: _Row, answer: Answer, now: float) -> Completion:
+    return Completion(
+        row.picture.job_id,
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        prompt_tokens=answer.prompt_tokens,
+        new_tokens=answer.new_tokens,
+        processing_ms=row.share_ms,
+        latency_ms=(now - row.taken_at) * 1000,
+        batch_size=row.batch_size,
+    )
 
 
 def _given_up(error: Away) -> Failure:
@@ -274,16 +397,21 @@ class _Gate:
     def is_probing(self, asked: Collection[_Row]) -> bool:
         return any(row.sent_at > self._closed_at for row in asked)
 
-    def failed(self, sent_at: float, error: Away, now: float) -> None:
+    def failed(self, sent_at: float, error: Away, now: float) -> bool:
+        """Whether it is news: else it was in flight when another told the same."""
         if not self.is_away:
             self.is_away = True
             log.warning("%s is away: waiting until it answers again (%s)", self._url, error)
         wait = error.wait
-        if sent_at > self._closed_at:  # else it was in flight when another told the same
+        is_news = sent_at > self._closed_at
+        if is_news:
             self._closed_at = now
-            wait = max(wait, _backoff(self._n_failed))
+            wait = max(
+                wait, _backoff(self._n_failed, SHORT_WAIT_SEC if isinstance(error, NoCaption) else MOST_WAIT_SEC)
+            )
             self._n_failed += 1
         self.opens_at = max(self.opens_at, now + wait)
+        return is_news
 
     def answered(self) -> None:
         self._n_failed = 0
@@ -292,9 +420,9 @@ class _Gate:
             log.info("%s answers again", self._url)
 
 
-def _backoff(n: int) -> float:
+def _backoff(n: int, most: float = MOST_WAIT_SEC) -> float:
     """Seconds before the (n+1)th try. Jitter keeps workers apart that met the same failure."""
-    return min(MOST_WAIT_SEC, FIRST_WAIT_SEC * 2.0 ** min(n, 30)) * random.uniform(0.5, 1.0)
+    return min(most, FIRST_WAIT_SEC * 2.0 ** min(n, 30)) * random.uniform(0.5, 1.0)
 
 
 # --- recipe and picture ----------------------------------------------------------------------------------------
