@@ -342,8 +342,8 @@ MUTANTS = (
         "wake-early",
         "what waits is pending at once",
         QUEUE,
-        "WHERE j.status = 'waiting' AND j.not_before <= ? ORDER",
-        "WHERE j.status = 'waiting' AND ? > 0 ORDER",
+        "WHERE j.status = 'waiting' AND (j.not_before <= ? OR",
+        "WHERE j.status = 'waiting' AND (? > 0 OR",
         "test_queue.py::test_a_transient_failure_waits_and_is_claimable_when_its_time_has_come",
     ),
     # --- when the answer did not come ---
