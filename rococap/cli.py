@@ -621,7 +621,7 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     default=25.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long SIGTERM and Ctrl-C let the running batch finish.",
+    help="How long SIGTERM, SIGUSR1 and Ctrl-C let the running batch finish.",
 )
 @click.option(
     "--stall-timeout",

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from types import FrameType
 from typing import IO
 
 from sqlalchemy import Engine as Database
@@ -27,7 +26,7 @@ from rococap import datasets, queue
 from rococap.db import transaction
 from rococap.errors import DatabaseError
 from rococap.queue import Counts, Run
-from rococap.worker import Outcome, Report, Settings, choose_run
+from rococap.worker import STOP_SIGNALS, Outcome, Report, Settings, choose_run, stop_requests
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +72,9 @@ def work(
     report: Report = lambda outcome, counts: None,
     echo: Echo = lambda line: None,
 ) -> Ended:
-    """Captions on all `devices` until nothing is left (or for ever, with `wait`), or until SIGTERM or SIGINT.
+    """Captions on all `devices` until nothing is left (or for ever, with `wait`), or until SIGTERM, SIGINT or SIGUSR1.
 
-    `report` is called every few seconds once there are captions, from a thread. A second signal makes the children
+    `report` is called every few seconds once there are captions, from a thread. A second request makes the children
     leave at once. Raises RunError if there is nothing to work on.
     """
     with transaction(database) as conn:
@@ -227,12 +226,13 @@ def supervise(children: Sequence["Child"]) -> Ended:
     with _signals() as received:
         try:
             while not all(child.is_over for child in children):
-                if len(received) > n_passed_on:
+                is_urgent = len(received) > 1
+                if len(received) > n_passed_on or is_urgent:  # again and again: too soon, it would count as the first
                     n_passed_on = len(received)
                     for child in children:
                         child.ask_to_stop()
-                    if n_passed_on > 1:
-                        kills_at = min(kills_at, time.monotonic() + KILL_AFTER_SEC)
+                if is_urgent:
+                    kills_at = min(kills_at, time.monotonic() + KILL_AFTER_SEC)
                 if time.monotonic() >= kills_at:
                     for child in children:
                         child.kill()
@@ -260,20 +260,18 @@ def _sum(outcomes: Sequence[Outcome]) -> Outcome:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT, in the order in which they came."""
+    """The signals of the requests to stop, in the order in which they came."""
     received: list[int] = []
 
-    def handle(signum: int, frame: FrameType | None) -> None:
+    def hear(signum: int) -> None:
         received.append(signum)
         if len(received) == 1:
-            log.info("asked to stop: waiting for all to finish what runs; once more to leave at once")
+            log.info(
+                "asked to stop: waiting for all to finish what runs; ask again in a second or later to leave at once"
+            )
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with stop_requests(hear):
         yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 @contextmanager
@@ -366,7 +364,7 @@ class Child:
         elif is_stopping:
             self.is_over = True
             # One that was still starting, and so held nothing, has no handler yet.
-            if process.code != -signal.SIGTERM:
+            if -process.code not in STOP_SIGNALS:
                 self.error = f"{self._label} was asked to stop and {process.ending()}"
         elif self._is_hopeless(process):
             self.is_over = True

@@ -24,7 +24,7 @@ from sqlalchemy import Engine
 from rococap import crew, db
 from rococap.cli import cli
 from rococap.crew import Child, Ended
-from rococap.worker import Settings
+from rococap.worker import STOP_SIGNALS, Settings
 
 CREW = Path(__file__).with_name("small_crew.py")
 
@@ -299,7 +299,7 @@ def signals_when_ready(*signums: int, told: list[str]) -> crew.Echo:
         told.append(line)
         for signum in signums if "ready" in line else ():
             signal.raise_signal(signum)
-            time.sleep(0.3)
+            time.sleep(1.2)
 
     return echo
 
@@ -326,9 +326,23 @@ def test_what_does_not_even_leave_at_the_second_signal_is_killed(monkeypatch):
         "import signal, sys, time\n"
         "signal.signal(15, signal.SIG_IGN); print('ready', file=sys.stderr, flush=True); time.sleep(60)"
     )
-    ended = crew.supervise([child(script, signals_when_ready(signal.SIGTERM, signal.SIGTERM, told=[]))])
+    ended = crew.supervise([child(script, signals_when_ready(signal.SIGTERM, signal.SIGUSR1, told=[]))])
     assert ended.errors == ("a was asked to stop and was killed by SIGKILL (ready)",)
-    assert ended.signals == (signal.SIGTERM, signal.SIGTERM)
+    assert ended.signals == (signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_child_that_a_signal_to_the_group_ends_while_it_starts_is_no_error(signum):
+    told: list[str] = []
+    script = (
+        "import os, signal, sys, time\n"
+        f"signal.signal({int(signal.SIGTERM)}, signal.SIG_IGN)\n"  # the group's own ends it, before the parent's
+        f"signal.signal({int(signum)}, signal.SIG_DFL)\n"
+        "print('ready', file=sys.stderr, flush=True); time.sleep(0.5)\n"
+        f"os.kill(os.getpid(), {int(signum)})"
+    )
+    ended = crew.supervise([child(script, signals_when_ready(signum, told=told))])
+    assert (ended.outcome.drained, ended.errors, ended.signals) == (True, (), (signum,))
 
 
 def test_a_child_is_out_of_reach_of_the_terminals_ctrl_c():
@@ -407,11 +421,12 @@ def test_a_killed_process_is_started_again_and_everything_is_captioned(database,
     assert len(select(database, "SELECT id FROM workers")) == 3
 
 
-def test_sigterm_to_the_parent_drains_all(database, url, tmp_path):
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_signal_to_the_parent_drains_all(database, url, tmp_path, signum):
     fill(database, tmp_path / "set", 200)
     with small_crew(url, engine={"step_sec": 0.3}, n=3, batch_size=4) as parent:
         until(lambda: len(select(database, "SELECT id FROM workers WHERE n_done > 0")) == 3, "captions of all")
-        parent.send_signal(signal.SIGTERM)
+        parent.send_signal(signum)
         out, err = parent.communicate(timeout=30)
     assert parent.returncode == 0, err
     ended = json.loads(out)
@@ -419,6 +434,20 @@ def test_sigterm_to_the_parent_drains_all(database, url, tmp_path):
     assert statuses(database) == {"done": ended["outcome"]["done"], "pending": 200 - ended["outcome"]["done"]}
     assert select(database, "SELECT DISTINCT attempts, crashes FROM jobs WHERE status = 'pending'") == [(0, 0)]
     assert select(database, "SELECT id FROM workers WHERE stopped_at IS NULL") == []
+
+
+def test_a_second_request_makes_the_children_leave_at_once(database, url, tmp_path):
+    fill(database, tmp_path / "set", 40)
+    with small_crew(url, engine={"step_sec": 0.1, "steps": 10_000}, batch_size=4) as parent:
+        until(lambda: statuses(database).get("leased", 0) == 16, "running batches and claims ahead")
+        parent.send_signal(signal.SIGTERM)
+        time.sleep(1.05)  # the children were told a little later, and could take the next for the same
+        parent.send_signal(signal.SIGTERM)
+        out, err = parent.communicate(timeout=4)  # less than from when they are killed
+    assert json.loads(out)["signals"] == [signal.SIGTERM, signal.SIGTERM], err
+    assert [error.split(" (")[0] for error in json.loads(out)["errors"]] == [
+        f"cpu {n} was asked to stop and ended with code 143" for n in (1, 2)
+    ]
 
 
 def test_a_parent_killed_by_sigkill_leaves_no_child_alive_and_nothing_leased(database, url, tmp_path):
