@@ -20,7 +20,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 
-import psutil
 from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
@@ -272,7 +271,7 @@ def _to_check(conn: Connection, run: Run, splits: Sequence[str], engine: Engine,
         pid, told = last[0], SelfCheck.from_json(last[1])
         if told.passed and told.way == way:
             return []
-        if told == selfcheck.under_way(run.name, told.way) and not psutil.pid_exists(pid):
+        if not selfcheck.was_survived(told, pid):
             log.warning("the worker before did not survive its self-check: going on without it")
             return []
     return selfcheck.pictures(conn, run, splits)
