@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import IO
 
 from sqlalchemy import Engine as Database
@@ -162,12 +163,22 @@ def _n_cores() -> int:
     return os.cpu_count() or 1
 
 
+def program() -> list[str]:
+    """The command line that starts this program once more, and imports what this process did.
+
+    `-m` alone would look into the working folder first, where a user's own random.py hides the library's. Only where
+    this package lies there itself, in a checkout, may it be found nowhere else.
+    """
+    is_checkout = Path(__file__).parents[1] == Path.cwd()
+    return [sys.executable, *([] if is_checkout else ["-P"]), "-m", "rococap"]
+
+
 def worker_command(*, force: bool = False, debug: bool = False) -> Command:
     """How the `worker` command is started as a member; the database comes by the environment."""
     before = [flag for flag, is_set in (("--force", force), ("--debug", debug)) if is_set]
 
     def command(settings: Settings) -> list[str]:
-        return [sys.executable, "-m", "rococap", *before, "worker", "--member", *arguments(settings)]
+        return [*program(), *before, "worker", "--member", *arguments(settings)]
 
     return command
 

@@ -62,9 +62,9 @@ def done(database: Engine) -> int:
 
 
 @contextmanager
-def running(*command: str, **environment: str) -> Iterator[subprocess.Popen]:
+def running(*command: str, cwd: Path | None = None, **environment: str) -> Iterator[subprocess.Popen]:
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment, cwd=cwd
     ) as process:
         try:
             yield process
@@ -199,8 +199,51 @@ def test_the_password_is_in_the_environment_of_a_member_and_not_on_its_command_l
     url = "postgresql+psycopg://me:secret@host/queue"
     assert crew.environment(url, ["cuda:0"])["ROCOCAP_DB"] == url
     command = crew.worker_command(force=True, debug=True)(EVERY_SETTING)
-    assert command[:7] == [sys.executable, "-m", "rococap", "--force", "--debug", "worker", "--member"]
+    assert command[: command.index("--member")] == [*crew.program(), "--force", "--debug", "worker"]
     assert "secret" not in " ".join(command)
+
+
+SHADOWS = ["random.py", "queue.py", "json.py", "click/__init__.py", "rococap/__init__.py"]
+
+
+def shadow(folder: Path, *names: str) -> None:
+    """Files of a user's own that are named like modules, and tell if they are imported."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"raise SystemExit('imported {name} of the working folder')")
+
+
+@pytest.mark.parametrize("name", SHADOWS)
+def test_a_process_that_is_started_imports_nothing_of_the_working_folder(tmp_path, monkeypatch, name):
+    shadow(tmp_path, name)
+    monkeypatch.chdir(tmp_path)
+    told = subprocess.run([*crew.program(), "worker", "--help"], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.startswith("Usage: ")
+
+
+def test_a_checkout_that_is_not_installed_is_found_in_the_working_folder(monkeypatch):
+    monkeypatch.chdir(Path(crew.__file__).parents[1])
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    script = "import rococap; print(rococap.__file__)"
+    found = subprocess.run([*crew.program()[:-2], "-c", script], capture_output=True, text=True).stdout.strip()
+    assert Path(found).parent == Path(crew.__file__).parent
+
+
+@pytest.mark.slow
+def test_devices_work_beside_a_users_own_modules(database, url, tmp_path):
+    fill(database, tmp_path / "set", 8)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    shadow(folder, *SHADOWS)
+    command = (sys.executable, "-P", "-m", "rococap", "worker", "--devices", "cpu:2", "--batch-size", "4")
+    with (
+        ChatServer() as server,
+        running(*command, "--engine", "openai", "--base-url", server.url, cwd=folder, ROCOCAP_DB=url) as parent,
+    ):
+        _, err = parent.communicate(timeout=60)
+    assert parent.returncode == 0, err
+    assert done(database) == 8
 
 
 def test_processes_on_the_cpu_share_its_cores(monkeypatch):

@@ -68,6 +68,15 @@ def test_the_demo_captions_phantoms_and_says_what_they_are(tmp_path):
     assert shuffled(tmp_path / "demo") == floor
 
 
+@pytest.mark.slow
+def test_the_demo_works_beside_a_users_own_modules(tmp_path):
+    (tmp_path / "random.py").write_text("raise SystemExit('imported random.py of the working folder')")
+    command = [sys.executable, "-P", "-m", "rococap", "demo", "--images", "6", "--workers", "1"]
+    told = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0, told.stderr
+    assert "6 pictures captioned by 1 workers in " in told.stdout
+
+
 def shuffled(folder: Path) -> dict[str, str]:
     """The captions of run `shuffled`, which are run `default`'s, each of another picture."""
     database = db.connect(f"sqlite:///{folder / 'rococap.db'}")

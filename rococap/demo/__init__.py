@@ -8,7 +8,6 @@ import csv
 import os
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from PIL import Image
 from sqlalchemy import Engine as Database
 
 from rococap import datasets, db, export, queue
-from rococap.crew import shared_threads
+from rococap.crew import program, shared_threads
 from rococap.datasets import SPLITS, Place
 from rococap.enqueue import enqueue, enqueue_from
 from rococap.errors import RococapError
@@ -100,7 +99,7 @@ def _counts(n_images: int) -> Mapping[str, int]:
 
 def _run_workers(database: Database, url: str, folder: Path, n_workers: int, progress: Progress) -> None:
     environment = shared_threads(n_workers, os.environ) | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "rococap", "--db", url, "worker", "--batch-size", "32"]
+    command = [*program(), "--db", url, "worker", "--batch-size", "32"]
     logs = [folder / f"worker-{number}.log" for number in range(1, n_workers + 1)]
     with ExitStack() as stack:
         files = [stack.enter_context(log.open("w")) for log in logs]
