@@ -144,8 +144,10 @@ def share_out(settings: Settings, devices: Sequence[str]) -> list[tuple[str, Set
 
 
 def environment(url: str, devices: Sequence[str]) -> dict[str, str]:
-    """Ours, and the queue's URL, which may hold a password that `ps` would show on a command line."""
-    around = os.environ | {"ROCOCAP_DB": url}
+    """Ours, and the queue's URL, which may hold a password that `ps` would show on a command line; what is logged
+    comes to us in UTF-8, whatever the terminal takes.
+    """
+    around = os.environ | {"ROCOCAP_DB": url, "PYTHONIOENCODING": "utf-8"}
     return shared_threads(devices.count("cpu"), around) if "cpu" in devices else around
 
 

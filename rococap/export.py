@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -353,7 +354,8 @@ def _check_folder(run: Run, folder: Path, split: str, last: int) -> None:
     if max(numbers, default=0) > last:
         raise RococapError(
             f"{folder} holds checkpoints of {split} that this database does not know. If it replaces one that was "
-            f"lost, restore them first: rococap restore {folder}/checkpoint_{split}_*.csv; else move them away."
+            f"lost, restore them first: rococap restore {shlex.quote(str(folder))}/checkpoint_{split}_*.csv; else move "
+            "them away."
         )
 
 

@@ -1,6 +1,7 @@
 """The whole job as a newcomer runs it, and at once by two workers, one of them killed."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -75,6 +76,17 @@ def test_the_demo_works_beside_a_users_own_modules(tmp_path):
     told = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert told.returncode == 0, told.stderr
     assert "6 pictures captioned by 1 workers in " in told.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["what? it's #1 of 100%", "a&b;$HOME"])
+def test_the_command_that_the_demo_tells_to_ask_with_works_in_any_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    told = rococap("demo", "--images", "6", "--workers", "1", "--dir", name, cwd=tmp_path)
+    command = shlex.split(told.splitlines()[-1].removeprefix("Ask "))
+    assert command[0] == "rococap"
+    assert rococap(*command[1:], cwd=tmp_path).splitlines()[1].split()[:2] == ["default", "train"]
+    assert (tmp_path / name / "rococap.db").is_file()
 
 
 def shuffled(folder: Path) -> dict[str, str]:

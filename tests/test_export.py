@@ -4,6 +4,7 @@ import csv
 import errno
 import hashlib
 import json
+import subprocess
 from io import StringIO
 from pathlib import Path
 
@@ -508,6 +509,18 @@ def test_a_caption_with_every_control_character_stays_one_row(database, run, out
 
 
 # --- a database that replaces a lost one -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["with space", "it's", "$HOME", "a&b", "what?"])
+def test_the_command_that_restores_segments_names_them_in_any_folder(database, other, run, tmp_path, name):
+    caption(database, run, ["x"] * 20)
+    segments = write_checkpoints(database, run, "train", tmp_path / name, 10)
+    new = fill(other, tmp_path / "set", 30)
+    with pytest.raises(RococapError) as error:
+        write_checkpoints(other, new, "train", tmp_path / name, 10)
+    files = str(error.value).partition("restore them first: rococap restore ")[2].partition("; else move")[0]
+    listed = subprocess.run(["sh", "-c", f"ls {files}"], capture_output=True, text=True)
+    assert listed.stdout.splitlines() == [str(segment) for segment in segments]
 
 
 def test_segments_that_a_new_database_does_not_know_are_refused_until_they_are_restored(

@@ -75,7 +75,7 @@ def run(folder: Path, n_images: int, n_workers: int, progress: Progress) -> Demo
     folder.mkdir(parents=True, exist_ok=True)
     progress("drawing phantoms", 0, n_images)
     write_dataset(folder / "dataset", counts)
-    url = f"sqlite:///{folder.resolve() / 'rococap.db'}"
+    url = str(folder.resolve() / "rococap.db")  # a folder's name may hold what means something else in a URL
     database = db.connect(url)
     enqueue(database, datasets.locate(str(folder / "dataset"), SPLITS), SPLITS, run="default", recipe=recipe())
     started = time.monotonic()
@@ -116,7 +116,7 @@ def _run_workers(database: Database, url: str, folder: Path, n_workers: int, pro
     _show(database, progress)
     for code, log in zip(codes, logs, strict=True):
         if code:
-            tail = "\n".join(log.read_text().splitlines()[-5:])
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
             raise RococapError(f"A worker ended with code {code}. Its log {log} ends with:\n{tail}")
 
 
