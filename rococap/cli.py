@@ -1,10 +1,12 @@
 """The command line: options -> call -> echo. torch and pandas are imported inside the commands that need them."""
 
+import codecs
 import json
 import logging
 import math
 import os
 import re
+import shlex
 import sys
 import textwrap
 import time
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
+from io import TextIOWrapper
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +55,12 @@ class Seconds(click.FloatRange):
 
 class Commands(click.Group):
     """Turns what a user can act on into one line and an exit code: 2 for usage, 1 for the rest."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(sys.stdout, TextIOWrapper):
+            # A locale that is not UTF-8, as on clusters, fails no command: what it cannot show is escaped.
+            sys.stdout.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -141,7 +150,8 @@ def _database() -> Database:
 
 
 def _echo_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    click.echo(json.dumps(value, indent=2, ensure_ascii=not is_utf8))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -441,7 +451,7 @@ def _given(ctx: click.Context, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _with_run(command: str, name: str) -> str:
     """A command to paste, for this run."""
-    return f"rococap {command}" + ("" if name == "default" else f" --run {name}")
+    return f"rococap {command}" + ("" if name == "default" else f" --run {shlex.quote(name)}")
 
 
 def _check_run_name(name: str) -> None:
@@ -621,7 +631,7 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     default=25.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long SIGTERM and Ctrl-C let the running batch finish.",
+    help="How long SIGTERM, SIGUSR1 and Ctrl-C let the running batch finish.",
 )
 @click.option(
     "--stall-timeout",
@@ -716,7 +726,8 @@ def _worker_again(run: str, settings: Any) -> str:
     """With the engine, which a run does not change."""
     options = {"--base-url": settings.base_url, "--served-model": settings.served_model}
     engine = "" if settings.engine == "transformers" else f" --engine {settings.engine}"
-    return _with_run("worker", run) + engine + "".join(f" {name} {value}" for name, value in options.items() if value)
+    told = "".join(f" {name} {shlex.quote(value)}" for name, value in options.items() if value)
+    return _with_run("worker", run) + engine + told
 
 
 @contextmanager
@@ -1832,7 +1843,7 @@ def demo(folder: Path, images: int, workers: int) -> None:
     click.echo(f"Look at  {result.report}")
     for path in result.exports:
         click.echo(f"Read     {path}")
-    click.echo(f"Ask      rococap --db sqlite:///{folder}/rococap.db status")
+    click.echo(f"Ask      rococap --db {shlex.quote(str(folder / 'rococap.db'))} status")
 
 
 def _steps() -> Callable[[str, int, int], None]:

@@ -17,11 +17,22 @@ import pyarrow as pa
 from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
-from rococap import db, queue
+from rococap import queue
 from rococap.datasets import SPLITS
 from rococap.db import transaction
 from rococap.errors import RococapError, RunError
-from rococap.export import FOLDER, FORMATS, PAGE, Progress, Read, done_pages, replacing, short_reads, write_frames
+from rococap.export import (
+    FOLDER,
+    FORMATS,
+    PAGE,
+    Progress,
+    Read,
+    done_pages,
+    finished_until,
+    replacing,
+    short_reads,
+    write_frames,
+)
 from rococap.queue import Run
 
 SHARED = ("image_id", "split", "original_caption")
@@ -96,7 +107,7 @@ def compare(
     with transaction(database) as conn:
         runs = find_runs(conn, names)
         counts = [one for run in runs for one in queue.counts_of(conn, run, splits or SPLITS)]
-        cutoff = db.now(conn)
+        cutoff = finished_until(conn, runs, splits or SPLITS)
     done = {split: sum(one.done for one in counts if one.split == split) for split in SPLITS}
     if not any(done.values()):
         of = ", ".join(split for split in SPLITS if any(one.split == split for one in counts))
@@ -107,7 +118,9 @@ def compare(
     with replacing(path) as partial, short_reads(database) as read:
         rows = write_frames(join.frames(read, cutoff, done, progress), partial, path.suffix, _schema(runs))
         if not rows:
-            raise RunError(_nothing(names, all_done))
+            raise RunError(
+                f"{_quoted(names)} captioned no picture in common yet. Leave out --all-done, or go on: rococap worker"
+            )
     return Compared(path, rows, join.shared, tuple(measure.summary() for measure in join.measures), join.originals)
 
 
@@ -137,12 +150,6 @@ def _dataset(run: Run) -> str:
 def _quoted(names: Sequence[str]) -> str:
     quoted = [repr(name) for name in names]
     return f"Run {quoted[0]}" if len(quoted) == 1 else f"Runs {', '.join(quoted[:-1])} and {quoted[-1]}"
-
-
-def _nothing(names: Sequence[str], all_done: bool) -> str:
-    if all_done and len(names) > 1:
-        return f"{_quoted(names)} captioned no picture in common yet. Leave out --all-done, or go on: rococap worker"
-    return f"{_quoted(names)} captioned nothing up to now by the database's clock. Try again in a moment."
 
 
 def _schema(runs: Sequence[Run]) -> pa.Schema:

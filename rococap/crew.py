@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from types import FrameType
+from pathlib import Path
 from typing import IO
 
 from sqlalchemy import Engine as Database
@@ -27,7 +27,7 @@ from rococap import datasets, queue
 from rococap.db import transaction
 from rococap.errors import DatabaseError
 from rococap.queue import Counts, Run
-from rococap.worker import Outcome, Report, Settings, choose_run
+from rococap.worker import STOP_SIGNALS, Outcome, Report, Settings, choose_run, stop_requests
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +73,9 @@ def work(
     report: Report = lambda outcome, counts: None,
     echo: Echo = lambda line: None,
 ) -> Ended:
-    """Captions on all `devices` until nothing is left (or for ever, with `wait`), or until SIGTERM or SIGINT.
+    """Captions on all `devices` until nothing is left (or for ever, with `wait`), or until SIGTERM, SIGINT or SIGUSR1.
 
-    `report` is called every few seconds once there are captions, from a thread. A second signal makes the children
+    `report` is called every few seconds once there are captions, from a thread. A second request makes the children
     leave at once. Raises RunError if there is nothing to work on.
     """
     with transaction(database) as conn:
@@ -144,8 +144,10 @@ def share_out(settings: Settings, devices: Sequence[str]) -> list[tuple[str, Set
 
 
 def environment(url: str, devices: Sequence[str]) -> dict[str, str]:
-    """Ours, and the queue's URL, which may hold a password that `ps` would show on a command line."""
-    around = os.environ | {"ROCOCAP_DB": url}
+    """Ours, and the queue's URL, which may hold a password that `ps` would show on a command line; what is logged
+    comes to us in UTF-8, whatever the terminal takes.
+    """
+    around = os.environ | {"ROCOCAP_DB": url, "PYTHONIOENCODING": "utf-8"}
     return shared_threads(devices.count("cpu"), around) if "cpu" in devices else around
 
 
@@ -163,12 +165,22 @@ def _n_cores() -> int:
     return os.cpu_count() or 1
 
 
+def program() -> list[str]:
+    """The command line that starts this program once more, and imports what this process did.
+
+    `-m` alone would look into the working folder first, where a user's own random.py hides the library's. Only where
+    this package lies there itself, in a checkout, may it be found nowhere else.
+    """
+    is_checkout = Path(__file__).parents[1] == Path.cwd()
+    return [sys.executable, *([] if is_checkout else ["-P"]), "-m", "rococap"]
+
+
 def worker_command(*, force: bool = False, debug: bool = False) -> Command:
     """How the `worker` command is started as a member; the database comes by the environment."""
     before = [flag for flag, is_set in (("--force", force), ("--debug", debug)) if is_set]
 
     def command(settings: Settings) -> list[str]:
-        return [sys.executable, "-m", "rococap", *before, "worker", "--member", *arguments(settings)]
+        return [*program(), *before, "worker", "--member", *arguments(settings)]
 
     return command
 
@@ -227,12 +239,13 @@ def supervise(children: Sequence["Child"]) -> Ended:
     with _signals() as received:
         try:
             while not all(child.is_over for child in children):
-                if len(received) > n_passed_on:
+                is_urgent = len(received) > 1
+                if len(received) > n_passed_on or is_urgent:  # again and again: too soon, it would count as the first
                     n_passed_on = len(received)
                     for child in children:
                         child.ask_to_stop()
-                    if n_passed_on > 1:
-                        kills_at = min(kills_at, time.monotonic() + KILL_AFTER_SEC)
+                if is_urgent:
+                    kills_at = min(kills_at, time.monotonic() + KILL_AFTER_SEC)
                 if time.monotonic() >= kills_at:
                     for child in children:
                         child.kill()
@@ -260,20 +273,18 @@ def _sum(outcomes: Sequence[Outcome]) -> Outcome:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT, in the order in which they came."""
+    """The signals of the requests to stop, in the order in which they came."""
     received: list[int] = []
 
-    def handle(signum: int, frame: FrameType | None) -> None:
+    def hear(signum: int) -> None:
         received.append(signum)
         if len(received) == 1:
-            log.info("asked to stop: waiting for all to finish what runs; once more to leave at once")
+            log.info(
+                "asked to stop: waiting for all to finish what runs; ask again in a second or later to leave at once"
+            )
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with stop_requests(hear):
         yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 @contextmanager
@@ -366,7 +377,7 @@ class Child:
         elif is_stopping:
             self.is_over = True
             # One that was still starting, and so held nothing, has no handler yet.
-            if process.code != -signal.SIGTERM:
+            if -process.code not in STOP_SIGNALS:
                 self.error = f"{self._label} was asked to stop and {process.ending()}"
         elif self._is_hopeless(process):
             self.is_over = True

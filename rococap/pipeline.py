@@ -44,22 +44,30 @@ class Contact:
 
     Others are judged only after a lease time of it: after an outage, or when this process was frozen or its machine
     slept, every lease looks expired, and its worker is alive. Workers beat every quarter of a lease time, so half of
-    one without contact is a break.
+    one without contact is a break. So is a database whose clock was set: it went on by another time than ours.
     """
 
     def __init__(self, ttl_sec: float) -> None:
         self._ttl_sec = ttl_sec
         self._since = self._last = clock()
         self._is_lost = False
+        self._ahead: float | None = None
 
-    def made(self) -> None:
+    def made(self, database_ms: int | None = None) -> None:
+        """`database_ms` is what the database's clock said, if it was asked."""
         at = clock()
-        if at - self._last > self._ttl_sec / 2:
+        if at - self._last > self._ttl_sec / 2 or self._was_set(database_ms, at):
             self._since = at
         self._last = at
         if self._is_lost:
             self._is_lost = False
             log.info("the database is back")
+
+    def _was_set(self, database_ms: int | None, at: float) -> bool:
+        if database_ms is None:
+            return False
+        before, self._ahead = self._ahead, database_ms / 1000 - at
+        return before is not None and abs(self._ahead - before) > self._ttl_sec / 2
 
     def lost(self, error: Exception) -> None:
         self._since = clock()
@@ -404,8 +412,9 @@ class Pipeline:
     def _tidy(self) -> None:
         """Gives back what was claimed unknowingly, wakes what has waited long enough, reaps dead workers' leases."""
         with transaction(self._database) as conn:
-            is_overdue = queue.overdue(conn)
-        self.contact.made()
+            at = db.now(conn)
+            is_overdue = queue.overdue(conn, now=at)
+        self.contact.made(at)
         if self._is_unsure:
             held = {lease.id for lease in self.open_leases()}
             with transaction(self._database, write=True) as conn:

@@ -25,7 +25,7 @@ import pandas as pd
 import pyarrow as pa
 from sqlalchemy import Engine as Database
 
-from rococap import __version__, datasets, db, queue
+from rococap import __version__, datasets, queue
 from rococap.datasets import PictureReader, Place
 from rococap.db import execute, transaction
 from rococap.errors import PictureError, RococapError, RunError
@@ -40,6 +40,7 @@ from rococap.export import (
     cannot_write,
     check_complete,
     done_pages,
+    finished_until,
     frame_of,
     fsync,
     manifest_of,
@@ -96,7 +97,7 @@ def submit(
             "SELECT id, image_id FROM images WHERE dataset_id = ? AND split = ? ORDER BY id",
             (run.dataset_id, split),
         ).fetchall()
-        cutoff = db.now(conn)
+        cutoff = finished_until(conn, [run], [split])
     ids = {id: _submitted_id(image_id) for id, image_id in images}
     if len(set(ids.values())) < len(ids):
         raise RococapError(f"IDs of {split} differ by white space alone, which ImageCLEF ignores: mend the data set.")
@@ -196,7 +197,7 @@ def publish(
     """
     with transaction(database) as conn:
         counts = [queue.counts_of(conn, run, [split])[0] for split in splits]
-        cutoff = db.now(conn)
+        cutoff = finished_until(conn, [run], splits)
     if not any(one.done for one in counts):
         raise RunError(
             f"Run {run.name!r} captioned nothing of {', '.join(splits)} yet: rococap worker --run {run.name}"

@@ -750,8 +750,22 @@ def reap(
     touch with the database: a lease that lasts longer may belong to one that was cut off as well.
     """
     at = _at(conn, now)
+    _bring_back(conn, at)
     expired = sorted(row[0] for row in execute(conn, _EXPIRED, (at, but, contact_ms)).fetchall()[:most])
     return [lease_id for lease_id in expired if crash(conn, lease_id, now=at, expired_by=at)]
+
+
+def _bring_back(conn: Connection, at: int) -> None:
+    """Lets leases that were extended in what is the future, since the clock was set back, run out one lease time from
+    now: a worker that lives extends its own before, and one that died keeps its pictures no longer.
+    """
+    found = execute(conn, f"{_OF_THE_FUTURE} ORDER BY id{db.for_update(conn, 'leases')}", (at,)).fetchall()
+    if found:
+        sql = "UPDATE leases SET beat_at = ?, expires_at = ? + expires_at - beat_at WHERE id = ? AND beat_at > ?"
+        execute(conn, sql, [(at, at, row[0], at) for row in found])
+
+
+_OF_THE_FUTURE = "SELECT id FROM leases WHERE state = 'open' AND beat_at > ?"
 
 
 def crash(conn: Connection, lease_id: int, *, now: int | None = None, expired_by: int = 1 << 62) -> bool:
@@ -797,15 +811,19 @@ def crash(conn: Connection, lease_id: int, *, now: int | None = None, expired_by
 
 _WAKE = (
     "UPDATE jobs SET status = 'pending', not_before = NULL WHERE id IN ("
-    "SELECT j.id FROM jobs j WHERE j.status = 'waiting' AND j.not_before <= ? ORDER BY j.not_before{skip_locked}) "
-    "RETURNING run_id, split"
+    "SELECT j.id FROM jobs j WHERE j.status = 'waiting' AND (j.not_before <= ? OR j.not_before > ?) "
+    "ORDER BY j.not_before{skip_locked}) RETURNING run_id, split"
 )
 
 
 def wake(conn: Connection, *, now: int | None = None) -> int:
-    """Makes waiting jobs pending whose time has come; returns how many."""
+    """Makes waiting jobs pending whose time has come; returns how many.
+
+    So are those that would wait longer than anything does: the clock has been set back since.
+    """
+    at = _at(conn, now)
     sql = _WAKE.format(skip_locked=_SKIP_LOCKED[conn.dialect.name])
-    rows = execute(conn, sql, (_at(conn, now),)).fetchall()
+    rows = execute(conn, sql, (at, at + MAX_BACKOFF_MS)).fetchall()
     for (run_id, split), n in sorted(Counter((row[0], row[1]) for row in rows).items()):
         tally(conn, run_id, split, 0, {JobState.WAITING: -n, JobState.PENDING: n})
     return len(rows)
@@ -816,9 +834,9 @@ def overdue(conn: Connection, *, now: int | None = None) -> bool:
     at = _at(conn, now)
     row = execute(
         conn,
-        "SELECT EXISTS (SELECT 1 FROM leases WHERE state = 'open' AND expires_at <= ?) "
-        "OR EXISTS (SELECT 1 FROM jobs WHERE status = 'waiting' AND not_before <= ?)",
-        (at, at),
+        "SELECT EXISTS (SELECT 1 FROM leases WHERE state = 'open' AND (expires_at <= ? OR beat_at > ?)) "
+        "OR EXISTS (SELECT 1 FROM jobs WHERE status = 'waiting' AND (not_before <= ? OR not_before > ?))",
+        (at, at, at, at + MAX_BACKOFF_MS),
     )
     return bool(row.scalar_one())
 
@@ -1064,14 +1082,18 @@ def _counts(
 
 
 def _rates(conn: Connection, at: int) -> dict[tuple[int, str], float]:
-    """Captions per minute of each (run, split), over the last five minutes or since the first lease in them."""
+    """Captions per minute of each (run, split), over the last five minutes or since the first lease in them.
+
+    Without leases of the future, which say that the clock was set back since.
+    """
     start = at - RATE_WINDOW_MS
     rows = execute(
         conn,
         "SELECT run_id, split, sum(n_done), min(claimed_at) FROM ("
-        "SELECT run_id, split, n_done, claimed_at FROM leases WHERE closed_at >= ? UNION ALL "
-        "SELECT run_id, split, n_done, claimed_at FROM leases WHERE state = 'open') AS recent GROUP BY run_id, split",
-        (start,),
+        "SELECT run_id, split, n_done, claimed_at FROM leases WHERE closed_at BETWEEN ? AND ? UNION ALL "
+        "SELECT run_id, split, n_done, claimed_at FROM leases WHERE state = 'open') AS recent "
+        "WHERE claimed_at <= ? GROUP BY run_id, split",
+        (start, at, at),
     ).fetchall()
     return {
         (run_id, split): float(n_done) * 60_000 / max(at - max(first, start), 1_000)
@@ -1110,7 +1132,8 @@ def list_workers(
     def state(stopped_at: int | None, seen_at: int) -> str:
         if stopped_at is not None:
             return "stopped"
-        return "lost" if at - seen_at > lost_after_ms else "running"
+        # One that was seen in the future was not seen since the clock was set back.
+        return "lost" if abs(at - seen_at) > lost_after_ms else "running"
 
     return [
         WorkerSeen(

@@ -24,13 +24,13 @@ from markupsafe import Markup
 from PIL import Image
 from sqlalchemy import Engine as Database
 
-from rococap import __version__, concepts, datasets, db, plots, queue
+from rococap import __version__, concepts, datasets, plots, queue
 from rococap import evaluate as evaluation
 from rococap.datasets import PictureReader, Place
 from rococap.db import execute, transaction
 from rococap.errors import DatasetError, PictureError, RococapError
 from rococap.evaluate import BY_MODALITY, SEED, Evaluation, Scored
-from rococap.export import Progress, done_pages, replacing, short_reads
+from rococap.export import Progress, done_pages, finished_until, replacing, short_reads
 from rococap.images import open_picture
 from rococap.plots import Plot, Series
 from rococap.queue import Failed, Run, rules_of
@@ -418,7 +418,7 @@ def _times(database: Database, scored: Scored) -> tuple[plots.Values, plots.Valu
     """Of the captions that were scored, in ms: how long each took, NaN if unknown, and when it was made."""
     wanted = {pair.job_id for pair in scored.pairs}
     with transaction(database) as conn:
-        cutoff = db.now(conn)
+        cutoff = finished_until(conn, [scored.run], [scored.split])
     with short_reads(database) as read:
         pages = done_pages(read, scored.run, scored.split, cutoff, "j.image_id, j.id, c.processing_ms, c.generated_at")
         rows = [(row[2], row[3]) for page in pages for row in page if row[1] in wanted]

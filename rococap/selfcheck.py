@@ -5,6 +5,7 @@ A wrong template, wrong padding, weights that overflow or a server without its i
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import psutil
 from PIL.Image import Image, fromarray
 from sqlalchemy import Connection
 
@@ -40,7 +42,8 @@ LIKE = 0.5
 class SelfCheck:
     """`way` is how the engine was told to work; `reason` says why it failed, or what it could not find out.
 
-    One that is `inconclusive` has neither passed nor failed: the worker goes on, and the next one looks again.
+    One that is `inconclusive` has neither passed nor failed: the worker goes on, and the next one looks again. Of one
+    that is under way, `process_started` says when its process began, in seconds since the machine was booted.
     """
 
     run: str
@@ -51,11 +54,13 @@ class SelfCheck:
     compared: int
     reason: str = ""
     inconclusive: bool = False
+    process_started: float | None = None
 
     def to_json(self) -> str:
         stated = asdict(self)
-        if not self.inconclusive:
-            del stated["inconclusive"]  # as in the first releases
+        for name in ("inconclusive", "process_started"):
+            if not stated[name]:
+                del stated[name]  # as in the first releases
         return json.dumps(stated, ensure_ascii=False)
 
     @classmethod
@@ -63,9 +68,32 @@ class SelfCheck:
         return cls(**json.loads(text))
 
 
+UNDER_WAY = "under way"
+
+
 def under_way(run: str, way: str) -> SelfCheck:
     """What stands there until the outcome is known, and for ever if a picture kills the worker meanwhile."""
-    return SelfCheck(run, way, False, 0, 0, 0, "under way")
+    return SelfCheck(run, way, False, 0, 0, 0, UNDER_WAY, process_started=_started(os.getpid()))
+
+
+def was_survived(told: SelfCheck, pid: int) -> bool:
+    """Whether the process that told it has an outcome, or may still come to one.
+
+    A process of the same id may be another, begun later: in a container the first one is always 1.
+    """
+    if told.reason != UNDER_WAY:
+        return True
+    try:
+        return told.process_started in (None, _started(pid))
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _started(pid: int) -> float:
+    """To the hundredth of a second, as the kernel counts. Since 1970 it would change when the clock is set."""
+    booted: float = psutil.boot_time()
+    created: float = psutil.Process(pid).create_time()
+    return round(created - booted, 2)
 
 
 def pictures(conn: Connection, run: Run, splits: Sequence[str]) -> list[Place]:

@@ -6,6 +6,7 @@ waits for SQL.
 """
 
 import logging
+import math
 import os
 import queue as fifo
 import signal
@@ -19,7 +20,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 
-import psutil
 from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
@@ -51,6 +51,11 @@ LOOK_EVERY_SEC = 60.0
 MIN_LEASE_SEC = 2.0
 MAX_BEAT_SEC = 30.0
 EXIT_STALLED = 70
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ONE_REQUEST_SEC = 1.0
+"""Signals within it are one request to stop: Slurm and systemd send one to every process of a job, whose parent passes
+on its own, and wrappers pass on a Ctrl-C that the terminal has sent to all.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,7 @@ def work(
     load: Callable[[Recipe, Options], Engine] = load_engine,
     spool_folder: Path | None = None,
 ) -> Outcome:
-    """Captions until nothing is left (or for ever, with `wait`), or until SIGTERM or SIGINT asks to stop.
+    """Captions until nothing is left (or for ever, with `wait`), or until SIGTERM, SIGINT or SIGUSR1 asks to stop.
 
     `spool_folder` None: where the environment says, or beside the database.
     Raises RunError if there is nothing to work on, ModelError or DatasetError if the run's cannot be had.
@@ -268,7 +273,7 @@ def _to_check(conn: Connection, run: Run, splits: Sequence[str], engine: Engine,
         pid, told = last[0], SelfCheck.from_json(last[1])
         if told.passed and told.way == way:
             return []
-        if told == selfcheck.under_way(run.name, told.way) and not psutil.pid_exists(pid):
+        if not selfcheck.was_survived(told, pid):
             log.warning("the worker before did not survive its self-check: going on without it")
             return []
     return selfcheck.pictures(conn, run, splits)
@@ -670,23 +675,56 @@ def _beat_until(
 
 @contextmanager
 def _signals(stop: threading.Event) -> Iterator[None]:
-    """The first SIGTERM or SIGINT asks to drain, the second leaves at once."""
+    """The first request to stop drains, the second leaves at once."""
 
-    def handle(signum: int, frame: FrameType | None) -> None:
+    def hear(signum: int) -> None:
         if stop.is_set():
             os._exit(128 + signum)
-        log.info("asked to stop; once more to leave at once")
+        log.info("asked to stop; ask again in a second or later to leave at once")
         stop.set()
 
+    with stop_requests(hear):
+        yield
+
+
+@contextmanager
+def stop_requests(hear: Callable[[int], None]) -> Iterator[None]:
+    """Calls `hear`, in a thread, with the signal of each request to stop.
+
+    The thread knows when a signal came. Python's own handlers do not: they wait for the main thread, which may be in a
+    step of the model for seconds.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+    arrivals, arrived = os.pipe()
+    os.set_blocking(arrived, False)
+    listener = threading.Thread(target=_listen, args=(arrivals, hear), name="signals", daemon=True)
+    listener.start()
+    wakeup = signal.set_wakeup_fd(arrived, warn_on_full_buffer=False)
+    before = {signum: signal.signal(signum, _ignore) for signum in STOP_SIGNALS}
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(arrived)
+        listener.join()
+        os.close(arrivals)
+
+
+def _ignore(signum: int, frame: FrameType | None) -> None:
+    """A handler, so that the signal neither ends the process nor is lost: what came is in the pipe."""
+
+
+def _listen(arrivals: int, hear: Callable[[int], None]) -> None:
+    heard_at = -math.inf
+    while came := os.read(arrivals, 1):
+        at = time.monotonic()
+        if came[0] in STOP_SIGNALS and at - heard_at > ONE_REQUEST_SEC:
+            heard_at = at
+            hear(came[0])
 
 
 def _drain(pipeline: Pipeline, store: Store, settings: Settings, stop: threading.Event, done: threading.Event) -> None:

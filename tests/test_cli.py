@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -19,11 +20,12 @@ from click.testing import CliRunner, Result
 from samples import write_shard
 
 from rococap import db, prompts, queue
-from rococap.cli import cli
+from rococap.cli import _worker_again, cli
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.models import SCHEMA
+from rococap.worker import Settings
 
 INFO = EngineInfo("small", {}, "tests/small", "", "float32", "cpu", "digest")
 
@@ -250,6 +252,34 @@ def test_commands_to_paste_name_the_run(here):
     enqueue("--run", "other")
     assert said("cancel", "--all") == "other: 5 cancelled. Undo: rococap retry --cancelled --run other\n"
     assert said("worker") == "other: nothing is left to do. See: rococap status\n"
+
+
+ODD_NAMES = ["with space", "what?", "nr#1", "100%", "it's", 'q"q', "$HOME", "a&b", "semi;colon", "Łódź"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_the_command_that_upgrades_a_database_names_it_also_where_a_shell_or_a_url_would_read_something_else(
+    here, name
+):
+    (here / name).mkdir()
+    path = Path(shutil.move("rococap.db", f"{name}/q.db"))
+    with sqlite3.connect(path) as conn:
+        conn.execute("UPDATE alembic_version SET version_num = '0001'")
+    conn.close()
+    command = shlex.split(refused("--db", str(path), "status").partition("(a backup copy is made): ")[2])
+    assert (command[:2], command[3:]) == (["rococap", "--db"], ["migrate"])
+    assert db._parse(command[2]).database == str(path)
+
+
+@pytest.mark.parametrize("model", ["my model", "it's", "a&b;c", "$HOME"])
+def test_the_command_that_goes_on_with_a_server_has_its_options_whole(model):
+    url = "http://127.0.0.1:8000/v1?key=a&for='me'"
+    settings = Settings(engine="openai", base_url=url, served_model=model)
+    command = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {_worker_again('other', settings)}"], capture_output=True, text=True
+    )
+    engine = ["--engine", "openai", "--base-url", url, "--served-model", model]
+    assert command.stdout.splitlines() == ["rococap", "worker", "--run", "other", *engine]
 
 
 def test_a_model_that_is_neither_a_folder_nor_a_hub_id_is_refused(here):
@@ -625,6 +655,35 @@ def test_ctrl_c_while_the_model_loads_ends_the_worker_with_every_picture_pending
     enqueue()
     assert "Stopped as asked" in said("worker", "--device", "cpu")
     assert lines(said("status"))[1][2] == "5"
+
+
+# --- terminals that are not UTF-8 ---------------------------------------------------------------------------------
+
+TOLD = "Łódź–7, γ-knife, ≥ 5 µm, 🦴"
+
+
+def printed(encoding: str, *args: str) -> str:
+    command = [sys.executable, "-m", "rococap", *args]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode(encoding, "replace")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "koi8-r", "shift_jis", "utf-8"])
+def test_what_an_encoding_cannot_show_is_escaped(here, encoding):
+    fail_two(here)
+    with db.transaction(db.connect("rococap.db"), write=True) as conn:
+        db.execute(conn, "UPDATE failures SET message = ? WHERE job_id = 1", (TOLD,))
+    shown = TOLD.encode(encoding, "backslashreplace").decode(encoding)
+    assert f"  train train_00000: {shown}\n" in printed(encoding, "failures").replace("\r", "")
+    assert json.loads(printed(encoding, "failures", "--json"))[0]["message"] == TOLD
+
+
+@pytest.mark.parametrize("command", ["status", "runs", "leases", "workers", "prompts", "bench --help", "export --help"])
+@pytest.mark.parametrize("encoding", ["koi8-r", "ascii"])
+def test_no_command_fails_for_an_encoding(here, encoding, command):
+    fail_two(here)
+    assert printed(encoding, *command.split())
 
 
 # --- tracebacks ------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from sqlalchemy import Engine
 from rococap import crew, db
 from rococap.cli import cli
 from rococap.crew import Child, Ended
-from rococap.worker import Settings
+from rococap.worker import STOP_SIGNALS, Settings
 
 CREW = Path(__file__).with_name("small_crew.py")
 
@@ -62,9 +62,9 @@ def done(database: Engine) -> int:
 
 
 @contextmanager
-def running(*command: str, **environment: str) -> Iterator[subprocess.Popen]:
+def running(*command: str, cwd: Path | None = None, **environment: str) -> Iterator[subprocess.Popen]:
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment, cwd=cwd
     ) as process:
         try:
             yield process
@@ -199,8 +199,51 @@ def test_the_password_is_in_the_environment_of_a_member_and_not_on_its_command_l
     url = "postgresql+psycopg://me:secret@host/queue"
     assert crew.environment(url, ["cuda:0"])["ROCOCAP_DB"] == url
     command = crew.worker_command(force=True, debug=True)(EVERY_SETTING)
-    assert command[:7] == [sys.executable, "-m", "rococap", "--force", "--debug", "worker", "--member"]
+    assert command[: command.index("--member")] == [*crew.program(), "--force", "--debug", "worker"]
     assert "secret" not in " ".join(command)
+
+
+SHADOWS = ["random.py", "queue.py", "json.py", "click/__init__.py", "rococap/__init__.py"]
+
+
+def shadow(folder: Path, *names: str) -> None:
+    """Files of a user's own that are named like modules, and tell if they are imported."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"raise SystemExit('imported {name} of the working folder')")
+
+
+@pytest.mark.parametrize("name", SHADOWS)
+def test_a_process_that_is_started_imports_nothing_of_the_working_folder(tmp_path, monkeypatch, name):
+    shadow(tmp_path, name)
+    monkeypatch.chdir(tmp_path)
+    told = subprocess.run([*crew.program(), "worker", "--help"], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.startswith("Usage: ")
+
+
+def test_a_checkout_that_is_not_installed_is_found_in_the_working_folder(monkeypatch):
+    monkeypatch.chdir(Path(crew.__file__).parents[1])
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    script = "import rococap; print(rococap.__file__)"
+    found = subprocess.run([*crew.program()[:-2], "-c", script], capture_output=True, text=True).stdout.strip()
+    assert Path(found).parent == Path(crew.__file__).parent
+
+
+@pytest.mark.slow
+def test_devices_work_beside_a_users_own_modules(database, url, tmp_path):
+    fill(database, tmp_path / "set", 8)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    shadow(folder, *SHADOWS)
+    command = (sys.executable, "-P", "-m", "rococap", "worker", "--devices", "cpu:2", "--batch-size", "4")
+    with (
+        ChatServer() as server,
+        running(*command, "--engine", "openai", "--base-url", server.url, cwd=folder, ROCOCAP_DB=url) as parent,
+    ):
+        _, err = parent.communicate(timeout=60)
+    assert parent.returncode == 0, err
+    assert done(database) == 8
 
 
 def test_processes_on_the_cpu_share_its_cores(monkeypatch):
@@ -299,7 +342,7 @@ def signals_when_ready(*signums: int, told: list[str]) -> crew.Echo:
         told.append(line)
         for signum in signums if "ready" in line else ():
             signal.raise_signal(signum)
-            time.sleep(0.3)
+            time.sleep(1.2)
 
     return echo
 
@@ -326,9 +369,23 @@ def test_what_does_not_even_leave_at_the_second_signal_is_killed(monkeypatch):
         "import signal, sys, time\n"
         "signal.signal(15, signal.SIG_IGN); print('ready', file=sys.stderr, flush=True); time.sleep(60)"
     )
-    ended = crew.supervise([child(script, signals_when_ready(signal.SIGTERM, signal.SIGTERM, told=[]))])
+    ended = crew.supervise([child(script, signals_when_ready(signal.SIGTERM, signal.SIGUSR1, told=[]))])
     assert ended.errors == ("a was asked to stop and was killed by SIGKILL (ready)",)
-    assert ended.signals == (signal.SIGTERM, signal.SIGTERM)
+    assert ended.signals == (signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_child_that_a_signal_to_the_group_ends_while_it_starts_is_no_error(signum):
+    told: list[str] = []
+    script = (
+        "import os, signal, sys, time\n"
+        f"signal.signal({int(signal.SIGTERM)}, signal.SIG_IGN)\n"  # the group's own ends it, before the parent's
+        f"signal.signal({int(signum)}, signal.SIG_DFL)\n"
+        "print('ready', file=sys.stderr, flush=True); time.sleep(0.5)\n"
+        f"os.kill(os.getpid(), {int(signum)})"
+    )
+    ended = crew.supervise([child(script, signals_when_ready(signum, told=told))])
+    assert (ended.outcome.drained, ended.errors, ended.signals) == (True, (), (signum,))
 
 
 def test_a_child_is_out_of_reach_of_the_terminals_ctrl_c():
@@ -407,11 +464,12 @@ def test_a_killed_process_is_started_again_and_everything_is_captioned(database,
     assert len(select(database, "SELECT id FROM workers")) == 3
 
 
-def test_sigterm_to_the_parent_drains_all(database, url, tmp_path):
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_signal_to_the_parent_drains_all(database, url, tmp_path, signum):
     fill(database, tmp_path / "set", 200)
     with small_crew(url, engine={"step_sec": 0.3}, n=3, batch_size=4) as parent:
         until(lambda: len(select(database, "SELECT id FROM workers WHERE n_done > 0")) == 3, "captions of all")
-        parent.send_signal(signal.SIGTERM)
+        parent.send_signal(signum)
         out, err = parent.communicate(timeout=30)
     assert parent.returncode == 0, err
     ended = json.loads(out)
@@ -419,6 +477,20 @@ def test_sigterm_to_the_parent_drains_all(database, url, tmp_path):
     assert statuses(database) == {"done": ended["outcome"]["done"], "pending": 200 - ended["outcome"]["done"]}
     assert select(database, "SELECT DISTINCT attempts, crashes FROM jobs WHERE status = 'pending'") == [(0, 0)]
     assert select(database, "SELECT id FROM workers WHERE stopped_at IS NULL") == []
+
+
+def test_a_second_request_makes_the_children_leave_at_once(database, url, tmp_path):
+    fill(database, tmp_path / "set", 40)
+    with small_crew(url, engine={"step_sec": 0.1, "steps": 10_000}, batch_size=4) as parent:
+        until(lambda: statuses(database).get("leased", 0) == 16, "running batches and claims ahead")
+        parent.send_signal(signal.SIGTERM)
+        time.sleep(1.05)  # the children were told a little later, and could take the next for the same
+        parent.send_signal(signal.SIGTERM)
+        out, err = parent.communicate(timeout=4)  # less than from when they are killed
+    assert json.loads(out)["signals"] == [signal.SIGTERM, signal.SIGTERM], err
+    assert [error.split(" (")[0] for error in json.loads(out)["errors"]] == [
+        f"cpu {n} was asked to stop and ended with code 143" for n in (1, 2)
+    ]
 
 
 def test_a_parent_killed_by_sigkill_leaves_no_child_alive_and_nothing_leased(database, url, tmp_path):

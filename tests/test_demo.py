@@ -1,6 +1,7 @@
 """The whole job as a newcomer runs it, and at once by two workers, one of them killed."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -66,6 +67,26 @@ def test_the_demo_captions_phantoms_and_says_what_they_are(tmp_path):
     assert exports(tmp_path / "demo" / "results_medical").equals(frame)
     assert "Look at  demo/report.html" in again
     assert shuffled(tmp_path / "demo") == floor
+
+
+@pytest.mark.slow
+def test_the_demo_works_beside_a_users_own_modules(tmp_path):
+    (tmp_path / "random.py").write_text("raise SystemExit('imported random.py of the working folder')")
+    command = [sys.executable, "-P", "-m", "rococap", "demo", "--images", "6", "--workers", "1"]
+    told = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0, told.stderr
+    assert "6 pictures captioned by 1 workers in " in told.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["what? it's #1 of 100%", "a&b;$HOME"])
+def test_the_command_that_the_demo_tells_to_ask_with_works_in_any_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    told = rococap("demo", "--images", "6", "--workers", "1", "--dir", name, cwd=tmp_path)
+    command = shlex.split(told.splitlines()[-1].removeprefix("Ask "))
+    assert command[0] == "rococap"
+    assert rococap(*command[1:], cwd=tmp_path).splitlines()[1].split()[:2] == ["default", "train"]
+    assert (tmp_path / name / "rococap.db").is_file()
 
 
 def shuffled(folder: Path) -> dict[str, str]:

@@ -118,6 +118,15 @@ def test_a_new_caption_costs_itself_but_in_cider_d(database, run, computed):
     assert found["metrics"]["cider_d"] == pytest.approx(expected.mean())
 
 
+@pytest.mark.every_database
+def test_captions_that_were_made_while_the_clock_ran_ahead_are_scored(database, run):
+    with db.transaction(database) as conn:
+        future = db.now(conn) + 7_200_000
+    caption(database, run, texts(*CAPTIONS[:2]), now=future)
+    caption(database, run, texts(*CAPTIONS[2:]))
+    assert of(database)["n"] == 6
+
+
 def test_an_original_that_changed_has_its_caption_scored_anew(database, run, root, computed):
     caption(database, run, texts(*CAPTIONS))
     before = of(database)["metrics"]

@@ -4,6 +4,7 @@ import csv
 import errno
 import hashlib
 import json
+import subprocess
 from io import StringIO
 from pathlib import Path
 
@@ -191,8 +192,15 @@ def test_a_long_export_is_the_same_in_pages_of_any_size(database, run, out, monk
 
 def test_rows_that_are_finished_after_the_start_are_left_to_the_next_export(database, run, out):
     caption(database, run, ["Early."])
-    caption(database, run, ["Of the future."], now=9_000_000_000_000)
-    assert list(read(export.export(database, run, "train", out / "x.csv").path)["generated_caption"]) == ["Early."]
+
+    def go_on(what: str, done: int, total: int) -> None:
+        if done == 1:
+            caption(database, run, ["Later."], now=clock(database))
+
+    path = export.export(database, run, "train", out / "x.csv", progress=go_on).path
+    assert list(read(path)["generated_caption"]) == ["Early."]
+    export.export(database, run, "train", path)
+    assert list(read(path)["generated_caption"]) == ["Early.", "Later."]
 
 
 def test_the_manifest_names_what_made_the_captions(database, run, out):
@@ -516,6 +524,18 @@ def test_a_caption_with_every_control_character_stays_one_row(database, run, out
 # --- a database that replaces a lost one -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["with space", "it's", "$HOME", "a&b", "what?"])
+def test_the_command_that_restores_segments_names_them_in_any_folder(database, other, run, tmp_path, name):
+    caption(database, run, ["x"] * 20)
+    segments = write_checkpoints(database, run, "train", tmp_path / name, 10)
+    new = fill(other, tmp_path / "set", 30)
+    with pytest.raises(RococapError) as error:
+        write_checkpoints(other, new, "train", tmp_path / name, 10)
+    files = str(error.value).partition("restore them first: rococap restore ")[2].partition("; else move")[0]
+    listed = subprocess.run(["sh", "-c", f"ls {files}"], capture_output=True, text=True)
+    assert listed.stdout.splitlines() == [str(segment) for segment in segments]
+
+
 def test_segments_that_a_new_database_does_not_know_are_refused_until_they_are_restored(
     database, other, run, out, tmp_path
 ):
@@ -552,13 +572,29 @@ def test_captions_of_another_model_state_are_not_restored(database, other, run, 
         restore(other, new, path)
 
 
-def test_a_clock_that_stepped_back_makes_no_export_complete(database, run, out):
-    caption(database, run, ["x"] * 29)
-    caption(database, run, ["of the future"], now=9_000_000_000_000)
-    assert export.export(database, run, "train", out / "x.csv").missing == 1
-    with pytest.raises(IncompleteError, match="1 of 30 images"):
-        export.export(database, run, "train", out / "y.csv", require_complete=True)
-    assert not (out / "y.csv").exists()
+HOUR = 3_600_000
+
+
+def clock(database: Engine) -> int:
+    with db.transaction(database) as conn:
+        return db.now(conn)
+
+
+@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("ahead", [2 * HOUR, 365 * 24 * HOUR])
+def test_what_was_captioned_while_the_clock_ran_ahead_is_exported(database, run, out, monkeypatch, format, ahead):
+    monkeypatch.setattr(export, "PAGE", 7)
+    caption(database, run, [f"Caption {n}." for n in range(10)], now=clock(database) + ahead)
+    caption(database, run, [f"Caption {n}." for n in range(10, 30)])
+    exported = export.export(database, run, "train", out / f"x.{format}", require_complete=True)
+    assert (exported.rows, exported.missing) == (30, 0)
+    texts = pd.concat(export._read(exported.path))["generated_caption"]
+    assert list(texts) == [f"Caption {n}." for n in range(30)]
+
+
+def test_a_run_of_which_nothing_is_captioned_is_exported_without_rows(database, run, out):
+    exported = export.export(database, run, "train", out / "x.csv")
+    assert (exported.rows, exported.missing) == (0, 30)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "the model that it was trained on: --model Qwen/Qwen2-VL-2B-Instruct",
         ),
         ("/home/me/base", "the model that it was trained on: --model /home/me/base"),
+        ("/home/me/my base", "the model that it was trained on: --model '/home/me/my base'"),
         (None, "its model with --model:"),
     ],
 )
@@ -90,14 +92,14 @@ def test_a_model_with_an_adapter_beside_its_weights_is_registered(dataset, tmp_p
     assert said("enqueue", "--split", "train", "--dataset", dataset, "--model", str(folder)).startswith("default train")
 
 
-@pytest.mark.parametrize("below", [None, "checkpoint-500", f"snapshots/{COMMIT}"])
+@pytest.mark.parametrize("below", [None, "checkpoint-500", "my (last) one", f"snapshots/{COMMIT}"])
 def test_a_folder_that_holds_no_model_is_refused_with_the_one_below_it(dataset, tmp_path, below):
     folder = tmp_path / "output"
     folder.mkdir()
     if below is not None:
         shutil.copytree(MODEL, folder / below)
     told = "Name another folder, or a hub id, with --model." if below is None else None
-    told = told or f"Name the one below it: --model {folder / below}"
+    told = told or f"Name the one below it: --model {shlex.quote(str(folder / below))}"
     assert refusal(dataset, folder) == f"The folder {folder} holds no model: it has no config.json. {told}"
 
 

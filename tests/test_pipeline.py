@@ -56,6 +56,22 @@ def test_an_error_breaks_the_contact_for_a_lease_time(clock, caplog):
     assert contact.unbroken_sec() == 60
 
 
+@pytest.mark.parametrize("by_sec", [-7_200, -31, 31, 7_200])
+def test_a_database_whose_clock_was_set_is_asked_about_others_after_a_lease_time(clock, by_sec):
+    contact = contact_kept_until(clock, 120)
+    contact.made(1_000_000 + 10)
+    clock.now += 15
+    contact.made(1_000_000 + 15_000)
+    assert contact.unbroken_sec() == 135
+    clock.now += 15
+    contact.made(1_000_000 + 30_000 + 1_000 * by_sec)
+    assert contact.unbroken_sec() == 0
+    for second in range(15, 61, 15):
+        clock.now += 15
+        contact.made(1_000_000 + 30_000 + 1_000 * (by_sec + second))
+    assert contact.unbroken_sec() == 60
+
+
 def test_a_process_that_was_frozen_or_a_machine_that_slept_judges_nobody(clock):
     contact = contact_kept_until(clock, 120)
     clock.now += 31  # half a lease time without contact: whoever beats with us may have been frozen too

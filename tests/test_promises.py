@@ -16,6 +16,7 @@ from postgres import lock_tables
 from samples import fill, register, write_shard
 from small_engine import INFO, QUICK, SmallEngine, caption_of
 from sqlalchemy import Engine
+from test_crew import members, small_crew
 
 from rococap import db, export, queue, spool, worker
 from rococap.engines import Completion, Failure
@@ -286,7 +287,7 @@ def test_promise_08_suspects_have_their_turn_every_eighth_claim_though_others_ar
     assert captions(database) == expected(80)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", worker.STOP_SIGNALS)
 def test_promise_09_a_worker_asked_to_stop_finishes_what_runs_and_gives_the_rest_back(database, url, tmp_path, signum):
     fill(database, tmp_path / "set", 80)
     process = start(url, engine={"step_sec": 0.2}, batch_size=4)
@@ -297,6 +298,45 @@ def test_promise_09_a_worker_asked_to_stop_finishes_what_runs_and_gives_the_rest
     assert json.loads(out)["done"] == statuses(database)["done"] < 80
     assert statuses(database).keys() == {"done", "pending"}
     assert set(select(database, "SELECT attempts, crashes FROM jobs WHERE status = 'pending'")) == {(0, 0)}
+
+
+def test_promise_09_signals_within_a_second_are_one_request_and_a_later_one_leaves_at_once(database, url, tmp_path):
+    fill(database, tmp_path / "set", 80)
+    draining = start(url, engine={"step_sec": 2.0}, batch_size=4)
+    until(lambda: statuses(database).get("leased", 0) == 8, "a running batch and a claim ahead")
+    for signum in worker.STOP_SIGNALS:
+        draining.send_signal(signum)
+        time.sleep(0.2)
+    out, err = draining.communicate(timeout=30)
+    assert draining.returncode == 0, err
+    assert json.loads(out)["done"] == 4
+    assert select(database, "SELECT status, attempts, crashes, count(*) FROM jobs GROUP BY 1, 2, 3 ORDER BY 1") == [
+        ("done", 1, 0, 4),
+        ("pending", 0, 0, 76),
+    ]
+    leaving = start(url, engine={"step_sec": 0.1, "steps": 10_000}, batch_size=4)
+    until(lambda: statuses(database).get("leased", 0) == 8, "a running batch and a claim ahead")
+    leaving.send_signal(signal.SIGTERM)
+    time.sleep(1.2)
+    leaving.send_signal(signal.SIGINT)
+    leaving.communicate(timeout=5)
+    assert leaving.returncode == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_promise_09_a_signal_to_a_whole_group_drains_it_and_charges_nobody(database, url, tmp_path, signum):
+    fill(database, tmp_path / "set", 60)
+    for stops in (1, 2):  # a job is preempted again and again
+        with small_crew(url, engine={"step_sec": 1.5}, batch_size=4, lease_ttl=2.0) as parent:
+            until(lambda: statuses(database).get("leased", 0) == 16, "both at work")
+            for process in (*members(parent), parent):
+                process.send_signal(signum)
+            out, err = parent.communicate(timeout=30)
+        assert parent.returncode == 0, err
+        assert json.loads(out)["errors"] == []
+        assert statuses(database).keys() == {"done", "pending"}, f"at the stop number {stops}"
+    assert column(database, "SELECT max(crashes) FROM jobs") == [0]
+    assert set(select(database, "SELECT attempts FROM jobs WHERE status = 'pending'")) == {(0,)}
 
 
 def test_promise_10_transient_errors_back_off_up_to_max_attempts_and_permanent_ones_fail_at_once(database, tmp_path):

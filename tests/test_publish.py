@@ -83,13 +83,13 @@ def enqueue(database: Engine, root: Path, splits: Sequence[str] = ("train",), **
         return queue.get_run(conn, "default")
 
 
-def caption(database: Engine, run: Run, texts: Sequence[str], split: str = "train") -> None:
+def caption(database: Engine, run: Run, texts: Sequence[str], split: str = "train", *, now: int | None = None) -> None:
     """Captions the next pending jobs with these texts."""
     with db.transaction(database, write=True) as conn:
         worker_id = queue.register_worker(conn, f"{split} {db.now(conn)} {id(conn)}", "host", 1, INFO)
         lease = queue.claim(conn, worker_id, run.id, split, len(texts), ttl_ms=60_000)
         done = [Completion(job.id, text, processing_ms=10.5) for job, text in zip(lease.jobs, texts, strict=True)]
-        queue.complete(conn, lease, done)
+        queue.complete(conn, lease, done, now=now)
 
 
 def filled(database: Engine, root: Path, n: int = 12, **options) -> Run:
@@ -191,6 +191,23 @@ def test_captions_that_are_awkward_come_out_as_they_went_in(database, root, out,
     assert [row[0] for row in rows] == [f"train_{n:05}" for n in range(len(texts))]
     assert [row[2] for row in rows] == generated
     assert [row[1] for row in rows] == (texts if format != "kohya" else [None] * len(texts))
+
+
+@pytest.mark.every_database
+@pytest.mark.parametrize("format", ["hf", "webdataset", "kohya", "imageclef"])
+def test_what_was_captioned_while_the_clock_ran_ahead_is_published(database, root, out, format):
+    write_data_set(root, [f"Original {n}." for n in range(12)])
+    run = enqueue(database, root)
+    with db.transaction(database) as conn:
+        future = db.now(conn) + 7_200_000
+    caption(database, run, [f"Caption {n}." for n in range(5)], now=future)
+    caption(database, run, [f"Caption {n}." for n in range(5, 12)])
+    if format == "imageclef":
+        found = submitted(publish.submit(database, run, "train", out / "submission.csv").path)
+    else:
+        publish.publish(database, run, ["train"], out, format)
+        found = [row[2] for row in READERS[format](out)]
+    assert found == [f"Caption {n}." for n in range(12)]
 
 
 # --- ImageCLEF -------------------------------------------------------------------------------------------------

@@ -297,6 +297,34 @@ def test_a_lease_is_reaped_when_its_time_has_run_out_and_not_before(database, ru
     assert column(database, "SELECT state FROM leases ORDER BY id") == ["expired"]
 
 
+HOUR = 3_600_000
+
+
+@pytest.mark.parametrize("back", [1_000, 2 * HOUR, 365 * 24 * HOUR])
+def test_a_dead_workers_lease_runs_out_one_lease_time_after_the_clock_was_set_back(database, run, back):
+    before = 400 * 24 * HOUR
+    lease = claimed(database, new_worker(database), run, now=before)
+    now = before - back
+    with db.transaction(database) as conn:
+        assert queue.overdue(conn, now=now)
+    assert reap(database, now) == []
+    with db.transaction(database) as conn:
+        assert not queue.overdue(conn, now=now)
+    assert reap(database, now + TTL - 1) == []
+    assert reap(database, now + TTL) == [lease.id]
+
+
+def test_a_living_workers_lease_is_extended_by_its_heartbeats_after_the_clock_was_set_back(database, run):
+    worker = new_worker(database)
+    lease = claimed(database, worker, run, now=2 * HOUR)
+    assert reap(database, HOUR) == []
+    with writing(database) as conn:
+        assert queue.heartbeat(conn, worker, [lease.id], ttl_ms=TTL, now=HOUR + TTL // 4) == {lease.id}
+    assert reap(database, HOUR + TTL) == []
+    complete(database, lease, now=HOUR + TTL)
+    assert column(database, "SELECT crashes FROM jobs WHERE status = 'done'") == [0] * 4
+
+
 def test_a_worker_never_reaps_itself(database, run):
     worker = new_worker(database)
     lease = claimed(database, worker, run)
@@ -482,6 +510,27 @@ def test_a_transient_failure_waits_and_is_claimable_when_its_time_has_come(datab
         assert queue.wake(conn, now=not_before - 1) == 0
         assert queue.wake(conn, now=not_before) == 1
     assert ids(claimed(database, new_worker(database, "two"), run, 1)) == [1]
+
+
+@pytest.mark.parametrize("back", [2 * HOUR, 365 * 24 * HOUR])
+def test_a_job_waits_no_longer_than_the_longest_backoff_when_the_clock_is_set_back(database, run, back):
+    before = 400 * 24 * HOUR
+    lease = claimed(database, new_worker(database), run, 2, now=before)
+    slow = Failure("network", "slow", transient=True)
+    with writing(database) as conn:
+        queue.fail(conn, lease, {1: slow, 2: slow}, now=before)
+        assert queue.overdue(conn, now=before - back)
+        assert queue.wake(conn, now=before - back) == 2
+        assert not queue.overdue(conn, now=before - back)
+
+
+def test_a_job_that_waits_its_longest_is_not_taken_for_one_of_another_clock(database, run):
+    lease = claimed(database, new_worker(database), run, 1, now=0)
+    with writing(database) as conn:
+        queue.fail(conn, lease, {1: Failure("network", "slow", transient=True)}, now=0)
+        db.execute(conn, "UPDATE jobs SET not_before = ? WHERE status = 'waiting'", (queue.MAX_BACKOFF_MS,))
+        assert not queue.overdue(conn, now=0)
+        assert queue.wake(conn, now=0) == 0
 
 
 def test_a_transient_failure_is_final_after_max_attempts(database, run):
@@ -727,6 +776,18 @@ def test_counts_tell_every_state_and_the_rate_of_the_last_minutes(database, run)
     assert (later.per_minute, later.eta_sec) == (0.0, None)
 
 
+@pytest.mark.parametrize("back", [2 * HOUR, 365 * 24 * HOUR])
+def test_the_rate_is_of_what_was_captioned_since_the_clock_was_set_back(database, run, back):
+    worker, before = new_worker(database), 400 * 24 * HOUR
+    complete(database, claimed(database, worker, run, 4, now=before), now=before + 30_000)
+    claimed(database, worker, run, 2, now=before)
+    now = before - back
+    complete(database, claimed(database, worker, run, 3, now=now), now=now + 30_000)
+    with db.transaction(database) as conn:
+        (counts,) = queue.counts(conn, now=now + 60_000)
+    assert counts.per_minute == 3.0
+
+
 def test_unfinished_counts_the_splits_that_are_asked_for(database, run):
     claimed(database, new_worker(database), run, 5)
     with db.transaction(database) as conn:
@@ -743,6 +804,17 @@ def test_a_worker_is_running_then_lost_or_stopped(database, run):
         queue.stop_worker(conn, two, now=500_002)
         states = {w.id: w.state for w in queue.list_workers(conn, lost_after_ms=300_000, now=500_003)}
     assert states == {one: "lost", two: "stopped"}
+
+
+@pytest.mark.parametrize("back", [2 * HOUR, 365 * 24 * HOUR])
+def test_a_worker_that_was_not_seen_since_the_clock_was_set_back_is_lost(database, run, back):
+    before = 400 * 24 * HOUR
+    dead, alive = new_worker(database, "dead"), new_worker(database, "alive")
+    with writing(database) as conn:
+        queue.heartbeat(conn, dead, [], ttl_ms=TTL, now=before)
+        queue.heartbeat(conn, alive, [], ttl_ms=TTL, now=before - back)
+        seen = queue.list_workers(conn, lost_after_ms=300_000, now=before - back + 1_000)
+    assert {one.id: one.state for one in seen} == {dead: "lost", alive: "running"}
 
 
 def test_text_keeps_everything_but_nul_lone_surrogates_and_endless_length():

@@ -439,6 +439,16 @@ def test_a_score_that_is_not_computed_says_why(database, run, out, monkeypatch):
     assert "METEOR (nltk) by modality" not in [node.text for node in page.one(id="plots").all("h3")]
 
 
+@pytest.mark.every_database
+def test_captions_that_were_made_while_the_clock_ran_ahead_are_drawn_by_their_time(database, run):
+    with db.transaction(database) as conn:
+        future = db.now(conn) + 7_200_000
+    caption(database, run, texts("one", "two"), now=future)
+    (found,) = evaluate.evaluate(database, [run.name], ["train"]).scored
+    _, made_at = reporting._times(database, found)
+    assert made_at.tolist() == [future, future]
+
+
 def test_captions_whose_time_is_not_known_are_said_not_to_be_drawn(database, run, out):
     caption(database, run, texts(*ORIGINALS[:4]))
     with db.transaction(database, write=True) as conn:

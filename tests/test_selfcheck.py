@@ -1,6 +1,9 @@
 """What a worker makes sure of before its first claim, with the real demonstration model and with engines that err."""
 
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -292,8 +295,8 @@ def test_what_earlier_releases_stored_is_understood():
     check = SelfCheck.from_json(told)
     assert (check.passed, check.inconclusive, check.reason) == (False, False, "c")
     assert check.to_json() == told
-    unclear = replace(check, inconclusive=True)
-    assert SelfCheck.from_json(unclear.to_json()) == unclear
+    for later in (replace(check, inconclusive=True), selfcheck.under_way("a", "b")):
+        assert SelfCheck.from_json(later.to_json()) == later
 
 
 def test_a_recipe_that_samples_is_not_compared(database, tmp_path):
@@ -322,6 +325,85 @@ def test_a_picture_that_kills_the_worker_in_its_self_check_does_so_once(database
         assert db.execute(conn, "SELECT count(*) FROM leases").scalar_one() == 0
     assert run_worker(database).done == 12
     assert workers(database)[1].self_check is None
+
+
+def set_pid(database: Engine, pid: int) -> None:
+    """Says of the only worker, which died in its self-check, that this was its id."""
+    with db.transaction(database, write=True) as conn:
+        db.execute(conn, "UPDATE workers SET pid = ?", (pid,))
+
+
+@pytest.mark.every_database
+def test_a_self_check_that_killed_a_process_is_not_done_again_by_another_of_its_id(database, url, tmp_path):
+    fill(database, tmp_path / "set", 12)
+    command = [sys.executable, "-c", SCRIPT, url, os.path.dirname(__file__)]
+    subprocess.run(command, capture_output=True, timeout=60)
+    set_pid(database, os.getpid())  # as in a container, where it is 1 each time
+    assert run_worker(database, limit=4).done == 4
+    assert workers(database)[1].self_check is None
+
+
+def test_a_self_check_that_killed_a_process_is_not_taken_for_that_of_a_later_one(database, url, tmp_path):
+    fill(database, tmp_path / "set", 12)
+    command = [sys.executable, "-c", SCRIPT, url, os.path.dirname(__file__)]
+    subprocess.run(command, capture_output=True, timeout=60)
+    with subprocess.Popen(["sleep", "60"]) as later:
+        set_pid(database, later.pid)
+        assert run_worker(database, limit=4).done == 4
+        later.kill()
+    assert workers(database)[1].self_check is None
+
+
+def test_a_self_check_of_a_process_that_still_runs_is_done_again_by_the_next(database, tmp_path):
+    fill(database, tmp_path / "set", 12)
+    script = SCRIPT.replace("kills_on=(2,)", "steps=1000, step_sec=0.05")
+    command = [sys.executable, "-c", script, str(database.url), os.path.dirname(__file__)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        while not workers(database):
+            pass
+        assert run_worker(database, limit=4).done == 4
+        process.kill()
+    assert workers(database)[1].self_check["passed"]
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), 1 << 22])
+def test_what_earlier_releases_stored_of_a_check_under_way_counts_by_its_process_id(pid):
+    earlier = replace(selfcheck.under_way("a", "b"), process_started=None)
+    assert "process_started" not in earlier.to_json()
+    assert selfcheck.was_survived(earlier, pid) == (pid == os.getpid())
+
+
+UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+def may_unshare() -> bool:
+    return bool(shutil.which("unshare")) and not subprocess.run([*UNSHARE, "true"], capture_output=True).returncode
+
+
+@pytest.mark.skipif(not may_unshare(), reason="needs the right to make PID namespaces")
+def test_a_container_that_a_picture_kills_in_its_self_check_gets_past_it_when_it_is_started_again(
+    database, url, tmp_path
+):
+    fill(database, tmp_path / "set", 12)
+    # A shell is process 1 there, which no signal from within could kill, and the worker is 2 each time.
+    command = [
+        *UNSHARE,
+        "sh",
+        "-c",
+        '"$@"; exit $?',
+        "sh",
+        sys.executable,
+        "-c",
+        SCRIPT,
+        url,
+        os.path.dirname(__file__),
+    ]
+    for _ in range(2):
+        assert subprocess.run(command, capture_output=True, timeout=60).returncode == 128 + signal.SIGKILL
+    with db.transaction(database) as conn:
+        rows = db.execute(conn, "SELECT pid, self_check FROM workers ORDER BY id").fetchall()
+    assert rows[0][0] == rows[1][0]
+    assert (json.loads(rows[0][1])["reason"], rows[1][1]) == ("under way", None)
 
 
 def test_a_worker_asked_to_stop_in_its_self_check_claims_nothing(database, tmp_path):

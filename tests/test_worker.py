@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from hashlib import pbkdf2_hmac
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from sqlalchemy import Engine
 from rococap import db, queue
 from rococap.engines import Completion, gather
 from rococap.errors import DatasetError, RunError
-from rococap.worker import Outcome, Settings, choose_run, work
+from rococap.worker import STOP_SIGNALS, Outcome, Settings, choose_run, stop_requests, work
 
 
 def run_worker(database: Engine, engine: SmallEngine | None = None, **settings) -> Outcome:
@@ -351,7 +352,7 @@ def test_a_caption_whose_lease_was_lost_while_nobody_took_its_picture_is_stored_
 # --- processes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_a_worker_asked_to_stop_finishes_its_batch_gives_the_rest_back_and_exits_0(database, url, tmp_path, signum):
     fill(database, tmp_path / "set", 80)
     process = start(url, engine={"step_sec": 0.2}, batch_size=4)
@@ -391,14 +392,56 @@ def test_a_worker_whose_reading_hangs_still_stops_when_asked(database, url, tmp_
     assert select(database, "SELECT status, attempts, crashes FROM jobs") == [("pending", 0, 0)]
 
 
-def test_a_second_signal_leaves_at_once(database, url, tmp_path):
+@pytest.mark.parametrize(
+    "signums",
+    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGUSR1), (signal.SIGUSR1, signal.SIGTERM)],
+)
+def test_a_second_signal_leaves_at_once(database, url, tmp_path, signums):
     fill(database, tmp_path / "set", 8)
     process = start(url, engine={"step_sec": 0.1, "steps": 10_000}, batch_size=4)
     until(lambda: statuses(database).get("leased", 0) == 8, "a running batch and a claim ahead")
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    finish(process, code=128 + signal.SIGTERM)
+    process.send_signal(signums[0])
+    time.sleep(1.2)
+    process.send_signal(signums[1])
+    finish(process, code=128 + signums[1])
+
+
+@pytest.mark.parametrize("gap_sec", [0.0, 0.1, 0.4])
+def test_signals_of_any_kind_within_a_second_are_one_request(database, url, tmp_path, gap_sec):
+    fill(database, tmp_path / "set", 80)
+    process = start(url, engine={"step_sec": 2.0}, batch_size=4)
+    until(lambda: statuses(database).get("leased", 0) == 8, "a running batch and a claim ahead")
+    for signum in STOP_SIGNALS:
+        process.send_signal(signum)
+        time.sleep(gap_sec)
+    outcome = finish(process)
+    assert (outcome["drained"], outcome["done"]) == (True, 4)
+    assert select(database, "SELECT DISTINCT status, attempts, crashes FROM jobs WHERE status <> 'done'") == [
+        ("pending", 0, 0)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gap_sec", "heard"), [(0.3, [signal.SIGTERM]), (1.3, [signal.SIGTERM, signal.SIGUSR1])], ids=["soon", "later"]
+)
+def test_signals_are_told_apart_by_when_they_came_though_the_main_thread_is_busy(gap_sec, heard):
+    told: list[int] = []
+    pid = os.getpid()
+    with stop_requests(told.append):
+        for after_sec, signum in ((0.2, signal.SIGTERM), (0.2 + gap_sec, signal.SIGUSR1)):
+            threading.Timer(after_sec, os.kill, (pid, signum)).start()
+        ends_at = time.monotonic() + 2
+        while time.monotonic() < ends_at:
+            pbkdf2_hmac("sha256", b"no handler runs", b"within this call", 3_000_000)
+        assert told == heard
+
+
+def test_handlers_are_as_they_were_once_a_worker_has_ended():
+    before = [signal.getsignal(signum) for signum in STOP_SIGNALS]
+    with stop_requests(lambda signum: None):
+        assert signal.getsignal(signal.SIGUSR1) not in before
+    assert [signal.getsignal(signum) for signum in STOP_SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_killed_workers_pictures_are_captioned_by_the_next_and_none_is_lost_or_doubled(database, url, tmp_path):

@@ -8,7 +8,6 @@ import csv
 import os
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from PIL import Image
 from sqlalchemy import Engine as Database
 
 from rococap import datasets, db, export, queue
-from rococap.crew import shared_threads
+from rococap.crew import program, shared_threads
 from rococap.datasets import SPLITS, Place
 from rococap.enqueue import enqueue, enqueue_from
 from rococap.errors import RococapError
@@ -76,7 +75,7 @@ def run(folder: Path, n_images: int, n_workers: int, progress: Progress) -> Demo
     folder.mkdir(parents=True, exist_ok=True)
     progress("drawing phantoms", 0, n_images)
     write_dataset(folder / "dataset", counts)
-    url = f"sqlite:///{folder.resolve() / 'rococap.db'}"
+    url = str(folder.resolve() / "rococap.db")  # a folder's name may hold what means something else in a URL
     database = db.connect(url)
     enqueue(database, datasets.locate(str(folder / "dataset"), SPLITS), SPLITS, run="default", recipe=recipe())
     started = time.monotonic()
@@ -100,7 +99,7 @@ def _counts(n_images: int) -> Mapping[str, int]:
 
 def _run_workers(database: Database, url: str, folder: Path, n_workers: int, progress: Progress) -> None:
     environment = shared_threads(n_workers, os.environ) | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "rococap", "--db", url, "worker", "--batch-size", "32"]
+    command = [*program(), "--db", url, "worker", "--batch-size", "32"]
     logs = [folder / f"worker-{number}.log" for number in range(1, n_workers + 1)]
     with ExitStack() as stack:
         files = [stack.enter_context(log.open("w")) for log in logs]
@@ -117,7 +116,7 @@ def _run_workers(database: Database, url: str, folder: Path, n_workers: int, pro
     _show(database, progress)
     for code, log in zip(codes, logs, strict=True):
         if code:
-            tail = "\n".join(log.read_text().splitlines()[-5:])
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
             raise RococapError(f"A worker ended with code {code}. Its log {log} ends with:\n{tail}")
 
 

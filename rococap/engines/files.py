@@ -5,6 +5,7 @@ It imports no torch, so that what leads nowhere is refused when a run is registe
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,17 @@ def is_adapter(folder: Path) -> bool:
 
 def no_model_but_adapter(model: str, config: Path) -> ModelError:
     base = str(read(config).get("base_model_name_or_path") or "")
-    named = f"the model that it was trained on: --model {hub_name(base)}" if base else "its model with --model:"
-    return ModelError(f"{model} is an adapter, not a model. Name {named} --adapter {model}")
+    quoted = shlex.quote(hub_name(base))
+    named = f"the model that it was trained on: --model {quoted}" if base else "its model with --model:"
+    return ModelError(f"{model} is an adapter, not a model. Name {named} --adapter {shlex.quote(model)}")
 
 
 def _no_config(folder: Path) -> ModelError:
     below = sorted(path.parent for pattern in ("*/", "snapshots/*/") for path in folder.glob(pattern + CONFIG))
     named = (
-        f"Name the one below it: --model {below[-1]}" if below else "Name another folder, or a hub id, with --model."
+        f"Name the one below it: --model {shlex.quote(str(below[-1]))}"
+        if below
+        else "Name another folder, or a hub id, with --model."
     )
     return ModelError(f"The folder {folder} holds no model: it has no {CONFIG}. {named}")
 
