@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
 
@@ -144,9 +145,9 @@ class Target:
     debug: bool
 
 
-def _database() -> Database:
+def _database(*, may_be_new: bool = False) -> Database:
     target = click.get_current_context().find_root().obj
-    return db.connect(target.url, force=target.force)
+    return db.connect(target.url, is_there=not may_be_new, force=target.force)
 
 
 def _echo_json(value: Any) -> None:
@@ -383,7 +384,7 @@ def enqueue(
     if recipe["adapter"] is not None:
         recipe["adapter"] = _absolute_if_folder(recipe["adapter"], "an adapter")
     recipe["prompt"] = _prompt(prompt, preset, prompt_file, prompts)
-    database = _database()
+    database = _database(may_be_new=source is None)
     if source is not None:
         old, present = _look_at_run(database, source, splits)
         wanted = _recipe(asdict(old.recipe) | _given(ctx, recipe))
@@ -1419,6 +1420,11 @@ def restore(paths: tuple[Path, ...], run_name: str | None) -> None:
             "recipe was not compared, and apostrophes that --excel-safe put before texts, if it did, are still there.",
             err=True,
         )
+    if total["unknown"] + total["different"] and not (total["restored"] or total["known"] or total["leased"]):
+        raise RococapError(
+            f"Nothing was restored: run {run.name!r} has none of these pictures. Enqueue their split, or name another "
+            "run with --run."
+        )
 
 
 # --- failures, retry, cancel -----------------------------------------------------------------------------------
@@ -1472,7 +1478,23 @@ def retry(
     with db.transaction(_database(), write=True) as conn:
         run = queue.find_run(conn, run_name)
         n = queue.retry(conn, run, splits=splits, codes=codes, image_ids=image_ids, cancelled=cancelled)
+        if not n:
+            _refuse_unknown(conn, run, image_ids, codes)
     click.echo(f"{run.name}: {n} pending again" + (f". Caption them: {_with_run('worker', run.name)}" if n else ""))
+
+
+def _refuse_unknown(conn: Connection, run: queue.Run, image_ids: Sequence[str], codes: Sequence[str] = ()) -> None:
+    """Raises RococapError if a name is why nothing was done."""
+    if unknown := queue.unknown_images(conn, run, image_ids):
+        raise RococapError(
+            f"Run {run.name!r} has no picture {', '.join(unknown)}: nothing was changed. Check the IDs: they are the "
+            "data set's own."
+        )
+    if unknown := queue.unknown_codes(conn, run, codes):
+        raise RococapError(
+            f"Nothing of run {run.name!r} failed with the code {', '.join(unknown)}: nothing was changed. See the "
+            f"codes: {_with_run('failures', run.name)}"
+        )
 
 
 @cli.command()
@@ -1488,6 +1510,8 @@ def cancel(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, 
     with db.transaction(_database(), write=True) as conn:
         run = queue.find_run(conn, run_name)
         n = queue.cancel(conn, run, splits=splits, image_ids=image_ids)
+        if not n:
+            _refuse_unknown(conn, run, image_ids)
     click.echo(f"{run.name}: {n} cancelled" + (f". Undo: {_with_run('retry --cancelled', run.name)}" if n else ""))
 
 

@@ -95,14 +95,20 @@ def default_url() -> str:
 # --- Opening ---------------------------------------------------------------------------------------------------
 
 
-def connect(url: str, *, create: bool = True, force: bool = False) -> Engine:
+def connect(url: str, *, create: bool = True, is_there: bool = False, force: bool = False) -> Engine:
     """An engine for `url`, with the schema checked; an empty or absent database is given its tables.
 
-    With `create=False` the database is opened as it is, whatever its schema; with `force` also on a file system that
-    SQLite cannot lock on. Raises DatabaseError for a URL that cannot be understood, such a file system, a database
-    that is not ours or has another schema.
+    With `is_there` an SQLite file that is absent is not made. With `create=False` the database is opened as it is,
+    whatever its schema; with `force` also on a file system that SQLite cannot lock on. Raises DatabaseError for a URL
+    that cannot be understood, such a file system, a file that is to be there and is not, a database that is not ours or
+    has another schema.
     """
     engine = _engine(_parse(url), force)
+    if is_there and engine.dialect.name == "sqlite" and not os.path.exists(engine.url.database or ""):
+        raise DatabaseError(
+            f"There is no database {engine.url.database}. Name yours with --db, or make it by registering pictures: "
+            "rococap enqueue --split train"
+        )
     if create:
         try:
             _check_schema(engine)

@@ -896,6 +896,18 @@ def retry(
     return len(jobs)
 
 
+def unknown_images(conn: Connection, run: Run, image_ids: Sequence[str]) -> list[str]:
+    """Those that no picture of the run has."""
+    sql = "SELECT 1 FROM jobs j JOIN images i ON i.id = j.image_id WHERE j.run_id = ? AND i.image_id = ? LIMIT 1"
+    return [image_id for image_id in image_ids if execute(conn, sql, (run.id, image_id)).one_or_none() is None]
+
+
+def unknown_codes(conn: Connection, run: Run, codes: Sequence[str]) -> list[str]:
+    """Those that no failure of the run has, also of pictures that were tried again since."""
+    sql = "SELECT 1 FROM failures f JOIN jobs j ON j.id = f.job_id WHERE j.run_id = ? AND f.code = ? LIMIT 1"
+    return [code for code in codes if execute(conn, sql, (run.id, code)).one_or_none() is None]
+
+
 def cancel(
     conn: Connection,
     run: Run,

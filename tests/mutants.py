@@ -481,9 +481,9 @@ MUTANTS = (
         "a-break-is-no-break",
         "a long silence is taken for contact",
         PIPELINE,
-        "if at - self._last > self._ttl_sec / 2 or self._was_set(database_ms, at):",
-        "if self._was_set(database_ms, at):",
-        "test_state_machine.py::test_others_are_judged_only_after_a_lease_time_of_unbroken_contact[delete]",
+        "        if at - self._last > self._ttl_sec / 2 or self._was_set(database_ms, at):\n",
+        "        if self._was_set(database_ms, at):\n",
+        "test_pipeline.py::test_a_process_that_was_frozen_or_a_machine_that_slept_judges_nobody",
     ),
     mutant(
         "no-self-fencing",

@@ -327,6 +327,68 @@ def test_restore_reads_exports_back(here):
     assert Path("results_medical/medical_captions_train.csv").read_bytes() == before
 
 
+def test_a_file_of_pictures_that_the_run_does_not_have_is_no_success(here):
+    write_dataset(here / "set", {"train": 6})
+    enqueue("--max-new-tokens", "8", "--limit", "3")
+    said("worker", "--device", "cpu")
+    said("export", "--split", "train")
+    Path("rococap.db").unlink()
+    enqueue("--max-new-tokens", "8", "--offset", "3")
+    result = invoke("restore", "results_medical/medical_captions_train.csv")
+    assert result.exit_code == 1
+    assert result.stdout == (
+        "default: 0 restored, 0 captioned already\n"
+        "  3 are of images that the run does not have: enqueue all of their split first\n"
+    )
+    assert result.stderr == (
+        "Error: Nothing was restored: run 'default' has none of these pictures. Enqueue their split, or name another "
+        "run with --run.\n"
+    )
+    enqueue("--max-new-tokens", "8")
+    assert said("restore", "results_medical/medical_captions_train.csv").startswith("default: 3 restored")
+    assert said("restore", "results_medical/medical_captions_train.csv").startswith("default: 0 restored, 3 captioned")
+
+
+@pytest.mark.parametrize(
+    ("command", "known", "told"),
+    [("retry", "train_00000", "default: 1 pending again. "), ("cancel", "train_00003", "default: 1 cancelled. ")],
+)
+def test_pictures_that_a_run_does_not_have_are_no_success(here, command, known, told):
+    fail_two(here)
+    assert refused(command, "--image-id", "train_999", "--image-id", "nope") == (
+        "Run 'default' has no picture train_999, nope: nothing was changed. Check the IDs: they are the data set's own."
+    )
+    assert said(command, "--image-id", known, "--image-id", "nope").startswith(told)
+
+
+def test_a_code_that_nothing_failed_with_is_no_success(here):
+    fail_two(here)
+    assert refused("retry", "--code", "truncatd") == (
+        "Nothing of run 'default' failed with the code truncatd: nothing was changed. See the codes: rococap failures"
+    )
+    assert said("retry", "--code", "truncated", "--code", "truncatd").startswith("default: 1 pending again")
+    assert said("retry", "--code", "truncated") == "default: 0 pending again\n"
+    assert said("cancel", "--split", "test") == "default: 0 cancelled\n"
+
+
+@pytest.mark.parametrize("name", ["rococap.db", "typo.db", "sqlite:///typo.db"])
+def test_a_command_that_only_looks_makes_no_database(here, name):
+    Path("rococap.db").unlink()
+    Path("captions.csv").touch()
+    commands = [
+        *("status", "failures", "leases", "workers", "runs", "export --split train", "compare a"),
+        *("bench", "retry --all", "cancel --all", "pause", "resume", "reap", "vacuum", "backup copy.db", "worker"),
+        *("restore captions.csv", "enqueue --run new --from old", "evaluate --split train", "report --split train"),
+    ]
+    for command in commands:
+        assert refused("--db", name, *command.split()) == (
+            f"There is no database {name.removeprefix('sqlite:///')}. Name yours with --db, or make it by registering "
+            "pictures: rococap enqueue --split train"
+        ), command
+    assert invoke("--db", name, "doctor").exit_code == 1
+    assert os.listdir(here) == ["captions.csv"]
+
+
 def test_limit_and_offset_choose_rows(here):
     write_shard(here / "set", "train", range(9))
     assert enqueue("--limit", "4", "--offset", "2") == "default train: 4 new, 0 known, 0 changed\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from samples import write_shard
 
-from rococap import __version__, prompts
+from rococap import __version__, db, prompts
 from rococap.cli import cli
 from rococap.models import SCHEMA
 
@@ -107,6 +107,7 @@ def test_the_installed_package_creates_a_database(installed, tmp_path):
 
     assert rococap("--help").startswith("Usage: ")
     assert list(tmp_path.iterdir()) == []
+    run("-c", "from rococap import db; db.connect(db.DEFAULT_URL)", cwd=tmp_path, PYTHONPATH=str(installed))
     assert json.loads(rococap("status", "--json")) == {"runs": [], "workers": []}
     assert [path.name for path in tmp_path.iterdir()] == ["rococap.db"]
     with closing(sqlite3.connect(tmp_path / "rococap.db")) as connection:
@@ -139,6 +140,7 @@ MODEL = {"torch", "torchvision", "transformers", "accelerate", "safetensors", "d
 def test_only_workers_import_a_model_library(tmp_path):
     """One process runs them all; the first that loads too much fails, and all after it."""
     write_shard(tmp_path, "train", range(3))
+    db.connect(f"sqlite:///{tmp_path}/rococap.db").dispose()
     lean = [["--help"], *([name, "--help"] for name in COMMANDS), ["status"], ["runs"], ["prompts"]]
     with_data = [
         ["enqueue", "--split", "train", "--dataset", str(tmp_path)],

@@ -544,6 +544,18 @@ def test_a_transient_failure_is_final_after_max_attempts(database, run):
     assert column(database, "SELECT message FROM failures ORDER BY id") == [f"attempt {n}" for n in range(1, 6)]
 
 
+def test_pictures_and_codes_that_a_run_does_not_have_are_told_from_those_it_has(database, run, tmp_path):
+    other = fill(database, tmp_path / "set", 3, run="other", recipe=Recipe(model="tests/other"))
+    lease = claimed(database, new_worker(database), run, 1)
+    with writing(database) as conn:
+        queue.fail(conn, lease, {1: Failure("truncated", "It ends early.")}, now=0)
+        queue.retry(conn, run)
+        assert queue.unknown_images(conn, run, ["train_00000", "nope", "train_00019"]) == ["nope"]
+        assert queue.unknown_images(conn, other, []) == []
+        assert queue.unknown_codes(conn, run, ["truncated", "nope"]) == ["nope"]
+        assert queue.unknown_codes(conn, other, ["truncated"]) == ["truncated"]
+
+
 def test_backoff_grows_fourfold_to_a_quarter_of_an_hour():
     waits = [queue.backoff_ms(attempts, jitter=0) for attempts in (1, 2, 3, 4, 5, 50)]
     assert waits == [5_000, 20_000, 80_000, 320_000, 900_000, 900_000]
