@@ -92,7 +92,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, adapter):
 
 SPELLINGS = [
     "/home/trainer/.cache/modelscope/hub/models/Qwen/Qwen2___5-VL-7B-Instruct",
-    "/root/.cache/modelscope/hub/models/Qwen--Qwen2.5-VL-7B-Instruct/snapshots/master",
+    "/home/trainer/.cache/modelscope/hub/models/Qwen--Qwen2.5-VL-7B-Instruct/snapshots/master",
     "/home/trainer/.cache/huggingface/hub/models--Qwen--Qwen2.5-VL-7B-Instruct/snapshots/895c3a49bc3fa70a340399125",
     "/home/trainer/.cache/huggingface/hub/models--Qwen--Qwen2.5-VL-7B-Instruct/snapshots/895c3a49bc3fa70a340399125/",
     "/data/models--Qwen--Qwen2.5-VL-7B-Instruct",
@@ -166,7 +166,7 @@ def test_another_name_is_refused_unless_the_run_accepts_any(tmp_path, adapter, q
 
 def test_two_models_of_caches_whose_folders_have_one_name_are_two(tmp_path, adapter):
     model = Path(shutil.copytree(MODEL, tmp_path / "Qwen--Qwen2.5-VL-3B-Instruct" / "snapshots" / "master"))
-    there = named(adapter, tmp_path / "adapter", "/root/models/Qwen--Qwen2.5-VL-7B-Instruct/snapshots/master")
+    there = named(adapter, tmp_path / "adapter", "/home/trainer/models/Qwen--Qwen2.5-VL-7B-Instruct/snapshots/master")
     assert error_of(Recipe(model=str(model), adapter=str(there))).startswith(f"The adapter {there} was trained on ")
 
 
@@ -375,7 +375,7 @@ def test_quantised_weights_get_no_adapter_that_lies_beside_them_either(tmp_path,
 @pytest.mark.parametrize("has_config", [False, True])
 def test_an_adapter_in_the_place_of_a_model_is_refused_with_the_right_option(tmp_path, adapter, has_config):
     there = named(
-        adapter, tmp_path / "adapter", "/root/.cache/huggingface/hub/models--Qwen--Qwen2-VL-2B/snapshots/1a2b"
+        adapter, tmp_path / "adapter", "/home/trainer/.cache/huggingface/hub/models--Qwen--Qwen2-VL-2B/snapshots/1a2b"
     )
     if has_config:  # as some tools save it
         shutil.copy(MODEL / "config.json", there)

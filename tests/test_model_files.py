@@ -70,7 +70,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("Qwen/Qwen2.5-VL-7B-Instruct", "the model that it was trained on: --model Qwen/Qwen2.5-VL-7B-Instruct"),
         (
-            f"/root/.cache/huggingface/hub/models--Qwen--Qwen2-VL-2B-Instruct/snapshots/{COMMIT}",
+            f"/home/trainer/.cache/huggingface/hub/models--Qwen--Qwen2-VL-2B-Instruct/snapshots/{COMMIT}",
             "the model that it was trained on: --model Qwen/Qwen2-VL-2B-Instruct",
         ),
         ("/home/me/base", "the model that it was trained on: --model /home/me/base"),
