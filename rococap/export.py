@@ -349,7 +349,9 @@ def write_checkpoints(database: Database, run: Run, split: str, folder: Path, ev
         pass
     with transaction(database) as conn:
         last = _last_checkpoint(conn, run, split)
-    if last and not (folder / "run.json").exists():
+        run = queue.get_run(conn, run.name)  # which a worker may have pinned meanwhile, or new rules changed
+    there = read_json(folder / "run.json") or {}
+    if last and ("run" not in there or there.get("resolved") != run.resolved):
         write_json(folder / "run.json", manifest_of(run))
     missing = [n for n in range(1, last + 1) if not checkpoint_path(folder, split, n).exists()]
     for start in range(0, len(missing), SEGMENTS_AT_ONCE):

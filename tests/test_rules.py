@@ -84,6 +84,17 @@ def test_new_rules_that_are_accepted_are_recorded_and_stand_in_every_manifest(be
         assert told["accepted_rules"][0]["captions_before"] == 3
 
 
+def test_the_manifest_of_checkpoints_tells_of_rules_that_were_accepted_after_the_first(begun, tmp_path):
+    with db.transaction(begun) as conn:
+        run = queue.get_run(conn, "default")
+    export.write_checkpoints(begun, run, "train", tmp_path, 2)
+    assert json.loads((tmp_path / "run.json").read_text())["resolved"] == OLDER
+    run_worker(begun, accept_new_rules=True)
+    export.write_checkpoints(begun, run, "train", tmp_path, 2)
+    told = json.loads((tmp_path / "run.json").read_text())["resolved"]
+    assert [one["captions_before"] for one in told["accepted_rules"]] == [3]
+
+
 def test_a_run_without_captions_takes_the_new_rules_silently(database, tmp_path):
     fill(database, tmp_path / "set", 4)
     pin(database, OLDER)
