@@ -43,6 +43,9 @@ POSTGRESQL_SETTINGS = {
 }
 """Unless the URL says otherwise: `?connect_timeout=3`."""
 
+_WHATEVER_THE_URL_SAYS = {"client_encoding": "UTF8"}
+"""Captions are Unicode, and the driver hands out bytes where the server's locale chose the encoding."""
+
 _AWAY = frozenset(
     [
         sqlite3.SQLITE_BUSY,
@@ -153,11 +156,35 @@ def _engine(url: URL, force: bool) -> Engine:
         return engine
     settings = {name: value for name, value in POSTGRESQL_SETTINGS.items() if name not in url.query}
     try:
-        return create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True, connect_args=settings)
+        engine = create_engine(
+            url,
+            isolation_level="AUTOCOMMIT",
+            pool_pre_ping=True,
+            connect_args=settings | _WHATEVER_THE_URL_SAYS,
+        )
     except ModuleNotFoundError as error:
         raise DatabaseError(
             f"PostgreSQL's driver is not installed ({error}). Install it: pip install 'rococap[postgres]'"
         ) from error
+    _refuse_encodings(engine)
+    return engine
+
+
+def _refuse_encodings(engine: Engine) -> None:
+    """A new connection to a database that cannot hold every caption raises DatabaseError."""
+
+    def check(connection: Any, _record: object) -> None:
+        encoding = connection.execute("SHOW server_encoding").fetchone()[0]
+        if encoding == "UTF8":
+            return
+        connection.close()
+        locale = "" if encoding == "SQL_ASCII" else " --locale=C"  # one that was chosen may allow no other encoding
+        raise DatabaseError(
+            f"{engine.url.render_as_string()} has the encoding {encoding}, which cannot hold captions. Create one of "
+            f"UTF8 and name it with --db: createdb --encoding=UTF8 --template=template0{locale} NAME"
+        )
+
+    event.listen(engine, "connect", check)
 
 
 def refuse_absent(_dialect: object, _record: object, args: Sequence[Any], _options: object) -> None:

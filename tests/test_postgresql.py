@@ -1,5 +1,6 @@
 """What is PostgreSQL's own: first use, schema and migrations, connections that break."""
 
+import shlex
 import shutil
 import threading
 import time
@@ -7,13 +8,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psycopg
 import pytest
 from alembic import command
 from alembic.config import Config
-from postgres import Server
+from postgres import Server, of_encoding
 from samples import fill
 from small_engine import INFO
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import make_url
 
 from rococap import db, queue
 from rococap.engines import Completion
@@ -152,6 +155,55 @@ def test_the_first_release_is_upgraded_with_its_rows(url, engine):
     assert db.migrate(url) == db.Migrated(True)
     assert select(engine, "SELECT * FROM workers") == [(*row, None) for row in before]
     db.connect(url).dispose()
+
+
+# --- encodings -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1", "WIN1252", "EUC_JP"])
+@pytest.mark.parametrize("create", [True, False])
+def test_a_database_whose_encoding_cannot_hold_captions_is_refused_with_the_command_that_makes_another(
+    postgres, encoding, create
+):
+    url = postgres.create(more=of_encoding(encoding))
+    with pytest.raises(DatabaseError) as error:
+        select(db.connect(url, create=create), "SELECT 1")
+    told = str(error.value)
+    assert f"has the encoding {encoding}" in told
+    assert "createdb --encoding=UTF8 --template=template0 " in told
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_the_command_that_a_refused_encoding_is_answered_with_makes_a_database_that_opens(postgres, encoding):
+    url = postgres.create(more=of_encoding(encoding))
+    with pytest.raises(DatabaseError) as error:
+        db.connect(url)
+    command = str(error.value).partition("name it with --db: ")[2]
+    name = f"made_for_{encoding.lower()}"
+    postgres.command(*shlex.split(command.replace("NAME", name)))
+    db.connect(make_url(url).set(database=name).render_as_string(False)).dispose()
+
+
+def test_a_refused_encoding_leaves_the_database_empty_and_no_connection_open(postgres):
+    url = postgres.create(more=of_encoding("SQL_ASCII"))
+    with pytest.raises(DatabaseError):
+        db.connect(url)
+    with psycopg.connect(make_url(url).set(drivername="postgresql").render_as_string(False)) as outsider:
+        assert outsider.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
+        others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        assert outsider.execute(others).fetchone() == (0,)
+
+
+@pytest.mark.parametrize("told", ["client_encoding=LATIN1", "options=-c client_encoding=LATIN1"])
+def test_what_a_client_is_told_of_encodings_does_not_keep_captions_from_being_stored(url, monkeypatch, told):
+    monkeypatch.setenv("PGCLIENTENCODING", "SQL_ASCII")
+    engine = db.connect(f"{url}&{told}")
+    name = "ödem, 肺炎, 🫁"
+    with db.transaction(engine, write=True) as conn:
+        db.execute(conn, "INSERT INTO datasets (name, revision) VALUES (?, '')", (name,))
+    assert select(engine, "SELECT name, octet_length(name) FROM datasets") == [(name, len(name.encode()))]
+    engine.dispose()
 
 
 # --- connections -----------------------------------------------------------------------------------------------
