@@ -38,13 +38,23 @@ POSTGRESQL_SETTINGS = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
-    # A worker that is frozen inside a transaction must not hold others' rows for ever.
-    "options": "-c idle_in_transaction_session_timeout=60s",
 }
 """Unless the URL says otherwise: `?connect_timeout=3`."""
 
-_WHATEVER_THE_URL_SAYS = {"client_encoding": "UTF8"}
-"""Captions are Unicode, and the driver hands out bytes where the server's locale chose the encoding."""
+IDLE_SEC = 60
+"""A worker that is frozen inside a transaction must not hold others' rows for longer."""
+
+_WHATEVER_THE_URL_SAYS = {
+    # Captions are Unicode, and the driver hands out bytes where the server's locale chose the encoding.
+    "client_encoding": "UTF8",
+    # PgBouncer gives each transaction another connection, which knows no statement that an earlier one prepared.
+    "prepare_threshold": None,
+}
+
+_PREPARED_AFTER = 5
+"""So often is a statement executed, as by the driver's default, before a server without a pooler prepares it, which
+saves a third of the time that claiming and completing take.
+"""
 
 _AWAY = frozenset(
     [
@@ -166,25 +176,32 @@ def _engine(url: URL, force: bool) -> Engine:
         raise DatabaseError(
             f"PostgreSQL's driver is not installed ({error}). Install it: pip install 'rococap[postgres]'"
         ) from error
-    _refuse_encodings(engine)
+    _look_at_each_connection(engine)
     return engine
 
 
-def _refuse_encodings(engine: Engine) -> None:
-    """A new connection to a database that cannot hold every caption raises DatabaseError."""
+def _look_at_each_connection(engine: Engine) -> None:
+    """A new one to a database that cannot hold every caption raises DatabaseError."""
 
-    def check(connection: Any, _record: object) -> None:
-        encoding = connection.execute("SHOW server_encoding").fetchone()[0]
-        if encoding == "UTF8":
-            return
-        connection.close()
-        locale = "" if encoding == "SQL_ASCII" else " --locale=C"  # one that was chosen may allow no other encoding
-        raise DatabaseError(
-            f"{engine.url.render_as_string()} has the encoding {encoding}, which cannot hold captions. Create one of "
-            f"UTF8 and name it with --db: createdb --encoding=UTF8 --template=template0{locale} NAME"
-        )
+    def look(connection: Any, _record: object) -> None:
+        sql = "SELECT current_setting('server_encoding'), pg_backend_pid()"
+        encoding, pid = connection.execute(sql).fetchone()
+        if encoding != "UTF8":
+            connection.close()
+            raise _wrong_encoding(engine.url, encoding)
+        # A pooler hands out numbers of its own: where they agree, the server itself is at the other end.
+        if pid == connection.info.backend_pid:
+            connection.prepare_threshold = _PREPARED_AFTER
 
-    event.listen(engine, "connect", check)
+    event.listen(engine, "connect", look)
+
+
+def _wrong_encoding(url: URL, encoding: str) -> DatabaseError:
+    locale = "" if encoding == "SQL_ASCII" else " --locale=C"  # one that was chosen may allow no other encoding
+    return DatabaseError(
+        f"{url.render_as_string()} has the encoding {encoding}, which cannot hold captions. Create one of UTF8 and "
+        f"name it with --db: createdb --encoding=UTF8 --template=template0{locale} NAME"
+    )
 
 
 def refuse_absent(_dialect: object, _record: object, args: Sequence[Any], _options: object) -> None:
@@ -277,6 +294,11 @@ def explain(error: DBAPIError, url: URL | None = None) -> str:
         return f"{where} cannot be written ({reason}). Check its permissions, or name another with --db."
     if "full" in reason:
         return f"{where}: the disk is full. Free some space, then run the command again."
+    if "unsupported startup parameter" in reason:
+        return (
+            f"{where} is behind PgBouncer, which refuses options at the start ({reason}). Leave them out of the URL "
+            "and of PGOPTIONS, or set them for the role: ALTER ROLE NAME SET …"
+        )
     if url is not None and url.get_backend_name() == "postgresql" and "connect" in reason:
         return f"{where} cannot be reached ({reason}). Start the server, or check the URL's host, port, user and name."
     return f"{where} cannot be used: {reason}"
@@ -328,7 +350,8 @@ def _begin(conn: Connection, write: bool, patience: float | None = None) -> None
         mode = "" if write else " ISOLATION LEVEL REPEATABLE READ READ ONLY"
         milliseconds = int(1000 * (PATIENCE_SEC if patience is None else patience))
         conn.exec_driver_sql(
-            f"BEGIN{mode}; SET LOCAL lock_timeout = {milliseconds}", execution_options={"no_parameters": True}
+            f"BEGIN{mode}; SET LOCAL lock_timeout = {milliseconds}{_set_idle(conn.engine.url)}",
+            execution_options={"no_parameters": True},
         )
         return
     # A reader that writes would turn into a deferred writer. Its SELECT takes the read lock now, while it may wait,
@@ -346,6 +369,16 @@ def _begin(conn: Connection, write: bool, patience: float | None = None) -> None
             raise
 
     _patiently(begin, conn.engine.url.database, patience)
+
+
+def _set_idle(url: URL) -> str:
+    """What limits how long this transaction may idle, unless the user's options do.
+
+    Not an option of ours when the connection starts: PgBouncer refuses those, and gives it to others after this.
+    """
+    options = url.query.get("options", os.environ.get("PGOPTIONS", ""))
+    name = "idle_in_transaction_session_timeout"
+    return "" if name in str(options) else f"; SET LOCAL {name} = '{IDLE_SEC}s'"
 
 
 def _commit(conn: Connection, patience: float | None = None) -> None:

@@ -53,6 +53,15 @@ class Server:
             self._execute(f"ALTER SYSTEM SET {setting}")
         self._execute("SELECT pg_reload_conf()")
 
+    @property
+    def socket_folder(self) -> str:
+        return str(make_url(self._uri).query["host"])
+
+    @property
+    def system_user(self) -> str | None:
+        """Whom the server runs as, where it is not this user: it refuses root."""
+        return self._server.system_user
+
     def create(self, name: str | None = None, template: str = "template0", more: str = "") -> str:
         """A new database, with `more` options such as ENCODING; returns its URL."""
         name = name or f"queue_{next(self._numbers)}"
@@ -70,8 +79,7 @@ class Server:
 
     def command(self, program: str, *arguments: str) -> None:
         """A program that comes with PostgreSQL, like createdb, run against this server."""
-        url = make_url(self._uri)
-        env = os.environ | {"PGHOST": str(url.query["host"]), "PGUSER": url.username or ""}
+        env = os.environ | {"PGHOST": self.socket_folder, "PGUSER": make_url(self._uri).username or ""}
         subprocess.run([self._server.bin_path / program, *arguments], check=True, env=env, timeout=60)
 
     def control(self, *command: str) -> None:
