@@ -133,7 +133,7 @@ def connect(url: str, *, create: bool = True, force: bool = False) -> Engine:
 
 def _parse(url: str) -> URL:
     try:
-        parsed = make_url(url) if "://" in url else URL.create("sqlite", database=url)
+        parsed = make_url(_with_hosts_as_options(url)) if "://" in url else URL.create("sqlite", database=url)
         if parsed.drivername in ("postgres", "postgresql"):  # as libpq writes it
             parsed = parsed.set(drivername="postgresql+psycopg")
         parsed.get_dialect()
@@ -148,6 +148,22 @@ def _parse(url: str) -> URL:
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:", "file::memory:"):
         raise DatabaseError("A queue in memory would be lost with its process. Name a file: sqlite:///rococap.db")
     return parsed
+
+
+def _with_hosts_as_options(url: str) -> str:
+    """`//a:1,b:2/x` as `///x?host=a,b&port=1,2`: several hosts, or a socket, that SQLAlchemy reads only like this."""
+    parts = re.fullmatch(r"(postgres[a-z+]*://(?:[^/?]*@)?)([^/?@]*)([^?]*)\??(.*)", url, re.DOTALL)
+    if parts is None or not re.search(",|%2F", parts[2], re.IGNORECASE):
+        return url
+    hosts, ports = [], []
+    for place in parts[2].split(","):
+        found = re.fullmatch(r"(?:\[(.*)\]|([^:]*))(?::(\d*))?", place)
+        if found is None:
+            return url
+        hosts.append(found[1] or found[2])
+        ports.append(found[3] or "")
+    options = [f"host={','.join(hosts)}", f"port={','.join(ports)}" if any(ports) else "", parts[4]]
+    return f"{parts[1]}{parts[3]}?{'&'.join(filter(None, options))}"
 
 
 def _cannot_open(url: str, error: Exception) -> DatabaseError:

@@ -259,6 +259,57 @@ def test_options_of_the_url_win_over_ours(url):
     engine.dispose()
 
 
+def test_options_from_the_environment_win_over_ours(url, monkeypatch):
+    monkeypatch.setenv("PGOPTIONS", "-c idle_in_transaction_session_timeout=123ms -c work_mem=77MB")
+    engine = db.connect(url)
+    assert select(engine, "SHOW idle_in_transaction_session_timeout") == [("123ms",)]
+    assert select(engine, "SHOW work_mem") == [("77MB",)]
+    engine.dispose()
+
+
+def test_options_of_libpq_in_the_url_reach_it_as_they_are(url):
+    engine = db.connect(f"{url}&application_name=night shift&sslmode=prefer&target_session_attrs=read-write")
+    assert select(engine, "SHOW application_name") == [("night shift",)]
+    engine.dispose()
+    with pytest.raises(DatabaseUnavailable, match="session is not read-only"):
+        db.connect(f"{url}&target_session_attrs=read-only")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "options"),
+    [
+        ("", "?host=/nowhere,{folder}"),
+        ("", "?host=/nowhere:5432&host={folder}:5432"),
+        ("%2Fnowhere,{quoted}", ""),
+        ("%2Fnowhere:5432,{quoted}:5432", "?target_session_attrs=any"),
+        ("127.0.0.1:1,[::1]:1,{quoted}", "?connect_timeout=5"),
+        ("{quoted}", ""),
+    ],
+)
+def test_a_url_of_several_hosts_or_a_socket_written_as_libpq_takes_it_opens_the_one_that_is_there(
+    postgres, url, hosts, options
+):
+    folder = postgres.socket_folder
+    template = f"postgresql://postgres@{hosts}/{make_url(url).database}{options}"
+    engine = db.connect(template.format(folder=folder, quoted=folder.replace("/", "%2F")))
+    assert select(engine, "SELECT current_database()") == [(make_url(url).database,)]
+    engine.dispose()
+    db.connect(engine.url.render_as_string(hide_password=False)).dispose()  # as messages show it
+
+
+def test_several_hosts_reach_the_driver_with_their_ports_user_and_password():
+    engine = db.connect("postgres://me:p,ss@one:1,[::1]:2,three/queue?sslmode=require", create=False)
+    expected = {
+        "host": "one,::1,three",
+        "port": "1,2,",
+        "user": "me",
+        "password": "p,ss",
+        "dbname": "queue",
+        "sslmode": "require",
+    }
+    assert expected.items() <= engine.dialect.create_connect_args(engine.url)[1].items()
+
+
 def test_a_transaction_that_the_server_ended_since_it_idled_is_an_outage(url):
     engine = db.connect(f"{url}&options=-c idle_in_transaction_session_timeout=200ms")
 
