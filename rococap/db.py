@@ -72,6 +72,8 @@ _AWAY = frozenset(
 _AWAY_SQLSTATES = frozenset(["25006", "25P03", "40P01"])
 """A server that fell back to reading, a transaction that idled too long, a deadlock: of no class that says so."""
 
+_NO_SUCH_TABLE = "42P01"
+
 _FIRST_USE_LOCK = 0x726F636F
 """The key of PostgreSQL's advisory lock on changes of the schema."""
 
@@ -275,7 +277,7 @@ def _set_pragmas(connection: sqlite3.Connection, _record: object) -> None:
 
 
 def stay(engine: Engine, sql: str, params: Row) -> None:
-    """From now on a new connection must find a row by this query, or it raises DatabaseError.
+    """From now on a new connection must find a row by this query, or it raises DatabaseError; behind a pooler any one.
 
     For who goes on for long: should the file be replaced or the server restored, ids mean other rows there.
     """
@@ -285,10 +287,10 @@ def stay(engine: Engine, sql: str, params: Row) -> None:
         cursor = connection.cursor()
         try:
             is_there = cursor.execute(sql, tuple(params)).fetchone() is not None
-        except sqlite3.OperationalError as error:
-            if "no such table" not in str(error):
+        except engine.dialect.loaded_dbapi.Error as error:
+            if "no such table" not in str(error) and getattr(error, "sqlstate", None) != _NO_SUCH_TABLE:
                 raise
-            is_there = False  # a new file that is being given its tables
+            is_there = False  # a new one that is being given its tables
         finally:
             cursor.close()
         if not is_there:
@@ -297,7 +299,13 @@ def stay(engine: Engine, sql: str, params: Row) -> None:
                 "replaced. Start anew, with the one that you want."
             )
 
+    def check_behind_a_pooler(connection: Any, record: object, _proxy: object) -> None:
+        if connection.prepare_threshold is None:  # its own connections to the server come and go unseen
+            check(connection, record)
+
     event.listen(engine, "connect", check)
+    if engine.dialect.name == "postgresql":
+        event.listen(engine, "checkout", check_behind_a_pooler)
 
 
 def explain(error: DBAPIError, url: URL | None = None) -> str:

@@ -9,10 +9,12 @@ import pytest
 from pgbouncer import PROGRAM, Bouncer, bouncing
 from postgres import Server, of_encoding
 from samples import fill
+from small_engine import INFO
 from sqlalchemy import Engine
-from test_torture import TTL_SEC, check, control, killed_at_any_moment, made, server  # noqa: F401  a fixture too
+from sqlalchemy.engine import make_url
+from test_torture import TTL_SEC, check, control, killed_at_any_moment, made, server, until  # noqa: F401  a fixture too
 
-from rococap import db, doctor
+from rococap import db, doctor, queue
 from rococap.errors import DatabaseError, DatabaseUnavailable
 from rococap.models import SCHEMA
 
@@ -132,6 +134,28 @@ def test_doctor_finds_nothing_wrong_and_a_vacuum_is_done(engine, tmp_path, monke
     fill(engine, tmp_path / "set", 12)
     db.vacuum(engine)
     assert [check for check in doctor.examine(engine) if check.verdict is doctor.FAIL and check.name != "model"] == []
+
+
+@pytest.mark.parametrize("template", ["empty_queue", "template0"])
+def test_a_database_that_took_the_place_of_ours_behind_it_is_noticed_by_who_stays(postgres, bouncer, template):
+    direct = postgres.create(template="empty_queue")
+    engine = db.connect(bouncer.in_front_of(direct))
+    with db.transaction(engine, write=True) as conn:
+        worker = queue.register_worker(conn, "worker", "host", 1, INFO)
+    db.stay(engine, "SELECT 1 FROM workers WHERE id = ?", (worker,))
+    assert select(engine, "SELECT count(*) FROM workers") == [(1,)]
+    postgres.drop(direct)
+    postgres.create(make_url(direct).database, template=template)
+    with pytest.raises(DatabaseError, match="is another database than when this process began"):
+        until(lambda: is_reached(engine), "a connection to the new one")
+    engine.dispose()
+
+
+def is_reached(engine: Engine) -> bool:
+    try:
+        return select(engine, "SELECT 1") == [(1,)]
+    except DatabaseUnavailable:  # what PgBouncer says of a connection that the server ended
+        return False
 
 
 def test_workers_killed_at_any_moment_lose_and_double_nothing(url, tmp_path):
