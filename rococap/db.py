@@ -38,10 +38,23 @@ POSTGRESQL_SETTINGS = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
-    # A worker that is frozen inside a transaction must not hold others' rows for ever.
-    "options": "-c idle_in_transaction_session_timeout=60s",
 }
 """Unless the URL says otherwise: `?connect_timeout=3`."""
+
+IDLE_SEC = 60
+"""A worker that is frozen inside a transaction must not hold others' rows for longer."""
+
+_WHATEVER_THE_URL_SAYS = {
+    # Captions are Unicode, and the driver hands out bytes where the server's locale chose the encoding.
+    "client_encoding": "UTF8",
+    # PgBouncer gives each transaction another connection, which knows no statement that an earlier one prepared.
+    "prepare_threshold": None,
+}
+
+_PREPARED_AFTER = 5
+"""So often is a statement executed, as by the driver's default, before a server without a pooler prepares it, which
+saves a third of the time that claiming and completing take.
+"""
 
 _AWAY = frozenset(
     [
@@ -58,6 +71,8 @@ _AWAY = frozenset(
 
 _AWAY_SQLSTATES = frozenset(["25006", "25P03", "40P01"])
 """A server that fell back to reading, a transaction that idled too long, a deadlock: of no class that says so."""
+
+_NO_SUCH_TABLE = "42P01"
 
 _FIRST_USE_LOCK = 0x726F636F
 """The key of PostgreSQL's advisory lock on changes of the schema."""
@@ -126,7 +141,7 @@ def connect(url: str, *, create: bool = True, is_there: bool = False, force: boo
 
 def _parse(url: str) -> URL:
     try:
-        parsed = make_url(url) if "://" in url else URL.create("sqlite", database=url)
+        parsed = make_url(_with_hosts_as_options(url)) if "://" in url else URL.create("sqlite", database=url)
         if parsed.drivername in ("postgres", "postgresql"):  # as libpq writes it
             parsed = parsed.set(drivername="postgresql+psycopg")
         parsed.get_dialect()
@@ -141,6 +156,22 @@ def _parse(url: str) -> URL:
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:", "file::memory:"):
         raise DatabaseError("A queue in memory would be lost with its process. Name a file: sqlite:///rococap.db")
     return parsed
+
+
+def _with_hosts_as_options(url: str) -> str:
+    """`//a:1,b:2/x` as `///x?host=a,b&port=1,2`: several hosts, or a socket, that SQLAlchemy reads only like this."""
+    parts = re.fullmatch(r"(postgres[a-z+]*://(?:[^/?]*@)?)([^/?@]*)([^?]*)\??(.*)", url, re.DOTALL)
+    if parts is None or not re.search(",|%2F", parts[2], re.IGNORECASE):
+        return url
+    hosts, ports = [], []
+    for place in parts[2].split(","):
+        found = re.fullmatch(r"(?:\[(.*)\]|([^:]*))(?::(\d*))?", place)
+        if found is None:
+            return url
+        hosts.append(found[1] or found[2])
+        ports.append(found[3] or "")
+    options = [f"host={','.join(hosts)}", f"port={','.join(ports)}" if any(ports) else "", parts[4]]
+    return f"{parts[1]}{parts[3]}?{'&'.join(filter(None, options))}"
 
 
 def _cannot_open(url: str, error: Exception) -> DatabaseError:
@@ -159,11 +190,42 @@ def _engine(url: URL, force: bool) -> Engine:
         return engine
     settings = {name: value for name, value in POSTGRESQL_SETTINGS.items() if name not in url.query}
     try:
-        return create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True, connect_args=settings)
+        engine = create_engine(
+            url,
+            isolation_level="AUTOCOMMIT",
+            pool_pre_ping=True,
+            connect_args=settings | _WHATEVER_THE_URL_SAYS,
+        )
     except ModuleNotFoundError as error:
         raise DatabaseError(
             f"PostgreSQL's driver is not installed ({error}). Install it: pip install 'rococap[postgres]'"
         ) from error
+    _look_at_each_connection(engine)
+    return engine
+
+
+def _look_at_each_connection(engine: Engine) -> None:
+    """A new one to a database that cannot hold every caption raises DatabaseError."""
+
+    def look(connection: Any, _record: object) -> None:
+        sql = "SELECT current_setting('server_encoding'), pg_backend_pid()"
+        encoding, pid = connection.execute(sql).fetchone()
+        if encoding != "UTF8":
+            connection.close()
+            raise _wrong_encoding(engine.url, encoding)
+        # A pooler hands out numbers of its own: where they agree, the server itself is at the other end.
+        if pid == connection.info.backend_pid:
+            connection.prepare_threshold = _PREPARED_AFTER
+
+    event.listen(engine, "connect", look)
+
+
+def _wrong_encoding(url: URL, encoding: str) -> DatabaseError:
+    locale = "" if encoding == "SQL_ASCII" else " --locale=C"  # one that was chosen may allow no other encoding
+    return DatabaseError(
+        f"{url.render_as_string()} has the encoding {encoding}, which cannot hold captions. Create one of UTF8 and "
+        f"name it with --db: createdb --encoding=UTF8 --template=template0{locale} NAME"
+    )
 
 
 def refuse_absent(_dialect: object, _record: object, args: Sequence[Any], _options: object) -> None:
@@ -221,7 +283,7 @@ def _set_pragmas(connection: sqlite3.Connection, _record: object) -> None:
 
 
 def stay(engine: Engine, sql: str, params: Row) -> None:
-    """From now on a new connection must find a row by this query, or it raises DatabaseError.
+    """From now on a new connection must find a row by this query, or it raises DatabaseError; behind a pooler any one.
 
     For who goes on for long: should the file be replaced or the server restored, ids mean other rows there.
     """
@@ -231,10 +293,10 @@ def stay(engine: Engine, sql: str, params: Row) -> None:
         cursor = connection.cursor()
         try:
             is_there = cursor.execute(sql, tuple(params)).fetchone() is not None
-        except sqlite3.OperationalError as error:
-            if "no such table" not in str(error):
+        except engine.dialect.loaded_dbapi.Error as error:
+            if "no such table" not in str(error) and getattr(error, "sqlstate", None) != _NO_SUCH_TABLE:
                 raise
-            is_there = False  # a new file that is being given its tables
+            is_there = False  # a new one that is being given its tables
         finally:
             cursor.close()
         if not is_there:
@@ -243,7 +305,13 @@ def stay(engine: Engine, sql: str, params: Row) -> None:
                 "replaced. Start anew, with the one that you want."
             )
 
+    def check_behind_a_pooler(connection: Any, record: object, _proxy: object) -> None:
+        if connection.prepare_threshold is None:  # its own connections to the server come and go unseen
+            check(connection, record)
+
     event.listen(engine, "connect", check)
+    if engine.dialect.name == "postgresql":
+        event.listen(engine, "checkout", check_behind_a_pooler)
 
 
 def explain(error: DBAPIError, url: URL | None = None) -> str:
@@ -256,6 +324,11 @@ def explain(error: DBAPIError, url: URL | None = None) -> str:
         return f"{where} cannot be written ({reason}). Check its permissions, or name another with --db."
     if "full" in reason:
         return f"{where}: the disk is full. Free some space, then run the command again."
+    if "unsupported startup parameter" in reason:
+        return (
+            f"{where} is behind PgBouncer, which refuses options at the start ({reason}). Leave them out of the URL "
+            "and of PGOPTIONS, or set them for the role: ALTER ROLE NAME SET …"
+        )
     if url is not None and url.get_backend_name() == "postgresql" and "connect" in reason:
         return f"{where} cannot be reached ({reason}). Start the server, or check the URL's host, port, user and name."
     return f"{where} cannot be used: {reason}"
@@ -307,7 +380,8 @@ def _begin(conn: Connection, write: bool, patience: float | None = None) -> None
         mode = "" if write else " ISOLATION LEVEL REPEATABLE READ READ ONLY"
         milliseconds = int(1000 * (PATIENCE_SEC if patience is None else patience))
         conn.exec_driver_sql(
-            f"BEGIN{mode}; SET LOCAL lock_timeout = {milliseconds}", execution_options={"no_parameters": True}
+            f"BEGIN{mode}; SET LOCAL lock_timeout = {milliseconds}{_set_idle(conn.engine.url)}",
+            execution_options={"no_parameters": True},
         )
         return
     # A reader that writes would turn into a deferred writer. Its SELECT takes the read lock now, while it may wait,
@@ -325,6 +399,16 @@ def _begin(conn: Connection, write: bool, patience: float | None = None) -> None
             raise
 
     _patiently(begin, conn.engine.url.database, patience)
+
+
+def _set_idle(url: URL) -> str:
+    """What limits how long this transaction may idle, unless the user's options do.
+
+    Not an option of ours when the connection starts: PgBouncer refuses those, and gives it to others after this.
+    """
+    options = url.query.get("options", os.environ.get("PGOPTIONS", ""))
+    name = "idle_in_transaction_session_timeout"
+    return "" if name in str(options) else f"; SET LOCAL {name} = '{IDLE_SEC}s'"
 
 
 def _commit(conn: Connection, patience: float | None = None) -> None:

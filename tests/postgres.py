@@ -1,6 +1,7 @@
 """A real PostgreSQL server for tests, from the package that carries one: no test needs more than pip."""
 
 import itertools
+import os
 import signal
 import subprocess
 import tempfile
@@ -32,6 +33,11 @@ def lock_tables(url: str, sql: str) -> Iterator[None]:
         outsider.rollback()
 
 
+def of_encoding(encoding: str) -> str:
+    """What makes a database of another encoding: the locale C takes any."""
+    return f"ENCODING '{encoding}' LOCALE 'C'"
+
+
 class Server:
     """Starts at once, on a socket of its own; nothing is fsynced, since no test pulls the plug."""
 
@@ -47,10 +53,19 @@ class Server:
             self._execute(f"ALTER SYSTEM SET {setting}")
         self._execute("SELECT pg_reload_conf()")
 
-    def create(self, name: str | None = None, template: str = "template0") -> str:
-        """A new database; returns its URL."""
+    @property
+    def socket_folder(self) -> str:
+        return str(make_url(self._uri).query["host"])
+
+    @property
+    def system_user(self) -> str | None:
+        """Whom the server runs as, where it is not this user: it refuses root."""
+        return self._server.system_user
+
+    def create(self, name: str | None = None, template: str = "template0", more: str = "") -> str:
+        """A new database, with `more` options such as ENCODING; returns its URL."""
         name = name or f"queue_{next(self._numbers)}"
-        self._execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY wal_log")  # no checkpoint
+        self._execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY wal_log {more}")  # no checkpoint
         url = make_url(self._uri).set(drivername="postgresql+psycopg", database=name)
         return url.render_as_string(hide_password=False)
 
@@ -61,6 +76,11 @@ class Server:
     def _execute(self, sql: str) -> None:
         with psycopg.connect(self._uri, autocommit=True) as connection:
             connection.execute(sql)
+
+    def command(self, program: str, *arguments: str) -> None:
+        """A program that comes with PostgreSQL, like createdb, run against this server."""
+        env = os.environ | {"PGHOST": self.socket_folder, "PGUSER": make_url(self._uri).username or ""}
+        subprocess.run([self._server.bin_path / program, *arguments], check=True, env=env, timeout=60)
 
     def control(self, *command: str) -> None:
         """`pg_ctl` of this server: `stop -m immediate`, `start -w`, `restart`."""

@@ -14,6 +14,7 @@ from contextlib import closing
 import pytest
 import torch
 from huggingface_hub import constants
+from postgres import of_encoding
 from samples import fill, register, write_shard
 
 from rococap import db, doctor, models, queue, spool
@@ -235,6 +236,16 @@ def test_a_server_without_fsync_warns_and_an_old_one_fails(postgres, monkeypatch
     monkeypatch.setattr(doctor, "OLDEST_POSTGRESQL", 99)
     verdict, told = found(engine, "database")
     assert (verdict, told.endswith("It is too old: use 99 or newer.")) == (FAIL, True)
+    engine.dispose()
+
+
+def test_a_server_whose_encoding_cannot_hold_captions_fails_once_with_the_command_that_makes_another(postgres):
+    engine = db.connect(postgres.create(more=of_encoding("SQL_ASCII")), create=False)
+    verdict, told = found(engine, "database")
+    assert verdict is FAIL
+    assert "has the encoding SQL_ASCII" in told
+    assert "createdb --encoding=UTF8 --template=template0 NAME" in told
+    assert {name for name, verdict in verdicts(engine).items() if verdict is FAIL} == {"database"}
     engine.dispose()
 
 

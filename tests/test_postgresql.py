@@ -1,5 +1,6 @@
 """What is PostgreSQL's own: first use, schema and migrations, connections that break."""
 
+import shlex
 import shutil
 import threading
 import time
@@ -7,13 +8,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psycopg
 import pytest
 from alembic import command
 from alembic.config import Config
-from postgres import Server
+from postgres import Server, of_encoding
 from samples import fill
 from small_engine import INFO
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import make_url
 
 from rococap import db, queue
 from rococap.engines import Completion
@@ -154,6 +157,55 @@ def test_the_first_release_is_upgraded_with_its_rows(url, engine):
     db.connect(url).dispose()
 
 
+# --- encodings -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1", "WIN1252", "EUC_JP"])
+@pytest.mark.parametrize("create", [True, False])
+def test_a_database_whose_encoding_cannot_hold_captions_is_refused_with_the_command_that_makes_another(
+    postgres, encoding, create
+):
+    url = postgres.create(more=of_encoding(encoding))
+    with pytest.raises(DatabaseError) as error:
+        select(db.connect(url, create=create), "SELECT 1")
+    told = str(error.value)
+    assert f"has the encoding {encoding}" in told
+    assert "createdb --encoding=UTF8 --template=template0 " in told
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_the_command_that_a_refused_encoding_is_answered_with_makes_a_database_that_opens(postgres, encoding):
+    url = postgres.create(more=of_encoding(encoding))
+    with pytest.raises(DatabaseError) as error:
+        db.connect(url)
+    command = str(error.value).partition("name it with --db: ")[2]
+    name = f"made_for_{encoding.lower()}"
+    postgres.command(*shlex.split(command.replace("NAME", name)))
+    db.connect(make_url(url).set(database=name).render_as_string(False)).dispose()
+
+
+def test_a_refused_encoding_leaves_the_database_empty_and_no_connection_open(postgres):
+    url = postgres.create(more=of_encoding("SQL_ASCII"))
+    with pytest.raises(DatabaseError):
+        db.connect(url)
+    with psycopg.connect(make_url(url).set(drivername="postgresql").render_as_string(False)) as outsider:
+        assert outsider.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
+        others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        assert outsider.execute(others).fetchone() == (0,)
+
+
+@pytest.mark.parametrize("told", ["client_encoding=LATIN1", "options=-c client_encoding=LATIN1"])
+def test_what_a_client_is_told_of_encodings_does_not_keep_captions_from_being_stored(url, monkeypatch, told):
+    monkeypatch.setenv("PGCLIENTENCODING", "SQL_ASCII")
+    engine = db.connect(f"{url}&{told}")
+    name = "ödem, 肺炎, 🫁"
+    with db.transaction(engine, write=True) as conn:
+        db.execute(conn, "INSERT INTO datasets (name, revision) VALUES (?, '')", (name,))
+    assert select(engine, "SELECT name, octet_length(name) FROM datasets") == [(name, len(name.encode()))]
+    engine.dispose()
+
+
 # --- connections -----------------------------------------------------------------------------------------------
 
 
@@ -205,6 +257,57 @@ def test_options_of_the_url_win_over_ours(url):
     engine = db.connect(f"{url}&options=-c idle_in_transaction_session_timeout=123ms")
     assert select(engine, "SHOW idle_in_transaction_session_timeout") == [("123ms",)]
     engine.dispose()
+
+
+def test_options_from_the_environment_win_over_ours(url, monkeypatch):
+    monkeypatch.setenv("PGOPTIONS", "-c idle_in_transaction_session_timeout=123ms -c work_mem=77MB")
+    engine = db.connect(url)
+    assert select(engine, "SHOW idle_in_transaction_session_timeout") == [("123ms",)]
+    assert select(engine, "SHOW work_mem") == [("77MB",)]
+    engine.dispose()
+
+
+def test_options_of_libpq_in_the_url_reach_it_as_they_are(url):
+    engine = db.connect(f"{url}&application_name=night shift&sslmode=prefer&target_session_attrs=read-write")
+    assert select(engine, "SHOW application_name") == [("night shift",)]
+    engine.dispose()
+    with pytest.raises(DatabaseUnavailable, match="session is not read-only"):
+        db.connect(f"{url}&target_session_attrs=read-only")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "options"),
+    [
+        ("", "?host=/nowhere,{folder}"),
+        ("", "?host=/nowhere:5432&host={folder}:5432"),
+        ("%2Fnowhere,{quoted}", ""),
+        ("%2Fnowhere:5432,{quoted}:5432", "?target_session_attrs=any"),
+        ("127.0.0.1:1,[::1]:1,{quoted}", "?connect_timeout=5"),
+        ("{quoted}", ""),
+    ],
+)
+def test_a_url_of_several_hosts_or_a_socket_written_as_libpq_takes_it_opens_the_one_that_is_there(
+    postgres, url, hosts, options
+):
+    folder = postgres.socket_folder
+    template = f"postgresql://postgres@{hosts}/{make_url(url).database}{options}"
+    engine = db.connect(template.format(folder=folder, quoted=folder.replace("/", "%2F")))
+    assert select(engine, "SELECT current_database()") == [(make_url(url).database,)]
+    engine.dispose()
+    db.connect(engine.url.render_as_string(hide_password=False)).dispose()  # as messages show it
+
+
+def test_several_hosts_reach_the_driver_with_their_ports_user_and_password():
+    engine = db.connect("postgres://me:p,ss@one:1,[::1]:2,three/queue?sslmode=require", create=False)
+    expected = {
+        "host": "one,::1,three",
+        "port": "1,2,",
+        "user": "me",
+        "password": "p,ss",
+        "dbname": "queue",
+        "sslmode": "require",
+    }
+    assert expected.items() <= engine.dialect.create_connect_args(engine.url)[1].items()
 
 
 def test_a_transaction_that_the_server_ended_since_it_idled_is_an_outage(url):
