@@ -1186,6 +1186,8 @@ _ONLY_FOR = {
     "checkpoint_every": FILES,
 }
 """Options of `export` that not every format has."""
+_FILE_ENDING = re.compile(r"\.(?!v?\d+$)\w{1,8}")
+"""What stands behind the dot of x.xlsx or x.csv.gz, and not of the folders run.2 and run.v2."""
 
 
 @cli.command()
@@ -1259,13 +1261,14 @@ def export(
         raise click.UsageError("--push needs the name of a data set: OWNER/NAME.")
     if follow and not checkpoint_every:
         raise click.UsageError("--follow writes checkpoints: give it --checkpoint-every N.")
+    _check_output(output, format, len(splits))
     database = _database()
     with db.transaction(database) as conn:
         run = queue.find_run(conn, run_name)
     if format in FOLDERS:
         _export_folder(database, run, splits, format, output, require_complete, strip_reasoning, push)
         return
-    paths = {split: _export_path(run.name, split, format, output, len(splits)) for split in splits}
+    paths = {split: _export_path(run.name, split, format, output) for split in splits}
     if format == "imageclef":
         _export_submissions(database, run, paths, allow_missing, strip_reasoning)
     else:
@@ -1364,22 +1367,38 @@ def _results(run_name: str) -> Path:
 
 
 def _format_of(output: Path | None) -> str:
-    return output.suffix[1:] if output and _is_file_name(output) else "csv"
+    return output.suffix[1:].lower() if output and _is_file_name(output) else "csv"
 
 
 def _is_file_name(output: Path) -> bool:
-    return output.suffix[1:] in FILES and not output.is_dir()
+    return output.suffix[1:].lower() in FILES and not output.is_dir()
 
 
-def _export_path(run_name: str, split: str, format: str, output: Path | None, n_splits: int) -> Path:
-    name, ending = ("submission", "csv") if format == "imageclef" else ("medical_captions", format)
+def _check_output(output: Path | None, format: str, n_splits: int) -> None:
+    """Whoever names a file of a kind that is not written here wants no folder of that name."""
+    if output is None or output.is_dir() or not _FILE_ENDING.fullmatch(output.suffix):
+        return
+    folder = f"if it is to be a folder, make it first: mkdir -p {shlex.quote(str(output))}"
+    if format in FOLDERS:
+        raise click.UsageError(f"{output} looks like a file, and {format} is a folder: name one; {folder}")
+    if not _is_file_name(output):
+        endings = ", ".join(f".{ending}" for ending in FILES)
+        raise click.UsageError(f"{output} looks like a file, and those written here end in {endings}; {folder}")
+    if n_splits > 1:
+        raise click.UsageError(f"{output} is one file: name a folder for several splits.")
+    if output.suffix.lower() != f".{_ending_of(format)}":
+        raise click.UsageError(f"{output} is no {format} file: name it .{_ending_of(format)}, or leave out --format.")
+
+
+def _ending_of(format: str) -> str:
+    return "csv" if format == "imageclef" else format
+
+
+def _export_path(run_name: str, split: str, format: str, output: Path | None) -> Path:
     if output and _is_file_name(output):
-        if n_splits > 1:
-            raise click.UsageError(f"{output} is one file: name a folder for several splits.")
-        if output.suffix != f".{ending}":
-            raise click.UsageError(f"{output} is no {format} file: name it .{ending}, or leave out --format.")
         return output
-    return (output or _results(run_name)) / f"{name}_{split}.{ending}"
+    name = "submission" if format == "imageclef" else "medical_captions"
+    return (output or _results(run_name)) / f"{name}_{split}.{_ending_of(format)}"
 
 
 def _echo_segments(paths: list[Path]) -> None:

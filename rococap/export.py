@@ -107,7 +107,7 @@ def export(
     if excel_safe:
         frames = (frame.map(_disarmed) for frame in frames)
     with replacing(path) as partial:
-        rows = write_frames(frames, partial, path.suffix)
+        rows = write_frames(frames, partial, ending(path))
         digest = sha256_of(partial)
         manifest.unlink(missing_ok=True)  # killed before the next line, the new file has none rather than the old one's
     missing = counts.total - rows
@@ -130,9 +130,14 @@ def _armed(cell: Any) -> Any:
     return cell[1:] if isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell, 1) else cell
 
 
+def ending(path: Path) -> str:
+    """`.csv` also of X.CSV, as older programs name it."""
+    return path.suffix.lower()
+
+
 def manifest_path(path: Path) -> Path:
     """`x.json` beside `x.csv`; beside another format of the same name, `x.parquet.json`."""
-    return path.with_suffix(".json") if path.suffix == ".csv" else path.with_name(f"{path.name}.json")
+    return path.with_suffix(".json") if ending(path) == ".csv" else path.with_name(f"{path.name}.json")
 
 
 def check_complete(run: Run, split: str, done: int, total: int) -> None:
@@ -543,7 +548,7 @@ def _as_exported(path: Path, manifest: dict[str, Any] | None) -> Iterator[pd.Dat
 
 def _read(path: Path) -> Iterator[pd.DataFrame]:
     try:
-        match path.suffix:
+        match ending(path):
             case ".csv":
                 yield from pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=PAGE)
             case ".jsonl":

@@ -167,6 +167,54 @@ def test_captions_are_exported_in_another_format_or_place(here):
     )
 
 
+@pytest.mark.parametrize("name", ["x.CSV", "x.Parquet", "x.JSONL"])
+def test_an_ending_in_capitals_is_that_of_a_file(here, name):
+    write_shard(here / "set", "train", range(3))
+    enqueue()
+    assert said("export", "--split", "train", "--output", name, "--checkpoint-every", "0").startswith(f"{name}: 0 cap")
+    assert (here / name).is_file()
+    assert (here / ("x.json" if name == "x.CSV" else f"{name}.json")).is_file()
+
+
+@pytest.mark.parametrize("name", ["x.csv.gz", "x.xlsx", "x.TSV", "x.json", "a/x.txt", "x.7z"])
+def test_a_file_of_a_kind_that_is_not_written_here_is_refused_and_becomes_no_folder(here, name):
+    write_shard(here / "set", "train", range(3))
+    enqueue()
+    there = sorted(here.iterdir())
+    assert refused("export", "--split", "train", "--output", name, code=2).endswith(
+        f"{name} looks like a file, and those written here end in .csv, .parquet, .jsonl; if it is to be a folder, "
+        f"make it first: mkdir -p {name}"
+    )
+    assert sorted(here.iterdir()) == there
+    (here / name).mkdir(parents=True)
+    assert said("export", "--split", "train", "--output", name).startswith(f"{name}/medical_captions_train.csv: ")
+
+
+@pytest.mark.parametrize("name", ["run.2", "run.v2", "2026-11.30-b", ".hidden"])
+def test_a_folder_may_have_a_number_behind_a_dot(here, name):
+    write_shard(here / "set", "train", range(3))
+    enqueue()
+    assert said("export", "--split", "train", "--output", name).startswith(f"{name}/medical_captions_train.csv: ")
+
+
+@pytest.mark.parametrize("format", ["hf", "webdataset", "kohya"])
+@pytest.mark.parametrize("name", ["x.tar", "x.csv", "x.Parquet"])
+def test_a_format_that_is_a_folder_is_not_written_to_the_name_of_a_file(here, format, name):
+    assert f"{name} looks like a file, and {format} is a folder: name one; if " in refused(
+        "export", "--split", "train", "--format", format, "--output", name, code=2
+    )
+    assert not (here / name).exists()
+
+
+def test_a_submission_ends_in_csv_in_any_case(here):
+    write_shard(here / "set", "train", range(3))
+    enqueue()
+    options = ("export", "--split", "train", "--format", "imageclef", "--allow-missing", "--output")
+    assert said(*options, "S.CSV").startswith("S.CSV: 3 captions")
+    assert "x.jsonl is no imageclef file: name it .csv" in refused(*options, "x.jsonl", code=2)
+    assert "x.xlsx looks like a file, and" in refused(*options, "x.xlsx", code=2)
+
+
 def test_status_tells_where_it_stands(here):
     assert said("status") == "Nothing is registered here yet. Register pictures first: rococap enqueue --split train\n"
     write_shard(here / "set", "train", range(5))

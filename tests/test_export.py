@@ -126,6 +126,16 @@ def test_awkward_captions_come_out_as_they_went_in(database, run, out, format):
             assert [row["generated_caption"] for row in csv.DictReader(file)] == AWKWARD
 
 
+@pytest.mark.parametrize("name", ["X.CSV", "X.Parquet", "X.JSONL"])
+def test_a_file_whose_ending_is_in_capitals_is_restored(database, run, other, tmp_path, out, name):
+    caption(database, run, AWKWARD)
+    path = export.export(database, run, "train", out / name).path
+    plain = export.export(database, run, "train", out / "plain.csv").path.read_bytes()
+    new = fill(other, tmp_path / "set", 30)
+    assert restore(other, new, path).restored == len(AWKWARD)
+    assert export.export(other, new, "train", out / "again.csv").path.read_bytes() == plain
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real captions beside the checkout")
 @pytest.mark.parametrize("name", ["roco_v1_2000.csv", "roco_v1_awkward_200.csv", "rocov2_test_sample_39.csv"])
 def test_real_captions_come_out_as_they_went_in(database, tmp_path, out, name):
