@@ -1217,7 +1217,8 @@ _FILE_ENDING = re.compile(r"\.(?!v?\d+$)\w{1,8}")
 @click.option(
     "--excel-safe",
     is_flag=True,
-    help="csv: an apostrophe before texts that a spreadsheet would run as formulas; `restore` takes it away. "
+    help="csv: an apostrophe before texts that a spreadsheet would run as formulas, and a byte-order mark, by which "
+    "Excel shows accents; `restore` takes both away. "
     "Checkpoint segments, which are for restoring, stay as they are.",
 )
 @strip_option
