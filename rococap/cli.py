@@ -93,7 +93,7 @@ def _told(error: BaseException) -> str:
     default=db.DEFAULT_URL,
     show_default=True,
     metavar="URL",
-    help="The queue: sqlite:///FILE, or postgresql+psycopg://… Also from ROCOCAP_DB.",
+    help="The queue: sqlite:///FILE or its path, or postgresql+psycopg://… Also from ROCOCAP_DB.",
 )
 @click.option("--force", is_flag=True, help="Open SQLite files on network file systems too, at your own risk.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
