@@ -39,6 +39,7 @@ MANY = 10**12
 DAY_SEC = 86_400.0
 SHOWN_FAILURES = 10
 SHOWN_PROCESS = 16  # characters
+LONGEST_RUN_NAME = 100  # bytes
 
 _NUMBER = re.compile(r"-?\d[\d.]*|-")
 
@@ -455,9 +456,14 @@ def _with_run(command: str, name: str) -> str:
 
 
 def _check_run_name(name: str) -> None:
-    """Runs name folders."""
-    if not all(c.isalnum() or c in "._-" for c in name) or name.startswith((".", "-")) or not 0 < len(name) <= 100:
+    """Runs name folders and files, also two runs one file: what else stands in its name has room beside them."""
+    if not all(c.isalnum() or c in "._-" for c in name) or name.startswith((".", "-")) or not name:
         raise click.BadParameter(f"{name!r} is no file name. Use letters, digits, dots, dashes.", param_hint="--run")
+    if (size := len(name.encode())) > LONGEST_RUN_NAME:
+        raise click.BadParameter(
+            f"{_cut(name, 20)!r} is {size} bytes long in UTF-8, and {LONGEST_RUN_NAME} are the most: shorten it.",
+            param_hint="--run",
+        )
 
 
 def _model(model: str) -> str:

@@ -456,6 +456,26 @@ def test_a_run_name_that_is_no_file_name_is_a_usage_error():
     assert "'../x' is no file name" in refused("enqueue", "--split", "train", "--run", "../x", code=2)
 
 
+@pytest.mark.parametrize("name", ["a" * 101, "ł" * 51, "骨" * 34, "骨" * 100])
+def test_a_run_name_of_more_than_100_bytes_is_a_usage_error(here, name):
+    message = refused("enqueue", "--split", "train", "--run", name, code=2)
+    assert f"is {len(name.encode())} bytes long in UTF-8, and 100 are the most: shorten it." in message
+
+
+def test_the_longest_run_names_have_room_in_every_file_name(here):
+    write_shard(here / "set", "train", range(3))
+    names = ["a" * 100, "骨" * 33 + "b"]
+    for name, prompt in zip(names, ("One?", "Two?"), strict=True):
+        enqueue("--run", name, "--prompt", prompt)
+        with db.transaction(db.connect("rococap.db"), write=True) as conn:
+            worker = queue.register_worker(conn, name, "host", 7, INFO)
+            lease = queue.claim(conn, worker, queue.get_run(conn, name).id, "train", 3, ttl_ms=60_000)
+            queue.complete(conn, lease, [Completion(job.id, "A bone.") for job in lease.jobs])
+        said("export", "--split", "train", "--run", name)
+    said("compare", *names)
+    said("report", "--split", "train", *(f"--run={name}" for name in names))
+
+
 def test_a_folder_without_parquet_or_csv_is_refused(here):
     (here / "empty").mkdir()
     assert refused("enqueue", "--split", "train", "--dataset", "empty") == (
