@@ -257,7 +257,7 @@ def _worker_rate(
 ) -> float:
     """Pictures a second from the first claim to the last stored caption, on a queue that is thrown away."""
     with tempfile.TemporaryDirectory(prefix="rococap-bench-") as folder:
-        database = db.connect(f"sqlite:///{folder}/queue.db", force=True)  # nobody else opens it
+        database = db.connect(f"{folder}/queue.db", force=True)  # nobody else opens it
         try:
             dataset = replace(dataset, columns=run.columns)
             enqueue(database, dataset, [split], run=run.name, recipe=run.recipe, limit=n, offset=offset)

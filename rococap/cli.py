@@ -40,6 +40,7 @@ MANY = 10**12
 DAY_SEC = 86_400.0
 SHOWN_FAILURES = 10
 SHOWN_PROCESS = 16  # characters
+LONGEST_RUN_NAME = 100  # bytes
 
 _NUMBER = re.compile(r"-?\d[\d.]*|-")
 
@@ -94,7 +95,7 @@ def _told(error: BaseException) -> str:
     default=db.DEFAULT_URL,
     show_default=True,
     metavar="URL",
-    help="The queue: sqlite:///FILE, or postgresql+psycopg://… Also from ROCOCAP_DB.",
+    help="The queue: sqlite:///FILE or its path, or postgresql+psycopg://… Also from ROCOCAP_DB.",
 )
 @click.option("--force", is_flag=True, help="Open SQLite files on network file systems too, at your own risk.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
@@ -456,9 +457,14 @@ def _with_run(command: str, name: str) -> str:
 
 
 def _check_run_name(name: str) -> None:
-    """Runs name folders."""
-    if not all(c.isalnum() or c in "._-" for c in name) or name.startswith((".", "-")) or not 0 < len(name) <= 100:
+    """Runs name folders and files, also two runs one file: what else stands in its name has room beside them."""
+    if not all(c.isalnum() or c in "._-" for c in name) or name.startswith((".", "-")) or not name:
         raise click.BadParameter(f"{name!r} is no file name. Use letters, digits, dots, dashes.", param_hint="--run")
+    if (size := len(name.encode())) > LONGEST_RUN_NAME:
+        raise click.BadParameter(
+            f"{_cut(name, 20)!r} is {size} bytes long in UTF-8, and {LONGEST_RUN_NAME} are the most: shorten it.",
+            param_hint="--run",
+        )
 
 
 def _model(model: str) -> str:
@@ -1187,6 +1193,8 @@ _ONLY_FOR = {
     "checkpoint_every": FILES,
 }
 """Options of `export` that not every format has."""
+_FILE_ENDING = re.compile(r"\.(?!v?\d+$)\w{1,8}")
+"""What stands behind the dot of x.xlsx or x.csv.gz, and not of the folders run.2 and run.v2."""
 
 
 @cli.command()
@@ -1216,7 +1224,8 @@ _ONLY_FOR = {
 @click.option(
     "--excel-safe",
     is_flag=True,
-    help="csv: an apostrophe before texts that a spreadsheet would run as formulas; `restore` takes it away. "
+    help="csv: an apostrophe before texts that a spreadsheet would run as formulas, and a byte-order mark, by which "
+    "Excel shows accents; `restore` takes both away. "
     "Checkpoint segments, which are for restoring, stay as they are.",
 )
 @strip_option
@@ -1260,13 +1269,14 @@ def export(
         raise click.UsageError("--push needs the name of a data set: OWNER/NAME.")
     if follow and not checkpoint_every:
         raise click.UsageError("--follow writes checkpoints: give it --checkpoint-every N.")
+    _check_output(output, format, len(splits))
     database = _database()
     with db.transaction(database) as conn:
         run = queue.find_run(conn, run_name)
     if format in FOLDERS:
         _export_folder(database, run, splits, format, output, require_complete, strip_reasoning, push)
         return
-    paths = {split: _export_path(run.name, split, format, output, len(splits)) for split in splits}
+    paths = {split: _export_path(run.name, split, format, output) for split in splits}
     if format == "imageclef":
         _export_submissions(database, run, paths, allow_missing, strip_reasoning)
     else:
@@ -1365,22 +1375,38 @@ def _results(run_name: str) -> Path:
 
 
 def _format_of(output: Path | None) -> str:
-    return output.suffix[1:] if output and _is_file_name(output) else "csv"
+    return output.suffix[1:].lower() if output and _is_file_name(output) else "csv"
 
 
 def _is_file_name(output: Path) -> bool:
-    return output.suffix[1:] in FILES and not output.is_dir()
+    return output.suffix[1:].lower() in FILES and not output.is_dir()
 
 
-def _export_path(run_name: str, split: str, format: str, output: Path | None, n_splits: int) -> Path:
-    name, ending = ("submission", "csv") if format == "imageclef" else ("medical_captions", format)
+def _check_output(output: Path | None, format: str, n_splits: int) -> None:
+    """Whoever names a file of a kind that is not written here wants no folder of that name."""
+    if output is None or output.is_dir() or not _FILE_ENDING.fullmatch(output.suffix):
+        return
+    folder = f"if it is to be a folder, make it first: mkdir -p {shlex.quote(str(output))}"
+    if format in FOLDERS:
+        raise click.UsageError(f"{output} looks like a file, and {format} is a folder: name one; {folder}")
+    if not _is_file_name(output):
+        endings = ", ".join(f".{ending}" for ending in FILES)
+        raise click.UsageError(f"{output} looks like a file, and those written here end in {endings}; {folder}")
+    if n_splits > 1:
+        raise click.UsageError(f"{output} is one file: name a folder for several splits.")
+    if output.suffix.lower() != f".{_ending_of(format)}":
+        raise click.UsageError(f"{output} is no {format} file: name it .{_ending_of(format)}, or leave out --format.")
+
+
+def _ending_of(format: str) -> str:
+    return "csv" if format == "imageclef" else format
+
+
+def _export_path(run_name: str, split: str, format: str, output: Path | None) -> Path:
     if output and _is_file_name(output):
-        if n_splits > 1:
-            raise click.UsageError(f"{output} is one file: name a folder for several splits.")
-        if output.suffix != f".{ending}":
-            raise click.UsageError(f"{output} is no {format} file: name it .{ending}, or leave out --format.")
         return output
-    return (output or _results(run_name)) / f"{name}_{split}.{ending}"
+    name = "submission" if format == "imageclef" else "medical_captions"
+    return (output or _results(run_name)) / f"{name}_{split}.{_ending_of(format)}"
 
 
 def _echo_segments(paths: list[Path]) -> None:

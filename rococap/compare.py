@@ -28,6 +28,7 @@ from rococap.export import (
     Progress,
     Read,
     done_pages,
+    ending,
     finished_until,
     replacing,
     short_reads,
@@ -116,7 +117,7 @@ def compare(
         )
     join = _Join(runs, [_Measure(run) for run in runs], all_done, strip_reasoning)
     with replacing(path) as partial, short_reads(database) as read:
-        rows = write_frames(join.frames(read, cutoff, done, progress), partial, path.suffix, _schema(runs))
+        rows = write_frames(join.frames(read, cutoff, done, progress), partial, ending(path), _schema(runs))
         if not rows:
             raise RunError(
                 f"{_quoted(names)} captioned no picture in common yet. Leave out --all-done, or go on: rococap worker"
@@ -125,7 +126,7 @@ def compare(
 
 
 def check_suffix(path: Path) -> None:
-    if path.suffix.removeprefix(".") not in FORMATS:
+    if ending(path).removeprefix(".") not in FORMATS:
         known = [f".{format}" for format in FORMATS]
         raise RococapError(f"{path} ends in none of {', '.join(known)}: name it so with --output.")
 

@@ -24,6 +24,7 @@ from sqlalchemy.exc import DatabaseError as DriverError
 
 from rococap.errors import DatabaseError, DatabaseUnavailable
 from rococap.models import SCHEMA
+from rococap.urls import shown, sqlite_url
 
 DEFAULT_URL = "sqlite:///rococap.db"
 PATIENCE_SEC = 60.0
@@ -141,7 +142,7 @@ def connect(url: str, *, create: bool = True, is_there: bool = False, force: boo
 
 def _parse(url: str) -> URL:
     try:
-        parsed = make_url(_with_hosts_as_options(url)) if "://" in url else URL.create("sqlite", database=url)
+        parsed = sqlite_url(url) or make_url(_with_hosts_as_options(url))
         if parsed.drivername in ("postgres", "postgresql"):  # as libpq writes it
             parsed = parsed.set(drivername="postgresql+psycopg")
         parsed.get_dialect()
@@ -301,7 +302,7 @@ def stay(engine: Engine, sql: str, params: Row) -> None:
             cursor.close()
         if not is_there:
             raise DatabaseError(
-                f"{engine.url.render_as_string()} is another database than when this process began: it was "
+                f"{shown(engine.url)} is another database than when this process began: it was "
                 "replaced. Start anew, with the one that you want."
             )
 
@@ -317,7 +318,7 @@ def stay(engine: Engine, sql: str, params: Row) -> None:
 def explain(error: DBAPIError, url: URL | None = None) -> str:
     """A driver's error as one line that names the next step."""
     reason = str(error.orig).partition("\n")[0]
-    where = url.render_as_string(hide_password=True) if url else "The database"
+    where = shown(url) if url else "The database"
     if "not a database" in reason or "malformed" in reason:
         return f"{where} is not an SQLite database, or is damaged ({reason}). Name another with --db."
     if "readonly" in reason or "unable to open" in reason:
@@ -522,7 +523,7 @@ def found_schema(conn: Connection) -> str | None:
 
 
 def wrong_schema(url: URL, found: str) -> DatabaseError:
-    where = url.render_as_string(hide_password=True)
+    where = shown(url)
     if found in _known_revisions():
         return DatabaseError(
             f"{where} has schema {found}; this rococap needs {SCHEMA}. Upgrade it (a backup copy is made): "

@@ -22,6 +22,9 @@ from rococap.recipe import RULES, Recipe
 
 PAGE = 20_000
 
+LONGEST_ID = 240
+"""Bytes of an image id in UTF-8. Exports name files by it, which hold 255, and PostgreSQL's index holds 2,704."""
+
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how much is done, of how much)."""
 
@@ -54,14 +57,16 @@ def enqueue(
 ) -> list[Enqueued]:
     """Makes the rows `offset` to `offset + limit` of each split pending in a run; what is known stays as it is.
 
-    Raises RunError if the run exists with another recipe or data set, DatasetError for data that cannot be read:
-    every shard's footer is read, and of a split that is new or altered some pictures, before anything is written.
+    Raises RunError if the run exists with another recipe or data set, DatasetError for data that cannot be read and
+    for ids that are too long: every shard's footer is read, and of a split that is new or altered the ids and some
+    pictures, before anything is written.
     """
     with transaction(engine) as conn:
         dataset, known = _as_registered(conn, dataset, splits)
     shards = {split: datasets.find_shards(dataset.root, split, dataset.config, dataset.columns) for split in splits}
     for split in splits:
-        if any(known[split].get(shard.path) != shard for shard in shards[split]):
+        if new := [shard for shard in shards[split] if known[split].get(shard.path) != shard]:
+            _check_ids(dataset, new)
             require_pictures(dataset, split, shards[split], recipe)
     with transaction(engine, write=True) as conn:
         dataset_id = register_dataset(conn, dataset)
@@ -75,6 +80,17 @@ def enqueue(
             result.is_unlabelled = not _has_originals(conn, dataset_id, split)
         results.append(result)
     return results
+
+
+def _check_ids(dataset: Dataset, shards: Sequence[Shard]) -> None:
+    for shard in shards:
+        for sample in datasets.samples(dataset.root, shard, dataset.columns):
+            if (size := len(sample.image_id.encode())) > LONGEST_ID:
+                raise DatasetError(
+                    f"{dataset.root / shard.path} holds the id {sample.image_id[:20]!r}…, which is {size} bytes long "
+                    f"in UTF-8, and {LONGEST_ID} are the most, since files are named by ids. Shorten it, or take the "
+                    "ids from another column: --columns image_id=NAME"
+                )
 
 
 def _has_originals(conn: Connection, dataset_id: int, split: str) -> bool:

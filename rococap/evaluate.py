@@ -31,6 +31,7 @@ from rococap.export import (
     Progress,
     Read,
     done_pages,
+    ending,
     finished_until,
     manifest_path,
     replacing,
@@ -647,7 +648,7 @@ def write(evaluation: Evaluation, path: Path, told: dict[str, Any]) -> int:
     schema = pa.schema([*((name, pa.string()) for name in TEXTS), *((name, pa.float64()) for name in names)])
     with replacing(path) as partial:
         pages = chain.from_iterable(_frames(one) for one in scored)
-        rows = write_frames((page.reindex(columns=schema.names) for page in pages), partial, path.suffix, schema)
+        rows = write_frames((page.reindex(columns=schema.names) for page in pages), partial, ending(path), schema)
         manifest_path(path).unlink(
             missing_ok=True
         )  # killed before the next line, the file has none rather than another's

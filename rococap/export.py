@@ -5,6 +5,7 @@ under another name, fsynced and renamed. Done rows never change, so an export is
 transactions that stall no worker.
 """
 
+import codecs
 import errno
 import hashlib
 import json
@@ -91,7 +92,8 @@ def export(
     progress: Progress = lambda what, done, total: None,
 ) -> Exported:
     """Writes the done images of a split, in data set order, to a .csv, .parquet or .jsonl file, and its manifest.
-    `excel_safe` puts an apostrophe before texts that a spreadsheet would run, which `restore` takes away again;
+    `excel_safe` puts an apostrophe before texts that a spreadsheet would run and a byte-order mark before all, which
+    `restore` takes away again;
     `strip_reasoning` leaves out what a model thought aloud, which cannot be restored.
 
     Raises RunError if the run has nothing of the split, IncompleteError if some are not done and all were required,
@@ -107,7 +109,7 @@ def export(
     if excel_safe:
         frames = (frame.map(_disarmed) for frame in frames)
     with replacing(path) as partial:
-        rows = write_frames(frames, partial, path.suffix)
+        rows = write_frames(frames, partial, ending(path), mark=excel_safe)
         digest = sha256_of(partial)
         manifest.unlink(missing_ok=True)  # killed before the next line, the new file has none rather than the old one's
     missing = counts.total - rows
@@ -130,9 +132,14 @@ def _armed(cell: Any) -> Any:
     return cell[1:] if isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell, 1) else cell
 
 
+def ending(path: Path) -> str:
+    """`.csv` also of X.CSV, as older programs name it."""
+    return path.suffix.lower()
+
+
 def manifest_path(path: Path) -> Path:
     """`x.json` beside `x.csv`; beside another format of the same name, `x.parquet.json`."""
-    return path.with_suffix(".json") if path.suffix == ".csv" else path.with_name(f"{path.name}.json")
+    return path.with_suffix(".json") if ending(path) == ".csv" else path.with_name(f"{path.name}.json")
 
 
 def check_complete(run: Run, split: str, done: int, total: int) -> None:
@@ -220,11 +227,13 @@ def frame_of(rows: Sequence[Sequence[Any]], run: Run, split: str) -> pd.DataFram
     return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), dtype=object)
 
 
-def write_frames(frames: Iterator[pd.DataFrame], path: Path, suffix: str, schema: pa.Schema = SCHEMA) -> int:
-    """Writes the format that the suffix names; returns how many rows."""
+def write_frames(
+    frames: Iterator[pd.DataFrame], path: Path, suffix: str, schema: pa.Schema = SCHEMA, *, mark: bool = False
+) -> int:
+    """Writes the format that the suffix names, with `mark` a CSV with a byte-order mark; returns how many rows."""
     match suffix:
         case ".csv":
-            return _write_csv(frames, path, schema)
+            return _write_csv(frames, path, schema, mark=mark)
         case ".jsonl":
             return _write_jsonl(frames, path)
         case ".parquet":
@@ -232,12 +241,14 @@ def write_frames(frames: Iterator[pd.DataFrame], path: Path, suffix: str, schema
     raise ValueError(f"the file's name must end in one of {', '.join(FORMATS)}, not {suffix}")
 
 
-def _write_csv(frames: Iterator[pd.DataFrame], path: Path, schema: pa.Schema = SCHEMA) -> int:
+def _write_csv(frames: Iterator[pd.DataFrame], path: Path, schema: pa.Schema = SCHEMA, *, mark: bool = False) -> int:
     """RFC 4180 with \\n and a plain header. Arrow quotes every text, where the csv module before Python 3.13 leaves a
-    bare \\r unquoted, and takes half the time of pandas.
+    bare \\r unquoted, and takes half the time of pandas. Excel reads a file that has no `mark` in the machine's own
+    code page, and so `é` as `Ã©`.
     """
     rows = 0
     with path.open("wb") as file:
+        file.write(codecs.BOM_UTF8 if mark else b"")
         file.write(",".join(schema.names).encode() + b"\n")
         with CSVWriter(file, schema, write_options=WriteOptions(include_header=False)) as writer:
             for frame in frames:
@@ -545,9 +556,10 @@ def _as_exported(path: Path, manifest: dict[str, Any] | None) -> Iterator[pd.Dat
 
 def _read(path: Path) -> Iterator[pd.DataFrame]:
     try:
-        match path.suffix:
+        match ending(path):
             case ".csv":
-                yield from pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=PAGE)
+                # utf-8-sig: a byte-order mark is --excel-safe's, or a spreadsheet's, and no part of the first name.
+                yield from pd.read_csv(path, encoding="utf-8-sig", dtype=str, keep_default_na=False, chunksize=PAGE)
             case ".jsonl":
                 yield from pd.read_json(path, lines=True, dtype=False, chunksize=PAGE)
             case ".parquet":

@@ -28,6 +28,7 @@ from sqlalchemy import Engine as Database
 from rococap import __version__, datasets, queue
 from rococap.datasets import PictureReader, Place
 from rococap.db import execute, transaction
+from rococap.enqueue import LONGEST_ID
 from rococap.errors import PictureError, RococapError, RunError
 from rococap.export import (
     MANIFEST,
@@ -547,6 +548,8 @@ def _why_not(error: Exception, repo: str) -> str:
 # --- Pictures and captions -------------------------------------------------------------------------------------
 
 SAMPLES_PER_TAR = 1_000
+LONGEST_KEY = LONGEST_ID
+"""Bytes before the ending. In percent an id is up to three times as long as in the data set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -640,7 +643,11 @@ def _sample(run: Run, place: Place, picture: bytes, original: str, generated: st
 
 def _key(image_id: str) -> str:
     """Letters, digits, `_`, `-`, `~`, the rest in percent: a dot would begin the ending, and no two ids share a key."""
-    return quote(image_id, safe="").replace(".", "%2E") or "%"
+    key = quote(image_id, safe="").replace(".", "%2E") or "%"
+    if len(key) <= LONGEST_KEY:
+        return key
+    # No byte is written as %-, so that a key that was cut is no other picture's.
+    return f"{key[:200]}%-{hashlib.sha256(image_id.encode()).hexdigest()[:32]}"
 
 
 _WRITERS = {

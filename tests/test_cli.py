@@ -167,6 +167,54 @@ def test_captions_are_exported_in_another_format_or_place(here):
     )
 
 
+@pytest.mark.parametrize("name", ["x.CSV", "x.Parquet", "x.JSONL"])
+def test_an_ending_in_capitals_is_that_of_a_file(here, name):
+    write_shard(here / "set", "train", range(3))
+    enqueue()
+    assert said("export", "--split", "train", "--output", name, "--checkpoint-every", "0").startswith(f"{name}: 0 cap")
+    assert (here / name).is_file()
+    assert (here / ("x.json" if name == "x.CSV" else f"{name}.json")).is_file()
+
+
+@pytest.mark.parametrize("name", ["x.csv.gz", "x.xlsx", "x.TSV", "x.json", "a/x.txt", "x.7z"])
+def test_a_file_of_a_kind_that_is_not_written_here_is_refused_and_becomes_no_folder(here, name):
+    write_shard(here / "set", "train", range(3))
+    enqueue()
+    there = sorted(here.iterdir())
+    assert refused("export", "--split", "train", "--output", name, code=2).endswith(
+        f"{name} looks like a file, and those written here end in .csv, .parquet, .jsonl; if it is to be a folder, "
+        f"make it first: mkdir -p {name}"
+    )
+    assert sorted(here.iterdir()) == there
+    (here / name).mkdir(parents=True)
+    assert said("export", "--split", "train", "--output", name).startswith(f"{name}/medical_captions_train.csv: ")
+
+
+@pytest.mark.parametrize("name", ["run.2", "run.v2", "2026-11.30-b", ".hidden"])
+def test_a_folder_may_have_a_number_behind_a_dot(here, name):
+    write_shard(here / "set", "train", range(3))
+    enqueue()
+    assert said("export", "--split", "train", "--output", name).startswith(f"{name}/medical_captions_train.csv: ")
+
+
+@pytest.mark.parametrize("format", ["hf", "webdataset", "kohya"])
+@pytest.mark.parametrize("name", ["x.tar", "x.csv", "x.Parquet"])
+def test_a_format_that_is_a_folder_is_not_written_to_the_name_of_a_file(here, format, name):
+    assert f"{name} looks like a file, and {format} is a folder: name one; if " in refused(
+        "export", "--split", "train", "--format", format, "--output", name, code=2
+    )
+    assert not (here / name).exists()
+
+
+def test_a_submission_ends_in_csv_in_any_case(here):
+    write_shard(here / "set", "train", range(3))
+    enqueue()
+    options = ("export", "--split", "train", "--format", "imageclef", "--allow-missing", "--output")
+    assert said(*options, "S.CSV").startswith("S.CSV: 3 captions")
+    assert "x.jsonl is no imageclef file: name it .csv" in refused(*options, "x.jsonl", code=2)
+    assert "x.xlsx looks like a file, and" in refused(*options, "x.xlsx", code=2)
+
+
 def test_status_tells_where_it_stands(here):
     assert said("status") == "Nothing is registered here yet. Register pictures first: rococap enqueue --split train\n"
     write_shard(here / "set", "train", range(5))
@@ -468,6 +516,26 @@ def test_pixel_bounds_that_no_model_could_follow_are_a_usage_error(here):
 
 def test_a_run_name_that_is_no_file_name_is_a_usage_error():
     assert "'../x' is no file name" in refused("enqueue", "--split", "train", "--run", "../x", code=2)
+
+
+@pytest.mark.parametrize("name", ["a" * 101, "ł" * 51, "骨" * 34, "骨" * 100])
+def test_a_run_name_of_more_than_100_bytes_is_a_usage_error(here, name):
+    message = refused("enqueue", "--split", "train", "--run", name, code=2)
+    assert f"is {len(name.encode())} bytes long in UTF-8, and 100 are the most: shorten it." in message
+
+
+def test_the_longest_run_names_have_room_in_every_file_name(here):
+    write_shard(here / "set", "train", range(3))
+    names = ["a" * 100, "骨" * 33 + "b"]
+    for name, prompt in zip(names, ("One?", "Two?"), strict=True):
+        enqueue("--run", name, "--prompt", prompt)
+        with db.transaction(db.connect("rococap.db"), write=True) as conn:
+            worker = queue.register_worker(conn, name, "host", 7, INFO)
+            lease = queue.claim(conn, worker, queue.get_run(conn, name).id, "train", 3, ttl_ms=60_000)
+            queue.complete(conn, lease, [Completion(job.id, "A bone.") for job in lease.jobs])
+        said("export", "--split", "train", "--run", name)
+    said("compare", *names)
+    said("report", "--split", "train", *(f"--run={name}" for name in names))
 
 
 def test_a_folder_without_parquet_or_csv_is_refused(here):

@@ -354,6 +354,11 @@ def test_a_file_of_another_kind_is_refused_with_those_that_are_known(here):
         assert result.stderr == f"Error: {name} ends in none of .csv, .parquet, .jsonl: name it so with --output.\n"
 
 
+def test_an_ending_in_capitals_is_known(here):
+    result = invoke("a", "--output", "x.CSV")
+    assert (result.exit_code, (here / "x.CSV").is_file()) == (0, True), result.output
+
+
 def test_a_command_without_a_run_is_a_usage_error(here):
     assert invoke().exit_code == 2
 

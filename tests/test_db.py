@@ -15,6 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from rococap import db
 from rococap.errors import DatabaseError, DatabaseUnavailable
 from rococap.models import SCHEMA
+from rococap.urls import shown
 
 TABLES = {
     "alembic_version",
@@ -227,6 +228,77 @@ def test_a_path_without_a_scheme_is_that_sqlite_file(tmp_path, name):
     db.connect(str(tmp_path / name)).dispose()
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert tables(tmp_path / name) - {"sqlite_sequence"} == TABLES
+
+
+ODD_NAMES = ["my queue.db", "50%.db", "a%b.db", "#1.db", "größe.db", "a&b=c;d.db", "[x].db", "it's.db", 'q"q.db', "$H"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_url_names_the_file_that_is_written_in_it(tmp_path, name):
+    engine = db.connect(f"sqlite:///{tmp_path}/{name}")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert [shown(engine.url), engine.url.database] == [shown(db._parse(shown(engine.url))), f"{tmp_path}/{name}"]
+    engine.dispose()
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "what?.db", "?", "a%20b.db", "x%3Fy?z#.db", "~"])
+def test_the_url_that_is_shown_of_a_path_opens_the_same_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    url = shown(db._parse(f"{tmp_path}/{name}/{name}"))
+    db.connect(url).dispose()
+    assert [file.name for file in (tmp_path / name).iterdir()] == [name]
+
+
+@pytest.mark.parametrize("url", ["sqlite:///~/mine.db", "~/mine.db", "sqlite+pysqlite:///~/mine.db"])
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, url):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(elsewhere)
+    db.connect(url).dispose()
+    assert tables(home / "mine.db") >= TABLES
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["what?/q.db", "what?.db", "what?", "a?b=c.db", "a?timeout=5/q.db", "what?&/q.db"])
+def test_a_question_mark_in_a_url_is_refused_with_the_way_to_write_it(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "a?timeout=5").mkdir(exist_ok=True)
+    there = sorted(tmp_path.rglob("*"))
+    message = refusal(db.connect, f"sqlite:///{tmp_path}/{name}")
+    assert message.startswith(f"What stands behind the ? of sqlite:///{tmp_path}/{name} is no option of SQLite. ")
+    assert sorted(tmp_path.rglob("*")) == there
+    db.connect(shlex.split(message.partition("--db ")[2])[0]).dispose()
+    assert tables(tmp_path / name) >= TABLES
+
+
+def test_options_of_sqlite_are_taken_from_a_url(tmp_path):
+    db.connect(f"sqlite:///{tmp_path}/queue.db?cached_statements=10&timeout=1").dispose()
+    assert [file.name for file in tmp_path.iterdir()] == ["queue.db"]
+
+
+def test_a_percent_sign_and_two_digits_are_one_character_of_a_url(tmp_path):
+    db.connect(f"sqlite:///{tmp_path}/a%20b%3F.db").dispose()
+    assert [file.name for file in tmp_path.iterdir()] == ["a b?.db"]
+
+
+def test_a_folder_or_file_that_is_there_by_the_letters_of_a_url_is_refused_with_the_way_to_write_it(tmp_path):
+    (tmp_path / "a%20b").mkdir()
+    (tmp_path / "q%41.db").touch()
+    for name in ("a%20b/q.db", "q%41.db"):
+        message = refusal(db.connect, f"sqlite:///{tmp_path}/{name}")
+        assert "write %25 for the %" in message
+        db.connect(shlex.split(message.partition("--db ")[2])[0]).dispose()
+        assert tables(tmp_path / name) >= TABLES
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a%20b", "q%41.db"]
+
+
+@pytest.mark.parametrize("url", ["sqlite:x.db", "sqlite:/x.db", "sqlite://x.db", "sqlite+pysqlite://x.db"])
+def test_a_url_without_its_three_slashes_is_refused_with_them(tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(db.connect, url) == (f"{url} names no file, which stands behind three slashes: --db sqlite:///x.db")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_relative_path_is_beside_the_working_directory(tmp_path, monkeypatch):

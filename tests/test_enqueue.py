@@ -56,6 +56,39 @@ def test_every_row_is_registered_as_pending_with_its_place_and_texts(database, r
     assert rows(database, place)[14][:3] == ("data/train-00001-of-00002.parquet", 0, 2)
 
 
+def with_ids(root: Path, ids: list[str]) -> None:
+    path = write_shard(root, "train", range(len(ids)))
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.schema.get_field_index("image_id"), "image_id", [ids]), path)
+
+
+def test_an_id_may_be_as_long_as_a_file_name_can_hold(database, root):
+    ids = ["a" * 240, "骨" * 80, "é" * 120]
+    with_ids(root, ids)
+    (result,) = register(database, root, ["train"])
+    assert (result.new, image_ids(database)) == (3, ids)
+
+
+@pytest.mark.parametrize("long", ["a" * 241, "骨" * 81, "a" * 100_000])
+def test_an_id_that_names_no_file_is_refused_before_anything_is_written(database, root, long):
+    with_ids(root, ["short", long])
+    with pytest.raises(DatasetError) as caught:
+        register(database, root, ["train"])
+    assert str(caught.value) == (
+        f"{root}/data/train-00000-of-00001.parquet holds the id {long[:20]!r}…, which is {len(long.encode())} bytes "
+        "long in UTF-8, and 240 are the most, since files are named by ids. Shorten it, or take the ids from another "
+        "column: --columns image_id=NAME"
+    )
+    assert [rows(database, f"SELECT * FROM {table}") for table in ("datasets", "runs", "images")] == [[], [], []]
+
+
+def test_a_long_id_in_a_csv_is_refused_too(database, root):
+    (root / "train").mkdir(parents=True)
+    (root / "train_captions.csv").write_text(f"ID,Caption\n{'a' * 241},x\n")
+    with pytest.raises(DatasetError, match="which is 241 bytes long in UTF-8, and 240 are the most"):
+        register(database, root, ["train"])
+
+
 def test_enqueuing_again_changes_nothing(database, root):
     write_shard(root, "train", range(12))
     register(database, root, ["train"])

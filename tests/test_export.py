@@ -126,6 +126,16 @@ def test_awkward_captions_come_out_as_they_went_in(database, run, out, format):
             assert [row["generated_caption"] for row in csv.DictReader(file)] == AWKWARD
 
 
+@pytest.mark.parametrize("name", ["X.CSV", "X.Parquet", "X.JSONL"])
+def test_a_file_whose_ending_is_in_capitals_is_restored(database, run, other, tmp_path, out, name):
+    caption(database, run, AWKWARD)
+    path = export.export(database, run, "train", out / name).path
+    plain = export.export(database, run, "train", out / "plain.csv").path.read_bytes()
+    new = fill(other, tmp_path / "set", 30)
+    assert restore(other, new, path).restored == len(AWKWARD)
+    assert export.export(other, new, "train", out / "again.csv").path.read_bytes() == plain
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real captions beside the checkout")
 @pytest.mark.parametrize("name", ["roco_v1_2000.csv", "roco_v1_awkward_200.csv", "rocov2_test_sample_39.csv"])
 def test_real_captions_come_out_as_they_went_in(database, tmp_path, out, name):
@@ -149,6 +159,27 @@ def test_texts_that_a_spreadsheet_would_run_get_an_apostrophe_in_the_csv_alone(d
     assert list(read(segment)["generated_caption"]) == FORMULAS + HARMLESS
     told = " ".join(CliRunner().invoke(cli, ["export", "--help"]).stdout.split())
     assert "Checkpoint segments, which are for restoring, stay as they are." in told
+
+
+def test_a_csv_for_spreadsheets_begins_with_a_byte_order_mark_and_nothing_else_does(database, run, out):
+    caption(database, run, ["Fémur gauche, côlon – œdème 🦴"])
+    path = export.export(database, run, "train", out / "safe.csv", excel_safe=True).path
+    plain = export.export(database, run, "train", out / "plain.csv").path
+    assert path.read_bytes() == b"\xef\xbb\xbf" + plain.read_bytes()
+    assert json.loads(path.with_suffix(".json").read_text())["excel_safe"] is True
+    assert "excel_safe" not in json.loads(plain.with_suffix(".json").read_text())
+    [segment] = write_checkpoints(database, run, "train", out, 1)
+    for format in ("parquet", "jsonl"):
+        export.export(database, run, "train", out / f"x.{format}")
+    others = (segment, plain, out / "x.parquet", out / "x.jsonl")
+    assert [file.read_bytes()[:3] == b"\xef\xbb\xbf" for file in others] == [False] * 4
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column_without_a_manifest(database, run, other, tmp_path, out):
+    caption(database, run, ["é"])
+    path = export.export(database, run, "train", out / "x.csv", excel_safe=True).path
+    path.with_suffix(".json").unlink()
+    assert restore(other, fill(other, tmp_path / "set", 30), path).restored == 1
 
 
 @pytest.mark.parametrize("name", ["roco_v1_awkward_200.csv", None])

@@ -704,6 +704,20 @@ def test_keys_have_no_dots_and_no_two_ids_share_one(database, root, out):
     )
 
 
+def test_the_longest_ids_name_files_too_and_those_that_begin_alike_name_different_ones(database, root, out):
+    ids = ["a" * 240, "骨" * 80, "骨" * 79 + "é", "." * 240, "." * 239 + "/", "." * 80, "." * 81]
+    run = filled(database, root, len(ids), ids=ids)
+    publish.publish(database, run, ["train"], out / "tar", "webdataset")
+    samples = tar_samples(out / "tar")
+    assert [json.loads(one["json"])["image_id"] for one in samples.values()] == ids
+    assert max(len(key) for key in samples) <= 240
+    assert [key for key in samples if "%-" not in key] == ["a" * 240, "%2E" * 80]
+    publish.publish(database, run, ["train"], out / "pairs", "kohya")
+    assert names(out / "pairs") == sorted(
+        ["rococap.json", *(f"train/{key}.{ending}" for key in samples for ending in ("png", "txt"))]
+    )
+
+
 def test_a_picture_that_cannot_be_read_is_told_and_the_rest_is_there(database, root, out):
     run = filled(database, root, 12)
     pictures = [picture(n) for n in range(12)]
