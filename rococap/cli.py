@@ -1706,7 +1706,7 @@ def _prune(database: Database, before: int) -> int:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @db_option
 def backup(file: Path) -> None:
-    """Copy the SQLite database as it is at one moment, while workers run."""
+    """Copy the SQLite database as it is at one moment, while workers run. A file that is there is not overwritten."""
     click.echo(f"Copied to {db.back_up(_database(), file)}")
 
 
@@ -1885,15 +1885,26 @@ def demo(folder: Path, images: int, workers: int) -> None:
         result = run_demo(folder, images, workers, bar if _console().is_terminal else _steps())
     for shown in result.examples[:4]:
         click.echo(f"{shown.image_id}\n  original   {shown.original}\n  generated  {shown.generated}")
-    click.echo(
-        f"\n{result.captioned} pictures captioned by {workers} workers in {result.seconds:.0f} s, "
-        f"{result.exact} of them word for word as the original."
-    )
+    click.echo(f"\n{_captioned_text(result, workers)}")
     click.echo(f"Look at  {result.sheet}")
     click.echo(f"Look at  {result.report}")
     for path in result.exports:
         click.echo(f"Read     {path}")
     click.echo(f"Ask      rococap --db {shlex.quote(str(folder / 'rococap.db'))} status")
+
+
+def _captioned_text(result: Any, workers: int) -> str:
+    """Not of captions that were there that they were made now."""
+    exact = f"{result.exact} of them word for word as the original."
+    if result.before == result.captioned:
+        return (
+            f"{result.captioned} pictures were captioned by an earlier demo in this folder, {exact}\n"
+            "Nothing was captioned again; the files below were made anew from its queue."
+        )
+    now = f"{result.captioned - result.before} pictures captioned by {workers} workers in {result.seconds:.0f} s, "
+    if result.before:
+        return f"{now}after {result.before} by an earlier demo in this folder, {exact}"
+    return now + exact
 
 
 def _steps() -> Callable[[str, int, int], None]:

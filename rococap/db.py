@@ -624,20 +624,24 @@ def _migrate(engine: Engine) -> Migrated:
     backup = None
     if found is not None and engine.dialect.name == "sqlite":
         file = Path(engine.url.database or "")
-        backup = back_up(engine, file.with_name(f"{file.name}.before-{SCHEMA}-from-{found}"))
+        # One that is there is of an upgrade that failed, and older than what it would be wanted for.
+        backup = back_up(engine, file.with_name(f"{file.name}.before-{SCHEMA}-from-{found}"), overwrite=True)
     upgrade(engine)
     return Migrated(True, backup)
 
 
-def back_up(engine: Engine, target: Path) -> Path:
+def back_up(engine: Engine, target: Path, *, overwrite: bool = False) -> Path:
     """Copies an SQLite database as it is at one moment to `target`, while workers run; whole or not at all.
 
-    Raises DatabaseError where the copy cannot be written, and for PostgreSQL, which has its own tool.
+    Raises DatabaseError where a file is there (but for `overwrite`) or the copy cannot be written, and for PostgreSQL,
+    which has its own tool.
     """
     if engine.dialect.name != "sqlite":
         raise DatabaseError("This copies SQLite files. For PostgreSQL: pg_dump --format=custom --file=FILE URL")
     if target.exists() and target.samefile(engine.url.database or ""):
         raise DatabaseError(f"{target} is the database itself. Name another file.")
+    if os.path.lexists(target) and not overwrite:
+        raise DatabaseError(f"{target} is there already, and is left as it is. Name another file, or move it away.")
     partial = target.with_name(f".{target.name}.part")
     try:
         partial.unlink(missing_ok=True)  # of one that was killed

@@ -258,6 +258,20 @@ def test_a_backup_is_the_database_as_it_is_while_a_worker_holds_leases(database,
     assert "The copy nowhere/copy.db cannot be written" in refused("backup", "nowhere/copy.db")
 
 
+def test_a_backup_overwrites_nothing(database, run, here):
+    said("backup", "copy.db")
+    (here / "notes.txt").write_text("mine")
+    (here / "link").symlink_to("nowhere")
+    there = (here / "copy.db").read_bytes()
+    claim(database, run)
+    for name in ("copy.db", "notes.txt", "link"):
+        assert refused("backup", name) == (
+            f"{name} is there already, and is left as it is. Name another file, or move it away."
+        )
+    assert [(here / "copy.db").read_bytes(), (here / "notes.txt").read_text()] == [there, "mine"]
+    assert (here / "link").is_symlink()
+
+
 def test_force_opens_a_file_on_a_network_file_system(database, here, monkeypatch):
     monkeypatch.setattr(db, "mounts", lambda: f"server:/home {here} nfs4 rw 0 0\n")
     assert "is on a network file system (nfs4)" in refused("status")

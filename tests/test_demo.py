@@ -63,10 +63,74 @@ def test_the_demo_captions_phantoms_and_says_what_they_are(tmp_path):
         assert min(sheet.size) > 500
     floor = shuffled(tmp_path / "demo")
     again = rococap("demo", "--images", "20", cwd=tmp_path)
-    assert "20 pictures captioned" in again
+    assert "20 pictures were captioned by an earlier demo in this folder, " in again
+    assert "Nothing was captioned again; the files below were made anew from its queue." in again
+    assert " captioned by 2 workers" not in again
     assert exports(tmp_path / "demo" / "results_medical").equals(frame)
     assert "Look at  demo/report.html" in again
     assert shuffled(tmp_path / "demo") == floor
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(*args: str) -> str:
+    result = CliRunner().invoke(cli, ["demo", *args])
+    assert result.exit_code == 1, result.output
+    return result.stderr.strip().removeprefix("Error: ")
+
+
+@pytest.mark.slow
+def test_a_demo_of_another_size_overwrites_no_results(tmp_path):
+    rococap("demo", "--images", "5", "--workers", "1", cwd=tmp_path)
+    there = files(tmp_path / "demo")
+    assert refused("--images", "6", "--dir", str(tmp_path / "demo")) == (
+        f"{tmp_path}/demo holds the results of a demo of 5 pictures, which one of 6 would overwrite. Look at them "
+        "again with --images 5, or name another folder: rococap demo --dir FOLDER"
+    )
+    assert files(tmp_path / "demo") == there
+
+
+@pytest.mark.parametrize("name", ["dataset", "results_medical", "captions.png", "report.html"])
+def test_the_demo_leaves_a_folder_alone_that_holds_something_else(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").write_text("mine")
+    assert refused("--dir", str(tmp_path)) == (
+        f"{tmp_path} holds {name}, and no demo's queue: what is there is left as it is. Name another folder: "
+        "rococap demo --dir FOLDER"
+    )
+    assert files(tmp_path) == {f"{name}/mine": b"mine"}
+
+
+@pytest.mark.parametrize("run", ["default", "mine"])
+def test_the_demo_leaves_a_queue_alone_that_is_not_its_own(tmp_path, run):
+    write_dataset(tmp_path / "set", {"train": 5})
+    database = db.connect(str(tmp_path / "rococap.db"))
+    enqueue(database, datasets.locate(str(tmp_path / "set"), ["train"]), ["train"], run=run, recipe=recipe())
+    database.dispose()
+    there = files(tmp_path)
+    assert refused("--dir", str(tmp_path)) == (
+        f"{tmp_path} holds a queue that no demo made in this place, and is left as it is. Name another folder: "
+        "rococap demo --dir FOLDER"
+    )
+    assert files(tmp_path).keys() == there.keys()
+    assert files(tmp_path / "set") == {name.removeprefix("set/"): data for name, data in there.items() if "set" in name}
+
+
+@pytest.mark.slow
+def test_a_demo_that_was_stopped_tells_what_an_earlier_one_captioned(tmp_path):
+    folder = tmp_path / "demo"
+    write_dataset(folder / "dataset", {"train": 4, "validation": 1, "test": 1})
+    database = db.connect(str(folder / "rococap.db"))
+    located = datasets.locate(str(folder / "dataset"), datasets.SPLITS)
+    enqueue(database, located, datasets.SPLITS, run="default", recipe=recipe())
+    worker = start_worker(str(folder / "rococap.db"), "--limit", "2", "--batch-size", "2")
+    worker.communicate(timeout=300)
+    assert worker.returncode == 0
+    told = rococap("demo", "--images", "6", "--workers", "1", cwd=tmp_path)
+    assert "\n4 pictures captioned by 1 workers in " in told
+    assert "s, after 2 by an earlier demo in this folder, " in told
 
 
 @pytest.mark.slow

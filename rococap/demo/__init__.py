@@ -29,6 +29,7 @@ from rococap.recipe import Recipe
 
 MODEL = Path(__file__).parent / "model"
 SHUFFLED = "captions of run default, shuffled"
+MADE = ("dataset", export.FOLDER.name, "captions.png", "report.html")
 SHOWN = 12
 SEED = 20_411
 NOTE = (
@@ -48,9 +49,12 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What the demo made: how many captions equal the original to the letter, some of them, and the files."""
+    """What the demo made: how many captions, how many of them an earlier one made before, how many equal the original
+    to the letter, some of them, and the files.
+    """
 
     captioned: int
+    before: int
     exact: int
     seconds: float
     examples: list[Shown]
@@ -67,31 +71,76 @@ def recipe() -> Recipe:
 def run(folder: Path, n_images: int, n_workers: int, progress: Progress) -> Demo:
     """Draws `n_images` phantoms into `folder`, captions, exports and reports them. Again, it goes on where it was.
 
-    Raises RococapError with the log's last lines if a worker fails.
+    Raises RococapError with the log's last lines if a worker fails, and where the folder holds another demo's results,
+    or something that no demo made: neither is overwritten.
     """
     from rococap.demo.phantoms import write_dataset
 
     counts = _counts(n_images)
     folder.mkdir(parents=True, exist_ok=True)
+    url = str(folder.resolve() / "rococap.db")  # a folder's name may hold what means something else in a URL
+    _check_unmixed(folder, Path(url))
+    database = db.connect(url)  # before the phantoms, so that a demo that was killed is known by it
+    before = _check_same(database, folder, counts)
     progress("drawing phantoms", 0, n_images)
     write_dataset(folder / "dataset", counts)
-    url = str(folder.resolve() / "rococap.db")  # a folder's name may hold what means something else in a URL
-    database = db.connect(url)
     enqueue(database, datasets.locate(str(folder / "dataset"), SPLITS), SPLITS, run="default", recipe=recipe())
     started = time.monotonic()
-    _run_workers(database, url, folder, n_workers, progress)
+    if _unfinished(database):
+        _run_workers(database, url, folder, n_workers, progress)
     seconds = time.monotonic() - started
     paths = _export(database, folder)
     rows = [row for path in paths for row in _rows(path)]
     sheet = _contact_sheet(database, folder, rows[-SHOWN:])
     exact = sum(row.original == row.generated for row in rows)
     page = _report(database, folder, paths, progress)
-    return Demo(len(rows), exact, seconds, rows[-SHOWN:], sheet, page, paths)
+    return Demo(len(rows), before, exact, seconds, rows[-SHOWN:], sheet, page, paths)
 
 
 def _counts(n_images: int) -> Mapping[str, int]:
     held_back = max(1, n_images // 5)
     return {"train": max(1, n_images - 2 * held_back), "validation": held_back, "test": held_back}
+
+
+# --- What is there ---------------------------------------------------------------------------------------------
+
+
+def _check_unmixed(folder: Path, queue_file: Path) -> None:
+    there = [name for name in MADE if (folder / name).exists()]
+    if there and not queue_file.exists():
+        raise RococapError(
+            f"{folder} holds {', '.join(there)}, and no demo's queue: what is there is left as it is. Name another "
+            "folder: rococap demo --dir FOLDER"
+        )
+
+
+def _check_same(database: Database, folder: Path, counts: Mapping[str, int]) -> int:
+    """How many pictures the demo in this folder has captioned; it is of these phantoms, if there is one."""
+    with db.transaction(database) as conn:
+        runs = queue.list_runs(conn)
+        there = {one.split: one for one in queue.counts(conn) if one.run == "default"}
+    dataset = str((folder / "dataset").resolve())  # as enqueue names it
+    if not all(run.dataset == dataset and _is_own(run) for run in runs):
+        raise RococapError(
+            f"{folder} holds a queue that no demo made in this place, and is left as it is. Name another folder: "
+            "rococap demo --dir FOLDER"
+        )
+    if any(one.total != counts[split] for split, one in there.items() if one.total):
+        total = sum(one.total for one in there.values())
+        raise RococapError(
+            f"{folder} holds the results of a demo of {total} pictures, which one of {sum(counts.values())} would "
+            f"overwrite. Look at them again with --images {total}, or name another folder: rococap demo --dir FOLDER"
+        )
+    return sum(one.done for one in there.values())
+
+
+def _is_own(run: queue.Run) -> bool:
+    return run.name == "shuffled" or (run.name == "default" and run.recipe == recipe())
+
+
+def _unfinished(database: Database) -> int:
+    with db.transaction(database) as conn:
+        return sum(one.unfinished for one in queue.counts_of(conn, queue.get_run(conn, "default")))
 
 
 # --- Workers ---------------------------------------------------------------------------------------------------
