@@ -42,6 +42,7 @@ __all__ = [
     "Shard",
     "cached",
     "find_shards",
+    "image_ids",
     "locate",
     "name_of",
     "parse_name",
@@ -99,6 +100,13 @@ def samples(root: Path, shard: Shard, columns: Columns = STANDARD) -> Iterator[S
     if shard.path.lower().endswith(layout.CAPTIONS):
         return folders.samples(root, shard, columns)
     return parquet.samples(root, shard, columns)
+
+
+def image_ids(root: Path, shard: Shard, columns: Columns = STANDARD) -> Iterator[str]:
+    """The ids of a shard's rows, without reading what else there is of them."""
+    if shard.path.lower().endswith(layout.CAPTIONS):
+        return (sample.image_id for sample in folders.samples(root, shard, columns))
+    return parquet.image_ids(root, shard, columns)
 
 
 def _no_such_split(found: Layout, root: Path, split: str, config: str) -> DatasetError:

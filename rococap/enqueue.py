@@ -84,10 +84,10 @@ def enqueue(
 
 def _check_ids(dataset: Dataset, shards: Sequence[Shard]) -> None:
     for shard in shards:
-        for sample in datasets.samples(dataset.root, shard, dataset.columns):
-            if (size := len(sample.image_id.encode())) > LONGEST_ID:
+        for image_id in datasets.image_ids(dataset.root, shard, dataset.columns):
+            if (size := len(image_id.encode())) > LONGEST_ID:
                 raise DatasetError(
-                    f"{dataset.root / shard.path} holds the id {sample.image_id[:20]!r}…, which is {size} bytes long "
+                    f"{dataset.root / shard.path} holds the id {image_id[:20]!r}…, which is {size} bytes long "
                     f"in UTF-8, and {LONGEST_ID} are the most, since files are named by ids. Shorten it, or take the "
                     "ids from another column: --columns image_id=NAME"
                 )

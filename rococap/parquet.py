@@ -203,6 +203,16 @@ def samples(root: Path, shard: Shard, columns: Columns = STANDARD) -> Iterator[S
                 yield Sample(image_id, caption or "", _concepts(cui), *place)
 
 
+def image_ids(root: Path, shard: Shard, columns: Columns = STANDARD) -> Iterator[str]:
+    path = root / shard.path
+    if shard.ids == "row":  # named by us
+        return
+    with open_parquet(path, columns) as file:
+        column = columns.name("image_id") if shard.ids == "column" else f"{columns.name('image')}.path"
+        for batch in batches(file, path, [column], ROWS_PER_TEXT_BATCH):
+            yield from _ids(path, batch, shard, columns, count())
+
+
 def _ids(path: Path, batch: Any, shard: Shard, columns: Columns, rows: Iterator[int]) -> list[str]:
     if shard.ids == "row":
         return [row_id(shard.split, next(rows)) for _ in range(batch.num_rows)]
