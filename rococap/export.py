@@ -233,7 +233,7 @@ def write_frames(
     """Writes the format that the suffix names, with `mark` a CSV with a byte-order mark; returns how many rows."""
     match suffix:
         case ".csv":
-            return _write_csv(frames, path, schema, mark=mark)
+            return _write_csv(frames, path, schema, **({"mark": True} if mark else {}))
         case ".jsonl":
             return _write_jsonl(frames, path)
         case ".parquet":
