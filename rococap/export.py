@@ -92,9 +92,8 @@ def export(
     progress: Progress = lambda what, done, total: None,
 ) -> Exported:
     """Writes the done images of a split, in data set order, to a .csv, .parquet or .jsonl file, and its manifest.
-    `excel_safe` puts an apostrophe before texts that a spreadsheet would run and a byte-order mark before all, which
-    `restore` takes away again;
-    `strip_reasoning` leaves out what a model thought aloud, which cannot be restored.
+    `excel_safe` puts an apostrophe before texts that a spreadsheet would run and a byte-order mark at the start of the
+    file; `restore` removes both. `strip_reasoning` leaves out a model's reasoning, which cannot be restored.
 
     Raises RunError if the run has nothing of the split, IncompleteError if some are not done and all were required,
     RococapError if the file cannot be written; then an older file stays as it was.
