@@ -1,6 +1,7 @@
 """The command line: options -> call -> echo. torch and pandas are imported inside the commands that need them."""
 
 import codecs
+import errno
 import json
 import logging
 import math
@@ -27,15 +28,14 @@ from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
 
-from rococap import __version__, datasets, db, queue
+from rococap import __version__, datasets, db, open_files, queue
 from rococap.datasets import SPLITS
 from rococap.errors import RococapError
 from rococap.flags import FLAGS
 from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, LOAD_IN, Recipe, refuse_placeholders
+from rococap.urls import holds_password
 
 DEFAULT_DATASET = "eltorio/ROCOv2-radiology"
-LOST_AFTER_MS = 120_000  # workers beat at least every 30 s
-
 MANY = 10**12
 DAY_SEC = 86_400.0
 SHOWN_FAILURES = 10
@@ -70,7 +70,23 @@ class Commands(click.Group):
         except (RococapError, DriverError, OSError, UnicodeEncodeError, KeyboardInterrupt) as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
-            raise click.ClickException(_told(error)) from error
+            raise click.ClickException(_for_this_queue(ctx, _told(error))) from error
+
+
+def _for_this_queue(ctx: click.Context, text: str) -> str:
+    """The text, its commands with the --db that this one was given, so that they work when pasted.
+
+    One that holds a password is not repeated.
+    """
+    target = ctx.find_root().obj
+    if target is None or not target.is_option or holds_password(target.url):
+        return text
+    commands = "|".join(cli.commands)
+    return re.sub(rf"\brococap (?=({commands})\b)", f"rococap --db {shlex.quote(target.url)} ", text)
+
+
+def _say(text: str) -> None:
+    click.echo(_for_this_queue(click.get_current_context(), text))
 
 
 def _told(error: BaseException) -> str:
@@ -81,6 +97,8 @@ def _told(error: BaseException) -> str:
             return db.explain(error)
         case UnicodeEncodeError():
             return f"{error.object!r} is not valid Unicode. Write it again."
+        case OSError(errno=errno.EMFILE):
+            return f"This process may open {open_files.limit()} files, which is too few. {open_files.ADVICE}"
         case OSError():
             return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     return str(error)
@@ -111,7 +129,7 @@ def cli(ctx: click.Context, url: str, force: bool, debug: bool) -> None:
 
     Captions are made by a machine and are not for clinical use.
     """
-    ctx.obj = Target(url, force, debug)
+    ctx.obj = Target(url, force, debug, ctx.get_parameter_source("url") is ParameterSource.COMMANDLINE)
     _set_up_logging(debug)
 
 
@@ -139,11 +157,15 @@ def _console() -> Any:
 
 @dataclass(slots=True)
 class Target:
-    """The database that the options before and after the command name, and how to open it."""
+    """The database that the options before and after the command name, and how to open it.
+
+    `is_option`: it was named by --db, not by the environment or for lack of a name.
+    """
 
     url: str
     force: bool
     debug: bool
+    is_option: bool
 
 
 def _database(*, may_be_new: bool = False) -> Database:
@@ -172,6 +194,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def _use(ctx: click.Context, param: click.Parameter, url: str | None) -> None:
     if url is not None:
         ctx.find_root().obj.url = url
+        ctx.find_root().obj.is_option = True
 
 
 db_option = click.option(
@@ -708,14 +731,14 @@ def _echo_log_line(line: str) -> None:
 
 def _echo_outcome(outcome: Any, settings: Any) -> None:
     if not (outcome.seconds or outcome.drained):
-        click.echo(f"{outcome.run}: nothing is left to do. See: rococap status")
+        _say(f"{outcome.run}: nothing is left to do. See: rococap status")
         return
     rate = outcome.done / outcome.seconds if outcome.seconds else 0.0
     click.echo(
         f"{outcome.run}: {outcome.done} captioned in {outcome.seconds:.1f} s ({rate:.1f}/s), {outcome.failed} failed"
     )
     if outcome.failed:
-        click.echo(f"Why they failed: {_with_run('failures', outcome.run)}")
+        _say(f"Why they failed: {_with_run('failures', outcome.run)}")
     if outcome.lost:
         click.echo(
             f"{outcome.lost} captions came too late: their pictures had gone to another worker, or were cancelled."
@@ -726,7 +749,7 @@ def _echo_outcome(outcome: Any, settings: Any) -> None:
         )
     if outcome.drained:
         again = _worker_again(outcome.run, settings)
-        click.echo(f"Stopped as asked; what was left was given back. Go on with: {again}")
+        _say(f"Stopped as asked; what was left was given back. Go on with: {again}")
 
 
 def _worker_again(run: str, settings: Any) -> str:
@@ -794,14 +817,15 @@ def status(watch: bool, as_json: bool) -> None:
     if as_json:
         _echo_json(_status_json(database))
     elif watch:
-        _watch(lambda: _status_text(database))
+        context = click.get_current_context()
+        _watch(lambda: _for_this_queue(context, _status_text(database)))
     else:
-        click.echo(_status_text(database))
+        _say(_status_text(database))
 
 
 def _look(database: Database) -> tuple[list[queue.Counts], list[queue.WorkerSeen]]:
     with db.transaction(database) as conn:
-        return queue.counts(conn), queue.list_workers(conn, lost_after_ms=LOST_AFTER_MS)
+        return queue.counts(conn), queue.list_workers(conn)
 
 
 def _status_json(database: Database) -> dict[str, Any]:
@@ -844,16 +868,15 @@ def _exceptions_of(counts: queue.Counts) -> str:
 
 
 def _living(workers: Sequence[queue.WorkerSeen]) -> str:
-    """The workers in 80 columns: what they measured only of those that run."""
+    """The workers in 80 columns, with what they measured; those that are lost told it too long ago."""
     if not workers:
         return "No worker is running. Start one: rococap worker"
-    told = [one.telemetry if one.state == "running" else None for one in workers]
     rows = [
-        [_process(one), one.device, one.state, one.done, *_measured(measured)]
-        for one, measured in zip(workers, told, strict=True)
+        [_process(one), one.device, one.state, one.done, *_measured(None if one.state == "lost" else one.telemetry)]
+        for one in workers
     ]
     table = _table(["worker", "device", "state", "done", *_MEASURED], rows)
-    rates = [one.pictures_per_sec for one in told if one is not None]
+    rates = [one.telemetry.pictures_per_sec for one in workers if one.state == "running" and one.telemetry]
     return table + (f"\n{len(rates)} workers together: {sum(rates):.2f} pictures/s" if len(rates) > 1 else "")
 
 
@@ -903,10 +926,19 @@ strip_option = click.option(
 
 
 @cli.command()
+@click.option("--delete", "doomed", metavar="NAME", help="Remove this run with its captions, after asking.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @db_option
-def runs(as_json: bool) -> None:
-    """List the runs: model, recipe, and how far each is."""
+def runs(doomed: str | None, yes: bool, as_json: bool) -> None:
+    """List the runs: model, recipe, and how far each is. Or remove one: --delete NAME."""
+    if doomed is not None:
+        if as_json:
+            raise click.UsageError("--delete prints no JSON: leave --json out.")
+        _delete_run(_database(), doomed, yes)
+        return
+    if yes:
+        raise click.UsageError("--yes is for --delete NAME.")
     with db.transaction(_database()) as conn:
         seen = queue.runs_seen(conn)
     if as_json:
@@ -915,7 +947,40 @@ def runs(as_json: bool) -> None:
         header = ["run", "model", "recipe", "done", "failed", "state"]
         click.echo(_within_80(header, [_run_row(one) for one in seen], 2, 1, 0))
     else:
-        click.echo("Nothing is registered here yet. Register pictures first: rococap enqueue --split train")
+        _say("Nothing is registered here yet. Register pictures first: rococap enqueue --split train")
+
+
+def _delete_run(database: Database, name: str, yes: bool) -> None:
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, name)
+        total = sum(one.total for one in queue.counts(conn) if one.run == name)
+        done = sum(one.done for one in queue.counts(conn) if one.run == name)
+    if not yes:
+        question = (
+            f"Run {name} has {total} pictures, {done} of them captioned. Its captions, scores and failures go from the "
+            "queue for good; files that were exported stay. Delete it?"
+        )
+        try:
+            click.confirm(question, abort=True)
+        except click.Abort as error:
+            raise RococapError("Nothing was deleted. To delete without being asked: --yes") from error
+    with db.transaction(database, write=True) as conn:
+        queue.delete_run(conn, run)
+    with _bar() as progress:
+        _clear_deleted(database, lambda n: progress(f"{name}: deleting", n, total))
+    _say(f"{name}: deleted, {total} pictures and {done} captions. To give the space back: rococap vacuum")
+
+
+def _clear_deleted(database: Database, report: Callable[[int], None] = lambda n: None) -> int:
+    """In pages, each a transaction of its own, so that workers on other runs go on meanwhile."""
+    cleared = 0
+    while True:
+        with db.transaction(database, write=True) as conn:
+            n = queue.clear_deleted(conn)
+        if not n:
+            return cleared
+        cleared += n
+        report(cleared)
 
 
 def _run_json(seen: queue.RunSeen) -> dict[str, Any]:
@@ -1477,7 +1542,7 @@ def failures(run_name: str | None, splits: tuple[str, ...], as_json: bool) -> No
             click.echo(f"  {one.split} {one.image_id}: {one.message}")
         if n > SHOWN_FAILURES:
             click.echo(f"  … and {n - SHOWN_FAILURES} more: --json lists all")
-    click.echo("Try them again: rococap retry --code CODE, or --image-id ID, or --all")
+    _say("Try them again: rococap retry --code CODE, or --image-id ID, or --all")
 
 
 @cli.command()
@@ -1506,7 +1571,7 @@ def retry(
         n = queue.retry(conn, run, splits=splits, codes=codes, image_ids=image_ids, cancelled=cancelled)
         if not n:
             _refuse_unknown(conn, run, image_ids, codes)
-    click.echo(f"{run.name}: {n} pending again" + (f". Caption them: {_with_run('worker', run.name)}" if n else ""))
+    _say(f"{run.name}: {n} pending again" + (f". Caption them: {_with_run('worker', run.name)}" if n else ""))
 
 
 def _refuse_unknown(conn: Connection, run: queue.Run, image_ids: Sequence[str], codes: Sequence[str] = ()) -> None:
@@ -1538,7 +1603,7 @@ def cancel(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, 
         n = queue.cancel(conn, run, splits=splits, image_ids=image_ids)
         if not n:
             _refuse_unknown(conn, run, image_ids)
-    click.echo(f"{run.name}: {n} cancelled" + (f". Undo: {_with_run('retry --cancelled', run.name)}" if n else ""))
+    _say(f"{run.name}: {n} cancelled" + (f". Undo: {_with_run('retry --cancelled', run.name)}" if n else ""))
 
 
 # --- operating -------------------------------------------------------------------------------------------------
@@ -1565,7 +1630,7 @@ def _pause(run_name: str | None, paused: bool) -> None:
         run = queue.find_run(conn, run_name)
         queue.pause(conn, run, paused)
     if paused:
-        click.echo(f"{run.name}: paused. Go on with: {_with_run('resume', run.name)}")
+        _say(f"{run.name}: paused. Go on with: {_with_run('resume', run.name)}")
     else:
         click.echo(f"{run.name}: workers may claim.")
 
@@ -1619,11 +1684,11 @@ def leases(last: int, as_json: bool) -> None:
 def workers(everyone: bool, as_json: bool) -> None:
     """Worker processes: running, stopped or lost."""
     with db.transaction(_database()) as conn:
-        found = queue.list_workers(conn, lost_after_ms=LOST_AFTER_MS, everyone=everyone)
+        found = queue.list_workers(conn, everyone=everyone)
     if as_json:
         _echo_json([asdict(one) for one in found])
         return
-    click.echo(_workers_table(found) if found else "No worker is running. Start one: rococap worker")
+    _say(_workers_table(found) if found else "No worker is running. Start one: rococap worker")
 
 
 def _workers_table(seen: Sequence[queue.WorkerSeen]) -> str:
@@ -1679,7 +1744,8 @@ def _ago(seconds: float) -> str:
 )
 @db_option
 def vacuum(keep_days: float) -> None:
-    """Delete old failures that a later one of the same picture has replaced, and give free space back.
+    """Delete old failures that a later one of the same picture has replaced and what is left of deleted runs, and give
+    free space back.
 
     Captions, leases and each picture's latest failure stay. An SQLite file is made smaller only while no worker runs.
     """
@@ -1687,12 +1753,13 @@ def vacuum(keep_days: float) -> None:
     with db.transaction(database) as conn:
         before = db.now(conn) - int(keep_days * DAY_SEC * 1000)
         is_busy = bool(queue.list_leases(conn))
+    _clear_deleted(database)
     deleted = 0
     while n := _prune(database, before):
         deleted += n
     click.echo(f"Old failures deleted: {deleted}.")
     if is_busy and database.dialect.name == "sqlite":
-        click.echo("Workers hold leases: the file was left as large as it is. Once they have stopped: rococap vacuum")
+        _say("Workers hold leases: the file was left as large as it is. Once they have stopped: rococap vacuum")
     else:
         db.vacuum(database)
 

@@ -22,6 +22,7 @@ from sqlalchemy.engine import URL, CursorResult, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import DatabaseError as DriverError
 
+from rococap import open_files
 from rococap.errors import DatabaseError, DatabaseUnavailable
 from rococap.models import SCHEMA
 from rococap.urls import shown, sqlite_url
@@ -321,6 +322,8 @@ def explain(error: DBAPIError, url: URL | None = None) -> str:
     where = shown(url) if url else "The database"
     if "not a database" in reason or "malformed" in reason:
         return f"{where} is not an SQLite database, or is damaged ({reason}). Name another with --db."
+    if "unable to open" in reason and open_files.are_used_up():
+        return f"{where} cannot be opened: this process may open {open_files.limit()} files. {open_files.ADVICE}"
     if "readonly" in reason or "unable to open" in reason:
         return f"{where} cannot be written ({reason}). Check its permissions, or name another with --db."
     if "full" in reason:

@@ -239,7 +239,8 @@ _TALLIED_AND_COUNTED = (
     "SELECT run_id, split, status, 0, count(*) FROM jobs GROUP BY run_id, split, status UNION ALL "
     "SELECT j.run_id, j.split, c.flags, 0, count(*) FROM captions c JOIN jobs j ON j.id = c.job_id "
     "WHERE c.flags <> '' GROUP BY j.run_id, j.split, c.flags) AS n "
-    "JOIN runs r ON r.id = n.run_id GROUP BY r.name, n.split, n.status ORDER BY r.name, n.split, n.status"
+    "JOIN runs r ON r.id = n.run_id AND r.deleted_at IS NULL "
+    "GROUP BY r.name, n.split, n.status ORDER BY r.name, n.split, n.status"
 )
 
 

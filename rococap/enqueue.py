@@ -5,6 +5,7 @@ are a selection of them. A shard is one transaction and so is a page of jobs: ki
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -320,9 +321,18 @@ def _register_jobs(
         result.known = total
         return
     while (done := result.new + result.known) < total:
-        with transaction(engine, write=True) as conn:
+        with _writing_to(engine, run) as conn:
             first = _register_page(conn, run, split, first, min(PAGE, total - done), result)
         progress(f"{split}: registering", result.new + result.known, total)
+
+
+@contextmanager
+def _writing_to(engine: Engine, run: queue.Run) -> Iterator[Connection]:
+    """A transaction in which the run is not deleted. Raises RunError if it was."""
+    with transaction(engine, write=True) as conn:
+        lock(conn, "runs", run.id)
+        queue.refuse_deleted(conn, run)
+        yield conn
 
 
 def _register_from(
@@ -333,7 +343,7 @@ def _register_from(
         total = sum(one.total for one in queue.counts(conn) if (one.run, one.split) == (old.name, split))
     seen, last = 0, 0
     while True:
-        with transaction(engine, write=True) as conn:
+        with _writing_to(engine, run) as conn:
             page = execute(conn, _FLAGGED if flags else _JOBS, (old.id, split, last, PAGE)).fetchall()
             if not page:
                 return result

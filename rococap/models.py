@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA = "0004"
+SCHEMA = "0005"
 """The alembic revision that this code reads and writes."""
 
 
@@ -120,6 +120,8 @@ runs = Table(
     Column("max_attempts", Int64, nullable=False, server_default="5"),
     Column("paused", Int64, nullable=False, server_default="0"),
     Column("created_at", Int64, nullable=False),
+    # Of a run that was deleted, which keeps its row: SQLite gives the ids of rows that are gone again.
+    Column("deleted_at", Int64),
     sqlite_strict=True,
 )
 
@@ -139,6 +141,7 @@ workers = Table(
     Column("seen_at", Int64, nullable=False),
     Column("stopped_at", Int64),
     Column("telemetry", Text),  # JSON of queue.Telemetry, as of the last heartbeat
+    Column("lease_ttl_ms", Int64, nullable=False, server_default="120000"),
     Index(None, "seen_at"),
     sqlite_strict=True,
 )

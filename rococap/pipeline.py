@@ -405,8 +405,11 @@ class Pipeline:
             return queue.get_run(conn, self._claims.run.name).paused
 
     def _unfinished(self) -> dict[str, int]:
-        """A read, so that a worker with nothing to claim takes no write lock."""
+        """A read, so that a worker with nothing to claim takes no write lock. Raises RunError if the run is
+        deleted.
+        """
         with transaction(self._database) as conn:
+            queue.refuse_deleted(conn, self._claims.run)
             return queue.unfinished(conn, self._claims.run, self._claims.splits)
 
     def _tidy(self) -> None:

@@ -145,7 +145,7 @@ def tally(conn: Connection, run_id: int, split: str, slot: int, changes: Mapping
 
 _RUNS = (
     "SELECT r.id, r.name, r.dataset_id, d.name, d.revision, r.recipe, r.resolved, r.max_attempts, "
-    "r.paused, d.columns FROM runs r JOIN datasets d ON d.id = r.dataset_id "
+    "r.paused, d.columns FROM runs r JOIN datasets d ON d.id = r.dataset_id AND r.deleted_at IS NULL "
 )
 
 
@@ -182,6 +182,14 @@ def find_run(conn: Connection, name: str | None) -> Run:
     if len(runs) == 1:
         return runs[0]
     return get_run(conn, "default")
+
+
+def refuse_deleted(conn: Connection, run: Run) -> None:
+    """Raises RunError if the run was deleted since it was looked up. A writer that holds `db.lock` on it is safe from
+    that until its transaction ends.
+    """
+    if execute(conn, "SELECT deleted_at FROM runs WHERE id = ?", (run.id,)).scalar_one() is not None:
+        raise RunError(f"Run {run.name!r} was deleted meanwhile. See: rococap runs")
 
 
 def create_run(conn: Connection, name: str, dataset_id: int, recipe: Recipe, now: int | None = None) -> Run:
@@ -301,14 +309,16 @@ def register_worker(
     info: EngineInfo,
     *,
     self_check: str | None = None,
+    lease_ttl_ms: int = 120_000,
     now: int | None = None,
 ) -> int:
+    """`lease_ttl_ms`: unseen for longer, it counts as lost."""
     at = _at(conn, now)
     row = execute(
         conn,
-        "INSERT INTO workers (uuid, host, pid, device, engine, versions, self_check, started_at, seen_at) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
-        (uuid, host, pid, info.device, info.name, _versions(info), self_check, at, at),
+        "INSERT INTO workers (uuid, host, pid, device, engine, versions, self_check, lease_ttl_ms, started_at, "
+        "seen_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+        (uuid, host, pid, info.device, info.name, _versions(info), self_check, lease_ttl_ms, at, at),
     )
     return int(row.scalar_one())
 
@@ -652,11 +662,12 @@ def recover(
     """Stores what `complete` and `fail` could not, or could without the answer coming back; none is stored twice.
 
     What the lease still holds is completed, and what it had completed is recognised. Captions of jobs that are free
-    again are completed under a new lease, of `worker_id`; where another result stands they are dropped.
+    again are completed under a new lease, of `worker_id`; where another result stands they are dropped, as are those of
+    a run that was deleted, whose jobs' ids may be another run's by now.
     """
     execute(conn, "SELECT id FROM leases WHERE id = ?" + db.for_update(conn, "leases"), (lease.id,))
     at = _at(conn, now)
-    jobs = _jobs_and_captions(conn, [completion.job_id for completion in completions])
+    jobs = _jobs_and_captions(conn, lease.run_id, [completion.job_id for completion in completions])
     mine, free, stored, kept = [], [], set(), set()
     for one in completions:
         status, lease_id, caption_lease_id = jobs.get(one.job_id, ("", None, None))
@@ -676,12 +687,14 @@ def recover(
     return Recovered(frozenset(stored), frozenset(dropped), frozenset(kept))
 
 
-def _jobs_and_captions(conn: Connection, job_ids: Sequence[int]) -> dict[int, tuple[str, int | None, int | None]]:
-    """id -> (status, lease, the lease of its caption), locked in order of id."""
+def _jobs_and_captions(
+    conn: Connection, run_id: int, job_ids: Sequence[int]
+) -> dict[int, tuple[str, int | None, int | None]]:
+    """id -> (status, lease, the lease of its caption) of those that are the run's, locked in order of id."""
     found = {}
     for job_id in sorted(job_ids):
-        sql = "SELECT status, lease_id FROM jobs j WHERE id = ?" + db.for_update(conn, "j")
-        if row := execute(conn, sql, (job_id,)).one_or_none():
+        sql = "SELECT status, lease_id FROM jobs j WHERE id = ? AND run_id = ?" + db.for_update(conn, "j")
+        if row := execute(conn, sql, (job_id, run_id)).one_or_none():
             by = execute(conn, "SELECT lease_id FROM captions WHERE job_id = ?", (job_id,)).scalar()
             found[job_id] = (row[0], row[1], by)
     return found
@@ -958,6 +971,40 @@ def prune(conn: Connection, *, before: int, most: int = 1_000) -> int:
     return len(rows)
 
 
+def delete_run(conn: Connection, run: Run, *, now: int | None = None) -> None:
+    """Takes a run out of the queue: nothing finds it any more, and its name is free. Its rows go by `clear_deleted`.
+
+    Raises RunError while workers hold pictures of it.
+    """
+    db.lock(conn, "runs", run.id)
+    refuse_deleted(conn, run)
+    sql = "UPDATE runs SET deleted_at = ?, paused = 1, name = ? WHERE id = ?"
+    execute(conn, sql, (_at(conn, now), f"{run.name} (deleted {run.id})", run.id))
+    # Only now: on PostgreSQL the change has waited for claims that were under way, and whoever claims next is refused.
+    is_open = "SELECT count(*) FROM leases WHERE state = 'open' AND run_id = ?"
+    if n := execute(conn, is_open, (run.id,)).scalar_one():
+        raise RunError(
+            f"Workers hold pictures of run {run.name!r} ({n} leases are open), so it stays. Stop them, or withdraw the "
+            f"pictures first: rococap cancel --run {run.name} --all"
+        )
+
+
+def clear_deleted(conn: Connection, *, most: int = 1_000) -> int:
+    """Removes up to `most` jobs of deleted runs, with their captions, scores and failures; returns how many.
+
+    Leases stay: they say what workers did with their time.
+    """
+    deleted = "SELECT id FROM runs WHERE deleted_at IS NOT NULL"
+    sql = f"SELECT j.id FROM jobs j WHERE j.run_id IN ({deleted}) ORDER BY j.id LIMIT ?" + db.for_update(conn, "j")
+    ids = [(row[0],) for row in execute(conn, sql, (most,)).fetchall()]
+    if not ids:
+        execute(conn, f"DELETE FROM tallies WHERE run_id IN ({deleted})")
+        return 0
+    for table, key in (("scores", "job_id"), ("captions", "job_id"), ("failures", "job_id"), ("jobs", "id")):
+        execute(conn, f"DELETE FROM {table} WHERE {key} = ?", ids)
+    return len(ids)
+
+
 # --- Looking ---------------------------------------------------------------------------------------------------
 
 
@@ -999,7 +1046,8 @@ class RunSeen:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """A worker process. `state`: running, stopped, or lost (not seen for a while, and never said goodbye)."""
+    """A worker process. `state`: running, stopped, or lost (not seen for its own lease time, and never said
+    goodbye)."""
 
     id: int
     host: str
@@ -1053,7 +1101,7 @@ def counts(conn: Connection, *, now: int | None = None) -> list[Counts]:
     rows = execute(
         conn,
         "SELECT r.id, r.name, r.paused, t.split, t.status, sum(t.n) FROM tallies t JOIN runs r ON r.id = t.run_id "
-        "GROUP BY r.id, r.name, r.paused, t.split, t.status",
+        "WHERE r.deleted_at IS NULL GROUP BY r.id, r.name, r.paused, t.split, t.status",
     ).fetchall()
     keys = sorted({tuple(row[:4]) for row in rows}, key=lambda key: (key[0], SPLITS.index(key[3])))
     n = {(row[0], row[3], row[4]): int(row[5]) for row in rows}
@@ -1064,7 +1112,8 @@ def counts(conn: Connection, *, now: int | None = None) -> list[Counts]:
 
 
 def counts_of(conn: Connection, run: Run, splits: Sequence[str] = SPLITS) -> list[Counts]:
-    """Those of one run. Raises RunError if it has nothing of these splits."""
+    """Those of one run. Raises RunError if it has nothing of these splits, or was deleted."""
+    refuse_deleted(conn, run)
     mine = [one for one in counts(conn) if one.run == run.name and one.split in splits]
     if not mine:
         raise RunError(
@@ -1128,32 +1177,31 @@ def unfinished(conn: Connection, run: Run, splits: Sequence[str]) -> dict[str, i
     return dict(total)
 
 
-def list_workers(
-    conn: Connection, *, lost_after_ms: int, everyone: bool = False, now: int | None = None
-) -> list[WorkerSeen]:
+def list_workers(conn: Connection, *, everyone: bool = False, now: int | None = None) -> list[WorkerSeen]:
     """Workers of the last day that have not stopped, and those that stopped in the last five minutes; or `everyone`."""
     at = _at(conn, now)
     since, stopped_since = (0, 0) if everyone else (at - 86_400_000, at - RATE_WINDOW_MS)
     rows = execute(
         conn,
-        "SELECT id, host, pid, device, stopped_at, n_done, seen_at, telemetry, self_check FROM workers "
+        "SELECT id, host, pid, device, stopped_at, n_done, seen_at, lease_ttl_ms, telemetry, self_check "
+        "FROM workers "
         "WHERE seen_at >= ? AND (stopped_at IS NULL OR stopped_at >= ?) ORDER BY id",
         (since, stopped_since),
     ).fetchall()
 
-    def state(stopped_at: int | None, seen_at: int) -> str:
+    def state(stopped_at: int | None, seen_at: int, lease_ttl_ms: int) -> str:
         if stopped_at is not None:
             return "stopped"
         # One that was seen in the future was not seen since the clock was set back.
-        return "lost" if abs(at - seen_at) > lost_after_ms else "running"
+        return "lost" if abs(at - seen_at) > lease_ttl_ms else "running"
 
     return [
         WorkerSeen(
-            *(id, host, pid, device, state(stopped, seen), done, max(0, at - seen) / 1000),
+            *(id, host, pid, device, state(stopped, seen, ttl_ms), done, max(0, at - seen) / 1000),
             telemetry=Telemetry.from_json(told) if told else None,
             self_check=json.loads(checked) if checked else None,
         )
-        for id, host, pid, device, stopped, done, seen, told, checked in rows
+        for id, host, pid, device, stopped, done, seen, ttl_ms, told, checked in rows
     ]
 
 

@@ -43,6 +43,11 @@ def shown(url: URL) -> str:
     return _of_file(url.database or "")
 
 
+def holds_password(text: str) -> bool:
+    """Whether a database's URL is not to be printed as it was written."""
+    return re.search(r"://[^/@]*:[^/@]*@|[?&]password=", text) is not None
+
+
 def _of_file(path: str) -> str:
     for character in "%?#":
         path = path.replace(character, f"%{ord(character):02X}")

@@ -49,6 +49,8 @@ REPLAY_EVERY_SEC = 1.0
 LOOK_EVERY_SEC = 60.0
 """How often an idle store looks for what workers that are gone have left in the spool."""
 MIN_LEASE_SEC = 2.0
+FIRST_BEAT_SEC = 2.0
+"""When `status` shows what a worker measures first; each wait is twice as long as the one before it."""
 MAX_BEAT_SEC = 30.0
 EXIT_STALLED = 70
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -85,6 +87,15 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.lease_ttl >= MIN_LEASE_SEC:
             raise ValueError(f"A lease lasts {MIN_LEASE_SEC:.0f} s at least, not {self.lease_ttl} s.")
+
+    @property
+    def beat_sec(self) -> float:
+        """Between heartbeats: four in a lease time, so that a late one loses nothing."""
+        return min(self.lease_ttl / 4, MAX_BEAT_SEC)
+
+    @property
+    def ttl_ms(self) -> int:
+        return int(self.lease_ttl * 1000)
 
     @property
     def way(self) -> str:
@@ -179,7 +190,7 @@ def _work(
         run=run,
         splits=splits,
         size=engine.batch_size,
-        ttl_ms=int(settings.lease_ttl * 1000),
+        ttl_ms=settings.ttl_ms,
         limit=settings.limit,
         wait=settings.wait,
         preparers=n_preparers(engine.info.device),
@@ -226,7 +237,9 @@ def _register(
         host = socket.gethostname()
         places = _to_check(conn, run, splits, engine, host, settings.way) if settings.self_check else []
         told = selfcheck.under_way(run.name, settings.way).to_json() if places else None
-        worker_id = queue.register_worker(conn, name, host, os.getpid(), engine.info, self_check=told)
+        worker_id = queue.register_worker(
+            conn, name, host, os.getpid(), engine.info, self_check=told, lease_ttl_ms=settings.ttl_ms
+        )
 
     def pin(conn: Connection) -> None:
         queue.pin(conn, run, engine.info, accept_new_rules=settings.accept_new_rules)
@@ -235,7 +248,8 @@ def _register(
         return None
     try:
         if places:
-            _check(database, run, settings.way, dataset, engine, worker_id, places, stop)
+            with _seen(database, worker_id, settings):
+                _check(database, run, settings.way, dataset, engine, worker_id, places, stop)
         if not stop.is_set() and _insist(database, stop, pin):
             return worker_id
     except RococapError:
@@ -243,6 +257,25 @@ def _register(
         raise
     _withdraw(database, worker_id)
     return None
+
+
+@contextmanager
+def _seen(database: Database, worker_id: int, settings: Settings) -> Iterator[None]:
+    """Meanwhile a worker that holds nothing yet does not look lost."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(settings.beat_sec):
+            with suppress(DatabaseError, DriverError), transaction(database, write=True) as conn:
+                queue.heartbeat(conn, worker_id, (), ttl_ms=settings.ttl_ms)
+
+    thread = threading.Thread(target=beat, name="seen", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(STORE_PATIENCE_SEC)
 
 
 def _withdraw(database: Database, worker_id: int) -> None:
@@ -648,7 +681,9 @@ def _beat(
 def _beat_until(
     database: Database, pipeline: Pipeline, meter: Meter, worker_id: int, settings: Settings, done: threading.Event
 ) -> None:
-    while not done.wait(min(settings.lease_ttl / 4, MAX_BEAT_SEC)):
+    pause = FIRST_BEAT_SEC
+    while not done.wait(min(pause, settings.beat_sec)):
+        pause *= 2
         if pipeline.stalled_sec() > settings.stall_timeout:
             log.critical(
                 "no step for %.0f s: the model hangs. Ending hard, so that others take over.", settings.stall_timeout
@@ -659,8 +694,9 @@ def _beat_until(
         runs_out_at = clock() + settings.lease_ttl
         try:
             with transaction(database, write=True, patience=min(settings.lease_ttl / 4, STORE_PATIENCE_SEC)) as conn:
-                ttl_ms = int(settings.lease_ttl * 1000)
-                kept = queue.heartbeat(conn, worker_id, leases, ttl_ms=ttl_ms, store_ms=store_ms, telemetry=telemetry)
+                kept = queue.heartbeat(
+                    conn, worker_id, leases, ttl_ms=settings.ttl_ms, store_ms=store_ms, telemetry=telemetry
+                )
         except (RococapError, DriverError) as error:
             pipeline.contact.lost(error)
             continue

@@ -380,6 +380,22 @@ MUTANTS = (
         "test_queue.py::test_captions_of_a_reaped_lease_whose_jobs_are_free_are_stored_under_a_new_one",
     ),
     mutant(
+        "recover-takes-another-runs",
+        "a caption of a deleted run is stored in another that was given its ids",
+        QUEUE,
+        "FROM jobs j WHERE id = ? AND run_id = ?",
+        "FROM jobs j WHERE id = ? AND ? > 0",
+        "test_delete_run.py::test_a_late_completion_of_a_deleted_run_is_dropped_although_another_run_has_its_ids",
+    ),
+    mutant(
+        "deletes-what-is-held",
+        "a run is deleted although workers hold pictures of it",
+        QUEUE,
+        "    if n := execute(conn, is_open, (run.id,)).scalar_one():",
+        "    if n := 0:",
+        "test_delete_run.py::test_a_run_whose_pictures_are_held_stays_and_the_command_that_withdraws_them_is_named",
+    ),
+    mutant(
         "late-failure-counts",
         "a failure that comes late fails what is free again",
         QUEUE,

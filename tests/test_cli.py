@@ -431,7 +431,7 @@ def test_a_command_that_only_looks_makes_no_database(here, name):
     for command in commands:
         assert refused("--db", name, *command.split()) == (
             f"There is no database {name.removeprefix('sqlite:///')}. Name yours with --db, or make it by registering "
-            "pictures: rococap enqueue --split train"
+            f"pictures: rococap --db {name} enqueue --split train"
         ), command
     assert invoke("--db", name, "doctor").exit_code == 1
     assert os.listdir(here) == ["captions.csv"]

@@ -1,6 +1,7 @@
 """The commands that operate a queue, as a person types them."""
 
 import json
+import shlex
 import shutil
 import sqlite3
 from contextlib import closing
@@ -13,7 +14,7 @@ from samples import fill
 from small_engine import INFO
 from sqlalchemy import Engine
 
-from rococap import db, queue
+from rococap import db, queue, urls
 from rococap.cli import cli
 from rococap.engines import Completion, Failure
 from rococap.queue import Lease, Run, Telemetry, Timing
@@ -147,7 +148,7 @@ def beat(
     return worker
 
 
-def test_status_tells_what_each_running_worker_measured_and_their_rates_together(database, run):
+def test_status_tells_what_workers_measure_or_measured_last_and_the_rates_of_those_that_run_together(database, run):
     beat(database, "one", GPU)
     assert "together" not in said("status")
     beat(database, "two", CPU, device="cpu")
@@ -155,13 +156,17 @@ def test_status_tells_what_each_running_worker_measured_and_their_rates_together
     stopped = beat(database, "gone", GPU)
     with db.transaction(database, write=True) as conn:
         queue.stop_worker(conn, stopped)
+    lost = beat(database, "lost", GPU)
+    with db.transaction(database, write=True) as conn:
+        db.execute(conn, "UPDATE workers SET lease_ttl_ms = 1, seen_at = seen_at - 60000 WHERE id = ?", (lost,))
     _, table = said("status").split("\n\n")
     assert table == (
         "worker      device  state    done   pic/s  tok/s  fill %  wait %  mem GB\n"
         "host:31415  cuda:0  running     0  123.46  12346     100      10    71.2\n"
         "host:31415  cpu     running     0    0.02  12346     100      10     5.0\n"
         "host:31415  cuda:0  running     0       -      -       -       -       -\n"
-        "host:31415  cuda:0  stopped     0       -      -       -       -       -\n"
+        "host:31415  cuda:0  stopped     0  123.46  12346     100      10    71.2\n"
+        "host:31415  cuda:0  lost        0       -      -       -       -       -\n"
         "2 workers together: 123.48 pictures/s\n"
     )
 
@@ -276,3 +281,34 @@ def test_force_opens_a_file_on_a_network_file_system(database, here, monkeypatch
     monkeypatch.setattr(db, "mounts", lambda: f"server:/home {here} nfs4 rw 0 0\n")
     assert "is on a network file system (nfs4)" in refused("status")
     assert said("--force", "status").startswith("Nothing is registered")
+
+
+# --- printed commands ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_printed_command_names_the_queue_that_this_one_was_given(here, is_first):
+    url = "sqlite:///my queue.db"
+    claim(db.connect(url), fill(db.connect(url), here / "set", 8))
+
+    def told(*args: str) -> str:
+        given = ["--db", url, *args] if is_first else [*args, "--db", url]
+        result = CliRunner().invoke(cli, given)
+        return result.stdout + result.stderr
+
+    assert "Go on with: rococap --db 'sqlite:///my queue.db' resume\n" in told("pause")
+    assert "default is paused. Go on with: rococap --db 'sqlite:///my queue.db' resume\n" in told("status")
+    assert told("runs", "--delete", "default", "--yes").endswith(
+        " rococap --db 'sqlite:///my queue.db' cancel --run default --all\n"
+    )
+    command = told("pause").rpartition("Go on with: ")[2]
+    done = CliRunner().invoke(cli, shlex.split(command)[1:])
+    assert (done.exit_code, done.stdout) == (0, "default: workers may claim.\n")
+
+
+def test_a_printed_command_repeats_no_password_and_no_environment(database, run):
+    assert "Go on with: rococap resume\n" in said("pause")
+    for url in ("postgresql+psycopg://me:secret@host/x", "postgresql://host/x?password=secret"):
+        assert urls.holds_password(url)
+    for url in ("postgresql+psycopg://me@host/x", "sqlite:///a:b.db", "/work/password=/x.db", "postgresql:///x"):
+        assert not urls.holds_password(url)

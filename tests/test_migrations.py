@@ -527,7 +527,7 @@ def test_the_first_release_is_upgraded_by_the_command_and_its_workers_are_seen_w
     assert f"queue.db.before-{SCHEMA}-from-0001" in told
     engine = db.connect(url)
     with db.transaction(engine) as conn:
-        assert [one.telemetry for one in queue.list_workers(conn, lost_after_ms=0, everyone=True)] == [None, None]
+        assert [one.telemetry for one in queue.list_workers(conn, everyone=True)] == [None, None]
     engine.dispose()
 
 

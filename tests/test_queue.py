@@ -360,7 +360,7 @@ def store_ms(database: Engine) -> dict[int, float]:
 
 def told_by(database: Engine) -> dict[int, Telemetry | None]:
     with db.transaction(database) as conn:
-        return {one.id: one.telemetry for one in queue.list_workers(conn, lost_after_ms=TTL, everyone=True, now=0)}
+        return {one.id: one.telemetry for one in queue.list_workers(conn, everyone=True, now=0)}
 
 
 def test_a_heartbeat_and_a_goodbye_tell_what_a_worker_measured(database, run):
@@ -811,10 +811,10 @@ def test_a_worker_is_running_then_lost_or_stopped(database, run):
     one, two = new_worker(database, "one"), new_worker(database, "two")
     with writing(database) as conn:
         queue.heartbeat(conn, two, [], ttl_ms=TTL, now=500_000)
-        states = {w.id: w.state for w in queue.list_workers(conn, lost_after_ms=300_000, now=500_001)}
+        states = {w.id: w.state for w in queue.list_workers(conn, now=500_001)}
         assert states == {one: "lost", two: "running"}
         queue.stop_worker(conn, two, now=500_002)
-        states = {w.id: w.state for w in queue.list_workers(conn, lost_after_ms=300_000, now=500_003)}
+        states = {w.id: w.state for w in queue.list_workers(conn, now=500_003)}
     assert states == {one: "lost", two: "stopped"}
 
 
@@ -825,8 +825,17 @@ def test_a_worker_that_was_not_seen_since_the_clock_was_set_back_is_lost(databas
     with writing(database) as conn:
         queue.heartbeat(conn, dead, [], ttl_ms=TTL, now=before)
         queue.heartbeat(conn, alive, [], ttl_ms=TTL, now=before - back)
-        seen = queue.list_workers(conn, lost_after_ms=300_000, now=before - back + 1_000)
+        seen = queue.list_workers(conn, now=before - back + 1_000)
     assert {one.id: one.state for one in seen} == {dead: "lost", alive: "running"}
+
+
+def test_a_worker_is_lost_after_its_own_lease_time(database):
+    with writing(database) as conn:
+        quick = queue.register_worker(conn, "quick", "host", 1, INFO, lease_ttl_ms=5_000, now=0)
+        slow = queue.register_worker(conn, "slow", "host", 1, INFO, lease_ttl_ms=3_600_000, now=0)
+        seen = [{one.id: one.state for one in queue.list_workers(conn, now=at)} for at in (5_000, 5_001, 3_600_001)]
+    assert [one[quick] for one in seen] == ["running", "lost", "lost"]
+    assert [one[slow] for one in seen] == ["running", "running", "lost"]
 
 
 def test_text_keeps_everything_but_nul_lone_surrogates_and_endless_length():

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
@@ -72,7 +73,7 @@ def refusal(database: Engine, engine: SmallEngine, **settings) -> str:
 
 def workers(database: Engine) -> list[queue.WorkerSeen]:
     with db.transaction(database) as conn:
-        return queue.list_workers(conn, lost_after_ms=60_000, everyone=True)
+        return queue.list_workers(conn, everyone=True)
 
 
 @pytest.mark.every_database
@@ -89,6 +90,21 @@ def test_a_worker_that_passes_says_so_and_those_after_it_look_no_more(database, 
     passed |= {"equal_in_batch": 2, "compared": 2, "reason": ""}
     other_way = passed | {"way": "decode auto, batch size 1"}
     assert [worker.self_check for worker in workers(database)] == [passed, None, passed, other_way]
+
+
+def test_a_worker_whose_self_check_takes_longer_than_its_lease_time_is_not_lost(database, tmp_path):
+    fill(database, tmp_path / "set", 20)
+    states = []
+
+    class Slow(SmallEngine):
+        def run(self, source):
+            if not states:
+                time.sleep(3)
+                states.append(workers(database)[0].state)
+            yield from super().run(source)
+
+    assert run_worker(database, Slow(), lease_ttl=2.0, limit=1).done == 1
+    assert states == ["running"]
 
 
 @pytest.mark.every_database

@@ -202,12 +202,12 @@ def test_a_worker_tells_what_it_measures_while_it_runs_and_what_storing_took_of_
     process = start(url, engine={"step_sec": 0.2}, batch_size=4, lease_ttl=2.0)
     until(lambda: select(database, "SELECT 1 FROM workers WHERE telemetry IS NOT NULL"), "a heartbeat")
     with db.transaction(database) as conn:
-        (running,) = queue.list_workers(conn, lost_after_ms=60_000)
+        (running,) = queue.list_workers(conn)
     assert running.state == "running"
     assert running.telemetry.batch_size == 4
     assert finish(process)["done"] == 40
     with db.transaction(database) as conn:
-        (stopped,) = queue.list_workers(conn, lost_after_ms=60_000)
+        (stopped,) = queue.list_workers(conn)
         leases = queue.list_leases(conn, closed=99)
     told = stopped.telemetry
     assert running.telemetry.captioning_sec < told.captioning_sec < 60
@@ -220,6 +220,21 @@ def test_a_worker_tells_what_it_measures_while_it_runs_and_what_storing_took_of_
     assert len(leases) == 10
     assert all(one.timing.store_ms > 0 for one in leases)
     assert sum(one.timing.store_ms for one in leases) < 1_000 * told.captioning_sec
+
+
+def test_what_a_worker_measures_is_told_within_its_first_seconds_whatever_its_lease_time(database, url, tmp_path):
+    fill(database, tmp_path / "set", 200)
+    process = start(url, engine={"step_sec": 0.1}, batch_size=4, lease_ttl=3_600.0)
+    until(lambda: select(database, "SELECT 1 FROM workers"), "a worker")
+    began_at = time.monotonic()
+    until(lambda: select(database, "SELECT 1 FROM workers WHERE telemetry IS NOT NULL"), "a heartbeat")
+    assert time.monotonic() - began_at < 8
+    with db.transaction(database) as conn:
+        (running,) = queue.list_workers(conn)
+    assert running.telemetry.pictures_per_sec > 0
+    assert select(database, "SELECT lease_ttl_ms FROM workers") == [(3_600_000,)]
+    process.send_signal(signal.SIGTERM)
+    finish(process)
 
 
 def test_the_wait_for_the_lock_is_time_of_storing_and_is_booked_once(database, tmp_path):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from rococap import images
+from rococap import images, open_files
 from rococap.engines import LINGER_SEC, Completion, EngineInfo, Failure, Options, Prepared, Source
 from rococap.engines.chat import Answer, Away, NoCaption, Refused, Server
 from rococap.errors import ModelError, ServerRefuses
@@ -46,6 +46,8 @@ QUIET_SEC = 10.0
 PROBE = 0
 """The id of a captioned picture that is asked for again: no job's."""
 TOKEN_PIXELS = 784
+OTHER_FILES = 32
+"""What a worker has open beside its requests: the database by several threads, shards, the spool."""
 
 
 class OpenAIEngine:
@@ -62,6 +64,7 @@ class OpenAIEngine:
             logging.getLogger(name).setLevel(logging.WARNING)
         self._model = _served_model(self.recipe, self.options)
         _refuse_what_it_cannot(self.recipe)
+        self.batch_size = _that_fit(self.batch_size)
         server = Server(self.options.base_url)
         served = server.open(self._model)
         self._server = server
@@ -436,6 +439,18 @@ def _served_model(recipe: Recipe, options: Options) -> str:
             f"The run's model is the folder {recipe.model}, which a server knows by another name: --served-model NAME"
         )
     return recipe.model
+
+
+def _that_fit(n_requests: int) -> int:
+    """As many of these requests as may be in flight at once, each of which is an open connection."""
+    if (n := open_files.room_for(n_requests + OTHER_FILES) - OTHER_FILES) < 1:
+        raise ModelError(f"This process may open {open_files.limit()} files, too few to work. {open_files.ADVICE}")
+    if n < n_requests:
+        log.warning(
+            "%d requests are in flight instead of %d, since this process may open %d files: to raise that, ulimit -n",
+            *(n, n_requests, open_files.limit()),
+        )
+    return n
 
 
 def _refuse_what_it_cannot(recipe: Recipe) -> None:
