@@ -22,14 +22,14 @@ from report import Line, alternate, ratio_line, show, value_line
 from transformers.utils import logging as transformers_logging
 
 from rococap import db
-from rococap.datasets import locate
+from rococap.data.datasets import locate
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Options
 from rococap.engines.hf import TransformersEngine
-from rococap.enqueue import enqueue
+from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
-from rococap.trial import from_memory
+from rococap.worker.dry_run import from_memory
 
 PARTS = ("demo", "uneven", "bfloat16", "float32", "processes", "memory", "selfcheck")
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "caption.png"

@@ -15,8 +15,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
 
-from rococap import concepts
-from rococap.concepts import CONCEPTS, DIGEST
+from rococap.scores import concepts
+from rococap.scores.concepts import CONCEPTS, DIGEST
 
 KINDS = ("modality", "region", "direction")
 OF_KIND = {kind: {concept.cui for concept in CONCEPTS if concept.kind == kind} for kind in KINDS}

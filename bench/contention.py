@@ -203,7 +203,7 @@ def exporting(url: str, path: Path) -> Iterator["Synchronized[int]"]:
 
 
 def export_for_ever(url: str, path: Path, rows: "Synchronized[int]") -> None:
-    from rococap import export  # pandas, which the others need not load
+    from rococap.results import export  # pandas, which the others need not load
 
     engine = db.connect(url)
     with db.transaction(engine) as conn:

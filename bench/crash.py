@@ -15,7 +15,7 @@ from rows import RUN_ID, SPLIT, fill_many
 from sqlalchemy import Engine
 
 from rococap import db, queue
-from rococap.pipeline import POLL_SEC
+from rococap.worker.fetcher import POLL_SEC
 
 TTL_MS = 2_000
 AT_ONCE = 10

@@ -24,8 +24,10 @@ from report import Clock, Line, Took, alternate, compare, show, timed
 from rows import SPLIT, caption, concepts, connect, image_id
 from sqlalchemy import Engine
 
-from rococap import datasets, db, enqueue
-from rococap.datasets import Dataset, Sample, Shard
+from rococap import db
+from rococap.data import datasets
+from rococap.data.datasets import Dataset, Sample, Shard
+from rococap.queue import enqueue
 from rococap.recipe import Recipe
 
 ROWS_PER_GROUP = 100

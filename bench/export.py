@@ -14,8 +14,9 @@ sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for t
 from report import Clock, Line, alternate, compare, show, timed
 from rows import SPLIT, connect, fill
 
-from rococap import db, export, queue
+from rococap import db, queue
 from rococap.recipe import Recipe
+from rococap.results import export, snapshot
 
 # What ours selects and computes, with the conversions left to SQLite, so that the peer runs no Python per row.
 SELECT = """
@@ -37,7 +38,7 @@ def write_ours(database: Path, target: Path) -> None:
 def write_peer(database: Path, target: Path) -> None:
     connection = connect(database)
     with target.open("w", encoding="utf-8", newline="") as file:
-        file.write(",".join(export.COLUMNS) + "\n")
+        file.write(",".join(snapshot.COLUMNS) + "\n")
         writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
         writer.writerows(connection.execute(SELECT, (Recipe().model, SPLIT)))
         file.flush()

@@ -25,10 +25,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 from report import Line, alternate, compare, show, timed, value_line
 
-from rococap import datasets, db, metrics, queue
+from rococap import db, queue
+from rococap.data import datasets
 from rococap.engines import Completion, EngineInfo
-from rococap.enqueue import enqueue
+from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
+from rococap.results import formats
+from rococap.scores import metrics
 
 CAPTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions" / "roco_v1_2000.csv"
 MODALITIES = ("C0040405", "C0024485", "C1306645", "C0041618")
@@ -39,7 +42,7 @@ TEST_SPLIT = 9_927
 def pairs(file: Path, n: int) -> list[tuple[str, str]]:
     """Caption and reference."""
     with file.open(encoding="utf-8", newline="") as lines:
-        references = [metrics.fold(row["caption"]) for row in csv.DictReader(lines)]
+        references = [formats.fold(row["caption"]) for row in csv.DictReader(lines)]
     rng = random.Random(6)
     made = []
     for _ in range(n):

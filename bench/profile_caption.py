@@ -20,7 +20,7 @@ from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Options
 from rococap.recipe import Recipe
-from rococap.trial import from_memory
+from rococap.worker.dry_run import from_memory
 
 KINDS = {
     "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "aten::linear", "mkldnn"),

@@ -32,7 +32,7 @@ from rococap.demo.phantoms import write_dataset
 from rococap.engines import Engine, Options
 from rococap.engines.vllm import VLLMEngine
 from rococap.recipe import Recipe
-from rococap.trial import from_memory
+from rococap.worker.dry_run import from_memory
 
 MEAN, MOST = 33, 128
 """Tokens of the forced captions: as those of ROCOv2 are spread."""

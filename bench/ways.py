@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, StoppingCriteriaList, pipeline
 
-from rococap import db, queue, selfcheck
-from rococap.bench import Ready
-from rococap.datasets import locate
+from rococap import db, queue
+from rococap.data.datasets import locate
 from rococap.engines import Engine, Options, Prepared
 from rococap.engines.decoding import Loaded, Row, collate
 from rococap.engines.hf import TransformersEngine
-from rococap.enqueue import enqueue
+from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
-from rococap.worker import Settings, work
+from rococap.worker import selfcheck
+from rococap.worker.benchmark import Ready
+from rococap.worker.process import work
+from rococap.worker.settings import Settings
 
 SPREAD = 0.65
 """Of the logarithm of forced lengths: with a mean of 33 tokens one in a hundred is longer than 120, as captions are."""

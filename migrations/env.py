@@ -3,7 +3,7 @@
 from alembic import context
 
 from rococap import db
-from rococap.models import metadata
+from rococap.tables import metadata
 
 
 def run(connection):

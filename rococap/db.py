@@ -24,7 +24,7 @@ from sqlalchemy.exc import DatabaseError as DriverError
 
 from rococap import open_files
 from rococap.errors import DatabaseError, DatabaseUnavailable
-from rococap.models import SCHEMA
+from rococap.tables import SCHEMA
 from rococap.urls import shown, sqlite_url
 
 DEFAULT_URL = "sqlite:///rococap.db"

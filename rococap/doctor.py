@@ -19,11 +19,13 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
 
-from rococap import datasets, db, models, queue, spool
-from rococap.datasets import HUB_ID, SPLITS, Shard
+from rococap import db, queue, tables
+from rococap.data import datasets
+from rococap.data.datasets import HUB_ID, SPLITS, Shard
 from rococap.db import execute, transaction
 from rococap.errors import RococapError
 from rococap.queue import Run
+from rococap.worker import spool
 
 
 class Verdict(StrEnum):
@@ -207,7 +209,7 @@ def _schema(database: Engine) -> Iterator[Finding]:
         found = db.found_schema(conn)
     if found is None:
         yield FAIL, f"The database is empty. {FIRST_USE}"
-    elif found != models.SCHEMA:
+    elif found != tables.SCHEMA:
         yield FAIL, str(db.wrong_schema(database.url, found))
     else:
         yield OK, found
@@ -262,7 +264,7 @@ def _tallies(database: Engine) -> Iterator[Finding]:
         yield OK, f"agree with {sum(n for (_, _, status), n in counted.items() if status in _STATES)} jobs"
 
 
-_STATES = {state.value for state in models.JobState}
+_STATES = {state.value for state in tables.JobState}
 
 
 def _statuses(told: str) -> list[str]:

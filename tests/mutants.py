@@ -4,6 +4,7 @@ Works on a copy of the project, with a few quick tests per mutant. Prints who ca
 survived, or if its text is not in the source exactly once any more.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -24,21 +25,21 @@ LIMIT_SEC = 240
 
 @dataclass(frozen=True)
 class Mutant:
-    """`edits` are (old, new) texts in `file`; `tests` are node ids below tests/, of which one at least must fail."""
+    """`edits` are (where, old, new): the text `old` of the function, class or constant `where` becomes `new`. A method
+    is named with its class, and no module is named, so that moving code breaks no mutant. `tests` are node ids below
+    tests/, of which at least one must fail.
+    """
 
     name: str
     what: str
-    file: str
-    edits: tuple[tuple[str, str], ...]
+    edits: tuple[tuple[str, str, str], ...]
     tests: tuple[str, ...]
 
 
-def mutant(name: str, what: str, file: str, old: str, new: str, *tests: str) -> Mutant:
-    return Mutant(name, what, file, ((old, new),), tests)
+def mutant(name: str, what: str, where: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant(name, what, ((where, old, new),), tests)
 
 
-QUEUE, PIPELINE, WORKER, SPOOL, DB = (f"rococap/{name}.py" for name in ("queue", "pipeline", "worker", "spool", "db"))
-CONTINUOUS = "rococap/engines/continuous.py"
 SAME = "test_continuous.py::test_every_mix_of_sizes_prompts_lengths_and_arrivals_says_the_same"
 LEFT = "test_state_machine.py::test_a_job_that_went_to_another_is_not_completed_under_a_lease_that_is_open_still"
 BESIDE = "test_state_machine.py::test_a_claim_beside_another_that_is_not_committed_takes_other_jobs"
@@ -48,7 +49,7 @@ MUTANTS = (
     mutant(
         "complete-without-lease",
         "complete takes any leased job, whoever has it",
-        QUEUE,
+        "complete",
         "\"UPDATE jobs SET status = 'done', lease_id = NULL, finished_at = ? \"\n"
         "        \"WHERE id = ? AND lease_id = ? AND status = 'leased'\",",
         "\"UPDATE jobs SET status = 'done', lease_id = NULL, finished_at = ? \"\n"
@@ -58,12 +59,16 @@ MUTANTS = (
     Mutant(
         "attempts-as-the-fence",
         "complete compares the attempts that the claim saw, not the lease",
-        QUEUE,
         (
-            ("    lease_id: int\n    place: Place\n", "    lease_id: int\n    place: Place\n    attempts: int = 1\n"),
-            ('i.image_id "\n    "FROM runs r', 'i.image_id, j.attempts "\n    "FROM runs r'),
-            ("row[3], row[4], columns)) for row", "row[3], row[4], columns), row[5] + 1) for row"),
             (
+                "Job",
+                "    lease_id: int\n    place: Place\n",
+                "    lease_id: int\n    place: Place\n    attempts: int = 1\n",
+            ),
+            ("_PENDING", 'i.image_id "\n    "FROM runs r', 'i.image_id, j.attempts "\n    "FROM runs r'),
+            ("claim", "row[3], row[4], columns)) for row", "row[3], row[4], columns), row[5] + 1) for row"),
+            (
+                "complete",
                 'finished_at = ? "\n        "WHERE id = ? AND lease_id = ? AND status = \'leased\'",\n'
                 "        [(at, c.job_id, lease.id) for c in done],",
                 'finished_at = ? "\n        "WHERE id = ? AND attempts = ? AND status = \'leased\'",\n'
@@ -75,7 +80,7 @@ MUTANTS = (
     mutant(
         "fail-without-lease",
         "fail takes any leased job, whoever has it",
-        QUEUE,
+        "fail",
         "\"UPDATE jobs SET status = 'failed', lease_id = NULL, finished_at = ? \"\n"
         "        \"WHERE id = ? AND lease_id = ? AND status = 'leased'\",",
         "\"UPDATE jobs SET status = 'failed', lease_id = NULL, finished_at = ? \"\n"
@@ -85,7 +90,7 @@ MUTANTS = (
     mutant(
         "release-without-lease",
         "release takes any leased job, whoever has it",
-        QUEUE,
+        "release",
         'attempts = attempts - 1 "\n        "WHERE id = ? AND lease_id = ? AND status = \'leased\'"\n    )',
         'attempts = attempts - 1 "\n        "WHERE id = ? AND ? > 0 AND status = \'leased\'"\n    )',
         LEFT,
@@ -93,7 +98,7 @@ MUTANTS = (
     mutant(
         "lease-of-any-state",
         "a lease that is closed or expired is as good as an open one",
-        QUEUE,
+        "_hold",
         "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
         '"WHERE id = ? AND worker_id = ?",\n        (n_done,',
         "test_queue.py::test_a_worker_that_lost_its_lease_changes_nothing",
@@ -101,7 +106,7 @@ MUTANTS = (
     mutant(
         "lease-of-any-worker",
         "a lease serves whoever knows its number",
-        QUEUE,
+        "_hold",
         "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
         "\"WHERE id = ? AND ? > 0 AND state = 'open'\",\n        (n_done,",
         "test_queue.py::test_a_lease_is_of_no_use_to_another_worker",
@@ -109,7 +114,7 @@ MUTANTS = (
     mutant(
         "no-fence-at-all",
         "neither lease nor job is compared",
-        QUEUE,
+        "_hold",
         "    if held.rowcount != 1:\n        raise LeaseLost(",
         "    if held.rowcount > 1:\n        raise LeaseLost(",
         "test_queue.py::test_a_worker_that_lost_its_lease_changes_nothing",
@@ -117,7 +122,7 @@ MUTANTS = (
     mutant(
         "partly-lost-is-enough",
         "complete goes on with the jobs that are still in the lease",
-        QUEUE,
+        "_leave",
         "execute(conn, sql, rows).rowcount != len(rows):",
         "execute(conn, sql, rows).rowcount > len(rows):",
         "test_queue.py::test_a_job_cannot_be_completed_twice",
@@ -126,7 +131,7 @@ MUTANTS = (
     mutant(
         "late-is-lost",
         "a lease whose time ran out cannot complete, though nobody reaped it",
-        QUEUE,
+        "_hold",
         "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
         "f\"WHERE expires_at > {at} AND id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
         "test_queue.py::test_an_expired_lease_that_nobody_reaped_still_completes",
@@ -135,7 +140,7 @@ MUTANTS = (
     mutant(
         "claim-without-lock",
         "PostgreSQL: a claim does not lock what it reads",
-        QUEUE,
+        "SKIP_LOCKED",
         '"postgresql": " FOR UPDATE OF j SKIP LOCKED"',
         '"postgresql": ""',
         BESIDE + "[postgresql]",
@@ -143,7 +148,7 @@ MUTANTS = (
     mutant(
         "claim-waits",
         "PostgreSQL: a claim waits until another's transaction ends",
-        QUEUE,
+        "SKIP_LOCKED",
         " FOR UPDATE OF j SKIP LOCKED",
         " FOR UPDATE OF j",
         BESIDE + "[postgresql]",
@@ -151,7 +156,7 @@ MUTANTS = (
     mutant(
         "deferred-begin",
         "SQLite: writers begin as readers",
-        DB,
+        "_begin",
         '("BEGIN IMMEDIATE",) if write',
         '("BEGIN",) if write',
         BESIDE + "[delete]",
@@ -160,7 +165,7 @@ MUTANTS = (
     mutant(
         "status-by-in",
         "the claim's status is not one literal",
-        QUEUE,
+        "_PENDING",
         "j.status = 'pending' AND j.crashes BETWEEN",
         "j.status IN ('pending', 'pending') AND j.crashes BETWEEN",
         "test_plans.py::test_the_claim_reads_its_partial_index_in_order",
@@ -168,7 +173,7 @@ MUTANTS = (
     mutant(
         "splits-by-in",
         "the claim's split is not one value",
-        QUEUE,
+        "_PENDING",
         "j.split = ? AND j.status = 'pending' AND j.crashes BETWEEN",
         "j.split IN (?, 'test') AND j.status = 'pending' AND j.crashes BETWEEN",
         "test_plans.py::test_the_claim_reads_its_partial_index_in_order",
@@ -176,7 +181,7 @@ MUTANTS = (
     mutant(
         "claim-out-of-order",
         "the claim takes the newest jobs first",
-        QUEUE,
+        "_PENDING",
         "ORDER BY j.crashes, j.id LIMIT ?",
         "ORDER BY j.crashes, j.id DESC LIMIT ?",
         "test_queue.py::test_a_claim_takes_jobs_in_order_and_the_next_claim_others",
@@ -184,7 +189,7 @@ MUTANTS = (
     mutant(
         "claim-though-paused",
         "a paused run is claimed from",
-        QUEUE,
+        "_PENDING",
         "r.paused = 0 AND ",
         "",
         "test_queue.py::test_a_paused_run_is_not_claimed_from_and_what_is_leased_goes_on",
@@ -192,7 +197,7 @@ MUTANTS = (
     mutant(
         "suspects-in-the-crowd",
         "the normal lane takes jobs that were in a crash",
-        QUEUE,
+        "CRASHES",
         "NORMAL: (0, 0)",
         "NORMAL: (0, 1 << 30)",
         "test_queue.py::test_suspects_are_not_in_the_normal_lane_and_are_claimed_by_fours",
@@ -200,7 +205,7 @@ MUTANTS = (
     mutant(
         "suspects-unbounded",
         "a claim of suspects is as large as any",
-        QUEUE,
+        "claim",
         "bound = min(most, lane) if lane else most",
         "bound = most",
         "test_queue.py::test_suspects_are_not_in_the_normal_lane_and_are_claimed_by_fours",
@@ -209,7 +214,7 @@ MUTANTS = (
     mutant(
         "two-transactions",
         "done is committed before its caption is written",
-        QUEUE,
+        "complete",
         '    execute(\n        conn,\n        "INSERT INTO captions (',
         '    execute(conn, "COMMIT")\n    execute(conn, "BEGIN")\n'
         '    execute(\n        conn,\n        "INSERT INTO captions (',
@@ -218,7 +223,7 @@ MUTANTS = (
     mutant(
         "done-uncounted",
         "complete leaves the tallies as they were",
-        QUEUE,
+        "complete",
         "{JobState.LEASED: -len(done), JobState.DONE: len(done)}",
         "{}",
         "test_queue.py::test_a_caption_and_its_jobs_done_are_stored_together",
@@ -226,9 +231,9 @@ MUTANTS = (
     mutant(
         "lease-stays-open",
         "a lease does not close with its last job",
-        QUEUE,
+        "complete",
         'execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", '
-        '(len(done), at, lease.worker_id))\n    _close_if_empty(conn, lease.id, "closed", at)',
+        '(len(done), at, lease.worker_id))\n    close_if_empty(conn, lease.id, "closed", at)',
         'execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", '
         "(len(done), at, lease.worker_id))",
         "test_queue.py::test_a_lease_is_completed_in_parts_and_closes_with_its_last_job",
@@ -236,7 +241,7 @@ MUTANTS = (
     mutant(
         "transient-for-ever",
         "a transient failure is never final",
-        QUEUE,
+        "fail",
         "failure.transient and attempts.get(id, most) < most",
         "failure.transient",
         "test_queue.py::test_a_transient_failure_is_final_after_max_attempts",
@@ -244,7 +249,7 @@ MUTANTS = (
     mutant(
         "no-backoff",
         "what failed for now is tried again at once",
-        QUEUE,
+        "fail",
         "[(at + backoff_ms(attempts[id]), id, lease.id)",
         "[(at, id, lease.id)",
         "test_queue.py::test_a_transient_failure_waits_and_is_claimable_when_its_time_has_come",
@@ -252,7 +257,7 @@ MUTANTS = (
     mutant(
         "release-costs-an-attempt",
         "an attempt is not refunded on release",
-        QUEUE,
+        "release",
         'lease_id = NULL, attempts = attempts - 1 "\n        "WHERE id = ? AND lease_id = ?',
         'lease_id = NULL "\n        "WHERE id = ? AND lease_id = ?',
         "test_queue.py::test_released_jobs_are_as_before_the_claim",
@@ -261,7 +266,7 @@ MUTANTS = (
     mutant(
         "beat-of-any-worker",
         "a heartbeat extends a lease that is another's",
-        QUEUE,
+        "_extend",
         "expires_at = ? WHERE id = ? AND worker_id = ? AND state = 'open'",
         "expires_at = ? WHERE id = ? AND ? > 0 AND state = 'open'",
         "test_queue.py::test_a_lease_is_of_no_use_to_another_worker",
@@ -269,7 +274,7 @@ MUTANTS = (
     mutant(
         "beat-of-any-state",
         "a heartbeat extends a lease that has ended",
-        QUEUE,
+        "_extend",
         "expires_at = ? WHERE id = ? AND worker_id = ? AND state = 'open'",
         "expires_at = ? WHERE id = ? AND worker_id = ?",
         "test_queue.py::test_a_worker_that_lost_its_lease_changes_nothing",
@@ -277,7 +282,7 @@ MUTANTS = (
     mutant(
         "beat-without-progress",
         "a worker beats though its engine hangs",
-        WORKER,
+        "_beat_until",
         "if pipeline.stalled_sec() > settings.stall_timeout:",
         "if False:",
         "test_promises.py::test_promise_07_a_hung_worker_stops_beating_loses_its_leases_and_exits_hard[delete]",
@@ -285,7 +290,7 @@ MUTANTS = (
     mutant(
         "reap-without-state",
         "reap looks at leases that have ended too",
-        QUEUE,
+        "_EXPIRED",
         "SELECT id FROM leases WHERE state = 'open' AND expires_at <= ? AND worker_id <> ? AND",
         "SELECT id FROM leases WHERE expires_at <= ? AND worker_id <> ? AND",
         "test_plans.py::test_each_hot_statement_uses_its_index",
@@ -293,7 +298,7 @@ MUTANTS = (
     mutant(
         "crash-without-state",
         "a lease that has ended is ended again",
-        QUEUE,
+        "crash",
         "WHERE id = ? AND state = 'open' AND expires_at <= ? \"",
         'WHERE id = ? AND expires_at <= ? "',
         "test_queue.py::test_a_worker_that_gives_up_marks_its_own_lease_as_crashed",
@@ -301,7 +306,7 @@ MUTANTS = (
     mutant(
         "crash-though-extended",
         "a lease that was extended since reap looked is ended all the same",
-        QUEUE,
+        "crash",
         "AND state = 'open' AND expires_at <= ? \"",
         "AND state = 'open' AND ? > 0 \"",
         "test_state_machine.py::test_a_lease_that_was_extended_since_somebody_looked_is_not_ended",
@@ -309,7 +314,7 @@ MUTANTS = (
     mutant(
         "reap-oneself",
         "a worker reaps its own leases",
-        QUEUE,
+        "_EXPIRED",
         "AND worker_id <> ? AND expires_at",
         "AND ? >= 0 AND expires_at",
         "test_queue.py::test_a_worker_never_reaps_itself",
@@ -317,7 +322,7 @@ MUTANTS = (
     mutant(
         "crash-costs-an-attempt",
         "an attempt is not refunded after a crash",
-        QUEUE,
+        "crash",
         "lease_id = NULL, attempts = attempts - 1, crashes = crashes + 1",
         "lease_id = NULL, crashes = crashes + 1",
         "test_queue.py::test_a_dead_workers_jobs_are_pending_with_the_attempt_refunded_and_the_crash_counted",
@@ -325,7 +330,7 @@ MUTANTS = (
     mutant(
         "killer-never-fails",
         "a picture may kill any number of workers",
-        QUEUE,
+        "crash",
         "if solo and solo_crashes >= 1]",
         "if solo and solo_crashes >= 99]",
         "test_queue.py::test_a_picture_that_crashed_two_workers_is_claimed_alone_and_fails_after_two_more",
@@ -333,7 +338,7 @@ MUTANTS = (
     mutant(
         "neighbours-of-a-killer-fail",
         "two crashes in company fail a picture",
-        QUEUE,
+        "crash",
         "solo = int(lane == SOLO)",
         "solo = int(lane != NORMAL)",
         "test_queue.py::test_a_picture_that_crashed_two_workers_is_claimed_alone_and_fails_after_two_more",
@@ -341,7 +346,7 @@ MUTANTS = (
     mutant(
         "wake-early",
         "what waits is pending at once",
-        QUEUE,
+        "_WAKE",
         "WHERE j.status = 'waiting' AND (j.not_before <= ? OR",
         "WHERE j.status = 'waiting' AND (? > 0 OR",
         "test_queue.py::test_a_transient_failure_waits_and_is_claimable_when_its_time_has_come",
@@ -350,7 +355,7 @@ MUTANTS = (
     mutant(
         "recover-knows-not-its-own",
         "what was stored without the answer coming back is taken for another's",
-        QUEUE,
+        "recover",
         "status == JobState.DONE and caption_lease_id == lease.id",
         "status == JobState.DONE and caption_lease_id == 0",
         "test_queue.py::test_a_completion_that_was_stored_without_the_answer_coming_back_is_recognised",
@@ -358,7 +363,7 @@ MUTANTS = (
     mutant(
         "recover-takes-anothers",
         "a late caption takes a job that another worker has",
-        QUEUE,
+        "recover",
         "one.failure is None and status in (JobState.PENDING, JobState.WAITING)",
         "one.failure is None and status in (JobState.PENDING, JobState.WAITING, JobState.LEASED)",
         "test_queue.py::test_captions_of_a_lost_lease_are_kept_while_another_has_the_pictures_and_dropped_when_it_is_done",
@@ -366,7 +371,7 @@ MUTANTS = (
     mutant(
         "recover-drops-what-another-has",
         "a late caption is dropped though the other may die",
-        QUEUE,
+        "recover",
         "            kept.add(one.job_id)",
         "            continue",
         "test_queue.py::test_captions_of_a_lost_lease_are_kept_while_another_has_the_pictures_and_dropped_when_it_is_done",
@@ -374,7 +379,7 @@ MUTANTS = (
     mutant(
         "recover-drops-what-is-free",
         "the captions of a reaped lease are made again",
-        QUEUE,
+        "recover",
         "            free.append(one)",
         "            continue",
         "test_queue.py::test_captions_of_a_reaped_lease_whose_jobs_are_free_are_stored_under_a_new_one",
@@ -382,7 +387,7 @@ MUTANTS = (
     mutant(
         "recover-takes-another-runs",
         "a caption of a deleted run is stored in another that was given its ids",
-        QUEUE,
+        "_jobs_and_captions",
         "FROM jobs j WHERE id = ? AND run_id = ?",
         "FROM jobs j WHERE id = ? AND ? > 0",
         "test_delete_run.py::test_a_late_completion_of_a_deleted_run_is_dropped_although_another_run_has_its_ids",
@@ -390,7 +395,7 @@ MUTANTS = (
     mutant(
         "deletes-what-is-held",
         "a run is deleted although workers hold pictures of it",
-        QUEUE,
+        "delete_run",
         "    if n := execute(conn, is_open, (run.id,)).scalar_one():",
         "    if n := 0:",
         "test_delete_run.py::test_a_run_whose_pictures_are_held_stays_and_the_command_that_withdraws_them_is_named",
@@ -398,7 +403,7 @@ MUTANTS = (
     mutant(
         "late-failure-counts",
         "a failure that comes late fails what is free again",
-        QUEUE,
+        "recover",
         "elif one.failure is None and status in (JobState.PENDING, JobState.WAITING):",
         "elif status in (JobState.PENDING, JobState.WAITING):",
         "test_state_machine.py::test_a_late_failure_of_a_job_that_is_free_again_is_dropped",
@@ -406,7 +411,7 @@ MUTANTS = (
     mutant(
         "forgets-what-it-holds",
         "a worker gives back what it knows that it holds",
-        QUEUE,
+        "release_forgotten",
         "        if lease_id not in held:",
         "        if lease_id:",
         "test_queue.py::test_what_a_worker_leased_without_knowing_is_given_back",
@@ -414,7 +419,7 @@ MUTANTS = (
     mutant(
         "forgets-what-others-hold",
         "a worker gives back what others hold",
-        QUEUE,
+        "release_forgotten",
         "WHERE state = 'open' AND worker_id = ? ORDER BY id\"",
         "WHERE state = 'open' AND ? > 0 ORDER BY id\"",
         "test_queue.py::test_what_a_worker_leased_without_knowing_is_given_back",
@@ -422,7 +427,7 @@ MUTANTS = (
     mutant(
         "any-database-will-do",
         "a spool's captions go into a database that never gave their lease",
-        QUEUE,
+        "belongs",
         'WHERE l.id = ? AND w.uuid = ?"',
         "WHERE l.id = ? AND ? <> ''\"",
         "test_queue.py::test_a_lease_is_known_only_to_the_database_that_gave_it",
@@ -431,15 +436,15 @@ MUTANTS = (
     mutant(
         "cancel-leaves-the-lease-open",
         "a lease whose last job is cancelled stays open",
-        QUEUE,
-        '    for row in leases:\n        _close_if_empty(conn, row[0], "closed", at)\n',
+        "cancel",
+        '    for row in leases:\n        close_if_empty(conn, row[0], "closed", at)\n',
         "",
         "test_queue.py::test_cancel_withdraws_all_that_is_not_finished_and_leaves_what_is",
     ),
     mutant(
         "cancel-spares-what-runs",
         "what a worker holds is not cancelled",
-        QUEUE,
+        "cancel",
         "    if held:\n",
         "    held = []\n    if held:\n",
         "test_queue.py::test_cancel_withdraws_all_that_is_not_finished_and_leaves_what_is",
@@ -447,7 +452,7 @@ MUTANTS = (
     mutant(
         "retry-of-what-is-done",
         "a picture named to retry is captioned again though it is done",
-        QUEUE,
+        "retry",
         "statuses = \"'failed', 'cancelled'\" if image_ids",
         "statuses = \"'failed', 'cancelled', 'done'\" if image_ids",
         "test_queue.py::test_retry_of_a_done_picture_does_nothing",
@@ -455,7 +460,7 @@ MUTANTS = (
     mutant(
         "retry-keeps-the-record",
         "retry leaves attempts and crashes as they were",
-        QUEUE,
+        "retry",
         "SET status = 'pending', attempts = 0, crashes = 0, solo_crashes = 0, finished_at = NULL",
         "SET status = 'pending', finished_at = NULL",
         "test_queue.py::test_retry_takes_what_failed_with_a_code",
@@ -464,7 +469,7 @@ MUTANTS = (
     mutant(
         "suspects-in-company",
         "suspects are claimed while other pictures are held",
-        PIPELINE,
+        "Pipeline._next_lease",
         "                if not self._wait_until(lambda: not self._state.held):\n                    return None\n",
         "",
         "test_state_machine.py::test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_beside_them[delete]",
@@ -472,7 +477,7 @@ MUTANTS = (
     mutant(
         "claims-beside-suspects",
         "a worker that holds suspects claims ahead",
-        PIPELINE,
+        "Pipeline._may_claim",
         "not self._state.ready and all(one.lease.lane == NORMAL for one in held)",
         "not self._state.ready",
         "test_state_machine.py::test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_beside_them[delete]",
@@ -480,7 +485,7 @@ MUTANTS = (
     mutant(
         "suspects-last",
         "suspects have no turn while others are pending",
-        PIPELINE,
+        "Pipeline._is_suspects_turn",
         "if (self._n_claims + 1) % SUSPECTS_EVERY:",
         "if True:",
         "test_promises.py::test_promise_08_suspects_have_their_turn_every_eighth_claim_though_others_are_pending[delete]",
@@ -488,7 +493,7 @@ MUTANTS = (
     mutant(
         "judges-at-once",
         "a worker reaps others right after an outage",
-        PIPELINE,
+        "Contact.unbroken_sec",
         "return at - self._since if is_unbroken else 0.0",
         "return 1e9",
         "test_state_machine.py::test_others_are_judged_only_after_a_lease_time_of_unbroken_contact[delete]",
@@ -496,7 +501,7 @@ MUTANTS = (
     mutant(
         "a-break-is-no-break",
         "a long silence is taken for contact",
-        PIPELINE,
+        "Contact.made",
         "        if at - self._last > self._ttl_sec / 2 or self._was_set(database_ms, at):\n",
         "        if self._was_set(database_ms, at):\n",
         "test_pipeline.py::test_a_process_that_was_frozen_or_a_machine_that_slept_judges_nobody",
@@ -504,7 +509,7 @@ MUTANTS = (
     mutant(
         "no-self-fencing",
         "a worker starts pictures whose lease has run out by its own clock",
-        PIPELINE,
+        "Pipeline._is_live",
         " and clock() < held.runs_out_at",
         "",
         "test_state_machine.py::test_nothing_is_started_whose_lease_has_run_out_by_the_workers_own_clock[delete]",
@@ -512,7 +517,7 @@ MUTANTS = (
     mutant(
         "lost-is-gone",
         "captions whose lease was lost are dropped, not recovered",
-        WORKER,
+        "Store._store_lease",
         "self._put_off(lease, left)\n",
         "self._pipeline.settle(lease, [one.job_id for one in completions])\n",
         "test_worker.py::test_a_caption_whose_lease_was_lost_while_nobody_took_its_picture_is_stored_all_the_same",
@@ -520,7 +525,7 @@ MUTANTS = (
     mutant(
         "dead-claim-ahead",
         "a claim ahead that was lost stays in the way of the next",
-        PIPELINE,
+        "Pipeline.lose",
         "            state.ready = deque(picture for picture in state.ready if picture.job_id not in state.abandoned)\n"
         "            self._changed.notify_all()\n",
         "            self._changed.notify_all()\n",
@@ -529,7 +534,7 @@ MUTANTS = (
     mutant(
         "hung-is-forgotten",
         "a hung engine whose pictures were lost is not noticed",
-        PIPELINE,
+        "Pipeline.stalled_sec",
         "is_busy = self._has_rows and not self._is_waiting",
         "is_busy = self._state.running and not self._is_waiting",
         "test_pipeline.py::test_an_engine_that_waits_for_pictures_does_not_stall_and_one_that_has_some_does",
@@ -537,7 +542,7 @@ MUTANTS = (
     mutant(
         "longer-leases-are-judged",
         "a lease that lasts longer than the contact is reaped",
-        QUEUE,
+        "_EXPIRED",
         "AND expires_at - beat_at <= ? ",
         "AND ? >= 0 ",
         "test_queue.py::test_a_lease_that_lasts_longer_than_the_contact_is_not_judged",
@@ -545,7 +550,7 @@ MUTANTS = (
     mutant(
         "any-file-will-do",
         "a worker goes on in a database that took the place of its own",
-        WORKER,
+        "_work",
         '    db.stay(database, "SELECT 1 FROM workers WHERE id = ? AND uuid = ?", (worker_id, name))\n',
         "",
         "test_worker.py::test_a_worker_stores_nothing_in_a_database_that_took_the_place_of_its_own",
@@ -553,7 +558,7 @@ MUTANTS = (
     mutant(
         "store-breaks-in-silence",
         "an error that ends the store does not end the worker",
-        WORKER,
+        "_caption",
         "    store.raise_error()\n",
         "",
         "test_worker.py::test_an_error_that_ends_the_store_ends_the_worker_and_what_was_captioned_is_kept",
@@ -561,7 +566,7 @@ MUTANTS = (
     mutant(
         "stop-charges",
         "what a stopping worker cannot give back is charged with a crash",
-        WORKER,
+        "Store.release",
         "self._put_off(lease, released=job_ids)",
         "pass",
         "test_worker.py::test_a_worker_that_is_stopped_while_the_database_is_locked_leaves_soon_and_charges_nobody",
@@ -569,7 +574,7 @@ MUTANTS = (
     mutant(
         "worker-before-leases",
         "a heartbeat locks the worker first, and meets complete on PostgreSQL",
-        QUEUE,
+        "heartbeat",
         "    held, took = set(lease_ids), store_ms or {}\n",
         "    _see(conn, worker_id, at, None)\n    held, took = set(lease_ids), store_ms or {}\n",
         "test_postgresql.py::test_a_heartbeat_and_a_complete_of_one_worker_do_not_wait_for_each_other",
@@ -577,7 +582,7 @@ MUTANTS = (
     mutant(
         "goodbye-out-of-order",
         "a goodbye locks the leases that have ended after the open ones",
-        QUEUE,
+        "lock_leases",
         '    if ids and conn.dialect.name != "sqlite":\n',
         "    if False:\n",
         "test_postgresql.py::test_a_goodbye_locks_leases_in_order_also_those_that_have_ended",
@@ -585,7 +590,7 @@ MUTANTS = (
     mutant(
         "books-on-anyones-lease",
         "what storing took is added to another worker's lease",
-        QUEUE,
+        "book",
         'store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"',
         'store_ms = store_ms + ? WHERE id = ? AND ? > 0"',
         "test_queue.py::test_what_storing_took_is_added_to_no_lease_of_another_worker",
@@ -593,7 +598,7 @@ MUTANTS = (
     mutant(
         "books-on-open-leases-only",
         "what storing the last part of a lease took is lost",
-        QUEUE,
+        "book",
         'store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"',
         "store_ms = store_ms + ? WHERE id = ? AND worker_id = ? AND state = 'open'\"",
         "test_queue.py::test_what_storing_took_is_added_to_leases_also_when_they_have_ended",
@@ -601,7 +606,7 @@ MUTANTS = (
     mutant(
         "a-silent-beat-forgets",
         "a heartbeat without telemetry deletes what the last one told",
-        QUEUE,
+        "see",
         "telemetry = COALESCE(?, telemetry)",
         "telemetry = ?",
         "test_queue.py::test_a_heartbeat_and_a_goodbye_tell_what_a_worker_measured",
@@ -609,7 +614,7 @@ MUTANTS = (
     mutant(
         "booked-twice",
         "what a heartbeat told of storing is told again by the next",
-        WORKER,
+        "_beat_until",
         "        meter.booked(store_ms)\n",
         "",
         "test_worker.py::test_the_wait_for_the_lock_is_time_of_storing_and_is_booked_once",
@@ -618,7 +623,7 @@ MUTANTS = (
     mutant(
         "another-version-is-torn",
         "lines of another version are deleted with the file",
-        SPOOL,
+        "abandoned",
         "yield entries, partial(_keep, path) if is_read else lambda kept: None",
         "yield entries, partial(_keep, path)",
         "test_spool.py::test_a_line_of_another_version_is_left_to_that",
@@ -626,7 +631,7 @@ MUTANTS = (
     mutant(
         "spool-unlocked",
         "a living worker's spool may be taken for a dead one's",
-        SPOOL,
+        "_create",
         "        fcntl.flock(file, fcntl.LOCK_EX)\n",
         "",
         "test_state_machine.py::test_a_living_workers_spool_is_left_alone_and_a_dead_ones_is_whole",
@@ -634,7 +639,7 @@ MUTANTS = (
     mutant(
         "spool-taken-unasked",
         "a spool is taken over without asking for its lock",
-        SPOOL,
+        "_locked",
         "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "            pass\n",
         "test_state_machine.py::test_a_living_workers_spool_is_left_alone_and_a_dead_ones_is_whole",
@@ -642,7 +647,7 @@ MUTANTS = (
     mutant(
         "spool-not-synced",
         "captions in the spool are lost with the power",
-        SPOOL,
+        "_append",
         "        os.fsync(file.fileno())\n    except OSError:",
         "        pass\n    except OSError:",
         "test_state_machine.py::test_what_the_spool_keeps_is_on_the_disk_when_it_is_kept",
@@ -651,7 +656,7 @@ MUTANTS = (
     mutant(
         "rules-never-compared",
         "a run that was begun under older rules goes on under new ones unasked",
-        QUEUE,
+        "check_rules",
         "if rules < RULES and not accept_new_rules",
         "if rules < 0 and not accept_new_rules",
         "test_promises.py::test_promise_12_rules_that_were_accepted_are_the_only_way_a_run_mixes",
@@ -659,7 +664,7 @@ MUTANTS = (
     mutant(
         "rules-accepted-untold",
         "new rules that were accepted are not recorded",
-        QUEUE,
+        "pin",
         "if n := _n_begun(conn, run):",
         "if n := 0:",
         "test_promises.py::test_promise_12_rules_that_were_accepted_are_the_only_way_a_run_mixes",
@@ -667,15 +672,15 @@ MUTANTS = (
     mutant(
         "same-recipe-is-the-same",
         "pictures of a run under older rules cannot be captioned anew by the same recipe",
-        "rococap/enqueue.py",
-        "if recipe == old.recipe and queue.rules_of",
-        "if recipe == old.recipe or queue.rules_of",
+        "enqueue_from",
+        "if recipe == old.recipe and runs.rules_of",
+        "if recipe == old.recipe or runs.rules_of",
         "test_rules.py::test_pictures_of_a_run_under_older_rules_are_captioned_anew_by_the_same_recipe",
     ),
     mutant(
         "older-files-restored",
         "captions made under older rules are restored beside newer ones",
-        "rococap/export.py",
+        "_check_manifest",
         "or not _are_its_rules(pinned, resolved)",
         "or False",
         "test_rules.py::test_captions_under_older_rules_are_not_restored_beside_newer_ones",
@@ -684,7 +689,7 @@ MUTANTS = (
     mutant(
         "padding-decides",
         "padding and labels decide the window",
-        "rococap/window.py",
+        "_without",
         "return rest[distances >= nearest - spread] if is_far and is_picture else values",
         "return values",
         "test_window.py::test_padding_outside_the_field_of_view_does_not_decide_the_window",
@@ -692,7 +697,7 @@ MUTANTS = (
     mutant(
         "drawings-lose-levels",
         "a level of a drawing is taken for padding",
-        "rococap/window.py",
+        "_without",
         "return rest[distances >= nearest - spread] if is_far and is_picture else values",
         "return rest[distances >= nearest - spread] if is_far else values",
         "test_window.py::test_all_levels_of_a_drawing_count",
@@ -700,7 +705,7 @@ MUTANTS = (
     mutant(
         "full-range-windowed",
         "16-bit colours of full range are windowed too",
-        "rococap/window.py",
+        "colours",
         'elif values.dtype.kind == "u" and',
         'elif values.dtype.kind == "x" and',
         "test_images.py::test_16_bit_colours_of_full_range_stay_as_they_are",
@@ -708,7 +713,7 @@ MUTANTS = (
     mutant(
         "min-is-black",
         "a deep TIFF's MinIsWhite is not heeded",
-        "rococap/images.py",
+        "_of_tiff",
         'min_is_white=_tag(page, "PhotometricInterpretation") == _MIN_IS_WHITE',
         "min_is_white=False",
         "test_images.py::test_where_the_file_says_that_the_lowest_value_is_white_it_is",
@@ -716,7 +721,7 @@ MUTANTS = (
     mutant(
         "alpha-hides",
         "an alpha that is 0 everywhere hides the picture",
-        "rococap/images.py",
+        "_flatten",
         "    if _constant(alpha):\n",
         "    if False:\n",
         "test_images.py::test_an_alpha_that_is_the_same_everywhere_hides_no_picture",
@@ -724,7 +729,7 @@ MUTANTS = (
     mutant(
         "always-on-black",
         "black strokes on a transparent page are laid on black",
-        "rococap/images.py",
+        "_flatten",
         "(255,) * 4 if _needs_white(picture)",
         "(255,) * 4 if False",
         "test_images.py::test_black_strokes_on_transparent_white_are_seen_on_white",
@@ -732,7 +737,7 @@ MUTANTS = (
     mutant(
         "cut-is-whole",
         "a JPEG that lacks pixels passes for one that lacks its end marker",
-        "rococap/images.py",
+        "_one_for_all",
         "all(picture is not None and picture == first for picture in pictures)",
         "all(picture is not None for picture in pictures)",
         "test_images.py::test_a_jpeg_that_lacks_one_byte_of_its_pixels_or_more_is_truncated",
@@ -740,7 +745,7 @@ MUTANTS = (
     mutant(
         "monochrome1-as-it-is",
         "DICOM's MONOCHROME1 is not inverted",
-        "rococap/dicom.py",
+        "_shades",
         'if kind == "MONOCHROME1":',
         'if kind == "MONOCHROME0":',
         "test_dicom.py::test_monochrome1_is_inverted",
@@ -748,7 +753,7 @@ MUTANTS = (
     mutant(
         "headers-published",
         "a DICOM file is published with its header",
-        "rococap/images.py",
+        "as_file",
         "if formats.is_dicom(data) or frame > 1:",
         "if frame > 1:",
         "test_dicom.py::test_what_is_published_of_it_is_a_png_of_its_pixels",
@@ -756,7 +761,7 @@ MUTANTS = (
     mutant(
         "blank-untold",
         "a picture of one level is not flagged",
-        PIPELINE,
+        "Pipeline._prepare",
         "if is_blank(picture):",
         "if False:",
         "test_blank.py::test_a_picture_of_one_level_is_captioned_and_flagged",
@@ -765,7 +770,7 @@ MUTANTS = (
     mutant(
         "ends-of-the-config-alone",
         "a caption runs on past the ends that only tokenizer and chat template name",
-        "rococap/engines/checkpoint.py",
+        "end_tokens",
         "tokenizer.eos_token_id, turn_end(processor, name)]",
         "*([] if named else [tokenizer.eos_token_id])]",
         "test_template.py::test_captions_end_where_they_did_when_the_generation_config_names_another_end",
@@ -773,7 +778,7 @@ MUTANTS = (
     mutant(
         "adapter-beside-put-on",
         "an adapter that lies beside the weights is put on silently",
-        "rococap/engines/hf.py",
+        "_load_model",
         "            adapter_kwargs=NO_ADAPTER,\n",
         "",
         "test_adapters.py::test_an_adapter_beside_a_models_weights_is_told_of_and_not_put_on",
@@ -781,7 +786,7 @@ MUTANTS = (
     mutant(
         "blind-to-drawings",
         "pictures of one scene prove that the model is blind",
-        "rococap/selfcheck.py",
+        "check",
         "    if not sees and _n_captioned(looks) >= FEW:\n",
         "    if False:\n",
         "test_selfcheck.py::test_pictures_of_one_scene_do_not_prove_that_the_model_is_blind",
@@ -789,7 +794,7 @@ MUTANTS = (
     mutant(
         "too-few-pass",
         "a self-check that saw too few pictures counts as passed",
-        "rococap/selfcheck.py",
+        "check",
         "return ended(False, _too_few(looks), inconclusive=True)",
         "return ended(True, _too_few(looks))",
         "test_selfcheck.py::test_one_caption_for_less_than_four_pictures_proves_nothing_and_is_no_pass",
@@ -797,7 +802,7 @@ MUTANTS = (
     mutant(
         "registered-unseen",
         "a split of which no picture can be opened is registered",
-        "rococap/enqueue.py",
+        "enqueue",
         "            require_pictures(dataset, split, shards[split], recipe)\n",
         "            pass\n",
         "test_enqueue.py::test_a_split_of_which_no_picture_can_be_opened_is_refused_before_anything_is_written",
@@ -806,7 +811,7 @@ MUTANTS = (
     mutant(
         "positions-stand-still",
         "positions do not grow with the caption",
-        CONTINUOUS,
+        "ContinuousDecoder._step",
         "        positions += 1\n",
         "",
         SAME,
@@ -814,7 +819,7 @@ MUTANTS = (
     mutant(
         "one-position-too-early",
         "a caption begins at the position of the prompt's last token",
-        CONTINUOUS,
+        "ContinuousDecoder._prefill",
         "= positions[..., -1] + 1",
         "= positions[..., -1]",
         SAME,
@@ -822,7 +827,7 @@ MUTANTS = (
     mutant(
         "mask-hides-the-newest",
         "a token does not see itself",
-        CONTINUOUS,
+        "ContinuousDecoder._step",
         ") > lengths[:, None]",
         ") >= lengths[:, None]",
         SAME,
@@ -830,7 +835,7 @@ MUTANTS = (
     mutant(
         "mask-shows-the-dead",
         "a row sees what a longer one before it left in its slot",
-        CONTINUOUS,
+        "ContinuousDecoder._step",
         ") > lengths[:, None]",
         ") > lengths[:, None] + 1",
         SAME,
@@ -838,7 +843,7 @@ MUTANTS = (
     mutant(
         "moved-without-its-keys",
         "a row that takes another's slot leaves its keys behind",
-        CONTINUOUS,
+        "Slots.move",
         "            layer.keys[new, :, :tokens] = layer.keys[old, :, :tokens]\n",
         "",
         SAME,
@@ -846,7 +851,7 @@ MUTANTS = (
     mutant(
         "moved-without-its-latest",
         "a row that takes another's slot leaves the end of its keys behind",
-        CONTINUOUS,
+        "ContinuousDecoder._remove",
         "tokens=max((_length(self._rows[slot]) for slot in last), default=0)",
         "tokens=max((self._rows[slot].picture.n_tokens for slot in last), default=0)",
         SAME,
@@ -854,7 +859,7 @@ MUTANTS = (
     mutant(
         "grown-without-its-content",
         "longer buffers forget the rows that run",
-        CONTINUOUS,
+        "_grown",
         "    larger[tuple(slice(size) for size in tensor.shape)] = tensor\n",
         "",
         SAME,
@@ -862,7 +867,7 @@ MUTANTS = (
     mutant(
         "claims-two-ahead",
         "the next claim does not wait until what is ready was taken",
-        PIPELINE,
+        "Pipeline._may_claim",
         "return not self._state.ready and all(",
         "return all(",
         "test_pipeline.py::test_what_is_leased_is_the_running_rows_and_one_claim_and_row_groups_are_read_once",
@@ -908,7 +913,7 @@ def check_that_the_copy_is_imported(place: Path) -> None:
         text=True,
         check=True,
     ).stdout.strip()
-    if told != str(place / "rococap" / "queue.py"):
+    if told != str(place / "rococap" / "queue" / "__init__.py"):
         sys.exit(f"The tests would import {told}, not the copy in {place}.")
 
 
@@ -950,31 +955,63 @@ def _end(process: "subprocess.Popen[str]") -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def definitions(source: str) -> Iterator[tuple[str, int, int]]:
+    """(name, first line, line after the last) of the functions, classes, methods and constants of a module."""
+
+    def within(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, int, int]]:
+        for node in body:
+            first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))]) - 1
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                yield prefix + node.name, first, node.end_lineno or 0
+            if isinstance(node, ast.ClassDef):
+                yield from within(node.body, f"{prefix}{node.name}.")
+            for target in getattr(node, "targets", [getattr(node, "target", None)]):
+                if isinstance(target, ast.Name):
+                    yield prefix + target.id, first, node.end_lineno or 0
+
+    return within(ast.parse(source).body, "")
+
+
+def find(root: Path, where: str, old: str) -> list[tuple[Path, int, int]]:
+    """Where a text stands in what has this name: the file, and its first and last line."""
+    found = []
+    for path in sorted((root / "rococap").rglob("*.py")):
+        source = path.read_text()
+        lines = source.splitlines(keepends=True)
+        if old in source:
+            for name, first, last in definitions(source):
+                found += [(path, first, last)] * "".join(lines[first:last]).count(old) if name == where else []
+    return found
+
+
 def apply(place: Path, mutant: Mutant) -> str | None:
     """Breaks the copy; the reason if the mutant no longer fits the source."""
-    source = (place / mutant.file).read_text()
-    for old, new in mutant.edits:
-        if source.count(old) != 1:
-            return f"its text is {source.count(old)} times in {mutant.file}: {old.strip().splitlines()[0]}"
-        source = source.replace(old, new)
-    (place / mutant.file).write_text(source)
+    for where, old, new in mutant.edits:
+        found = find(place, where, old)
+        if len(found) != 1:
+            return f"its text is {len(found)} times in {where}: {old.strip().splitlines()[0]}"
+        path, first, last = found[0]
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([*lines[:first], "".join(lines[first:last]).replace(old, new), *lines[last:]]))
     return None
 
 
 def try_out(place: Path, mutant: Mutant) -> Answer:
-    whole = (place / mutant.file).read_text()
+    paths = {path for where, old, _ in mutant.edits for path, _, _ in find(place, where, old)}
+    whole = {path: path.read_text() for path in paths}
     try:
         if misfit := apply(place, mutant):
             return Answer("MISFIT", misfit, 0.0)
         return ask(place, mutant.tests)
     finally:
-        (place / mutant.file).write_text(whole)
+        for path, source in whole.items():
+            path.write_text(source)
 
 
 def listed() -> str:
     """docs/mutants.md."""
     head = "# Mutants\n\nFaults that tests must catch: `python tests/mutants.py` tries each in a copy.\n"
-    rows = (f"| `{one.name}` | `{one.file.removeprefix('rococap/')}` | {one.what} |" for one in MUTANTS)
+    rows = (f"| `{one.name}` | `{one.edits[0][0]}` | {one.what} |" for one in MUTANTS)
     return "\n".join([head, "| mutant | in | fault |", "| --- | --- | --- |", *rows])
 
 

@@ -10,10 +10,11 @@ from PIL import Image
 from small_engine import INFO
 from sqlalchemy import Engine
 
-from rococap import datasets, db, queue
+from rococap import db, queue
+from rococap.data import datasets
 from rococap.engines import Completion
-from rococap.enqueue import Enqueued, enqueue
 from rococap.queue import Run
+from rococap.queue.enqueue import Enqueued, enqueue
 from rococap.recipe import Recipe
 
 SCHEMA = pa.schema(

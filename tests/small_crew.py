@@ -8,11 +8,13 @@ from typing import Any
 
 from small_engine import QUICK, SmallEngine, set_constants
 
-from rococap import crew, db
-from rococap.worker import Settings, work
+from rococap import db
+from rococap.worker import supervisor
+from rococap.worker.process import work
+from rococap.worker.settings import Settings
 
 
-def small_command(**engine: Any) -> crew.Command:
+def small_command(**engine: Any) -> supervisor.Command:
     """The command line of a member with the small engine."""
 
     def command(settings: Settings) -> list[str]:
@@ -22,14 +24,14 @@ def small_command(**engine: Any) -> crew.Command:
 
 
 def be_member(engine: dict[str, Any], settings: dict[str, Any]) -> None:
-    crew.leave_with_parent()
+    supervisor.leave_with_parent()
     set_constants(QUICK)
     database = db.connect(os.environ["ROCOCAP_DB"])
-    crew.tell(work(database, Settings(**settings), crew.tell, load=lambda *_: SmallEngine(**engine)))
+    supervisor.tell(work(database, Settings(**settings), supervisor.tell, load=lambda *_: SmallEngine(**engine)))
 
 
 def be_crew(url: str, devices: list[str], engine: dict[str, Any], settings: dict[str, Any]) -> None:
-    ended = crew.work(
+    ended = supervisor.work(
         db.connect(url),
         url,
         Settings(**{"self_check": False} | settings),

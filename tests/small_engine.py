@@ -27,12 +27,13 @@ from rococap import db
 from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source, gather
 from rococap.errors import PictureError
 from rococap.recipe import Recipe
-from rococap.worker import Settings, work
+from rococap.worker.process import work
+from rococap.worker.settings import Settings
 
 QUICK = {
-    "rococap.pipeline.POLL_SEC": 0.1,
-    "rococap.worker.REPLAY_EVERY_SEC": 0.1,
-    "rococap.worker.STORE_EVERY_SEC": 0.1,
+    "rococap.worker.fetcher.POLL_SEC": 0.1,
+    "rococap.worker.store.REPLAY_EVERY_SEC": 0.1,
+    "rococap.worker.store.STORE_EVERY_SEC": 0.1,
 }
 """Less waiting, so that more happens in a second."""
 

@@ -16,14 +16,16 @@ from PIL import Image
 from samples import fill, register, write_shard
 from small_engine import SmallEngine
 
-from rococap import __version__, bench, datasets, db, queue
-from rococap.bench import Costs, Rate, estimate, recommend, sizes_up_to
-from rococap.cli import cli
+from rococap import __version__, db, queue
+from rococap.cli.options import cli
+from rococap.data import datasets
 from rococap.demo import recipe
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Completion, Failure, Options, Source
-from rococap.enqueue import enqueue
 from rococap.errors import RococapError
+from rococap.queue.enqueue import enqueue
+from rococap.worker import benchmark
+from rococap.worker.benchmark import Costs, Rate, estimate, recommend, sizes_up_to
 
 N = 12
 TABLES = ("datasets", "shards", "images", "runs", "jobs", "tallies", "leases", "workers", "captions", "failures")
@@ -164,8 +166,8 @@ class Mute(SmallEngine):
             yield from (Completion(one.job_id, failure=Failure("broken", "It says nothing.")) for one in batch)
 
 
-def measure(database, engine: SmallEngine, **options: Any) -> bench.Measured:
-    return bench.measure(database, Options(), load=lambda *_: engine, **options)
+def measure(database, engine: SmallEngine, **options: Any) -> benchmark.Measured:
+    return benchmark.measure(database, Options(), load=lambda *_: engine, **options)
 
 
 def test_a_picture_that_cannot_be_read_or_prepared_is_left_out_and_counted(database, tmp_path):
@@ -314,7 +316,7 @@ def rates(**pictures_per_sec: float) -> list[Rate]:
 
 
 def test_hours_are_pictures_by_rate():
-    assert estimate(7200, 3600, 0.5) == bench.Estimate(4.0, 2.0)
+    assert estimate(7200, 3600, 0.5) == benchmark.Estimate(4.0, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ from samples import register, write_shard
 from small_engine import SmallEngine
 from sqlalchemy import Engine
 
-from rococap import db, queue, report
-from rococap.cli import cli
+from rococap import db, queue
+from rococap.cli.options import cli
 from rococap.recipe import Recipe
-from rococap.worker import Outcome, Settings, work
+from rococap.scores import report
+from rococap.worker.process import work
+from rococap.worker.settings import Settings
+from rococap.worker.store import Outcome
 
 BLANK = (2, 5)
 

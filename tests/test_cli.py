@@ -20,12 +20,13 @@ from click.testing import CliRunner, Result
 from samples import write_shard
 
 from rococap import db, prompts, queue
-from rococap.cli import _worker_again, cli
+from rococap.cli.options import cli
+from rococap.cli.worker import _worker_again
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Completion, EngineInfo, Failure
-from rococap.models import SCHEMA
-from rococap.worker import Settings
+from rococap.tables import SCHEMA
+from rococap.worker.settings import Settings
 
 INFO = EngineInfo("small", {}, "tests/small", "", "float32", "cpu", "digest")
 

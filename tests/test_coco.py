@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rococap import metrics
+from rococap.results import formats
+from rococap.scores import metrics
 
 pytest.importorskip("pycocoevalcap")
 CAPTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
@@ -21,7 +22,7 @@ pytestmark = [
 def pairs() -> list[tuple[str, str]]:
     """2,000 real captions, each with itself, with half of another's words, or with another."""
     with (CAPTIONS / "roco_v1_2000.csv").open(encoding="utf-8", newline="") as lines:
-        texts = [metrics.fold(row["caption"]) for row in csv.DictReader(lines)]
+        texts = [formats.fold(row["caption"]) for row in csv.DictReader(lines)]
     rng = np.random.default_rng(6)
     made = []
     for at, text in enumerate(texts):

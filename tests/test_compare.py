@@ -13,13 +13,14 @@ from click.testing import CliRunner
 from samples import caption, fill, register, texts, write_shard
 from sqlalchemy import Engine
 
-from rococap import compare as comparison
-from rococap import db, export, queue
-from rococap.cli import cli
-from rococap.compare import compare
+from rococap import db, queue
+from rococap.cli.options import cli
 from rococap.errors import RococapError, RunError
 from rococap.queue import Run
 from rococap.recipe import Recipe
+from rococap.results import formats, snapshot
+from rococap.scores import compare as comparison
+from rococap.scores.compare import compare
 
 AWKWARD = ['He said "no", twice.', "two\nlines", "a bare \r here", " spaces ", "", "NA", "=1+1", "line \u2028 sep, 🦴"]
 COLUMNS = [
@@ -88,7 +89,7 @@ def test_a_row_has_what_each_caption_took(database, runs, out):
     ]
 
 
-@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("format", formats.FORMATS)
 def test_texts_come_out_as_they_went_in_and_what_is_missing_is_told_from_what_is_empty(database, runs, out, format):
     caption(database, runs[0], texts(*AWKWARD))
     caption(database, runs[1], texts("b"), skip=len(AWKWARD))
@@ -117,7 +118,7 @@ def test_the_file_is_the_same_in_pages_of_any_size(database, runs, out, monkeypa
     caption(database, runs[1], texts(*(f"b{n}" for n in range(12))), skip=5)
     path = out.with_suffix(suffix)
     whole = compare(database, ["a", "b"], path, all_done=all_done), path.read_bytes()
-    monkeypatch.setattr(export, "PAGE", 3)
+    monkeypatch.setattr(snapshot, "PAGE", 3)
     monkeypatch.setattr(comparison, "PAGE", 2)
     seen = []
     compared = compare(database, ["a", "b"], path, all_done=all_done, progress=lambda *step: seen.append(step))
@@ -170,7 +171,7 @@ def test_captions_that_were_made_while_the_clock_ran_ahead_are_compared(database
 
 @pytest.mark.every_database
 def test_captions_that_are_stored_while_it_reads_stall_nobody_and_are_left_out(database, runs, out, monkeypatch):
-    monkeypatch.setattr(export, "PAGE", 2)
+    monkeypatch.setattr(snapshot, "PAGE", 2)
     monkeypatch.setattr(comparison, "PAGE", 2)
     caption(database, runs[0], texts("a0", "a1", "a2", "a3"))
     with db.transaction(database) as conn:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from rococap import concepts
-from rococap.concepts import CONCEPTS, DIGEST, curated, f1, found, modality, parse, recall
+from rococap.scores import concepts
+from rococap.scores.concepts import CONCEPTS, DIGEST, curated, f1, found, modality, parse, recall
 
 MANUAL = frozenset(one.cui for one in CONCEPTS)
 

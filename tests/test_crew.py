@@ -21,10 +21,12 @@ from small_crew import small_command
 from small_engine import caption_of
 from sqlalchemy import Engine
 
-from rococap import crew, db
-from rococap.cli import cli
-from rococap.crew import Child, Ended
-from rococap.worker import STOP_SIGNALS, Settings
+from rococap import db
+from rococap.cli.options import cli
+from rococap.worker import supervisor
+from rococap.worker.settings import Settings
+from rococap.worker.signals import STOP_SIGNALS
+from rococap.worker.supervisor import Child, Ended
 
 CREW = Path(__file__).with_name("small_crew.py")
 
@@ -98,7 +100,7 @@ def members(parent: subprocess.Popen) -> list[psutil.Process]:
     ],
 )
 def test_devices_are_all_gpus_or_some_or_so_many_times_the_cpu(text, gpus, devices):
-    assert crew.parse_devices(text, lambda: gpus) == devices
+    assert supervisor.parse_devices(text, lambda: gpus) == devices
 
 
 NO_DEVICES = "names no devices. Use all, the numbers of GPUs as in 0,1, or cpu:N."
@@ -121,15 +123,17 @@ NO_DEVICES = "names no devices. Use all, the numbers of GPUs as in 0,1, or cpu:N
 )
 def test_what_names_no_devices_is_refused_with_what_would_be_right(text, gpus, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        crew.parse_devices(text, lambda: gpus)
+        supervisor.parse_devices(text, lambda: gpus)
 
 
 def test_gpus_are_counted_only_where_they_matter():
-    assert crew.parse_devices("cpu:2", lambda: pytest.fail("counted")) == ["cpu", "cpu"]
+    assert supervisor.parse_devices("cpu:2", lambda: pytest.fail("counted")) == ["cpu", "cpu"]
 
 
 def test_a_crew_is_imported_without_torch():
-    subprocess.run([sys.executable, "-c", "import rococap.crew, sys; assert 'torch' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import rococap.worker.supervisor, sys; assert 'torch' not in sys.modules"], check=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,14 +158,14 @@ def test_bad_devices_are_usage_errors(options, message):
     [(10, 3, [4, 3, 3]), (9, 3, [3, 3, 3]), (2, 3, [1, 1]), (1, 1, [1]), (None, 2, [None] * 2)],
 )
 def test_a_limit_is_shared_out_to_the_last_picture(limit, n, limits):
-    shares = crew.share_out(Settings(limit=limit), ["cpu"] * n)
+    shares = supervisor.share_out(Settings(limit=limit), ["cpu"] * n)
     assert [settings.limit for _, settings in shares] == limits
 
 
 def test_processes_are_labelled_by_device():
-    assert [label for label, _ in crew.share_out(Settings(), ["cuda:0", "cuda:3"])] == ["cuda:0", "cuda:3"]
-    assert [label for label, _ in crew.share_out(Settings(), ["cpu", "cpu"])] == ["cpu 1", "cpu 2"]
-    assert [label for label, _ in crew.share_out(Settings(), ["cpu"])] == ["cpu"]
+    assert [label for label, _ in supervisor.share_out(Settings(), ["cuda:0", "cuda:3"])] == ["cuda:0", "cuda:3"]
+    assert [label for label, _ in supervisor.share_out(Settings(), ["cpu", "cpu"])] == ["cpu 1", "cpu 2"]
+    assert [label for label, _ in supervisor.share_out(Settings(), ["cpu"])] == ["cpu"]
 
 
 EVERY_SETTING = Settings(
@@ -185,7 +189,7 @@ EVERY_SETTING = Settings(
 
 
 def test_every_setting_comes_through_a_members_command_line():
-    context = cli.commands["worker"].make_context("worker", ["--member", *crew.arguments(EVERY_SETTING)])
+    context = cli.commands["worker"].make_context("worker", ["--member", *supervisor.arguments(EVERY_SETTING)])
     given = context.params
     assert given.pop("is_member")
     assert given.pop("devices") is None
@@ -197,9 +201,9 @@ def test_every_setting_comes_through_a_members_command_line():
 
 def test_the_password_is_in_the_environment_of_a_member_and_not_on_its_command_line():
     url = "postgresql+psycopg://me:secret@host/queue"
-    assert crew.environment(url, ["cuda:0"])["ROCOCAP_DB"] == url
-    command = crew.worker_command(force=True, debug=True)(EVERY_SETTING)
-    assert command[: command.index("--member")] == [*crew.program(), "--force", "--debug", "worker"]
+    assert supervisor.environment(url, ["cuda:0"])["ROCOCAP_DB"] == url
+    command = supervisor.worker_command(force=True, debug=True)(EVERY_SETTING)
+    assert command[: command.index("--member")] == [*supervisor.program(), "--force", "--debug", "worker"]
     assert "secret" not in " ".join(command)
 
 
@@ -217,17 +221,17 @@ def shadow(folder: Path, *names: str) -> None:
 def test_a_process_that_is_started_imports_nothing_of_the_working_folder(tmp_path, monkeypatch, name):
     shadow(tmp_path, name)
     monkeypatch.chdir(tmp_path)
-    told = subprocess.run([*crew.program(), "worker", "--help"], capture_output=True, text=True)
+    told = subprocess.run([*supervisor.program(), "worker", "--help"], capture_output=True, text=True)
     assert (told.returncode, told.stderr) == (0, "")
     assert told.stdout.startswith("Usage: ")
 
 
 def test_a_checkout_that_is_not_installed_is_found_in_the_working_folder(monkeypatch):
-    monkeypatch.chdir(Path(crew.__file__).parents[1])
+    monkeypatch.chdir(Path(supervisor.__file__).parents[1])
     monkeypatch.delenv("PYTHONPATH", raising=False)
     script = "import rococap; print(rococap.__file__)"
-    found = subprocess.run([*crew.program()[:-2], "-c", script], capture_output=True, text=True).stdout.strip()
-    assert Path(found).parent == Path(crew.__file__).parent
+    found = subprocess.run([*supervisor.program()[:-2], "-c", script], capture_output=True, text=True).stdout.strip()
+    assert Path(found).parent == Path(supervisor.__file__).parent
 
 
 @pytest.mark.slow
@@ -247,23 +251,25 @@ def test_devices_work_beside_a_users_own_modules(database, url, tmp_path):
 
 
 def test_processes_on_the_cpu_share_its_cores(monkeypatch):
-    monkeypatch.setattr(crew, "_n_cores", lambda: 8)
+    monkeypatch.setattr(supervisor, "_n_cores", lambda: 8)
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    three, many = (crew.environment("", ["cpu"] * n) for n in (3, 20))
+    three, many = (supervisor.environment("", ["cpu"] * n) for n in (3, 20))
     assert [three[name] for name in names] == ["2", "passive", "7"]
     assert many["OMP_NUM_THREADS"] == "1"
     told = []
     script = "import os, sys; print(os.environ['OMP_NUM_THREADS'], file=sys.stderr)"
-    crew.supervise([child(script, told.append, around=three)])
+    supervisor.supervise([child(script, told.append, around=three)])
     assert told == ["a  2"]
 
 
 # --- supervising, with a trivial command -----------------------------------------------------------------------
 
 
-def child(script: str, echo: crew.Echo = lambda line: None, *, label: str = "a", limit: int | None = None, around=None):
+def child(
+    script: str, echo: supervisor.Echo = lambda line: None, *, label: str = "a", limit: int | None = None, around=None
+):
     """Runs a piece of Python; its limit is sys.argv[1]."""
     environment = os.environ if around is None else around
     return Child(
@@ -277,13 +283,13 @@ def child(script: str, echo: crew.Echo = lambda line: None, *, label: str = "a",
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(crew, "FIRST_PAUSE_SEC", 0.02)
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_SEC", 0.02)
 
 
 def test_lines_of_a_child_are_told_with_its_device_and_what_it_did_is_added_up():
     told = []
     script = 'print(\'{"done": 2, "failed": 1, "seconds": 3}\'); print(\'stray\', flush=True)'
-    ended = crew.supervise([child(script, told.append), child(script, told.append, label="b")])
+    ended = supervisor.supervise([child(script, told.append), child(script, told.append, label="b")])
     assert sorted(told) == ["a  stray", "b  stray"]
     outcome = ended.outcome
     assert (outcome.done, outcome.failed, outcome.seconds, outcome.drained) == (4, 2, 3.0, False)
@@ -299,13 +305,13 @@ def test_a_child_that_dies_is_started_again_with_what_is_left_of_its_limit(tmp_p
         f"if os.path.exists({str(once)!r}): print('{{\"done\": %s}}' % sys.argv[1], flush=True); sys.exit()\n"
         f"open({str(once)!r}, 'w'); print('{{\"done\": 3, \"failed\": 1}}', flush=True); {death}"
     )
-    ended = crew.supervise([child(script, limit=10)])
+    ended = supervisor.supervise([child(script, limit=10)])
     assert (ended.outcome.done, ended.outcome.failed, ended.errors) == (3 + 6, 1, ())
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_child_that_dies_with_its_limit_reached_has_no_successor():
-    ended = crew.supervise([child("print('{\"done\": 3}', flush=True); import os; os._exit(70)", limit=3)])
+    ended = supervisor.supervise([child("print('{\"done\": 3}', flush=True); import os; os._exit(70)", limit=3)])
     assert (ended.outcome.done, ended.errors) == (3, ())
 
 
@@ -315,7 +321,7 @@ def test_a_device_that_fails_three_times_quickly_is_given_up_and_the_others_go_o
     script = f"import sys; print('Error: no model', file=sys.stderr); sys.exit({code})"
     slow = "import time; time.sleep(0.5); print('{\"done\": 5}')"
     told = []
-    ended = crew.supervise([child(script, told.append, label="cuda:1"), child(slow, label="cuda:0")])
+    ended = supervisor.supervise([child(script, told.append, label="cuda:1"), child(slow, label="cuda:0")])
     assert told == ["cuda:1  Error: no model"] * 3
     error = f"cuda:1 failed 3 times in a row and was given up: it ended with code {code} (no model)"
     assert (ended.errors, ended.outcome.done) == ((error,), 5)
@@ -329,13 +335,13 @@ def test_a_child_that_dies_by_a_signal_is_never_given_up_and_waits_longer_each_t
         f"with open({str(count)!r}, 'a') as file: file.write(f'{{time.time()}}\\n')\n"
         f"os.kill(os.getpid(), 9) if len(open({str(count)!r}).readlines()) < 6 else None"
     )
-    assert crew.supervise([child(script)]).errors == ()
+    assert supervisor.supervise([child(script)]).errors == ()
     starts = [float(line) for line in count.read_text().split()]
     assert len(starts) == 6
     assert starts[5] - starts[4] > 16 * 0.02
 
 
-def signals_when_ready(*signums: int, told: list[str]) -> crew.Echo:
+def signals_when_ready(*signums: int, told: list[str]) -> supervisor.Echo:
     """Sends this process signals as soon as a child has said a line."""
 
     def echo(line: str) -> None:
@@ -355,7 +361,7 @@ def test_a_signal_is_passed_on_once_and_what_ends_by_it_is_no_error():
         "def stop(*_): print('asked', file=sys.stderr, flush=True); time.sleep(1); sys.exit()\n"
         "signal.signal(15, stop); print('ready', file=sys.stderr, flush=True); time.sleep(60)"
     )
-    ended = crew.supervise(
+    ended = supervisor.supervise(
         [child(script, signals_when_ready(signal.SIGINT, told=told)), child("import time; time.sleep(60)", label="b")]
     )
     assert told == ["a  ready", "a  asked"]
@@ -364,12 +370,12 @@ def test_a_signal_is_passed_on_once_and_what_ends_by_it_is_no_error():
 
 
 def test_what_does_not_even_leave_at_the_second_signal_is_killed(monkeypatch):
-    monkeypatch.setattr(crew, "KILL_AFTER_SEC", 0.3)
+    monkeypatch.setattr(supervisor, "KILL_AFTER_SEC", 0.3)
     script = (
         "import signal, sys, time\n"
         "signal.signal(15, signal.SIG_IGN); print('ready', file=sys.stderr, flush=True); time.sleep(60)"
     )
-    ended = crew.supervise([child(script, signals_when_ready(signal.SIGTERM, signal.SIGUSR1, told=[]))])
+    ended = supervisor.supervise([child(script, signals_when_ready(signal.SIGTERM, signal.SIGUSR1, told=[]))])
     assert ended.errors == ("a was asked to stop and was killed by SIGKILL (ready)",)
     assert ended.signals == (signal.SIGTERM, signal.SIGUSR1)
 
@@ -384,13 +390,13 @@ def test_a_child_that_a_signal_to_the_group_ends_while_it_starts_is_no_error(sig
         "print('ready', file=sys.stderr, flush=True); time.sleep(0.5)\n"
         f"os.kill(os.getpid(), {int(signum)})"
     )
-    ended = crew.supervise([child(script, signals_when_ready(signum, told=told))])
+    ended = supervisor.supervise([child(script, signals_when_ready(signum, told=told))])
     assert (ended.outcome.drained, ended.errors, ended.signals) == (True, (), (signum,))
 
 
 def test_a_child_is_out_of_reach_of_the_terminals_ctrl_c():
     told: list[str] = []
-    crew.supervise([child("import os, sys; print(os.getsid(0) == os.getpid(), file=sys.stderr)", told.append)])
+    supervisor.supervise([child("import os, sys; print(os.getsid(0) == os.getpid(), file=sys.stderr)", told.append)])
     assert told == ["a  True"]
 
 
@@ -398,7 +404,7 @@ def test_a_child_is_out_of_reach_of_the_terminals_ctrl_c():
 
 
 def work_here(database: Engine, url: str, n: int, engine: dict | None = None, report=None, **settings) -> Ended:
-    return crew.work(
+    return supervisor.work(
         database,
         url,
         Settings(batch_size=4, lease_ttl=60, self_check=False, **settings),
@@ -429,12 +435,12 @@ def test_a_crew_stops_after_so_many_pictures_in_all(database, url, tmp_path):
 def test_a_crew_without_work_starts_nothing(database, url, tmp_path):
     fill(database, tmp_path / "set", 4)
     work_here(database, url, 1)
-    ended = crew.work(database, url, Settings(), ["cpu"], lambda settings: pytest.fail("started for nothing"))
+    ended = supervisor.work(database, url, Settings(), ["cpu"], lambda settings: pytest.fail("started for nothing"))
     assert ended == Ended(replace(ended.outcome, run="default", done=0, seconds=0.0), (), ())
 
 
 def test_where_all_stand_is_reported_together(database, url, tmp_path, monkeypatch):
-    monkeypatch.setattr(crew, "LOOK_EVERY_SEC", 0.1)
+    monkeypatch.setattr(supervisor, "LOOK_EVERY_SEC", 0.1)
     fill(database, tmp_path / "set", 40)
     seen = []
     work_here(
@@ -543,7 +549,7 @@ def test_the_command_captions_on_two_processes_and_stops_them_together(database,
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_model_that_cannot_be_loaded_is_given_up_with_what_the_worker_said(database, url, tmp_path, monkeypatch):
-    monkeypatch.setattr(crew, "TRIES", 2)
+    monkeypatch.setattr(supervisor, "TRIES", 2)
     fill(database, tmp_path / "set", 4)
     with ChatServer() as server:
         server.listed = []

@@ -12,7 +12,7 @@ import pytest
 from samples import picture as png
 from samples import write_shard as write_hub_shard
 
-from rococap.datasets import (
+from rococap.data.datasets import (
     STANDARD,
     Columns,
     Dataset,
@@ -1101,7 +1101,7 @@ def test_a_file_is_not_a_data_set(tmp_path):
 
 
 def test_reading_a_folder_imports_neither_the_hub_nor_torch():
-    script = "import sys, rococap.datasets; print({'huggingface_hub', 'torch', 'sqlalchemy'} & set(sys.modules))"
+    script = "import sys, rococap.data.datasets; print({'huggingface_hub', 'torch', 'sqlalchemy'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 
 from rococap import db
 from rococap.errors import DatabaseError, DatabaseUnavailable
-from rococap.models import SCHEMA
+from rococap.tables import SCHEMA
 from rococap.urls import shown
 
 TABLES = {

@@ -9,14 +9,16 @@ from samples import caption, fill, texts
 from small_engine import INFO, SmallEngine
 from sqlalchemy import Engine
 
-from rococap import db, enqueue, evaluate, queue
-from rococap.cli import cli
+from rococap import db, queue
+from rococap.cli.options import cli
 from rococap.doctor import Verdict, examine
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost, RunError
-from rococap.queue import Lease, Run
+from rococap.queue import Lease, Run, enqueue
 from rococap.recipe import Recipe
-from rococap.worker import Settings, work
+from rococap.scores import evaluate
+from rococap.worker.process import work
+from rococap.worker.settings import Settings
 
 TTL = 60_000
 OTHER = Recipe(model="tests/small", prompt="What?")

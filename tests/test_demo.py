@@ -14,12 +14,13 @@ from click.testing import CliRunner
 from PIL import Image
 from sqlalchemy import Engine
 
-from rococap import datasets, db, queue
-from rococap.cli import cli
+from rococap import db, queue
+from rococap.cli.options import cli
+from rococap.data import datasets
 from rococap.demo import recipe
 from rococap.demo.phantoms import write_dataset
-from rococap.enqueue import enqueue
-from rococap.export import COLUMNS
+from rococap.queue.enqueue import enqueue
+from rococap.results.snapshot import COLUMNS
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 

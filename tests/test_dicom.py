@@ -17,10 +17,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from rococap import dicom
+from rococap.data import dicom
+from rococap.data.images import as_file, open_picture, suffix_of
+from rococap.data.window import windowed
 from rococap.errors import PictureError
-from rococap.images import as_file, open_picture, suffix_of
-from rococap.window import windowed
 
 FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 CT = np.asarray(Image.open(Path(__file__).parent / "pictures" / "CT_small_raw16.png")).astype(np.uint16)
@@ -330,7 +330,7 @@ def test_damaged_jpeg_ends_no_process():
     start = whole.index(b"\xff\xd8\xff")
     script = (
         "import sys\n"
-        "from rococap.images import open_picture\n"
+        "from rococap.data.images import open_picture\n"
         "from rococap.errors import PictureError\n"
         "whole, start = sys.stdin.buffer.read(), int(sys.argv[1])\n"
         "for at in range(start + 2, len(whole)):\n"

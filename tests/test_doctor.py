@@ -17,12 +17,13 @@ from huggingface_hub import constants
 from postgres import of_encoding
 from samples import fill, register, write_shard
 
-from rococap import db, doctor, models, queue, spool
-from rococap.datasets import Dataset
+from rococap import db, doctor, queue, tables
+from rococap.data.datasets import Dataset
 from rococap.doctor import FAIL, OK, SKIP, WARN
 from rococap.engines import Completion, EngineInfo, Failure
-from rococap.enqueue import enqueue
+from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
+from rococap.worker import spool
 
 INFO = EngineInfo("small", {"rococap": "0"}, "tests/small", "", "float32", "cpu", "digest")
 COMMIT = "5d66908" + 33 * "0"
@@ -284,7 +285,7 @@ def test_a_newer_schema_fails_and_what_needs_the_tables_is_skipped(engine, run):
 
 @ON_EVERY_DATABASE
 def test_an_older_schema_fails_with_the_command_that_upgrades_it(engine, run, monkeypatch):
-    monkeypatch.setattr(models, "SCHEMA", "9999")
+    monkeypatch.setattr(tables, "SCHEMA", "9999")
     verdict, told = found(engine, "schema")
     assert (verdict, told.endswith(" migrate")) == (FAIL, True)
     assert verdicts(engine)["tallies"] is SKIP

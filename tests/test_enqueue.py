@@ -10,12 +10,13 @@ from samples import fill, picture, register, write_shard
 from small_engine import INFO
 from sqlalchemy import Engine
 
-from rococap import db, queue, trial
-from rococap.datasets import Columns, PictureReader, locate
+from rococap import db, queue
+from rococap.data.datasets import Columns, PictureReader, locate
 from rococap.engines import Completion
-from rococap.enqueue import Enqueued, enqueue, enqueue_from
 from rococap.errors import DatasetError, RunError
+from rococap.queue.enqueue import Enqueued, enqueue, enqueue_from
 from rococap.recipe import Recipe
+from rococap.worker import dry_run
 
 pytestmark = pytest.mark.every_database
 
@@ -101,7 +102,7 @@ def test_enqueuing_again_changes_nothing(database, root):
 def test_an_unchanged_shard_is_not_read_again(database, root, monkeypatch):
     write_shard(root, "train", range(12))
     register(database, root, ["train"])
-    monkeypatch.setattr("rococap.datasets.samples", lambda *_: pytest.fail("read the shard again"))
+    monkeypatch.setattr("rococap.data.datasets.samples", lambda *_: pytest.fail("read the shard again"))
     register(database, root, ["train"])
 
 
@@ -126,7 +127,7 @@ def test_a_limit_past_the_end_takes_what_there_is_and_an_offset_past_it_is_refus
 
 
 def test_jobs_are_registered_page_by_page(database, root, monkeypatch):
-    monkeypatch.setattr("rococap.enqueue.PAGE", 3)
+    monkeypatch.setattr("rococap.queue.enqueue.PAGE", 3)
     write_shard(root, "train", range(10), "00000-of-00002")
     write_shard(root, "train", range(10, 14), "00001-of-00002")
     seen = []
@@ -278,7 +279,7 @@ def test_columns_of_other_names_are_kept_with_the_data_set_and_every_reader_of_p
         run = queue.get_run(conn, "default")
         worker = queue.register_worker(conn, "one", "host", 1, INFO)
         lease = queue.claim(conn, worker, run.id, "train", 4, ttl_ms=60_000)
-        places = trial.places(conn, run, "train", 4)
+        places = dry_run.places(conn, run, "train", 4)
     assert run.columns == Columns.parse(ASKED)
     assert [job.place for job in lease.jobs] == places
     with PictureReader(root) as reader:
@@ -425,7 +426,7 @@ def caption_some(database, n: int) -> queue.Run:
 
 
 def test_flagged_captions_are_done_again_in_a_run_of_their_own(database, tmp_path, monkeypatch):
-    monkeypatch.setattr("rococap.enqueue.PAGE", 2)
+    monkeypatch.setattr("rococap.queue.enqueue.PAGE", 2)
     fill(database, tmp_path / "set", 9)
     old = caption_some(database, 7)
     recipe = replace(old.recipe, repetition_penalty=1.1)

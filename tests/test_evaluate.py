@@ -14,11 +14,13 @@ from click.testing import CliRunner
 from samples import caption, fill, register, texts, write_shard
 from sqlalchemy import Engine
 
-from rococap import db, evaluate, metrics, queue
-from rococap.cli import EXTRA_METRICS, cli
+from rococap import db, queue
+from rococap.cli.options import cli
+from rococap.cli.results import EXTRA_METRICS
 from rococap.errors import RunError
 from rococap.queue import Run
 from rococap.recipe import Recipe
+from rococap.scores import evaluate, metrics
 
 ORIGINALS = [
     "CT of the chest with a mass in the left lung.",

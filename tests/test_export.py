@@ -16,13 +16,19 @@ from hypothesis import strategies as st
 from samples import fill, register, write_shard
 from sqlalchemy import Engine
 
-from rococap import db, export, queue
-from rococap.cli import cli
+from rococap import db, queue
+from rococap import files as files_module
+from rococap.cli.options import cli
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import RococapError, RunError
-from rococap.export import COLUMNS, IncompleteError, restore, write_checkpoints
 from rococap.queue import Run
 from rococap.recipe import Recipe
+from rococap.results import checkpoints, export, formats, snapshot
+from rococap.results import manifest as manifest_module
+from rococap.results import restore as restore_module
+from rococap.results.checkpoints import write_checkpoints
+from rococap.results.restore import restore
+from rococap.results.snapshot import COLUMNS, IncompleteError
 
 pytestmark = pytest.mark.every_database
 
@@ -115,11 +121,11 @@ def test_the_file_is_rfc_4180_with_a_plain_header_and_line_feeds(database, run, 
     )
 
 
-@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("format", formats.FORMATS)
 def test_awkward_captions_come_out_as_they_went_in(database, run, out, format):
     caption(database, run, AWKWARD)
     path = export.export(database, run, "train", out / f"x.{format}").path
-    frames = list(export._read(path))
+    frames = list(restore_module._read(path))
     assert list(pd.concat(frames)["generated_caption"]) == AWKWARD
     if format == "csv":
         with path.open(newline="", encoding="utf-8") as file:
@@ -199,7 +205,7 @@ def test_what_is_safe_for_spreadsheets_is_restored_to_the_byte(database, other, 
 
 @given(text=st.text("='+a \t＝\u2028", max_size=6))
 def test_the_apostrophe_is_taken_from_what_got_it_and_from_nothing_else(text):
-    assert export._armed(export._disarmed(text)) == text
+    assert formats.armed(formats.disarmed(text)) == text
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -208,7 +214,7 @@ def test_any_text_that_the_database_holds_survives_csv(tmp_path, texts):
     stored = [queue.clean_text(text) for text in texts]
     rows = [(n, None, f"{n}", text, text, 1.0, 0) for n, text in enumerate(stored)]
     run = Run(1, "default", 1, "set", "", Recipe(), None, 5, False)
-    export._write_csv(iter([export.frame_of(rows, run, "train")]), tmp_path / "x.csv")
+    formats.write_csv(iter([snapshot.frame_of(rows, run, "train")]), tmp_path / "x.csv")
     with (tmp_path / "x.csv").open(newline="", encoding="utf-8") as file:
         assert [row["generated_caption"] for row in csv.DictReader(file)] == stored
     assert list(read(tmp_path / "x.csv")["original_caption"]) == stored
@@ -217,7 +223,7 @@ def test_any_text_that_the_database_holds_survives_csv(tmp_path, texts):
 def test_a_long_export_is_the_same_in_pages_of_any_size(database, run, out, monkeypatch):
     caption(database, run, [f"Caption {n}." for n in range(30)])
     whole = export.export(database, run, "train", out / "whole.csv").path.read_bytes()
-    monkeypatch.setattr(export, "PAGE", 7)
+    monkeypatch.setattr(snapshot, "PAGE", 7)
     assert export.export(database, run, "train", out / "pages.csv").path.read_bytes() == whole
 
 
@@ -252,9 +258,9 @@ def test_the_manifest_names_what_made_the_captions(database, run, out):
 
 def test_each_format_has_a_manifest_of_its_own(database, run, out):
     caption(database, run, ["A."])
-    for format in export.FORMATS:
+    for format in formats.FORMATS:
         path = export.export(database, run, "train", out / f"x.{format}").path
-        assert json.loads(export.manifest_path(path).read_text())["file"] == path.name
+        assert json.loads(manifest_module.manifest_path(path).read_text())["file"] == path.name
     assert sorted(file.name for file in out.glob("*.json")) == ["x.json", "x.jsonl.json", "x.parquet.json"]
 
 
@@ -292,7 +298,7 @@ def test_a_full_disk_is_a_clear_error_that_changes_nothing(database, run, out, m
         path.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export, "_write_csv", no_space)
+    monkeypatch.setattr(formats, "write_csv", no_space)
     with pytest.raises(RococapError) as error:
         export.export(database, run, "train", path)
     assert str(error.value) == (
@@ -355,7 +361,7 @@ def test_the_tail_is_flushed_when_nothing_is_left_and_the_segments_equal_the_exp
 
 
 def test_many_segments_are_assigned_in_several_transactions(database, run, out, monkeypatch):
-    monkeypatch.setattr(export, "SEGMENTS_AT_ONCE", 2)
+    monkeypatch.setattr(checkpoints, "SEGMENTS_AT_ONCE", 2)
     caption(database, run, [f"{n}" for n in range(30)])
     assert len(write_checkpoints(database, run, "train", out, 4)) == 8
     assert [len(read(path)) for path in sorted(out.glob("checkpoint_*.csv"))] == [4] * 7 + [2]
@@ -371,9 +377,9 @@ def test_following_ends_when_the_split_has_nothing_left(database, run, out, monk
         def sleep(_: float) -> None:
             caption(database, run, next(texts))
 
-    monkeypatch.setattr(export, "time", Clock)
+    monkeypatch.setattr(checkpoints, "time", Clock)
     seen: list[list[str]] = []
-    export.follow(database, run, ["train"], out, 10, lambda paths: seen.append(numbers(paths)))
+    checkpoints.follow(database, run, ["train"], out, 10, lambda paths: seen.append(numbers(paths)))
     assert seen == [["checkpoint_train_000001.csv"], ["checkpoint_train_000002.csv", "checkpoint_train_000003.csv"]]
 
 
@@ -415,7 +421,7 @@ def test_reasoning_is_flagged_whatever_the_engine_and_again_when_it_is_restored(
         assert flags == ["reasoning", "unfinished_reasoning", ""]
 
 
-@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("format", formats.FORMATS)
 def test_a_lost_database_is_restored_from_an_export_to_the_byte(database, other, run, out, tmp_path, format):
     caption(database, run, [*AWKWARD, *[f"{n}" for n in range(30 - len(AWKWARD))]])
     path = export.export(database, run, "train", out / f"x.{format}").path
@@ -611,15 +617,15 @@ def clock(database: Engine) -> int:
         return db.now(conn)
 
 
-@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("format", formats.FORMATS)
 @pytest.mark.parametrize("ahead", [2 * HOUR, 365 * 24 * HOUR])
 def test_what_was_captioned_while_the_clock_ran_ahead_is_exported(database, run, out, monkeypatch, format, ahead):
-    monkeypatch.setattr(export, "PAGE", 7)
+    monkeypatch.setattr(snapshot, "PAGE", 7)
     caption(database, run, [f"Caption {n}." for n in range(10)], now=clock(database) + ahead)
     caption(database, run, [f"Caption {n}." for n in range(10, 30)])
     exported = export.export(database, run, "train", out / f"x.{format}", require_complete=True)
     assert (exported.rows, exported.missing) == (30, 0)
-    texts = pd.concat(export._read(exported.path))["generated_caption"]
+    texts = pd.concat(restore_module._read(exported.path))["generated_caption"]
     assert list(texts) == [f"Caption {n}." for n in range(30)]
 
 
@@ -640,7 +646,7 @@ def test_a_run_of_which_nothing_is_captioned_is_exported_without_rows(database, 
 def test_a_file_with_a_cell_that_makes_no_sense_is_refused_whole(
     database, other, run, out, tmp_path, monkeypatch, column, cell, message
 ):
-    monkeypatch.setattr(export, "PAGE", 2)
+    monkeypatch.setattr(snapshot, "PAGE", 2)
     caption(database, run, ["x"] * 6)
     path = export.export(database, run, "train", out / "x.csv").path
     path.with_suffix(".json").unlink()
@@ -657,7 +663,7 @@ def test_a_file_with_a_cell_that_makes_no_sense_is_refused_whole(
 def test_a_caption_that_is_no_text_is_refused(database, run, out):
     caption(database, run, ["x"])
     path = export.export(database, run, "train", out / "x.jsonl").path
-    export.manifest_path(path).unlink()
+    manifest_module.manifest_path(path).unlink()
     for value in ("null", "7", "[1]"):
         path.write_text(path.read_text().replace('"generated_caption":"x"', f'"generated_caption":{value}'))
         with pytest.raises(RococapError, match="holds something that is no text in the column generated_caption"):
@@ -708,7 +714,7 @@ def test_a_device_or_folder_is_never_replaced(tmp_path):
     for place in (tmp_path, Path("/dev/full")):
         with (
             pytest.raises(RococapError, match="a folder or a device, and no file to replace"),
-            export.replacing(place),
+            files_module.replacing(place),
         ):
             pytest.fail("it was opened")
     assert Path("/dev/full").is_char_device()

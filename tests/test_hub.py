@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import Hub, Repo
 
-from rococap.datasets import _why, find_shards
+from rococap.data.datasets import find_shards
+from rococap.data.hub import _why
 
 NAME = "radiology/roco"
 PYTHON = """
 import json, sys
-from rococap.datasets import locate
+from rococap.data.datasets import locate
 from rococap.errors import DatasetError
 name, splits, revision, config = json.loads(sys.argv[1])
 try:

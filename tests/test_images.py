@@ -13,9 +13,9 @@ import pytest
 import tifffile
 from PIL import Image, ImageDraw
 
+from rococap.data.images import MAX_PIXELS, as_file, is_blank, open_picture, reduced, suffix_of
+from rococap.data.window import windowed
 from rococap.errors import PictureError
-from rococap.images import MAX_PIXELS, as_file, is_blank, open_picture, reduced, suffix_of
-from rococap.window import windowed
 
 PICTURES = Path(__file__).parent / "pictures"
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "images"
@@ -369,7 +369,7 @@ def test_a_picture_at_the_limit_is_decoded():
 
 def test_a_bomb_prints_no_warning():
     script = (
-        "from rococap.images import open_picture\n"
+        "from rococap.data.images import open_picture\n"
         "from rococap.errors import PictureError\n"
         "import sys\n"
         "try: open_picture(sys.stdin.buffer.read())\n"
@@ -675,7 +675,7 @@ def test_a_text_of_gigabytes_takes_no_memory():
     """64 MB of text in 64 KB, forty times over: 2.6 GB."""
     script = (
         "import resource, sys\n"
-        "from rococap.images import open_picture\n"
+        "from rococap.data.images import open_picture\n"
         "data = sys.stdin.buffer.read()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "print(open_picture(data).size)\n"
@@ -954,7 +954,7 @@ def test_the_second_frame_of_a_tiff_of_many_pages_is_opened_at_once():
     """Counting its pages would take Pillow a minute."""
     script = (
         "import sys, time\n"
-        "from rococap.images import open_picture\n"
+        "from rococap.data.images import open_picture\n"
         "data = sys.stdin.buffer.read()\n"
         "started = time.process_time()\n"
         "print(open_picture(data, 2).size)\n"
@@ -998,7 +998,7 @@ def test_threads_give_what_one_thread_gives():
 def test_no_memory_is_not_blamed_on_the_picture():
     script = (
         "import resource, sys\n"
-        "from rococap.images import open_picture\n"
+        "from rococap.data.images import open_picture\n"
         "data = sys.stdin.buffer.read()\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
         "limit = pages * resource.getpagesize() + (16 << 20)\n"

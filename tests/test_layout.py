@@ -2,9 +2,9 @@
 
 import pytest
 
+from rococap.data.layout import RESULTS, read
 from rococap.errors import DatasetError
-from rococap.export import FOLDER
-from rococap.layout import RESULTS, read
+from rococap.results.export import FOLDER
 
 
 def refused(paths, split="train", config="", readme=""):

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rococap import metrics
+from rococap.results import formats
+from rococap.scores import metrics
 
 CAPTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
 PUBLISHED = json.loads((Path(__file__).parent / "metrics_published.json").read_text())
@@ -160,9 +161,9 @@ def test_tokens_are_those_of_the_penn_treebank(text, expected):
 @pytest.mark.parametrize("space", SPACES, ids=ascii)
 def test_no_space_or_control_character_makes_a_line_or_a_word_of_its_own(space):
     text = f"{space}A CT{space}of the{space}{space}liver.{space}"
-    assert metrics.fold(text) == "A CT of the liver."
+    assert formats.fold(text) == "A CT of the liver."
     assert metrics.tokens(text) == ["a", "ct", "of", "the", "liver"]
-    assert len(metrics.fold(text).splitlines()) == 1
+    assert len(formats.fold(text).splitlines()) == 1
 
 
 def test_imageclef_text_is_lower_case_with_numbers_as_a_word_and_no_punctuation():

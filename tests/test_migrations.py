@@ -17,7 +17,7 @@ from alembic.script import ScriptDirectory
 from rococap import db, queue
 from rococap.engines import Completion, EngineInfo
 from rococap.errors import DatabaseError
-from rococap.models import SCHEMA, metadata
+from rococap.tables import SCHEMA, metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 NEXT = f"{int(SCHEMA) + 1:04}"

@@ -24,7 +24,7 @@ from small_engine import caption_of
 from sqlalchemy import Engine
 
 from rococap import db, queue
-from rococap.cli import cli
+from rococap.cli.options import cli
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Completion, Options, Prepared, load_engine
@@ -34,7 +34,9 @@ from rococap.engines.hf import TransformersEngine
 from rococap.engines.openai import OpenAIEngine
 from rococap.errors import ModelError, RunError, ServerRefuses
 from rococap.recipe import Recipe
-from rococap.worker import Outcome, Settings, work
+from rococap.worker.process import work
+from rococap.worker.settings import Settings
+from rococap.worker.store import Outcome
 
 RECIPE = Recipe(model="tests/small", max_new_tokens=64)
 

@@ -14,8 +14,8 @@ import pytest
 from samples import write_shard
 
 from rococap import __version__, db, prompts
-from rococap.cli import cli
-from rococap.models import SCHEMA
+from rococap.cli.options import cli
+from rococap.tables import SCHEMA
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rococap"

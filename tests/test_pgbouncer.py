@@ -16,7 +16,7 @@ from test_torture import TTL_SEC, check, control, killed_at_any_moment, made, se
 
 from rococap import db, doctor, queue
 from rococap.errors import DatabaseError, DatabaseUnavailable
-from rococap.models import SCHEMA
+from rococap.tables import SCHEMA
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="PgBouncer is not installed: apt-get install pgbouncer")
 

@@ -7,10 +7,14 @@ import pytest
 from samples import fill
 from small_engine import INFO, SmallEngine
 
-from rococap import datasets, db, pipeline, queue
+from rococap import db, queue
+from rococap.data import datasets
 from rococap.engines import Completion, Prepared
-from rococap.pipeline import Claims, Contact, Pipeline
-from rococap.worker import Settings, work
+from rococap.worker import fetcher, holdings
+from rococap.worker.fetcher import Pipeline
+from rococap.worker.holdings import Claims, Contact
+from rococap.worker.process import work
+from rococap.worker.settings import Settings
 
 
 @pytest.fixture
@@ -24,7 +28,8 @@ def clock(monkeypatch: pytest.MonkeyPatch):
             return self.now
 
     made = Clock()
-    monkeypatch.setattr(pipeline, "clock", made)
+    monkeypatch.setattr(holdings, "clock", made)
+    monkeypatch.setattr(fetcher, "clock", made)
     return made
 
 
@@ -93,7 +98,7 @@ class Readers(list):
 
 def test_what_is_leased_is_the_running_rows_and_one_claim_and_row_groups_are_read_once(database, tmp_path, monkeypatch):
     readers = Readers()
-    monkeypatch.setattr(pipeline, "PictureReader", readers)
+    monkeypatch.setattr(fetcher, "PictureReader", readers)
     run = fill(database, tmp_path / "set", 95)  # in row groups of ten
     with db.transaction(database, write=True) as conn:
         worker = queue.register_worker(conn, "one", "host", 1, INFO)

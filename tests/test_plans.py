@@ -10,7 +10,8 @@ from small_engine import INFO
 from sqlalchemy import Connection, Engine
 
 from rococap import db, queue
-from rococap.queue import NORMAL, SOLO, SUSPECTS
+from rococap.queue import NORMAL, SOLO, SUSPECTS, leases, recovery
+from rococap.queue import status as status_module
 
 N = 6_000
 
@@ -73,18 +74,18 @@ def assert_uses(steps: str, index: str) -> None:
 @pytest.mark.parametrize("lane", [NORMAL, SUSPECTS, SOLO])
 def test_the_claim_reads_its_partial_index_in_order(large, lane):
     with db.transaction(large, write=True) as conn:
-        sql = queue._PENDING + db.for_update(conn, "j")
-        assert_uses(plan(conn, sql, (1, "train", *queue._CRASHES[lane], 32)), "ix_jobs_pending")
+        sql = leases._PENDING + db.for_update(conn, "j")
+        assert_uses(plan(conn, sql, (1, "train", *queue.CRASHES[lane], 32)), "ix_jobs_pending")
 
 
 @pytest.mark.parametrize(
     ("index", "sql"),
     [
-        ("ix_leases_expires_at", queue._EXPIRED.replace("?", "9")),
-        ("ix_jobs_waiting", queue._WAKE.format(skip_locked="").replace("?", "9")),
-        ("ix_jobs_failed", queue._FAILED.replace("?", "1", 1).replace("?", "'train'")),
+        ("ix_leases_expires_at", recovery._EXPIRED.replace("?", "9")),
+        ("ix_jobs_waiting", recovery._WAKE.format(skip_locked="").replace("?", "9")),
+        ("ix_jobs_failed", status_module._FAILED.replace("?", "1", 1).replace("?", "'train'")),
         ("ix_jobs_leased", "SELECT 1 FROM jobs WHERE lease_id = 9"),
-        ("ix_jobs_pending", queue._ANY_SUSPECT.replace("?", "1", 1).replace("?", "'train'")),
+        ("ix_jobs_pending", leases._ANY_SUSPECT.replace("?", "1", 1).replace("?", "'train'")),
         (
             "ix_jobs_due",
             "SELECT id FROM jobs WHERE run_id = 1 AND split = 'train' AND status = 'done' AND checkpoint IS NULL "

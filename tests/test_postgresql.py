@@ -21,7 +21,7 @@ from sqlalchemy.engine import make_url
 from rococap import db, queue
 from rococap.engines import Completion
 from rococap.errors import DatabaseError, DatabaseUnavailable
-from rococap.models import SCHEMA, metadata
+from rococap.tables import SCHEMA, metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 

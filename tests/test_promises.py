@@ -18,12 +18,17 @@ from small_engine import INFO, QUICK, SmallEngine, caption_of
 from sqlalchemy import Engine
 from test_crew import members, small_crew
 
-from rococap import db, export, queue, spool, worker
+from rococap import db, queue
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost, RococapError, RunError
 from rococap.queue import Lease, Run
 from rococap.recipe import RULES, Recipe
-from rococap.worker import Outcome, Settings, work
+from rococap.results import export, snapshot
+from rococap.worker import process as process_module
+from rococap.worker import signals, spool, store
+from rococap.worker.process import work
+from rococap.worker.settings import Settings
+from rococap.worker.store import Outcome
 
 pytestmark = pytest.mark.every_database
 
@@ -249,7 +254,7 @@ def test_promise_07_a_hung_worker_stops_beating_loses_its_leases_and_exits_hard(
     fill(database, tmp_path / "set", 4)
     hung = start(url, engine={"hangs": True}, batch_size=4, lease_ttl=2.0, stall_timeout=0.5)
     _, err = hung.communicate(timeout=30)
-    assert hung.returncode == worker.EXIT_STALLED, err
+    assert hung.returncode == process_module.EXIT_STALLED, err
     assert statuses(database) == {"leased": 4}
     assert run_worker(database, lease_ttl=2.0).done == 4
     assert captions(database) == expected(4)
@@ -287,7 +292,7 @@ def test_promise_08_suspects_have_their_turn_every_eighth_claim_though_others_ar
     assert captions(database) == expected(80)
 
 
-@pytest.mark.parametrize("signum", worker.STOP_SIGNALS)
+@pytest.mark.parametrize("signum", signals.STOP_SIGNALS)
 def test_promise_09_a_worker_asked_to_stop_finishes_what_runs_and_gives_the_rest_back(database, url, tmp_path, signum):
     fill(database, tmp_path / "set", 80)
     process = start(url, engine={"step_sec": 0.2}, batch_size=4)
@@ -304,7 +309,7 @@ def test_promise_09_signals_within_a_second_are_one_request_and_a_later_one_leav
     fill(database, tmp_path / "set", 80)
     draining = start(url, engine={"step_sec": 2.0}, batch_size=4)
     until(lambda: statuses(database).get("leased", 0) == 8, "a running batch and a claim ahead")
-    for signum in worker.STOP_SIGNALS:
+    for signum in signals.STOP_SIGNALS:
         draining.send_signal(signum)
         time.sleep(0.2)
     out, err = draining.communicate(timeout=30)
@@ -377,7 +382,7 @@ def foreign_lock(database: Engine) -> Iterator[None]:
 
 def with_short_patience(url: str, monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(db, "PATIENCE_SEC", 0.3)
-    monkeypatch.setattr(worker, "STORE_PATIENCE_SEC", 0.3)
+    monkeypatch.setattr(store, "STORE_PATIENCE_SEC", 0.3)
     return db.connect(url)
 
 
@@ -424,7 +429,7 @@ def test_promise_11_captions_that_a_dead_worker_left_in_its_spool_are_stored_by_
 ):
     fill(database, tmp_path / "set", 8)
     monkeypatch.setenv("ROCOCAP_SPOOL", str(tmp_path / "spool"))
-    impatient = QUICK | {"rococap.worker.STORE_PATIENCE_SEC": 0.3}
+    impatient = QUICK | {"rococap.worker.store.STORE_PATIENCE_SEC": 0.3}
     process = start(url, engine={"step_sec": 1.0}, constants=impatient, batch_size=4, lease_ttl=2.0)
     until(lambda: statuses(database).get("leased", 0) > 0, "a claim")
     with foreign_lock(database):
@@ -478,7 +483,7 @@ def vars_of(info) -> dict:
 def test_promise_13_an_export_is_a_snapshot_that_appears_whole_and_stalls_no_worker(database, tmp_path, monkeypatch):
     run = fill(database, tmp_path / "set", 40)
     path = tmp_path / "captions.csv"
-    monkeypatch.setattr(export, "PAGE", 5)
+    monkeypatch.setattr(snapshot, "PAGE", 5)
     run_worker(database, limit=20)
     pages = []
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from samples import fill, register, write_shard
 
 from rococap import db, prompts, queue
-from rococap.cli import cli
+from rococap.cli.options import cli
 from rococap.errors import RococapError, RunError
 from rococap.recipe import DEFAULT_PROMPT, Recipe, refuse_placeholders
 

@@ -23,14 +23,16 @@ from hypothesis import strategies as st
 from samples import SCHEMA, picture, register
 from sqlalchemy import Engine
 
-from rococap import db, export, publish, queue
-from rococap.cli import cli
+from rococap import db, files, queue
+from rococap.cli.options import cli
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import RococapError, RunError
-from rococap.export import IncompleteError
-from rococap.metrics import fold
 from rococap.queue import Run
 from rococap.recipe import Recipe
+from rococap.results import card as card_module
+from rococap.results import checkpoints, export, formats, imageclef, publish, restore, snapshot
+from rococap.results.formats import fold
+from rococap.results.snapshot import IncompleteError
 
 INFO = EngineInfo("small", {}, "tests/small", "c0ffee", "float32", "cpu", "d19e57")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
@@ -117,7 +119,7 @@ Row = tuple[str, str | None, str]
 
 
 def table_rows(path: Path) -> list[Row]:
-    frames = (frame.itertuples(index=False) for frame in export._read(path))
+    frames = (frame.itertuples(index=False) for frame in restore._read(path))
     return [(row.image_id, row.original_caption, row.generated_caption) for rows in frames for row in rows]
 
 
@@ -182,7 +184,7 @@ def test_captions_that_are_awkward_come_out_as_they_went_in(database, root, out,
     run = enqueue(database, root)
     generated = texts[::-1]
     caption(database, run, generated)
-    if format in export.FORMATS:
+    if format in formats.FORMATS:
         export.export(database, run, "train", out / f"x.{format}")
         rows = READERS[format](out / f"x.{format}")
     else:
@@ -203,7 +205,7 @@ def test_what_was_captioned_while_the_clock_ran_ahead_is_published(database, roo
     caption(database, run, [f"Caption {n}." for n in range(5)], now=future)
     caption(database, run, [f"Caption {n}." for n in range(5, 12)])
     if format == "imageclef":
-        found = submitted(publish.submit(database, run, "train", out / "submission.csv").path)
+        found = submitted(imageclef.submit(database, run, "train", out / "submission.csv").path)
     else:
         publish.publish(database, run, ["train"], out, format)
         found = [row[2] for row in READERS[format](out)]
@@ -243,7 +245,7 @@ def test_a_submission_passes_the_checker_whatever_the_captions_hold(database, ro
     write_data_set(root, texts)
     run = enqueue(database, root)
     caption(database, run, texts)
-    told = publish.submit(database, run, "train", out / "submission.csv")
+    told = imageclef.submit(database, run, "train", out / "submission.csv")
     ids = [f"train_{n:05}" for n in range(len(texts))]
     assert refusal(told.path, ids) is None
     assert submitted(told.path) == [fold(text) for text in texts]
@@ -275,7 +277,7 @@ def test_a_submission_needs_every_picture_of_the_split_also_those_that_the_run_w
     path.parent.mkdir()
     path.write_text("old")
     with pytest.raises(IncompleteError) as error:
-        publish.submit(database, run, "train", path)
+        imageclef.submit(database, run, "train", path)
     assert str(error.value) == (
         "5 of 12 pictures of train have no caption, and ImageCLEF refuses a submission that lacks an ID. Caption them: "
         "rococap enqueue --run default --split train …, then rococap worker --run default (what failed: rococap "
@@ -284,30 +286,30 @@ def test_a_submission_needs_every_picture_of_the_split_also_those_that_the_run_w
     assert [file.name for file in out.iterdir()] == ["submission.csv"]
     assert path.read_text() == "old"
     caption(database, run, ["last", ""])
-    told = publish.submit(database, run, "train", path, allow_missing=True)
+    told = imageclef.submit(database, run, "train", path, allow_missing=True)
     assert (told.rows, told.missing, told.empty) == (12, 3, 4)
     assert submitted(path) == ["first"] * 7 + ["last"] + [""] * 4
     assert refusal(path, [f"train_{n:05}" for n in range(12)]) is None
     about = json.loads(path.with_suffix(".json").read_text())
     assert {"split": "train", "rows": 12, "missing": 3, "empty": 4}.items() <= about.items()
-    assert about["sha256"] == export.sha256_of(path)
+    assert about["sha256"] == files.sha256_of(path)
 
 
 def test_a_submission_has_its_own_manifest_or_none(database, root, out, monkeypatch):
     run = filled(database, root, 2)
-    publish.submit(database, run, "train", out / "x.csv")
+    imageclef.submit(database, run, "train", out / "x.csv")
 
     def killed(path: Path, value: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(publish, "write_json", killed)
+    monkeypatch.setattr(imageclef, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
-        publish.submit(database, run, "train", out / "x.csv")
+        imageclef.submit(database, run, "train", out / "x.csv")
     assert [path.name for path in out.iterdir()] == ["x.csv"]
 
 
 def test_pictures_that_have_no_caption_are_left_empty_in_their_place(database, root, out, monkeypatch):
-    monkeypatch.setattr(export, "PAGE", 2)
+    monkeypatch.setattr(snapshot, "PAGE", 2)
     monkeypatch.setattr(publish, "PAGE", 3)
     write_data_set(root, ["o"] * 6)
     run = enqueue(database, root)
@@ -318,7 +320,7 @@ def test_pictures_that_have_no_caption_are_left_empty_in_their_place(database, r
         queue.complete(
             conn, lease, [Completion(job.id, job.place.image_id) for job in lease.jobs if job.id not in failed]
         )
-    publish.submit(database, run, "train", out / "x.csv", allow_missing=True)
+    imageclef.submit(database, run, "train", out / "x.csv", allow_missing=True)
     assert submitted(out / "x.csv") == ["", "train_00001", "train_00002", "", "train_00004", ""]
 
 
@@ -326,7 +328,7 @@ def test_pictures_that_have_no_caption_are_left_empty_in_their_place(database, r
 def test_an_id_that_the_checker_cannot_read_is_refused(database, root, out, image_id):
     run = filled(database, root, 2, ids=["x", image_id])
     with pytest.raises(RococapError) as error:
-        publish.submit(database, run, "train", out / "x.csv")
+        imageclef.submit(database, run, "train", out / "x.csv")
     assert str(error.value) == (
         f"The ID {image_id!r} cannot be submitted: ImageCLEF's are one line without commas. Use its own data set, or "
         "another --format."
@@ -336,14 +338,14 @@ def test_an_id_that_the_checker_cannot_read_is_refused(database, root, out, imag
 def test_ids_are_stripped_as_those_of_the_ground_truth_are_and_stay_different(database, root, out):
     ids = [" b ", 'a"', "c"]
     run = filled(database, root, 3, ids=ids)
-    assert refusal(publish.submit(database, run, "train", out / "x.csv").path, ids) is None
+    assert refusal(imageclef.submit(database, run, "train", out / "x.csv").path, ids) is None
     other = root.with_name("other")
     write_data_set(other, ["o", "o"], ids=["b", "b "], split="test")
     register(database, other, ["test"], run="other")
     with db.transaction(database) as conn:
         run = queue.get_run(conn, "other")
     with pytest.raises(RococapError, match="IDs of test differ by white space alone, which ImageCLEF ignores: mend"):
-        publish.submit(database, run, "test", out / "y.csv")
+        imageclef.submit(database, run, "test", out / "y.csv")
 
 
 # --- folders ---------------------------------------------------------------------------------------------------
@@ -576,7 +578,7 @@ def test_all_of_the_split_or_nothing_where_that_is_asked(database, root, out):
 
 
 def test_many_captions_are_several_shards_that_know_how_many_they_are(database, root, out, monkeypatch):
-    monkeypatch.setattr(export, "PAGE", 2)
+    monkeypatch.setattr(snapshot, "PAGE", 2)
     monkeypatch.setattr(publish, "PAGE", 2)
     monkeypatch.setattr(publish, "ROWS_PER_SHARD", 4)
     run = filled(database, root, 10)
@@ -649,7 +651,7 @@ def test_the_model_is_cited_only_where_it_is_one_of_that_paper(tmp_path, monkeyp
     put(tmp_path / "folder" / "config.json", '{"model_type": "qwen2_vl"}')
     put(tmp_path / "other" / "config.json", '{"model_type": "smolvlm"}')
     run = Run(1, "default", 1, "eltorio/ROCOv2-radiology", "", Recipe(model=model), None, 5, False)
-    text = publish._card(run, [publish.Written("train", 123_456, 0, {})], {})
+    text = card_module.card(run, [card_module.Written("train", 123_456, 0, {})], {})
     assert ("arXiv:2409.12191" in text) == is_qwen2_vl
     assert "\n- 100K<n<1M\n" in text
     assert "\nsource_datasets:\n- eltorio/ROCOv2-radiology\npretty_name: " in text
@@ -662,7 +664,7 @@ def test_the_model_is_cited_only_where_it_is_one_of_that_paper(tmp_path, monkeyp
 def test_names_of_folders_stay_one_piece_of_code_in_the_card(tmp_path, name, written):
     recipe = Recipe(model=f"/x/{name}", adapter=f"/x/{name}")
     run = Run(1, name, 1, f"/x/{name}", "", recipe, None, 5, False)
-    put(tmp_path / "README.md", publish._card(run, [publish.Written("train", 1, 0, {})], {}))
+    put(tmp_path / "README.md", card_module.card(run, [card_module.Written("train", 1, 0, {})], {}))
     front, body = card(tmp_path)
     assert front["pretty_name"] == f"Captions of radiology pictures by {name}"
     for said in (f"Captions of the pictures of {written}, one", f"- Model: {written}, rev", f"- Adapter: {written}\n"):
@@ -953,7 +955,7 @@ def test_reasoning_is_written_unless_it_is_to_be_stripped_and_then_the_manifest_
     database, url, root, out, format, options, texts, stated
 ):
     caption(database, reasoned(database, root), REASONED)
-    place = out / f"x.{format}" if format in export.FORMATS else out
+    place = out / f"x.{format}" if format in formats.FORMATS else out
     done = invoke(url, "--format", format, "--output", str(place), *options)
     assert done.exit_code == 0, done.output
     assert [row[2] for row in READERS[format](place)] == texts
@@ -972,20 +974,20 @@ def test_a_submission_is_stripped_where_that_is_asked(database, url, root, out):
     assert json.loads(path.with_suffix(".json").read_text())["strip_reasoning"] is True
 
 
-@pytest.mark.parametrize("format", [*export.FORMATS, "hf"])
+@pytest.mark.parametrize("format", [*formats.FORMATS, "hf"])
 def test_what_was_stripped_is_not_restored_and_the_segments_beside_it_are(database, url, root, out, format):
     run = reasoned(database, root)
     caption(database, run, REASONED)
-    place = out / f"x.{format}" if format in export.FORMATS else out
+    place = out / f"x.{format}" if format in formats.FORMATS else out
     command = ("--format", format, "--output", str(place), "--strip-reasoning")
     assert invoke(url, *command).exit_code == 0
-    path = place if format in export.FORMATS else next(out.glob("data/*.parquet"))
+    path = place if format in formats.FORMATS else next(out.glob("data/*.parquet"))
     done = CliRunner().invoke(cli, ["--db", url, "restore", str(path)])
     assert done.exit_code == 1
     assert " ".join(done.stderr.split()) == (
         f"Error: {path} was exported with --strip-reasoning: what the model thought aloud is missing, and a run keeps "
         "captions as they came. Restore the checkpoint segments, or an export without it."
     )
-    [segment] = export.write_checkpoints(database, run, "train", out / "segments", 4)
+    [segment] = checkpoints.write_checkpoints(database, run, "train", out / "segments", 4)
     assert [row[2] for row in table_rows(segment)] == REASONED
     assert CliRunner().invoke(cli, ["--db", url, "restore", str(segment)]).exit_code == 0

@@ -27,16 +27,19 @@ from small_engine import INFO
 from sqlalchemy import Engine
 from test_compare import caption, texts
 
-from rococap import db, evaluate, metrics, plots, queue
-from rococap import report as reporting
-from rococap.cli import cli
+from rococap import db, queue
+from rococap.cli.options import cli
 from rococap.engines import Failure
 from rococap.errors import RococapError, RunError
-from rococap.evaluate import Evaluation, Scored
-from rococap.plots import Series
 from rococap.queue import Failed, Run
 from rococap.recipe import Recipe
-from rococap.report import NOTICE, Gallery, choose, report
+from rococap.scores import evaluate, metrics, plots
+from rococap.scores import gallery as gallery_module
+from rococap.scores import report as reporting
+from rococap.scores.evaluate import Evaluation, Scored
+from rococap.scores.gallery import Gallery, choose
+from rococap.scores.plots import Series
+from rococap.scores.report import NOTICE, report
 
 CT, XRAY, ULTRASOUND = "C0040405", "C1306645", "C0041618"
 MODALITIES = {"CT": CT, "X-ray": XRAY, "ultrasound": ULTRASOUND}
@@ -222,7 +225,7 @@ def two_runs(database: Engine, folder: Path) -> None:
 MAKE = """
 import sys
 from types import SimpleNamespace
-from rococap import metrics
+from rococap.scores import metrics
 from rococap.cli import cli
 
 # The real one takes a second to open.
@@ -384,7 +387,7 @@ def test_a_report_of_any_pictures_is_under_10_megabytes(database, out, tmp_path,
     made = report(database, [], "train", out)
     assert made.pictures == 10
     sources = [node.attributes["src"] for node in parse(out).all("img")]
-    assert 20_000 < max(map(len, sources)) <= 4 * reporting.MOST_BYTES / 3 + 100
+    assert 20_000 < max(map(len, sources)) <= 4 * gallery_module.MOST_BYTES / 3 + 100
     assert 20 * made.size < 10_000_000
 
 
@@ -471,9 +474,9 @@ def test_nothing_is_computed_twice(database, run, out, monkeypatch, no_plots):
 def test_only_pictures_that_are_shown_are_read_one_after_the_other(database, run, out, monkeypatch, no_plots):
     caption(database, run, texts(*ORIGINALS[:20]))
     read = []
-    thumbnail = reporting._thumbnail
+    thumbnail = gallery_module._thumbnail
     monkeypatch.setattr(
-        reporting, "_thumbnail", lambda reader, place, *more: read.append(place) or thumbnail(reader, place, *more)
+        gallery_module, "_thumbnail", lambda reader, place, *more: read.append(place) or thumbnail(reader, place, *more)
     )
     report(database, [], "train", out, pictures=6)
     assert len(read) == 6
@@ -540,7 +543,7 @@ def test_a_caption_that_equals_the_original_is_none_of_the_worst():
 
 
 def by_section(gallery: Gallery) -> dict[str, set[str]]:
-    return {one: {name for name, tags in gallery.tags.items() if one in tags} for one in reporting.SECTIONS}
+    return {one: {name for name, tags in gallery.tags.items() if one in tags} for one in gallery_module.SECTIONS}
 
 
 def test_each_section_has_a_fifth_and_chance_the_rest_the_same_whenever_it_is_drawn():

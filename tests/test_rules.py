@@ -7,11 +7,14 @@ from samples import fill, register, write_shard
 from small_engine import INFO, SmallEngine
 from sqlalchemy import Engine
 
-from rococap import db, export, queue
-from rococap.enqueue import Enqueued, enqueue_from
+from rococap import db, queue
 from rococap.errors import RunError
+from rococap.queue.enqueue import Enqueued, enqueue_from
 from rococap.recipe import RULES, Recipe
-from rococap.worker import Outcome, Settings, work
+from rococap.results import checkpoints, export, restore
+from rococap.worker.process import work
+from rococap.worker.settings import Settings
+from rococap.worker.store import Outcome
 
 pytestmark = pytest.mark.every_database
 
@@ -77,7 +80,7 @@ def test_new_rules_that_are_accepted_are_recorded_and_stand_in_every_manifest(be
     with db.transaction(begun) as conn:
         run = queue.get_run(conn, "default")
     export.export(begun, run, "train", tmp_path / "captions.csv")
-    export.write_checkpoints(begun, run, "train", tmp_path, 4)
+    checkpoints.write_checkpoints(begun, run, "train", tmp_path, 4)
     for manifest in ("captions.json", "run.json"):
         told = json.loads((tmp_path / manifest).read_text())["resolved"]
         assert told["accepted_rules"] == pinned(begun)["accepted_rules"]
@@ -87,10 +90,10 @@ def test_new_rules_that_are_accepted_are_recorded_and_stand_in_every_manifest(be
 def test_the_manifest_of_checkpoints_tells_of_rules_that_were_accepted_after_the_first(begun, tmp_path):
     with db.transaction(begun) as conn:
         run = queue.get_run(conn, "default")
-    export.write_checkpoints(begun, run, "train", tmp_path, 2)
+    checkpoints.write_checkpoints(begun, run, "train", tmp_path, 2)
     assert json.loads((tmp_path / "run.json").read_text())["resolved"] == OLDER
     run_worker(begun, accept_new_rules=True)
-    export.write_checkpoints(begun, run, "train", tmp_path, 2)
+    checkpoints.write_checkpoints(begun, run, "train", tmp_path, 2)
     told = json.loads((tmp_path / "run.json").read_text())["resolved"]
     assert [one["captions_before"] for one in told["accepted_rules"]] == [3]
 
@@ -153,11 +156,11 @@ def test_captions_under_older_rules_are_not_restored_beside_newer_ones(begun, tm
     with db.transaction(begun) as conn:
         other = queue.get_run(conn, "other")
     with pytest.raises(RunError, match="a run never mixes"):
-        export.restore(begun, other, tmp_path / "captions.csv")
+        restore.restore(begun, other, tmp_path / "captions.csv")
     register(begun, tmp_path / "set", ["train"], run="lost")
     with db.transaction(begun) as conn:
         lost = queue.get_run(conn, "lost")
-    assert export.restore(begun, lost, tmp_path / "captions.csv").restored == 3
+    assert restore.restore(begun, lost, tmp_path / "captions.csv").restored == 3
     with pytest.raises(RunError, match="was begun under older rules"):
         run_worker(begun, run="lost")
 
@@ -167,7 +170,7 @@ def test_a_run_that_accepted_new_rules_restores_its_own_older_files(begun, tmp_p
         run = queue.get_run(conn, "default")
     export.export(begun, run, "train", tmp_path / "captions.csv")
     run_worker(begun, accept_new_rules=True)
-    result = export.restore(begun, run, tmp_path / "captions.csv")
+    result = restore.restore(begun, run, tmp_path / "captions.csv")
     assert (result.restored, result.known) == (0, 3)
 
 

@@ -11,7 +11,7 @@ from small_engine import INFO
 from sqlalchemy import Engine, event
 
 from rococap import db, prompts, queue
-from rococap.cli import cli
+from rococap.cli.options import cli
 from rococap.engines import Completion, Failure
 from rococap.queue import Run
 from rococap.recipe import Recipe

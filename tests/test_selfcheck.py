@@ -20,18 +20,21 @@ from samples import fill, picture, register, write_shard
 from small_engine import INFO, SmallEngine
 from sqlalchemy import Engine
 
-from rococap import db, queue, selfcheck, trial
-from rococap.datasets import locate
+from rococap import db, queue
+from rococap.data.datasets import locate
 from rococap.demo import MODEL
 from rococap.demo.phantoms import draw, write_dataset
 from rococap.engines import Completion, Failure, Options, Source
 from rococap.engines.hf import TransformersEngine
-from rococap.enqueue import enqueue
 from rococap.errors import ModelError
+from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
-from rococap.selfcheck import SelfCheck
-from rococap.trial import Memory, from_memory
-from rococap.worker import Outcome, Settings, work
+from rococap.worker import dry_run, selfcheck
+from rococap.worker.dry_run import Memory, from_memory
+from rococap.worker.process import work
+from rococap.worker.selfcheck import SelfCheck
+from rococap.worker.settings import Settings
+from rococap.worker.store import Outcome
 
 DEMO = Recipe(model=str(MODEL), max_new_tokens=48, dtype="float32")
 
@@ -325,7 +328,8 @@ def test_a_recipe_that_samples_is_not_compared(database, tmp_path):
 SCRIPT = """
 import sys; sys.path.insert(0, sys.argv[2])
 from rococap import db
-from rococap.worker import Settings, work
+from rococap.worker.process import work
+from rococap.worker.settings import Settings
 from small_engine import SmallEngine
 work(db.connect(sys.argv[1]), Settings(), load=lambda *_: SmallEngine(kills_on=(2,)))
 """
@@ -450,7 +454,7 @@ def phantoms(tmp_path_factory):
 def check(phantoms, database, engine, **recipe) -> SelfCheck:
     enqueue(database, locate(str(phantoms), ["train"]), ["train"], run="default", recipe=DEMO)
     with db.transaction(database) as conn:
-        places = trial.places(conn, queue.get_run(conn, "default"), "train", selfcheck.MOST)
+        places = dry_run.places(conn, queue.get_run(conn, "default"), "train", selfcheck.MOST)
     return selfcheck.check(engine, replace(DEMO, **recipe), "default", "as usual", phantoms, places)
 
 
@@ -503,7 +507,7 @@ def test_pictures_of_one_scene_do_not_prove_that_the_model_is_blind(tmp_path, da
     register(database, tmp_path / "set", ["train"], recipe=DEMO)
     with db.transaction(database) as conn:
         places = selfcheck.pictures(conn, queue.get_run(conn, "default"), ["train"])
-    said = trial.prepare(demo, tmp_path / "set", places, 1)
+    said = dry_run.prepare(demo, tmp_path / "set", places, 1)
     assert len({one.text for one in from_memory(demo, said.prepared)[1]}) == 1
     checked = selfcheck.check(demo, DEMO, "default", "as usual", tmp_path / "set", places)
     assert (checked.passed, checked.pictures, checked.compared) == (True, 12, 2)

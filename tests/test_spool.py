@@ -12,11 +12,13 @@ from samples import fill
 from small_engine import INFO, SmallEngine, caption_of
 from sqlalchemy.engine import make_url
 
-from rococap import db, queue, spool
+from rococap import db, queue
 from rococap.engines import Completion, Failure
 from rococap.queue import Lease
-from rococap.spool import Spool
-from rococap.worker import Settings, work
+from rococap.worker import spool
+from rococap.worker.process import work
+from rococap.worker.settings import Settings
+from rococap.worker.spool import Spool
 
 LEASE = Lease(7, 3, 1, "train", 4, ())
 CAPTIONS = (
@@ -56,7 +58,9 @@ def test_nothing_is_on_disk_before_something_is_kept_nor_after_all_is_stored(tmp
 def test_a_file_whose_worker_lives_is_left_alone(tmp_path):
     kept = Spool(tmp_path / "spool", "me")
     kept.add(LEASE, CAPTIONS)
-    code = f"from rococap import spool; print(len(list(spool.abandoned(spool.Path({str(tmp_path / 'spool')!r})))))"
+    code = (
+        f"from rococap.worker import spool; print(len(list(spool.abandoned(spool.Path({str(tmp_path / 'spool')!r})))))"
+    )
     other = [sys.executable, "-c", code]
     assert subprocess.run(other, capture_output=True, text=True, check=True).stdout == "0\n"
     kept.close()

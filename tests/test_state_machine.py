@@ -27,15 +27,18 @@ from samples import fill, write_shard
 from small_engine import INFO, SmallEngine
 from sqlalchemy import Connection, Engine, event
 
-from rococap import datasets, db, pipeline, queue, spool
-from rococap.datasets import Dataset
+from rococap import db, queue
+from rococap.data import datasets
+from rococap.data.datasets import Dataset
 from rococap.engines import Completion, Failure
-from rococap.enqueue import enqueue
 from rococap.errors import LeaseLost
-from rococap.pipeline import Claims, Pipeline
 from rococap.queue import NORMAL, SOLO, SUSPECTS, Lease, Run
+from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
-from rococap.spool import Entry, Spool
+from rococap.worker import holdings, spool
+from rococap.worker.fetcher import Pipeline
+from rococap.worker.holdings import Claims
+from rococap.worker.spool import Entry, Spool
 
 pytestmark = pytest.mark.every_database
 
@@ -848,7 +851,7 @@ def test_a_late_failure_of_a_job_that_is_free_again_is_dropped(database, run):
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A worker's own clock, in lease times; it goes on when a test says so."""
     clock = SimpleNamespace(ttls=10.0)
-    monkeypatch.setattr(pipeline, "clock", lambda: clock.ttls * TTL / 1000)
+    monkeypatch.setattr(holdings, "clock", lambda: clock.ttls * TTL / 1000)
     return clock
 
 
@@ -876,7 +879,7 @@ def test_nothing_is_started_whose_lease_has_run_out_by_the_workers_own_clock(clo
     assert take(source, 1) == [1]
     clock.ttls += 1
     assert source.take(4, 0.5) == []
-    source.extend([lease.id for lease in source.open_leases()], pipeline.clock() + 1)
+    source.extend([lease.id for lease in source.open_leases()], holdings.clock() + 1)
     assert take(source, 3) == [2, 3, 4]
 
 

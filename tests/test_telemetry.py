@@ -7,10 +7,10 @@ import psutil
 import pytest
 from small_engine import SmallEngine
 
-from rococap import telemetry
 from rococap.engines import Completion, Failure
-from rococap.pipeline import Usage
-from rococap.telemetry import Meter, gpu_of, peak_memory_mb
+from rococap.worker import telemetry
+from rococap.worker.holdings import Usage
+from rococap.worker.telemetry import Meter, gpu_of, peak_memory_mb
 
 
 class Clock:

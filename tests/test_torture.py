@@ -27,8 +27,9 @@ from small_engine import INFO, QUICK, caption_of
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import make_url
 
-from rococap import db, queue, spool
+from rococap import db, queue
 from rococap.engines import Completion
+from rococap.worker import spool
 
 TTL_SEC = 2.0
 
@@ -424,7 +425,7 @@ def locked_for(world: World, seconds: float, sql: str = "") -> None:
 def test_a_database_locked_by_another_for_longer_than_a_lease_costs_nothing(worlds):
     for world in worlds:
         world.crew.url = impatient(world.url, lock_timeout="1s")  # else it waits for ten
-        world.crew.constants = world.crew.constants | {"rococap.worker.STORE_PATIENCE_SEC": 1.0}
+        world.crew.constants = world.crew.constants | {"rococap.worker.store.STORE_PATIENCE_SEC": 1.0}
     at_once(worlds, locked_for, seconds=2 * TTL_SEC)
 
 
@@ -744,7 +745,7 @@ def killed_with_a_spool(world: World) -> None:
     n, crew = 40, world.crew
     world.fill(n)
     crew.url = impatient(world.url, lock_timeout="500ms")
-    crew.constants = crew.constants | {"rococap.worker.STORE_PATIENCE_SEC": 0.3}
+    crew.constants = crew.constants | {"rococap.worker.store.STORE_PATIENCE_SEC": 0.3}
     first = crew.start(engine={"step_sec": 0.1})
     world.until_busy(4)
     with locked(world.url):

@@ -19,14 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rococap import db
-from rococap.datasets import locate
+from rococap.data.datasets import locate
 from rococap.demo import MODEL
 from rococap.demo.phantoms import HELD_OUT_SEEDS, draw, write_dataset
 from rococap.engines import Completion, Engine, Options, Prepared, load_engine, vllm
 from rococap.engines.hf import TransformersEngine, folder_digest
 from rococap.engines.vllm import VLLMEngine
-from rococap.enqueue import enqueue
 from rococap.errors import ModelError
+from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB of every engine: several are loaded at once

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from rococap.window import colours, windowed
+from rococap.data.window import colours, windowed
 
 CT = np.asarray(Image.open(Path(__file__).parent / "pictures" / "CT_small_raw16.png")).astype(np.int32)
 """Values from 0 to 2063."""

@@ -22,7 +22,11 @@ from sqlalchemy import Engine
 from rococap import db, queue
 from rococap.engines import Completion, gather
 from rococap.errors import DatasetError, RunError
-from rococap.worker import STOP_SIGNALS, Outcome, Settings, choose_run, stop_requests, work
+from rococap.queue import choose_run
+from rococap.worker.process import work
+from rococap.worker.settings import Settings
+from rococap.worker.signals import STOP_SIGNALS, stop_requests
+from rococap.worker.store import Outcome
 
 
 def run_worker(database: Engine, engine: SmallEngine | None = None, **settings) -> Outcome:
@@ -539,7 +543,7 @@ def test_a_worker_that_is_stopped_while_the_database_is_locked_leaves_soon_and_c
     database, url, tmp_path, mode
 ):
     fill(database, tmp_path / "set", 16)
-    impatient = QUICK | {"rococap.worker.STOP_PATIENCE_SEC": 0.3}
+    impatient = QUICK | {"rococap.worker.store.STOP_PATIENCE_SEC": 0.3}
     process = start(
         url, engine={"step_sec": 0.5, "steps": 4}, constants=impatient, batch_size=4, lease_ttl=2.0, drain_timeout=3.0
     )
@@ -557,7 +561,7 @@ def test_a_worker_that_is_stopped_while_the_database_is_locked_leaves_soon_and_c
 
 def test_a_worker_at_its_limit_waits_for_the_database_and_is_not_taken_for_hung(database, url, tmp_path):
     fill(database, tmp_path / "set", 8)
-    impatient = QUICK | {"rococap.worker.STORE_PATIENCE_SEC": 1.0}
+    impatient = QUICK | {"rococap.worker.store.STORE_PATIENCE_SEC": 1.0}
     process = start(
         url, engine={"step_sec": 1.0}, constants=impatient, batch_size=4, limit=4, lease_ttl=2.0, stall_timeout=1.5
     )

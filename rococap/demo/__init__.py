@@ -19,13 +19,15 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 from sqlalchemy import Engine as Database
 
-from rococap import datasets, db, export, queue
-from rococap.crew import program, shared_threads
-from rococap.datasets import SPLITS, Place
-from rococap.enqueue import enqueue, enqueue_from
+from rococap import db, queue
+from rococap.data import datasets
+from rococap.data.datasets import SPLITS, Place
+from rococap.data.images import open_picture
 from rococap.errors import RococapError
-from rococap.images import open_picture
+from rococap.queue.enqueue import enqueue, enqueue_from
 from rococap.recipe import Recipe
+from rococap.results import checkpoints, export, restore, snapshot
+from rococap.worker.supervisor import program, shared_threads
 
 MODEL = Path(__file__).parent / "model"
 SHUFFLED = "captions of run default, shuffled"
@@ -186,7 +188,7 @@ def _export(database: Database, folder: Path) -> list[Path]:
     for split in SPLITS:
         path = folder / export.FOLDER / f"medical_captions_{split}.csv"
         export.export(database, run, split, path)
-        export.write_checkpoints(database, run, split, path.parent, every=25)
+        checkpoints.write_checkpoints(database, run, split, path.parent, every=25)
         paths.append(path)
     return paths
 
@@ -226,7 +228,7 @@ def _pictures(database: Database, folder: Path, image_ids: list[str]) -> dict[st
 
 def _report(database: Database, folder: Path, exports: Sequence[Path], progress: Progress) -> Path:
     """Of the test split: the captions that belong there and, for the floor of each score, those that do not."""
-    from rococap.report import report
+    from rococap.scores.report import report
 
     _shuffle(database, exports)
     progress("writing the report", 0, 1)
@@ -246,7 +248,7 @@ def _shuffle(database: Database, exports: Sequence[Path]) -> None:
     with TemporaryDirectory() as temporary:
         path = Path(temporary) / "shuffled.csv"
         _write(rows, path)
-        export.restore(database, run, path)
+        restore.restore(database, run, path)
 
 
 def _moved(rows: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -260,6 +262,6 @@ def _moved(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def _write(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, export.COLUMNS)
+        writer = csv.DictWriter(file, snapshot.COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rococap import datasets
+from rococap.data import datasets
 from rococap.errors import ModelError
 
 CONFIG = "config.json"

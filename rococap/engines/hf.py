@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
 
-from rococap import images
+from rococap.data import images
 from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, adapters, continuous, families
 from rococap.engines.checkpoint import (
     choose_dtype,

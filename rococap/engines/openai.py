@@ -22,7 +22,8 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from rococap import images, open_files
+from rococap import open_files
+from rococap.data import images
 from rococap.engines import LINGER_SEC, Completion, EngineInfo, Failure, Options, Prepared, Source
 from rococap.engines.chat import Answer, Away, NoCaption, Refused, Server
 from rococap.errors import ModelError, ServerRefuses

@@ -24,7 +24,7 @@ from huggingface_hub import snapshot_download
 from PIL.Image import Image
 from transformers import GenerationConfig
 
-from rococap import images
+from rococap.data import images
 from rococap.engines import (
     Completion,
     EngineInfo,

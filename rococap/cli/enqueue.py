@@ -1,0 +1,330 @@
+"""The command line: options -> call -> echo. torch and pandas are imported inside the commands that need them."""
+
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from sqlalchemy import Engine as Database
+
+from rococap import db, queue
+from rococap.cli.options import (
+    DEFAULT_DATASET,
+    MANY,
+    F,
+    cli,
+    db_option,
+    echo_json,
+    json_option,
+    open_database,
+    progress_bar,
+    splits_option,
+)
+from rococap.cli.tables import cut
+from rococap.data import datasets
+from rococap.data.datasets import SPLITS
+from rococap.errors import RococapError
+from rococap.flags import FLAGS
+from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, LOAD_IN, Recipe, refuse_placeholders
+
+LONGEST_RUN_NAME = 100  # bytes
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------
+
+prompts_option = click.option(
+    "--prompts",
+    envvar="ROCOCAP_PROMPTS",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Presets of your own, as TOML. Also from ROCOCAP_PROMPTS.",
+)
+
+
+def prompt_options(command: F) -> F:
+    """The ways to say the prompt, of which `_prompt` takes one."""
+    options = (
+        click.option("--prompt", help=f"What it is asked of each picture. [default: {DEFAULT_PROMPT}]"),
+        click.option("--preset", metavar="NAME", help="Instead: a prompt by its name. See: rococap prompts"),
+        click.option(
+            "--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="Instead: a file that holds it."
+        ),
+        prompts_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _prompt(prompt: str | None, preset: str | None, file: Path | None, prompts: Path | None) -> str:
+    from rococap import prompts as library
+
+    if sum(way is not None for way in (prompt, preset, file)) > 1:
+        raise click.UsageError("--prompt, --preset and --prompt-file each say the prompt: give one of them.")
+    if preset is not None:
+        return library.find(preset, prompts).prompt
+    if file is not None:
+        return library.read_prompt(file)
+    return DEFAULT_PROMPT if prompt is None else prompt
+
+
+@cli.command("prompts")
+@prompts_option
+@json_option
+def list_prompts(prompts: Path | None, as_json: bool) -> None:
+    """Prompts that `enqueue --preset NAME` knows: rococap's own, and those of your file."""
+    from rococap import prompts as library
+
+    known = library.presets(prompts).values()
+    if as_json:
+        echo_json([asdict(preset) for preset in known])
+        return
+    for preset in known:
+        click.echo(f"{preset.name}: {preset.about}" if preset.about else preset.name)
+        for line in preset.prompt.splitlines():
+            click.echo(textwrap.fill(line, 80, initial_indent="  ", subsequent_indent="  "))
+
+
+# --- enqueue ---------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@splits_option(help="May be repeated. [required, but with --from: all that it has]")
+@click.option(
+    "--dataset",
+    envvar="ROCOCAP_DATASET",
+    default=DEFAULT_DATASET,
+    show_default=True,
+    metavar="FOLDER|HUB_ID",
+    help="Parquet shards as on the hub, or pictures and CSVs as on Zenodo. Also from ROCOCAP_DATASET.",
+)
+@click.option(
+    "--dataset-revision", metavar="REV", help="Branch, tag or commit of a data set on the hub. [default: main]"
+)
+@click.option("--config", metavar="NAME", help="Of a data set that has several configurations, this one.")
+@click.option(
+    "--columns",
+    metavar="KEY=NAME,…",
+    help="Columns of other names: image=IMG,image_id=ID,caption=TEXT,cui=CONCEPTS. Kept with the data set.",
+)
+@click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Only N rows of each split.")
+@click.option("--offset", type=click.IntRange(0, MANY), default=0, metavar="K", help="Leave out the first K rows.")
+@click.option(
+    "--run",
+    "run_name",
+    default="default",
+    show_default=True,
+    metavar="NAME",
+    help="Captions of one model, prompt and settings; each run has its own.",
+)
+@click.option(
+    "--from",
+    "source",
+    metavar="RUN",
+    help="Instead of a data set: that run's pictures, and its recipe but for what is said here.",
+)
+@click.option(
+    "--flag",
+    "flags",
+    type=click.Choice(FLAGS),
+    multiple=True,
+    help="Of --from only those whose caption is flagged so. May be repeated.",
+)
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="FOLDER|HUB_ID", help="What captions.")
+@click.option(
+    "--revision", default="main", show_default=True, metavar="REV", help="Branch, tag or commit of the model."
+)
+@click.option("--adapter", metavar="FOLDER|HUB_ID", help="A LoRA or other adapter for the model, in PEFT's format.")
+@click.option(
+    "--adapter-base",
+    type=click.Choice(["any"]),
+    help="any: put the adapter on the model although it says that it was trained on one of another name.",
+)
+@click.option(
+    "--load-in", type=click.Choice(LOAD_IN), help="Quantise the weights by bitsandbytes, for models that do not fit."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model. Look at it first.")
+@prompt_options
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(0.1, 10),
+    default=1.0,
+    show_default=True,
+    help="Above 1, what was said is less likely to be said again. Decodes in static batches.",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1, 1_000_000), default=256, show_default=True, help="Longest caption."
+)
+@click.option(
+    "--min-pixels", type=click.IntRange(min=1), default=3_136, show_default=True, help="Smaller pictures are enlarged."
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=1_003_520,
+    show_default=True,
+    help="Larger pictures are reduced; 784 pixels are one visual token.",
+)
+@click.option(
+    "--frame",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Which frame to caption of files that hold several, such as DICOM, counted from 1.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    show_default=True,
+    help="auto: bfloat16 on a GPU that has it, float16 on an older one, float32 on the CPU.",
+)
+@db_option
+@click.pass_context
+def enqueue(
+    ctx: click.Context,
+    /,
+    splits: tuple[str, ...],
+    dataset: str,
+    dataset_revision: str | None,
+    config: str | None,
+    columns: str | None,
+    limit: int | None,
+    offset: int,
+    run_name: str,
+    source: str | None,
+    flags: tuple[str, ...],
+    prompt: str | None,
+    preset: str | None,
+    prompt_file: Path | None,
+    prompts: Path | None,
+    **recipe: Any,
+) -> None:
+    """Register every picture of a split as pending in a run.
+
+    Again costs almost nothing and changes nothing. Another model, prompt or setting is another run: --run NAME.
+    Captions that are flagged are done again under another recipe: --run NEW --from OLD --flag loop.
+    """
+    from rococap.queue import enqueue as registration
+
+    _check_enqueue(ctx, source, bool(splits), bool(flags))
+    _check_run_name(run_name)
+    recipe["model"] = _model(recipe["model"])
+    if recipe["adapter"] is not None:
+        recipe["adapter"] = _absolute_if_folder(recipe["adapter"], "an adapter")
+    recipe["prompt"] = _prompt(prompt, preset, prompt_file, prompts)
+    database = open_database(may_be_new=source is None)
+    if source is not None:
+        old, present = _look_at_run(database, source, splits)
+        wanted = _recipe(asdict(old.recipe) | _given(ctx, recipe))
+        with progress_bar() as progress:
+            results = registration.enqueue_from(
+                database, old, present, run=run_name, recipe=wanted, flags=flags, progress=progress
+            )
+    else:
+        wanted = _recipe(recipe)
+        asked = datasets.Columns.parse(columns) if columns is not None else datasets.STANDARD
+        revision = dataset_revision or _pinned_revision(database, run_name, dataset, config or "")
+        located = replace(datasets.locate(dataset, splits, revision, config or ""), columns=asked)
+        with progress_bar() as progress:
+            results = registration.enqueue(
+                database, located, splits, run=run_name, recipe=wanted, limit=limit, offset=offset, progress=progress
+            )
+    for result in results:
+        _echo_enqueued(run_name, result)
+
+
+def _recipe(fields: dict[str, Any]) -> Recipe:
+    from rococap.engines import files
+
+    try:
+        recipe = Recipe(**fields)
+        refuse_placeholders(recipe.prompt)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if recipe.adapter_base is not None and recipe.adapter is None:
+        raise click.UsageError("--adapter-base says which models an adapter is put on: name one with --adapter.")
+    files.check(recipe.model, recipe.revision, recipe.prompt)
+    return recipe
+
+
+def _check_enqueue(ctx: click.Context, source: str | None, has_splits: bool, has_flags: bool) -> None:
+    if source is None:
+        if has_flags:
+            raise click.UsageError("--flag chooses among another run's captions: name it with --from RUN.")
+        if not has_splits:
+            raise click.UsageError("Missing option '--split'. Choose from: train, validation, test, all.")
+        return
+    for name in ("dataset", "dataset_revision", "config", "columns", "limit", "offset"):
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--from takes another run's pictures: leave --{name.replace('_', '-')} out.")
+    if ctx.get_parameter_source("run_name") is ParameterSource.DEFAULT:
+        raise click.UsageError("--from needs a name for the new run: --run NAME.")
+
+
+def _look_at_run(database: Database, name: str, splits: Sequence[str]) -> tuple[queue.Run, list[str]]:
+    """A run, and what it has of these splits; of all, if none is named."""
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, name)
+        return run, [one.split for one in queue.counts_of(conn, run, splits or SPLITS)]
+
+
+def _given(ctx: click.Context, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe was said on the command line."""
+    names = dict.fromkeys(recipe, ()) | {"prompt": ("prompt", "preset", "prompt_file")}
+    return {
+        name: recipe[name]
+        for name, options in names.items()
+        if any(ctx.get_parameter_source(option) is ParameterSource.COMMANDLINE for option in options or (name,))
+    }
+
+
+def _check_run_name(name: str) -> None:
+    """Runs name folders and files, also two runs one file: what else stands in its name has room beside them."""
+    if not all(c.isalnum() or c in "._-" for c in name) or name.startswith((".", "-")) or not name:
+        raise click.BadParameter(f"{name!r} is no file name. Use letters, digits, dots, dashes.", param_hint="--run")
+    if (size := len(name.encode())) > LONGEST_RUN_NAME:
+        raise click.BadParameter(
+            f"{cut(name, 20)!r} is {size} bytes long in UTF-8, and {LONGEST_RUN_NAME} are the most: shorten it.",
+            param_hint="--run",
+        )
+
+
+def _model(model: str) -> str:
+    from rococap.engines import families
+
+    families.check_name(model)
+    return _absolute_if_folder(model, "a model")
+
+
+def _absolute_if_folder(name: str, what: str) -> str:
+    path = Path(os.path.expanduser(name))
+    if not path.is_dir() and not datasets.HUB_ID.fullmatch(name):
+        raise RococapError(f"There is no folder {name}: check the path, or name {what} of the hub as owner/name.")
+    return str(path.resolve()) if path.is_dir() else name
+
+
+def _pinned_revision(database: Database, run_name: str, dataset: str, config: str) -> str | None:
+    """A run stays on the commit of its data set, also when the hub's branch has moved on."""
+    name = datasets.name_of(dataset, config)
+    with db.transaction(database) as conn:
+        for run in queue.list_runs(conn):
+            if (run.name, run.dataset) == (run_name, name):
+                return run.dataset_revision or None
+    return None
+
+
+def _echo_enqueued(run_name: str, result: Any) -> None:
+    click.echo(f"{run_name} {result.split}: {result.new} new, {result.known} known, {result.changed} changed")
+    if result.duplicates:
+        click.echo(f"  {result.duplicates} rows repeat an image_id that is already there and were left out")
+    if result.is_unlabelled:
+        click.echo("  no originals: nothing is scored against them. If a column holds them, register it in another")
+        click.echo("  queue: --db URL --columns caption=NAME")
+    for shard in result.altered_shards:
+        click.echo(f"  {shard} was altered since it was registered: places and captions were read anew")

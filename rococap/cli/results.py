@@ -1,0 +1,522 @@
+"""TODO."""
+
+import re
+import shlex
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from sqlalchemy import Engine as Database
+
+from rococap import db, queue
+from rococap.cli.options import (
+    SHOWN_FAILURES,
+    cli,
+    db_option,
+    echo_json,
+    json_option,
+    open_database,
+    progress_bar,
+    run_option,
+    runs_option,
+    splits_option,
+    strip_option,
+)
+from rococap.cli.tables import cut, significant, within_80
+from rococap.data.datasets import SPLITS
+from rococap.errors import RococapError
+
+
+@cli.command()
+@click.argument("names", metavar="RUN…", nargs=-1, required=True)
+@splits_option()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Ends in .csv, .parquet or .jsonl. [default: results_medical/compare_RUN_RUN….csv]",
+)
+@click.option("--all-done", is_flag=True, help="Only pictures that every run has captioned.")
+@strip_option
+@json_option
+@db_option
+def compare(
+    names: tuple[str, ...],
+    splits: tuple[str, ...],
+    output: Path | None,
+    all_done: bool,
+    strip_reasoning: bool,
+    as_json: bool,
+) -> None:
+    """Put runs side by side: a file with a row for each picture, and speed, length and flags of each run."""
+    from rococap.scores import compare as comparison
+
+    path = output or comparison.default_path(names)
+    database = open_database()
+    with progress_bar() as progress:
+        compared = comparison.compare(
+            *(database, names, path),
+            splits=splits,
+            all_done=all_done,
+            strip_reasoning=strip_reasoning,
+            progress=progress,
+        )
+    if as_json:
+        echo_json({**asdict(compared), "path": str(compared.path), "strip_reasoning": strip_reasoning})
+        return
+    header = ["run", "captions", "s/pic", "pic/s", "tokens", "chars", "words", "flag %", "cut %"]
+    click.echo(within_80(header, [_compared_row(one) for one in compared.runs], 0))
+    shared = f", {compared.shared} of them captioned by every run" if len(names) > 1 else ""
+    click.echo(f"\n{compared.path}: {compared.rows} pictures{shared}{'' if compared.originals else ', no originals'}")
+
+
+def _compared_row(run: Any) -> list[str]:
+    means = (run.sec_per_picture, run.pictures_per_sec, run.new_tokens, run.characters, run.words)
+    shares = (None if share is None else 100 * share for share in (run.flagged, run.cut))
+    return [run.run, str(run.captions), *("-" if n is None else str(significant(n)) for n in (*means, *shares))]
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------
+
+WIDEST_SCORE = 20  # characters, with its interval
+EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
+
+
+@cli.command()
+@splits_option(required=True)
+@runs_option("May be repeated: runs side by side. [default: `default`, or the only one]")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The scores of each caption: .parquet, .csv or .jsonl. [default: results_medical/scores_SPLIT_RUN….parquet]",
+)
+@click.option(
+    "--also",
+    type=click.Choice(EXTRA_METRICS),
+    multiple=True,
+    help="Compute this too: it needs an extra of rococap, and BERTScore hours without a GPU. May be repeated.",
+)
+@strip_option
+@json_option
+@db_option
+def evaluate(
+    splits: tuple[str, ...],
+    names: tuple[str, ...],
+    output: Path | None,
+    also: tuple[str, ...],
+    strip_reasoning: bool,
+    as_json: bool,
+) -> None:
+    """Score captions against the original ones: BLEU, ROUGE, METEOR, CIDEr-D and concepts, overall and by modality.
+
+    Scores are kept in the database: what was scored costs nothing again. CIDEr-D weighs words by how rare they are in
+    all originals, so that one more caption has it computed anew for all.
+    """
+    from rococap.scores import compare as comparison
+    from rococap.scores import evaluate as evaluation
+
+    if output is not None:
+        comparison.check_suffix(output)
+    database = open_database()
+    with progress_bar() as progress:
+        found = evaluation.evaluate(
+            database, names, splits, also=also, strip_reasoning=strip_reasoning, progress=progress
+        )
+    told = evaluation.to_json(found)
+    path = output or evaluation.default_path(found, "scores", ".parquet")
+    rows = evaluation.write(found, path, told)
+    if as_json:
+        echo_json(told)
+    else:
+        shown = [split for split in splits if any(run["split"] == split for run in told["runs"])]
+        click.echo("\n\n".join(_scores_text(told, split) for split in shown))
+        click.echo(f"\n{path}: {rows} captions")
+    for warning in dict.fromkeys(text for run in told["runs"] for text in run["warnings"]):
+        click.echo(f"Warning: {warning}", err=True)
+    scored = {(run["run"], run["split"]) for run in told["runs"]}
+    for run, split in product(dict.fromkeys(run["run"] for run in told["runs"]), splits):
+        if (run, split) not in scored:
+            click.echo(f"{run} captioned nothing of {split} yet.", err=True)
+
+
+def _scores_text(told: dict[str, Any], split: str) -> str:
+    runs = [run for run in told["runs"] if run["split"] == split]
+    paired = [one for one in told["paired"] if one["split"] == split]
+    counts = ", ".join(f"{run['n']} captions of {run['run']}" for run in runs)
+    names = dict.fromkeys(name for run in runs for name in run["metrics"])
+    if len(runs) > 2:
+        notes = ["Intervals and differences of more than two runs: --json, or rococap report"]
+    else:
+        notes = ["In brackets 95 % intervals. cider_d goes to 10, and of flagged less is better."]
+    notes += [f"difference and p: of the {one['n']} pictures that both captioned" for one in paired if len(runs) == 2]
+    reasons: dict[str, list[str]] = {}
+    for name, why in dict.fromkeys(one for run in runs for one in run["not_computed"].items()):
+        reasons.setdefault(why, []).append(name)
+    reasons_told = [
+        textwrap.fill(f"{', '.join(names)}: not computed: {why}", 80, subsequent_indent="  ")
+        for why, names in reasons.items()
+    ]
+    tables = (_overall_table(list(names), runs, paired), _modalities_table(runs))
+    return "\n\n".join([f"{split}: {counts}", tables[0], "\n".join(notes), tables[1], "\n".join(reasons_told)]).rstrip()
+
+
+def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[Any]) -> str:
+    """With 95 % intervals, and the difference and its p, of two runs at most: more do not fit."""
+    with_intervals = len(runs) <= 2
+    header = ["score", *(cut(run["run"], WIDEST_SCORE) for run in runs)]
+    rows = [
+        [
+            name,
+            *(_score(run["metrics"].get(name), run["intervals"].get(name) if with_intervals else None) for run in runs),
+        ]
+        for name in names
+    ]
+    if len(paired) == 1:
+        header += ["difference", "p"]
+        for row in rows:
+            row += [_score(paired[0][key].get(row[0])) for key in ("differences", "p")]
+    return within_80(header, rows, *range(1, len(runs) + 1))
+
+
+def _score(value: float | None, interval: Sequence[float] | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{_digits(value)} [{', '.join(map(_digits, interval))}]" if interval else _digits(value)
+
+
+def _digits(value: float) -> str:
+    """As wide for 10, which is CIDEr-D's best, as for less."""
+    return f"{value:.2f}" if value >= 9.9995 else f"{value:.3f}"
+
+
+def _modalities_table(runs: Sequence[Any]) -> str:
+    from rococap.scores.evaluate import BY_MODALITY
+
+    modalities = dict.fromkeys(name for run in runs for name in run["by_modality"])
+    rows = [
+        [name, run["run"], str(of["n"]), *(_score(of["metrics"].get(shown)) for shown in BY_MODALITY)]
+        for name in modalities
+        for run in runs
+        if (of := run["by_modality"].get(name))
+    ]
+    return within_80(["modality", "run", "n", *BY_MODALITY], rows, 1)
+
+
+# --- report ----------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--split", type=click.Choice(SPLITS), required=True)
+@runs_option("May be repeated: runs side by side. [default: `default`, or the only one]")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="[default: results_medical/report_SPLIT_RUN….html]",
+)
+@click.option(
+    "--pictures", type=click.IntRange(0, 100_000), default=200, show_default=True, metavar="N", help="How many to show."
+)
+@strip_option
+@db_option
+def report(split: str, names: tuple[str, ...], output: Path | None, pictures: int, strip_reasoning: bool) -> None:
+    """Write one HTML file to look at: scores, plots, and pictures with their captions beside the originals.
+
+    It needs no server and no network. Of a run's pictures it shows the best, the worst, some at random, those that are
+    flagged and those that failed.
+    """
+    from rococap.scores import report as reporting
+
+    with progress_bar() as progress:
+        made = reporting.report(
+            *(open_database(), names, split, output),
+            pictures=pictures,
+            strip_reasoning=strip_reasoning,
+            progress=progress,
+        )
+    click.echo(f"{made.path}: {made.captions} captions, {made.pictures} pictures shown, {made.size / 1e6:.1f} MB")
+    if made.unreadable:
+        click.echo(f"  {made.unreadable} of the pictures could not be read: their cards say why")
+    for warning in made.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+
+
+# --- export, restore -------------------------------------------------------------------------------------------
+
+
+FILES = ("csv", "parquet", "jsonl")
+FOLDERS = ("hf", "webdataset", "kohya")
+_ONLY_FOR = {
+    "excel_safe": ("csv",),
+    "allow_missing": ("imageclef",),
+    "require_complete": (*FILES, *FOLDERS),
+    "push": ("hf",),
+    "follow": FILES,
+    "checkpoint_every": FILES,
+}
+"""Options of `export` that not every format has."""
+_FILE_ENDING = re.compile(r"\.(?!v?\d+$)\w{1,8}")
+"""What stands behind the dot of x.xlsx or x.csv.gz, and not of the folders run.2 and run.v2."""
+
+
+@cli.command()
+@splits_option(required=True)
+@run_option("The run. [default: `default`, or the only one]")
+@click.option(
+    "--format",
+    type=click.Choice([*FILES, "imageclef", *FOLDERS]),
+    help="See above. [default: by the name of --output, else csv]",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A folder, or a file (one split only). [default: in results_medical, or in results_medical/RUN]",
+)
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(0, 1_000_000),
+    default=25,
+    show_default=True,
+    metavar="N",
+    help="Images per checkpoint segment; 0 for none.",
+)
+@click.option("--follow", is_flag=True, help="Keep writing segments as workers finish them, then export.")
+@click.option("--require-complete", is_flag=True, help="Fail if images of the split are not captioned.")
+@click.option(
+    "--excel-safe",
+    is_flag=True,
+    help="csv: an apostrophe before texts that a spreadsheet would run as formulas, and a byte-order mark, by which "
+    "Excel shows accents; `restore` takes both away. "
+    "Checkpoint segments, which are for restoring, stay as they are.",
+)
+@strip_option
+@click.option("--allow-missing", is_flag=True, help="imageclef: an empty caption for pictures that have none.")
+@click.option(
+    "--push", metavar="REPO", help="hf: upload the folder to this data set of the hub; a new one is made, and private."
+)
+@db_option
+@click.pass_context
+def export(
+    ctx: click.Context,
+    /,
+    splits: tuple[str, ...],
+    run_name: str | None,
+    format: str | None,
+    output: Path | None,
+    checkpoint_every: int,
+    follow: bool,
+    require_complete: bool,
+    excel_safe: bool,
+    strip_reasoning: bool,
+    allow_missing: bool,
+    push: str | None,
+) -> None:
+    """Write captions next to the originals, and a manifest that says what made them.
+
+    \b
+    csv, parquet, jsonl  a file a split, and checkpoint segments beside it
+    imageclef            ID,Caption for ImageCLEFmedical Caption, a file a split, every ID of it
+    hf                   a folder that datasets.load_dataset opens, with its card; --push REPO uploads it
+    webdataset           a folder of tar shards: picture, caption and facts of 1,000 pictures each
+    kohya                a folder a split: each picture and its caption, in two files of one name
+    """
+    format = format or _format_of(output)
+    for name, formats in _ONLY_FOR.items():
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE and format not in formats:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is not for {format}: it goes with {', '.join(formats)}."
+            )
+    if push is not None and not push.strip():
+        raise click.UsageError("--push needs the name of a data set: OWNER/NAME.")
+    if follow and not checkpoint_every:
+        raise click.UsageError("--follow writes checkpoints: give it --checkpoint-every N.")
+    _check_output(output, format, len(splits))
+    database = open_database()
+    with db.transaction(database) as conn:
+        run = queue.find_run(conn, run_name)
+    if format in FOLDERS:
+        _export_folder(database, run, splits, format, output, require_complete, strip_reasoning, push)
+        return
+    paths = {split: _export_path(run.name, split, format, output) for split in splits}
+    if format == "imageclef":
+        _export_submissions(database, run, paths, allow_missing, strip_reasoning)
+    else:
+        _export_files(database, run, paths, checkpoint_every, follow, require_complete, excel_safe, strip_reasoning)
+
+
+def _export_files(
+    database: Database,
+    run: queue.Run,
+    paths: dict[str, Path],
+    checkpoint_every: int,
+    follow: bool,
+    require_complete: bool,
+    excel_safe: bool,
+    strip_reasoning: bool,
+) -> None:
+    from rococap.results import checkpoints
+    from rococap.results import export as files
+
+    folder = next(iter(paths.values())).parent
+    if follow:
+        checkpoints.follow(database, run, list(paths), folder, checkpoint_every, _echo_segments)
+    for split, path in paths.items():
+        with progress_bar() as progress:
+            exported = files.export(
+                *(database, run, split, path),
+                require_complete=require_complete,
+                excel_safe=excel_safe,
+                strip_reasoning=strip_reasoning,
+                progress=progress,
+            )
+        if checkpoint_every:
+            _echo_segments(checkpoints.write_checkpoints(database, run, split, folder, checkpoint_every))
+        click.echo(f"{exported.path}: {exported.rows} captions{_left(exported.missing)}")
+
+
+def _export_submissions(
+    database: Database, run: queue.Run, paths: dict[str, Path], allow_missing: bool, strip_reasoning: bool
+) -> None:
+    from rococap.results import imageclef
+
+    for split, path in paths.items():
+        with progress_bar() as progress:
+            submission = imageclef.submit(
+                *(database, run, split, path),
+                allow_missing=allow_missing,
+                strip_reasoning=strip_reasoning,
+                progress=progress,
+            )
+        empty = f", {submission.empty} of them empty, which score next to nothing" if submission.empty else ""
+        click.echo(f"{path}: {submission.rows} captions{empty}. Submit it as submission.csv, alone in a zip.")
+
+
+def _export_folder(
+    database: Database,
+    run: queue.Run,
+    splits: Sequence[str],
+    format: str,
+    output: Path | None,
+    require_complete: bool,
+    strip_reasoning: bool,
+    push: str | None,
+) -> None:
+    from rococap.results import hub, publish
+
+    if push:
+        hub.check_login()
+    folder = output or _results(run.name) / f"medical_captions_{format}"
+    with progress_bar() as progress:
+        written = publish.publish(
+            *(database, run, splits, folder, format),
+            require_complete=require_complete,
+            strip_reasoning=strip_reasoning,
+            progress=progress,
+        )
+    for one in written:
+        click.echo(f"{folder} {one.split}: {one.captions} captions{_left(one.missing)}")
+        if lost := one.without_picture:
+            click.echo(f"  {len(lost)} more were left out, since their pictures cannot be read:")
+            for image_id, why in list(lost.items())[:SHOWN_FAILURES]:
+                click.echo(f"  {image_id}: {why}")
+    named = (run.dataset, run.recipe.model, run.recipe.adapter)
+    if local := [name for name in named if name and Path(name).is_absolute()]:
+        click.echo(f"  It names {' and '.join(local)}: look whether others may read that")
+    if push:
+        pushed = hub.push(folder, push, f"Captions of {', '.join(splits)} by {run.recipe.model}")
+        seen = "private, until you change that in its settings" if pushed.private else "public"
+        click.echo(f"{pushed.url}: {seen}")
+
+
+def _left(missing: int) -> str:
+    return f"; {missing} of the split are not done" if missing else ""
+
+
+def _results(run_name: str) -> Path:
+    return Path("results_medical") if run_name == "default" else Path("results_medical") / run_name
+
+
+def _format_of(output: Path | None) -> str:
+    return output.suffix[1:].lower() if output and _is_file_name(output) else "csv"
+
+
+def _is_file_name(output: Path) -> bool:
+    return output.suffix[1:].lower() in FILES and not output.is_dir()
+
+
+def _check_output(output: Path | None, format: str, n_splits: int) -> None:
+    """Whoever names a file of a kind that is not written here wants no folder of that name."""
+    if output is None or output.is_dir() or not _FILE_ENDING.fullmatch(output.suffix):
+        return
+    folder = f"if it is to be a folder, make it first: mkdir -p {shlex.quote(str(output))}"
+    if format in FOLDERS:
+        raise click.UsageError(f"{output} looks like a file, and {format} is a folder: name one; {folder}")
+    if not _is_file_name(output):
+        endings = ", ".join(f".{ending}" for ending in FILES)
+        raise click.UsageError(f"{output} looks like a file, and those written here end in {endings}; {folder}")
+    if n_splits > 1:
+        raise click.UsageError(f"{output} is one file: name a folder for several splits.")
+    if output.suffix.lower() != f".{_ending_of(format)}":
+        raise click.UsageError(f"{output} is no {format} file: name it .{_ending_of(format)}, or leave out --format.")
+
+
+def _ending_of(format: str) -> str:
+    return "csv" if format == "imageclef" else format
+
+
+def _export_path(run_name: str, split: str, format: str, output: Path | None) -> Path:
+    if output and _is_file_name(output):
+        return output
+    name = "submission" if format == "imageclef" else "medical_captions"
+    return (output or _results(run_name)) / f"{name}_{split}.{_ending_of(format)}"
+
+
+def _echo_segments(paths: list[Path]) -> None:
+    if paths:
+        what = paths[0].name if len(paths) == 1 else f"{paths[0].name} to {paths[-1].name}"
+        click.echo(f"{paths[0].parent / what}: {len(paths)} new checkpoints")
+
+
+@cli.command()
+@click.argument(
+    "paths", metavar="FILE…", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@run_option("The run to restore into. [default: `default`, or the only one]")
+@db_option
+def restore(paths: tuple[Path, ...], run_name: str | None) -> None:
+    """Read exports or checkpoints back into a run whose split is enqueued, so that a lost database costs nothing."""
+    from rococap.results import restore as restore_module
+
+    database = open_database()
+    with db.transaction(database) as conn:
+        run = queue.find_run(conn, run_name)
+    results = [restore_module.restore(database, run, path) for path in paths]
+    total = {
+        name: sum(getattr(one, name) for one in results)
+        for name in ("restored", "known", "leased", "unknown", "different")
+    }
+    click.echo(f"{run.name}: {total['restored']} restored, {total['known']} captioned already")
+    if total["leased"]:
+        click.echo(f"  {total['leased']} are being captioned now: restore again when the workers have stopped")
+    if total["unknown"]:
+        click.echo(f"  {total['unknown']} are of images that the run does not have: enqueue all of their split first")
+    if total["different"]:
+        click.echo(f"  {total['different']} have another original caption here and were left out: another data set?")
+    if unknown := [one.path for one in results if not one.has_manifest]:
+        click.echo(
+            f"Warning: {', '.join(map(str, unknown))}: its manifest (.json) is not beside it. What it says of the "
+            "recipe was not compared, and apostrophes that --excel-safe put before texts, if it did, are still there.",
+            err=True,
+        )
+    if total["unknown"] + total["different"] and not (total["restored"] or total["known"] or total["leased"]):
+        raise RococapError(
+            f"Nothing was restored: run {run.name!r} has none of these pictures. Enqueue their split, or name another "
+            "run with --run."
+        )

@@ -1,0 +1,218 @@
+"""TODO."""
+
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rococap import db
+from rococap.cli.options import (
+    cli,
+    db_option,
+    echo_json,
+    json_option,
+    open_database,
+    progress_bar,
+    run_option,
+    stderr_console,
+)
+from rococap.cli.tables import aligned, as_table, in_hours, shortened, significant
+from rococap.cli.worker import check_engine, engine_options
+from rococap.data.datasets import SPLITS
+
+
+@cli.command()
+@json_option
+@db_option
+def doctor(as_json: bool) -> None:
+    """Check this machine, the database, the data set and the model; exit code 1 if something is wrong."""
+    from rococap.doctor import Verdict, examine
+
+    target = click.get_current_context().find_root().obj
+    checks = []
+    for check in examine(db.connect(target.url, create=False, force=True)):
+        checks.append(check)
+        if not as_json:
+            click.echo(f"{check.verdict:8} {check.name}: {check.found}")
+    if as_json:
+        echo_json([asdict(check) for check in checks])
+    if any(check.verdict == Verdict.FAIL for check in checks):
+        sys.exit(1)
+
+
+@cli.command()
+@db_option
+def migrate() -> None:
+    """Upgrade the database to this rococap's schema, after a backup copy."""
+    target = click.get_current_context().find_root().obj
+    done = db.migrate(target.url, force=target.force)
+    click.echo("Upgraded." if done.upgraded else "The schema is up to date.")
+    if done.backup:
+        click.echo(f"The database as it was: {done.backup}")
+
+
+# --- bench -----------------------------------------------------------------------------------------------------
+
+
+def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    try:
+        sizes = [int(size) for size in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers. Write it like 1,4,16.") from None
+    return [click.IntRange(1, 4096)(size, param, ctx) for size in sizes]
+
+
+@cli.command()
+@run_option("The run to measure. [default: `default`, or the only one that has work]")
+@click.option("--split", type=click.Choice(SPLITS), help="[default: the first that the run has]")
+@click.option(
+    "--pictures", type=click.IntRange(1, 100_000), default=64, show_default=True, metavar="N", help="How many to use."
+)
+@click.option(
+    "--batch-size",
+    "sizes",
+    callback=_sizes,
+    metavar="N,N,…",
+    help="Batch sizes to measure. [default: powers of two up to the automatic one]",
+)
+@engine_options
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("results_medical/bench"),
+    show_default=True,
+    metavar="FOLDER",
+    help="Where bench.json and bench.png go.",
+)
+@json_option
+@db_option
+def bench(
+    run_name: str | None,
+    split: str | None,
+    pictures: int,
+    sizes: list[int] | None,
+    output: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure this machine with a run's model and pictures. The queue is only read.
+
+    Reading, preparing, captioning by batch size and the whole worker; what the split will take, and what to set. Each
+    batch size captions all N pictures: where the model takes minutes a picture, begin with --pictures 4.
+    """
+    from rococap.engines import Options
+    from rococap.files import write_json
+    from rococap.worker import benchmark as bench_module
+
+    check_engine(options)
+    database = open_database()
+    with progress_bar() as progress:
+        measured = bench_module.measure(
+            database,
+            Options(**options),
+            run_name=run_name,
+            split=split,
+            most=pictures,
+            sizes=sizes,
+            progress=progress,
+        )
+    write_json(output / "bench.json", asdict(measured))
+    bench_module.draw(measured, output / "bench.png")
+    if as_json:
+        echo_json(asdict(measured))
+    else:
+        click.echo(_measured_text(measured))
+        click.echo(f"\nWritten: {output / 'bench.json'}, {output / 'bench.png'}")
+
+
+def _measured_text(measured: Any) -> str:
+    """Within 80 columns, whatever the model's folder is."""
+    hours, share = measured.estimate, 100 * measured.efficiency
+    failures = f", and {measured.failures} that cannot be captioned" if measured.failures else ""
+    facts = [
+        ["model", shortened(measured.model)],
+        ["device", f"{measured.device}, {measured.dtype}, {measured.cpu_count} CPU cores"],
+        ["pictures", f"{measured.pictures} of {shortened(measured.run, 24)} {measured.split}{failures}"],
+        ["reading", f"{measured.load_ms:.1f} ms a picture"],
+        ["preparing", f"{measured.prepare_ms:.1f} ms a picture"],
+        ["automatic", f"batch size {measured.automatic_batch_size}"],
+        ["worker", f"{significant(measured.worker_pictures_per_sec)} pictures/s, {share:.0f} % of the model alone"],
+        ["estimate", f"{in_hours(hours.split_hours)} for all {measured.split_pictures} pictures of the split"],
+        ["", f"{in_hours(hours.unfinished_hours)} for the {measured.unfinished_pictures} that are not finished"],
+    ]
+    rates = [
+        [rate.batch_size, significant(rate.pictures_per_sec), significant(rate.tokens_per_sec)]
+        for rate in measured.batch_sizes
+    ]
+    return "\n\n".join(
+        [
+            aligned(facts),
+            as_table(["batch size", "pictures/s", "new tokens/s"], rates),
+            textwrap.fill(measured.recommendation, 80, break_on_hyphens=False),
+        ]
+    )
+
+
+# --- demo ------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Where everything goes.",
+)
+@click.option("--images", type=click.IntRange(min=5), default=200, show_default=True, help="How many phantoms to draw.")
+@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Processes that caption.")
+def demo(folder: Path, images: int, workers: int) -> None:
+    """Run the whole job on drawings: phantoms, two workers, the small model in this package, an export, a report."""
+    from rococap.demo import run as run_demo
+
+    click.echo("Phantoms: drawings made by a program, captioned by a small model that was trained on such drawings.")
+    click.echo("They show how rococap works, not what Qwen2-VL sees. Nothing in rococap is for clinical use.\n")
+    with progress_bar() as bar:
+        result = run_demo(folder, images, workers, bar if stderr_console().is_terminal else _steps())
+    for shown in result.examples[:4]:
+        click.echo(f"{shown.image_id}\n  original   {shown.original}\n  generated  {shown.generated}")
+    click.echo(f"\n{_captioned_text(result, workers)}")
+    click.echo(f"Look at  {result.sheet}")
+    click.echo(f"Look at  {result.report}")
+    for path in result.exports:
+        click.echo(f"Read     {path}")
+    click.echo(f"Ask      rococap --db {shlex.quote(str(folder / 'rococap.db'))} status")
+
+
+def _captioned_text(result: Any, workers: int) -> str:
+    """Not of captions that were there that they were made now."""
+    exact = f"{result.exact} of them word for word as the original."
+    if result.before == result.captioned:
+        return (
+            f"{result.captioned} pictures were captioned by an earlier demo in this folder, {exact}\n"
+            "Nothing was captioned again; the files below were made anew from its queue."
+        )
+    now = f"{result.captioned - result.before} pictures captioned by {workers} workers in {result.seconds:.0f} s, "
+    if result.before:
+        return f"{now}after {result.before} by an earlier demo in this folder, {exact}"
+    return now + exact
+
+
+def _steps() -> Callable[[str, int, int], None]:
+    """Without a terminal: each step once, as it begins."""
+    seen: set[str] = set()
+
+    def step(what: str, done: int, total: int) -> None:
+        if what not in seen:
+            seen.add(what)
+            click.echo(f"{what} …")
+
+    return step

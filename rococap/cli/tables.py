@@ -1,0 +1,66 @@
+"""TODO."""
+
+import re
+from collections.abc import Sequence
+
+_NUMBER = re.compile(r"-?\d[\d.]*|-")
+
+
+def as_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns aligned with spaces: numbers to the right, words to the left."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    right = [all(_NUMBER.fullmatch(row[column]) for row in cells[1:]) for column in range(len(header))]
+
+    def line(values: Sequence[str]) -> str:
+        padded = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(line(values) for values in cells)
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, sec = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {sec:02} s" if minutes else f"{sec} s"
+
+
+def within_80(header: Sequence[str], rows: Sequence[list[str]], *shorten: int) -> str:
+    """A table of 80 columns at most: those named by their place give way, one after the other."""
+    for column in shorten:
+        excess = max(map(len, as_table(header, rows).splitlines())) - 80
+        if excess > 0:
+            width = max(len(header[column]), max(len(row[column]) for row in rows) - excess)
+            rows = [[*row[:column], cut(row[column], width), *row[column + 1 :]] for row in rows]
+    return as_table(header, rows)
+
+
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f}"
+
+
+def ago(seconds: float) -> str:
+    return f"{duration(max(0.0, seconds))} ago"
+
+
+def aligned(facts: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"{name:<11}{value}" for name, value in facts)
+
+
+def shortened(text: str, most: int = 66) -> str:
+    """Its end, which tells folders apart."""
+    return text if len(text) <= most else "…" + text[1 - most :]
+
+
+def in_hours(hours: float) -> str:
+    return f"about {duration(3600 * hours)}"
+
+
+def significant(number: float) -> float:
+    return round(number, 1) if number >= 10 else float(f"{number:.3g}")

@@ -1,0 +1,141 @@
+"""The state machine: every transition of a job, each a function over a connection inside the caller's transaction.
+
+    pending -> leased -> done            waiting -> pending when its time has come
+               leased -> waiting         failed, cancelled -> pending by retry
+               leased -> failed          pending, waiting, leased -> cancelled
+               leased -> pending         (released, or its worker died)
+
+Knows no torch and reads no picture. Every write of a worker carries lease, worker and state in its WHERE, so that one
+who lost its lease changes nothing. Rows are locked in one order: lease, jobs by id, captions, tallies, worker. `now`
+is the database's clock unless a test passes its own. The status stands in the SQL as a literal: as a bound value it
+would miss the partial indexes (11 microseconds become 32 milliseconds).
+"""
+
+from rococap.queue.leases import (
+    CRASHES,
+    MAX_BACKOFF_MS,
+    backoff_ms,
+    claim,
+    complete,
+    fail,
+    has_suspects,
+    heartbeat,
+    lock_leases,
+    release,
+)
+from rococap.queue.operate import cancel, clear_deleted, delete_run, pause, prune, retry, unknown_codes, unknown_images
+from rococap.queue.records import (
+    NORMAL,
+    SOLO,
+    SUSPECTS,
+    Job,
+    Lease,
+    Telemetry,
+    Timing,
+    clean_text,
+    flag_counts,
+    flagged,
+    flags_of,
+    tally,
+)
+from rococap.queue.recovery import Recovered, belongs, crash, overdue, reap, recover, release_forgotten, wake
+from rococap.queue.runs import (
+    Run,
+    check_pinned,
+    check_rules,
+    create_run,
+    differences,
+    find_run,
+    find_runs,
+    get_run,
+    list_runs,
+    pin,
+    pin_first,
+    refuse_deleted,
+    rules_of,
+)
+from rococap.queue.status import (
+    Counts,
+    Failed,
+    RunSeen,
+    WorkerSeen,
+    choose_run,
+    counts,
+    counts_of,
+    list_failures,
+    list_leases,
+    list_workers,
+    runs_seen,
+    unfinished,
+)
+from rococap.queue.workers import last_self_check, register_worker, stop_worker, store_self_check
+
+__all__ = [
+    "CRASHES",
+    "MAX_BACKOFF_MS",
+    "NORMAL",
+    "SOLO",
+    "SUSPECTS",
+    "Counts",
+    "Failed",
+    "Job",
+    "Lease",
+    "Recovered",
+    "Run",
+    "RunSeen",
+    "Telemetry",
+    "Timing",
+    "WorkerSeen",
+    "backoff_ms",
+    "belongs",
+    "cancel",
+    "check_pinned",
+    "check_rules",
+    "choose_run",
+    "claim",
+    "clean_text",
+    "clear_deleted",
+    "complete",
+    "counts",
+    "counts_of",
+    "crash",
+    "create_run",
+    "delete_run",
+    "differences",
+    "fail",
+    "find_run",
+    "find_runs",
+    "flag_counts",
+    "flagged",
+    "flags_of",
+    "get_run",
+    "has_suspects",
+    "heartbeat",
+    "last_self_check",
+    "list_failures",
+    "list_leases",
+    "list_runs",
+    "list_workers",
+    "lock_leases",
+    "overdue",
+    "pause",
+    "pin",
+    "pin_first",
+    "prune",
+    "reap",
+    "recover",
+    "refuse_deleted",
+    "register_worker",
+    "release",
+    "release_forgotten",
+    "retry",
+    "rules_of",
+    "runs_seen",
+    "stop_worker",
+    "store_self_check",
+    "tally",
+    "unfinished",
+    "unknown_codes",
+    "unknown_images",
+    "wake",
+]

@@ -1,0 +1,382 @@
+"""Registers a data set's rows and a run's jobs. Reads captions and concepts, and of a new split a few pictures.
+
+The whole split is entered in `images`, whatever `limit` says, so that ids follow the data set's order; a run's jobs
+are a selection of them. A shard is one transaction and so is a page of jobs: killed half-way, the next enqueue goes on.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+
+from rococap.data import datasets
+from rococap.data.datasets import Columns, Dataset, Sample, Shard
+from rococap.data.probe import require_pictures
+from rococap.db import execute, lock, transaction
+from rococap.errors import DatasetError, RunError
+from rococap.queue import records, runs, status
+from rococap.queue.records import clean_text
+from rococap.recipe import RULES, Recipe
+from rococap.tables import JobState
+
+PAGE = 20_000
+
+LONGEST_ID = 240
+"""Bytes of an image id in UTF-8. Exports name files by it, which hold 255, and PostgreSQL's index holds 2,704."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, how much is done, of how much)."""
+
+
+@dataclass(slots=True)
+class Enqueued:
+    """What an enqueue did to one split: jobs new and known, rows changed and duplicate, shards altered since, and
+    whether no row of it has an original caption.
+    """
+
+    split: str
+    new: int = 0
+    known: int = 0
+    changed: int = 0
+    duplicates: int = 0
+    altered_shards: list[str] = field(default_factory=list)
+    is_unlabelled: bool = False
+
+
+def enqueue(
+    engine: Engine,
+    dataset: Dataset,
+    splits: Sequence[str],
+    *,
+    run: str,
+    recipe: Recipe,
+    limit: int | None = None,
+    offset: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> list[Enqueued]:
+    """Makes the rows `offset` to `offset + limit` of each split pending in a run; what is known stays as it is.
+
+    Raises RunError if the run exists with another recipe or data set, DatasetError for data that cannot be read and
+    for ids that are too long: every shard's footer is read, and of a split that is new or altered the ids and some
+    pictures, before anything is written.
+    """
+    with transaction(engine) as conn:
+        dataset, known = _as_registered(conn, dataset, splits)
+    shards = {split: datasets.find_shards(dataset.root, split, dataset.config, dataset.columns) for split in splits}
+    for split in splits:
+        if new := [shard for shard in shards[split] if known[split].get(shard.path) != shard]:
+            _check_ids(dataset, new)
+            require_pictures(dataset, split, shards[split], recipe)
+    with transaction(engine, write=True) as conn:
+        dataset_id = register_dataset(conn, dataset)
+        target = runs.create_run(conn, run, dataset_id, recipe)
+    results = []
+    for split in splits:
+        result = Enqueued(split)
+        _register_split(engine, dataset, dataset_id, shards[split], result, progress)
+        _register_jobs(engine, target, split, limit, offset, result, progress)
+        with transaction(engine) as conn:
+            result.is_unlabelled = not _has_originals(conn, dataset_id, split)
+        results.append(result)
+    return results
+
+
+def _check_ids(dataset: Dataset, shards: Sequence[Shard]) -> None:
+    for shard in shards:
+        for image_id in datasets.image_ids(dataset.root, shard, dataset.columns):
+            if (size := len(image_id.encode())) > LONGEST_ID:
+                raise DatasetError(
+                    f"{dataset.root / shard.path} holds the id {image_id[:20]!r}…, which is {size} bytes long "
+                    f"in UTF-8, and {LONGEST_ID} are the most, since files are named by ids. Shorten it, or take the "
+                    "ids from another column: --columns image_id=NAME"
+                )
+
+
+def _has_originals(conn: Connection, dataset_id: int, split: str) -> bool:
+    sql = "SELECT 1 FROM images WHERE dataset_id = ? AND split = ? AND caption <> '' LIMIT 1"
+    return execute(conn, sql, (dataset_id, split)).one_or_none() is not None
+
+
+def enqueue_from(
+    engine: Engine,
+    old: runs.Run,
+    splits: Sequence[str],
+    *,
+    run: str,
+    recipe: Recipe,
+    flags: Sequence[str] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> list[Enqueued]:
+    """Makes the pictures of another run pending in a run; with `flags`, those whose caption there has one of them.
+
+    Raises RunError if the run exists with another recipe or data set, or if the recipe is the other run's.
+    """
+    if recipe == old.recipe and runs.rules_of(old.resolved or {"rules": RULES}) == RULES:
+        raise RunError(
+            f"Run {old.name!r} has this recipe, which would say the same again. Change something: --prompt, --model, "
+            "--max-new-tokens, --repetition-penalty …"
+        )
+    with transaction(engine, write=True) as conn:
+        counts = [one for one in status.counts_of(conn, old, splits) if not flags or one.flags.keys() & set(flags)]
+        if not counts:
+            raise RunError(f"No caption of run {old.name!r} is flagged {' or '.join(flags)}. See: rococap status")
+        target = runs.create_run(conn, run, old.dataset_id, recipe)
+    return [_register_from(engine, old, target, split, frozenset(flags), progress) for split in splits]
+
+
+def register_dataset(conn: Connection, dataset: Dataset) -> int:
+    execute(
+        conn,
+        "INSERT INTO datasets (name, revision, columns) VALUES (?, ?, ?) ON CONFLICT (name, revision) DO NOTHING",
+        (dataset.name, dataset.revision, dataset.columns.to_json()),
+    )
+    row = execute(conn, _DATASET, (dataset.name, dataset.revision)).one()
+    _check_columns(dataset, Columns.from_json(row[1]))
+    return int(row[0])
+
+
+_DATASET = "SELECT id, columns FROM datasets WHERE name = ? AND revision = ?"
+
+
+def _as_registered(
+    conn: Connection, dataset: Dataset, splits: Sequence[str]
+) -> tuple[Dataset, dict[str, dict[str, Shard]]]:
+    """A data set with the columns that it was registered with, if it was, and the shards of each split by path."""
+    row = execute(conn, _DATASET, (dataset.name, dataset.revision)).one_or_none()
+    if row is None:
+        return dataset, {split: {} for split in splits}
+    columns = Columns.from_json(row[1])
+    _check_columns(dataset, columns)
+    return replace(dataset, columns=columns), {split: _known_shards(conn, row[0], split) for split in splits}
+
+
+def _check_columns(dataset: Dataset, stored: Columns) -> None:
+    if dataset.columns.given() and dataset.columns.differs(stored):
+        raise DatasetError(
+            f"The data set {dataset.name} was registered with {stored} for its columns, and its pictures are read by "
+            f"these, not by {dataset.columns}: leave --columns out, or register it in another queue with --db."
+        )
+
+
+# --- Images ----------------------------------------------------------------------------------------------------
+
+_ADD_IMAGE = (
+    "INSERT INTO images (dataset_id, split, image_id, shard_id, row_group, row_in_group, caption, cui) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (dataset_id, split, image_id) DO NOTHING"
+)
+
+
+def _register_split(
+    engine: Engine, dataset: Dataset, dataset_id: int, shards: list[Shard], result: Enqueued, progress: Progress
+) -> None:
+    with transaction(engine, write=True) as conn:
+        lock(conn, "datasets", dataset_id)
+        known = _known_shards(conn, dataset_id, result.split)
+        altered = [shard for shard in shards if known.get(shard.path, shard) != shard]
+        new = [shard for shard in shards if shard.path not in known]
+        gone = known.keys() - {shard.path for shard in shards}
+        _check_row_ids(dataset, shards, known)
+        if altered or (new and gone):
+            # In one transaction: killed between two of them, nobody would know that the first was altered.
+            _merge(conn, dataset, dataset_id, altered + new, {*gone, *(shard.path for shard in altered)}, result)
+            return
+    done, total = 0, sum(shard.rows for shard in new)
+    for shard in new:
+        with transaction(engine, write=True) as conn:
+            lock(conn, "datasets", dataset_id)
+            if shard.path not in _known_shards(conn, dataset_id, result.split):
+                result.duplicates += shard.rows - _add_shard(conn, dataset, dataset_id, shard)
+        done += shard.rows
+        progress(f"{result.split}: reading captions", done, total)
+
+
+def _check_row_ids(dataset: Dataset, shards: list[Shard], known: dict[str, Shard]) -> None:
+    """A row that is named by its number is another picture's once a row before it comes or goes."""
+    is_by_row = any(shard.ids == "row" for shard in shards)
+    for shard, old in zip(shards, known.values(), strict=False):
+        if is_by_row and shard != old:
+            raise DatasetError(
+                f"{dataset.root / shard.path} is not what was registered, and its rows have no ids by which to tell "
+                "them apart: register the data set in another queue with --db, or give it a column image_id."
+            )
+
+
+def _known_shards(conn: Connection, dataset_id: int, split: str) -> dict[str, Shard]:
+    rows = execute(
+        conn,
+        "SELECT path, split, n_rows, n_row_groups, size, digest FROM shards WHERE dataset_id = ? AND split = ? "
+        "ORDER BY id",
+        (dataset_id, split),
+    ).fetchall()
+    return {row[0]: Shard(*row) for row in rows}
+
+
+def _add_shard(conn: Connection, dataset: Dataset, dataset_id: int, shard: Shard) -> int:
+    """Enters a new shard; returns how many of its rows had an image_id that was not there."""
+    shard_id = _save_shard(conn, dataset_id, shard)
+    pages = _pages(datasets.samples(dataset.root, shard, dataset.columns))
+    return sum(_add_images(conn, dataset_id, shard, shard_id, page) for page in pages)
+
+
+def _save_shard(conn: Connection, dataset_id: int, shard: Shard) -> int:
+    row = execute(
+        conn,
+        "INSERT INTO shards (dataset_id, path, split, n_rows, n_row_groups, size, digest) VALUES (?, ?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT (dataset_id, path) DO UPDATE SET n_rows = excluded.n_rows, n_row_groups = excluded.n_row_groups, "
+        "size = excluded.size, digest = excluded.digest RETURNING id",
+        (dataset_id, shard.path, shard.split, shard.rows, shard.row_groups, shard.size, shard.digest),
+    )
+    return int(row.scalar_one())
+
+
+def _pages(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    rows = iter(samples)
+    while page := list(islice(rows, PAGE)):
+        yield page
+
+
+def _add_images(conn: Connection, dataset_id: int, shard: Shard, shard_id: int, samples: Iterable[Sample]) -> int:
+    rows = [(dataset_id, shard.split, s.image_id, *_place_and_texts(shard_id, s)) for s in samples]
+    return execute(conn, _ADD_IMAGE, rows).rowcount if rows else 0
+
+
+def _place_and_texts(shard_id: int, sample: Sample) -> tuple[int, int, int, str, str]:
+    caption, cui = clean_text(sample.caption), clean_text(";".join(sample.cui))
+    return shard_id, sample.row_group, sample.row_in_group, caption, cui
+
+
+def _merge(
+    conn: Connection, dataset: Dataset, dataset_id: int, shards: list[Shard], movable: set[str], result: Enqueued
+) -> None:
+    """Enters shards that were altered, or that take the place of some that are gone.
+
+    Rows that stood in a `movable` shard get their new place and texts; rows of other shards keep theirs.
+    """
+    known: dict[str, tuple[Any, ...]] = {
+        row[0]: tuple(row[1:])
+        for row in execute(
+            conn,
+            "SELECT i.image_id, s.path, i.shard_id, i.row_group, i.row_in_group, i.caption, i.cui FROM images i "
+            "JOIN shards s ON s.id = i.shard_id WHERE i.dataset_id = ? AND i.split = ?",
+            (dataset_id, result.split),
+        ).fetchall()
+    }
+    seen: set[str] = set()
+    for shard in shards:
+        shard_id = _save_shard(conn, dataset_id, shard)
+        if shard.path in movable:
+            result.altered_shards.append(shard.path)
+        moved, added = [], []
+        for sample in datasets.samples(dataset.root, shard, dataset.columns):
+            path, *old = known.get(sample.image_id, (None,))
+            new = _place_and_texts(shard_id, sample)
+            if sample.image_id in seen or (path is not None and path not in movable):
+                result.duplicates += 1
+            elif path is None:
+                added.append(sample)
+            elif tuple(old) != new:
+                moved.append((*new, dataset_id, shard.split, sample.image_id))
+            seen.add(sample.image_id)
+        _add_images(conn, dataset_id, shard, shard_id, added)
+        _move_images(conn, moved)
+        result.changed += len(moved)
+
+
+def _move_images(conn: Connection, rows: list[tuple[Any, ...]]) -> None:
+    if rows:
+        execute(
+            conn,
+            "UPDATE images SET shard_id = ?, row_group = ?, row_in_group = ?, caption = ?, cui = ? "
+            "WHERE dataset_id = ? AND split = ? AND image_id = ?",
+            rows,
+        )
+
+
+# --- Jobs ------------------------------------------------------------------------------------------------------
+
+# Unary plus keeps SQLite off the index by image_id: the rows are wanted in order of id.
+_SPLIT_FROM = "FROM images WHERE id >= ? AND +dataset_id = ? AND split = ? ORDER BY id"
+
+
+def _register_jobs(
+    engine: Engine, run: runs.Run, split: str, limit: int | None, offset: int, result: Enqueued, progress: Progress
+) -> None:
+    with transaction(engine) as conn:
+        n_images = execute(
+            conn, "SELECT count(*) FROM images WHERE dataset_id = ? AND split = ?", (run.dataset_id, split)
+        ).scalar_one()
+        first = execute(
+            conn, f"SELECT id {_SPLIT_FROM} LIMIT 1 OFFSET ?", (0, run.dataset_id, split, offset)
+        ).scalar_one_or_none()
+        counts = [one.total for one in status.counts(conn) if (one.run, one.split) == (run.name, split)]
+    if first is None:
+        raise RunError(
+            f"Split {split} has {n_images} rows"
+            + (f", so --offset {offset} is past its end: choose a smaller one." if n_images else ": choose another.")
+        )
+    total = n_images - offset if limit is None else min(limit, n_images - offset)
+    if counts == [n_images]:  # every image has its job
+        result.known = total
+        return
+    while (done := result.new + result.known) < total:
+        with _writing_to(engine, run) as conn:
+            first = _register_page(conn, run, split, first, min(PAGE, total - done), result)
+        progress(f"{split}: registering", result.new + result.known, total)
+
+
+@contextmanager
+def _writing_to(engine: Engine, run: runs.Run) -> Iterator[Connection]:
+    """A transaction in which the run is not deleted. Raises RunError if it was."""
+    with transaction(engine, write=True) as conn:
+        lock(conn, "runs", run.id)
+        runs.refuse_deleted(conn, run)
+        yield conn
+
+
+def _register_from(
+    engine: Engine, old: runs.Run, run: runs.Run, split: str, flags: Set[str], progress: Progress
+) -> Enqueued:
+    result = Enqueued(split)
+    with transaction(engine) as conn:
+        total = sum(one.total for one in status.counts(conn) if (one.run, one.split) == (old.name, split))
+    seen, last = 0, 0
+    while True:
+        with _writing_to(engine, run) as conn:
+            page = execute(conn, _FLAGGED if flags else _JOBS, (old.id, split, last, PAGE)).fetchall()
+            if not page:
+                return result
+            chosen = [row[1] for row in page if not flags or flags & set(row[2].split(","))]
+            rows = [(run.id, image_id, split) for image_id in chosen]
+            new = execute(conn, _ADD_JOB, rows).rowcount if rows else 0
+            records.tally(conn, run.id, split, 0, {JobState.PENDING: new})
+        result.new += new
+        result.known += len(chosen) - new
+        seen, last = seen + len(page), page[-1][0]
+        progress(f"{split}: registering", seen, total)
+
+
+_JOBS = "SELECT id, image_id FROM jobs WHERE run_id = ? AND split = ? AND id > ? ORDER BY id LIMIT ?"
+_FLAGGED = (
+    "SELECT j.id, j.image_id, c.flags FROM jobs j JOIN captions c ON c.job_id = j.id "
+    "WHERE j.run_id = ? AND j.split = ? AND j.id > ? AND c.flags <> '' ORDER BY j.id LIMIT ?"
+)
+_ADD_JOB = "INSERT INTO jobs (run_id, image_id, split) VALUES (?, ?, ?) ON CONFLICT (run_id, image_id) DO NOTHING"
+
+
+def _register_page(conn: Connection, run: runs.Run, split: str, first: int, size: int, result: Enqueued) -> int:
+    """Makes the `size` images from id `first` on pending; returns the id to go on from."""
+    page = (first, run.dataset_id, split, size)
+    new = execute(
+        conn,
+        f"INSERT INTO jobs (run_id, image_id, split) SELECT ?, id, split {_SPLIT_FROM} LIMIT ? "
+        "ON CONFLICT (run_id, image_id) DO NOTHING",
+        (run.id, *page),
+    ).rowcount
+    last = execute(conn, f"SELECT max(id) FROM (SELECT id {_SPLIT_FROM} LIMIT ?) AS page", page).scalar_one()
+    records.tally(conn, run.id, split, 0, {JobState.PENDING: new})
+    result.new += new
+    result.known += size - new
+    return int(last) + 1

@@ -1,0 +1,134 @@
+"""TODO."""
+
+import re
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from sqlalchemy import Connection
+from sqlalchemy import Engine as Database
+
+from rococap import db, queue
+from rococap.db import execute, transaction
+from rococap.errors import RococapError
+from rococap.files import read_json, replacing, write_json
+from rococap.queue import Run
+from rococap.results.formats import write_csv
+from rococap.results.manifest import manifest_of
+from rococap.results.snapshot import DONE, SELECTED, frame_of
+
+CHECKPOINT = re.compile(r"checkpoint_\w+_(?P<number>\d{6,})\.csv")
+SEGMENTS_AT_ONCE = 200
+FOLLOW_SEC = 2.0
+
+
+# --- Checkpoint segments ---------------------------------------------------------------------------------------
+
+
+def write_checkpoints(database: Database, run: Run, split: str, folder: Path, every: int) -> list[Path]:
+    """Writes the segments that are due: `every` images each, in order of completion, never changed afterwards.
+
+    When the split has nothing left to do, the short tail is a segment too. Which image is in which segment is decided
+    in the database, so that a missing file is written again, the same.
+    """
+    with transaction(database) as conn:
+        _check_folder(run, folder, split, _last_checkpoint(conn, run, split))
+    while _assign(database, run, split, every):
+        pass
+    with transaction(database) as conn:
+        last = _last_checkpoint(conn, run, split)
+        run = queue.get_run(conn, run.name)  # which a worker may have pinned meanwhile, or new rules changed
+    there = read_json(folder / "run.json") or {}
+    if last and ("run" not in there or there.get("resolved") != run.resolved):
+        write_json(folder / "run.json", manifest_of(run))
+    missing = [n for n in range(1, last + 1) if not checkpoint_path(folder, split, n).exists()]
+    for start in range(0, len(missing), SEGMENTS_AT_ONCE):
+        _write_segments(database, run, split, folder, missing[start : start + SEGMENTS_AT_ONCE])
+    return [checkpoint_path(folder, split, n) for n in missing]
+
+
+def _check_folder(run: Run, folder: Path, split: str, last: int) -> None:
+    """A segment counts as written when a file of its name exists: so those there must be this run's and database's."""
+    there = read_json(folder / "run.json")
+    if there is not None and (there.get("run"), there.get("recipe_hash")) != (run.name, run.recipe.hash):
+        raise RococapError(
+            f"{folder} holds checkpoints of another run ({there.get('run')}). Move them away, or write elsewhere with "
+            "--output."
+        )
+    numbers = (segment_number(path) or 0 for path in folder.glob(f"checkpoint_{split}_*.csv"))
+    if max(numbers, default=0) > last:
+        raise RococapError(
+            f"{folder} holds checkpoints of {split} that this database does not know. If it replaces one that was "
+            f"lost, restore them first: rococap restore {shlex.quote(str(folder))}/checkpoint_{split}_*.csv; else move "
+            "them away."
+        )
+
+
+def checkpoint_path(folder: Path, split: str, number: int) -> Path:
+    return folder / f"checkpoint_{split}_{number:06}.csv"
+
+
+def _last_checkpoint(conn: Connection, run: Run, split: str) -> int:
+    row = execute(
+        conn,
+        "SELECT coalesce(max(checkpoint), 0) FROM jobs WHERE run_id = ? AND split = ? AND checkpoint IS NOT NULL",
+        (run.id, split),
+    )
+    return int(row.scalar_one())
+
+
+def _assign(database: Database, run: Run, split: str, every: int) -> int:
+    """Gives done images their segments; returns how many segments were filled."""
+    with transaction(database, write=True) as conn:
+        db.lock(conn, "runs", run.id)
+        due = execute(
+            conn,
+            "SELECT id FROM jobs WHERE run_id = ? AND split = ? AND status = 'done' AND checkpoint IS NULL "
+            "ORDER BY finished_at, id LIMIT ?",
+            (run.id, split, every * SEGMENTS_AT_ONCE),
+        ).fetchall()
+        is_finished = not any(queue.unfinished(conn, run, [split]).values())
+        n_segments = -(-len(due) // every) if is_finished else len(due) // every
+        first = _last_checkpoint(conn, run, split) + 1
+        rows = [(first + at // every, row[0]) for at, row in enumerate(due[: n_segments * every])]
+        if rows:
+            execute(conn, "UPDATE jobs SET checkpoint = ? WHERE id = ? AND checkpoint IS NULL", rows)
+    return n_segments
+
+
+def _write_segments(database: Database, run: Run, split: str, folder: Path, numbers: Sequence[int]) -> None:
+    with transaction(database) as conn:
+        rows = execute(
+            conn,
+            f"SELECT {SELECTED} {DONE}j.checkpoint IS NOT NULL AND j.checkpoint BETWEEN ? AND ? "
+            # Not finished_at, which is the time of restoring for what was restored.
+            "ORDER BY j.checkpoint, c.generated_at, j.id",
+            (run.id, split, numbers[0], numbers[-1]),
+        ).fetchall()
+    for number, segment in groupby(rows, key=lambda row: row[1]):
+        if number in numbers:
+            with replacing(checkpoint_path(folder, split, number)) as partial:
+                write_csv(iter([frame_of(list(segment), run, split)]), partial)
+
+
+def follow(
+    database: Database, run: Run, splits: Sequence[str], folder: Path, every: int, written: Callable[[list[Path]], None]
+) -> None:
+    """Keeps writing segments as workers finish them, until the splits have nothing left to do."""
+    while True:
+        with transaction(database) as conn:
+            is_finished = not any(queue.unfinished(conn, run, splits).values())
+        for split in splits:
+            if paths := write_checkpoints(database, run, split, folder, every):
+                written(paths)
+        if is_finished:
+            return
+        time.sleep(FOLLOW_SEC)
+
+
+def segment_number(path: Path) -> int | None:
+    """The number of a checkpoint segment: what it holds is not to be written into another."""
+    name = CHECKPOINT.fullmatch(path.name)
+    return int(name["number"]) if name else None

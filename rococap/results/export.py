@@ -1,0 +1,71 @@
+"""Captions -> CSV, Parquet or JSON Lines, checkpoint segments, and back into a database.
+
+Files are derived from the database and can always be made again. A file appears whole or not at all: it is written
+under another name, fsynced and renamed. Done rows never change, so an export is a snapshot although it reads in short
+transactions that stall no worker.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Engine as Database
+
+from rococap import queue
+from rococap.db import transaction
+from rococap.files import ending, replacing, sha256_of, write_json
+from rococap.queue import Run
+from rococap.results.formats import disarmed, write_frames
+from rococap.results.manifest import manifest_of, manifest_path, stripped
+from rococap.results.snapshot import Progress, check_complete, finished_until, pages
+
+FOLDER = Path("results_medical")
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """`missing` counts the jobs of the split that are not done."""
+
+    path: Path
+    rows: int
+    missing: int
+
+
+# --- One file --------------------------------------------------------------------------------------------------
+
+
+def export(
+    database: Database,
+    run: Run,
+    split: str,
+    path: Path,
+    *,
+    require_complete: bool = False,
+    excel_safe: bool = False,
+    strip_reasoning: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Exported:
+    """Writes the done images of a split, in data set order, to a .csv, .parquet or .jsonl file, and its manifest.
+    `excel_safe` puts an apostrophe before texts that a spreadsheet would run and a byte-order mark at the start of the
+    file; `restore` removes both. `strip_reasoning` leaves out a model's reasoning, which cannot be restored.
+
+    Raises RunError if the run has nothing of the split, IncompleteError if some are not done and all were required,
+    RococapError if the file cannot be written; then an older file stays as it was.
+    """
+    with transaction(database) as conn:
+        (counts,) = queue.counts_of(conn, run, [split])
+        cutoff = finished_until(conn, [run], [split])
+    if require_complete:
+        check_complete(run, split, counts.done, counts.total)
+    manifest = manifest_path(path)
+    frames = pages(database, run, split, cutoff, counts.done, progress, strip_reasoning=strip_reasoning)
+    if excel_safe:
+        frames = (frame.map(disarmed) for frame in frames)
+    with replacing(path) as partial:
+        rows = write_frames(frames, partial, ending(path), mark=excel_safe)
+        digest = sha256_of(partial)
+        manifest.unlink(missing_ok=True)  # killed before the next line, the new file has none rather than the old one's
+    missing = counts.total - rows
+    about = {"split": split, "file": path.name, "rows": rows, "missing": missing, "sha256": digest}
+    about |= stripped(strip_reasoning) | ({"excel_safe": True} if excel_safe else {})
+    write_json(manifest, manifest_of(run) | about)
+    return Exported(path, rows, missing)

@@ -1,0 +1,230 @@
+"""TODO."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sqlalchemy import Connection
+from sqlalchemy import Engine as Database
+
+from rococap import db, queue
+from rococap.db import execute, transaction
+from rococap.errors import RococapError, RunError
+from rococap.files import ending, read_json, sha256_of
+from rococap.queue import Run, clean_text
+from rococap.results.checkpoints import segment_number
+from rococap.results.formats import armed
+from rococap.results.manifest import MANIFEST, STRIPPED, manifest_path
+from rococap.results.snapshot import COLUMNS, PAGE
+from rococap.tables import JobState
+
+# --- Restoring -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Restored:
+    """Rows of one file: restored, captioned already, being captioned now, of images that the run does not have, and of
+    images whose original caption is another here. `has_manifest`: the file's own, or it is a segment.
+    """
+
+    path: Path
+    restored: int = 0
+    known: int = 0
+    leased: int = 0
+    unknown: int = 0
+    different: int = 0
+    has_manifest: bool = True
+
+
+def restore(database: Database, run: Run, path: Path) -> Restored:
+    """Reads an export or a segment back: captions that are there win, what a file does not hold stays empty. What a
+    segment holds counts as written to it.
+
+    Raises RococapError, changing nothing, for a file that is no export, was altered since, lacks what was stripped, or
+    was made by another model or recipe than the run's.
+    """
+    manifest = _read_manifest(path)
+    with transaction(database) as conn:
+        run = queue.get_run(conn, run.name)  # as it is by now: the file before may have pinned it
+    _check_whole(path, manifest)
+    _check_manifest(run, path, manifest)
+    for frame in _as_exported(path, manifest):
+        _check_frame(run, path, frame)
+    # The run.json of segments says nothing of an export that stands beside them.
+    result = Restored(path, has_manifest=manifest_path(path).exists() or segment_number(path) is not None)
+    for frame in _as_exported(path, manifest):
+        with transaction(database, write=True) as conn:
+            for split, rows in frame.groupby("split", sort=False):
+                _restore_page(conn, run, str(split), rows, result)
+    if manifest and manifest.get("resolved") and result.restored:
+        with transaction(database, write=True) as conn:
+            queue.pin_first(conn, run, manifest["resolved"])
+    return result
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    return read_json(manifest_path(path)) or read_json(path.parent / "run.json")
+
+
+def _check_whole(path: Path, manifest: dict[str, Any] | None) -> None:
+    of_folder = read_json(path.absolute().parents[1] / MANIFEST) if path.absolute().parent.name == "data" else None
+    if any(one is not None and one.get(STRIPPED) for one in (manifest, of_folder)):
+        raise RococapError(
+            f"{path} was exported with --strip-reasoning: what the model thought aloud is missing, and a run keeps "
+            "captions as they came. Restore the checkpoint segments, or an export without it."
+        )
+
+
+def _check_manifest(run: Run, path: Path, manifest: dict[str, Any] | None) -> None:
+    if manifest is None:
+        return
+    pinned, resolved = run.resolved, manifest.get("resolved")
+    if pinned and resolved and (queue.differences(pinned, resolved) or not _are_its_rules(pinned, resolved)):
+        raise RunError(
+            f"{path} was made with another model state than run {run.name!r}'s ({resolved}, not {pinned}), and a run "
+            "never mixes. Restore it into a run of its own: rococap restore --run NAME"
+        )
+    if manifest.get("recipe_hash") != run.recipe.hash:
+        raise RunError(
+            f"{path} was made by another recipe than run {run.name!r} has ({_differences(manifest, run)}). "
+            "Restore it into a run with that recipe: rococap enqueue --run NAME …, then rococap restore --run NAME"
+        )
+    if manifest.get("file") == path.name and manifest.get("sha256") != sha256_of(path):
+        raise RococapError(
+            f"{path} was altered since it was exported (its SHA-256 is another). Use the original, or remove "
+            f"{manifest_path(path)} to restore it as it is."
+        )
+
+
+def _are_its_rules(pinned: Mapping[str, Any], resolved: Mapping[str, Any]) -> bool:
+    """Whether a file's captions were made by rules that the run's own were made by."""
+    earlier = {accepted["from"] for accepted in pinned.get("accepted_rules", [])}
+    return queue.rules_of(resolved) in {queue.rules_of(pinned), *earlier}
+
+
+def _differences(manifest: dict[str, Any], run: Run) -> str:
+    theirs, mine = manifest.get("recipe") or {}, asdict(run.recipe)
+    return "; ".join(
+        f"{name}: {theirs.get(name)!r}, not {mine[name]!r}" for name in mine if theirs.get(name) != mine[name]
+    )
+
+
+def _as_exported(path: Path, manifest: dict[str, Any] | None) -> Iterator[pd.DataFrame]:
+    is_excel_safe = manifest is not None and manifest.get("excel_safe")
+    return (frame.map(armed) for frame in _read(path)) if is_excel_safe else _read(path)
+
+
+def _read(path: Path) -> Iterator[pd.DataFrame]:
+    try:
+        match ending(path):
+            case ".csv":
+                # utf-8-sig: a byte-order mark is --excel-safe's, or a spreadsheet's, and no part of the first name.
+                yield from pd.read_csv(path, encoding="utf-8-sig", dtype=str, keep_default_na=False, chunksize=PAGE)
+            case ".jsonl":
+                yield from pd.read_json(path, lines=True, dtype=False, chunksize=PAGE)
+            case ".parquet":
+                yield from (batch.to_pandas() for batch in pq.ParquetFile(path).iter_batches(PAGE))
+            case _:
+                raise RococapError(f"{path} is neither .csv, .jsonl nor .parquet: name a file that rococap exported.")
+    except (ValueError, pa.ArrowException) as error:
+        raise RococapError(f"{path} cannot be read ({error}). Name a file that rococap exported.") from error
+
+
+def _check_frame(run: Run, path: Path, frame: pd.DataFrame) -> None:
+    if absent := [name for name in COLUMNS if name not in frame.columns]:
+        raise RococapError(f"{path} lacks the columns {', '.join(absent)}: name a file that rococap exported.")
+    for name in COLUMNS:
+        if (
+            name not in ("processing_time_sec", "timestamp")
+            and not frame[name].map(lambda cell: type(cell) is str).all()
+        ):
+            raise RococapError(f"{path} holds something that is no text in the column {name}: use the original file.")
+    if others := sorted(set(frame["model"]) - {run.recipe.model}):
+        raise RunError(
+            f"{path} holds captions by {', '.join(others)}, and run {run.name!r} is by {run.recipe.model}. "
+            "Restore it into a run of that model: rococap restore --run NAME"
+        )
+    _milliseconds(path, frame)
+    _seconds(path, frame)
+
+
+def _milliseconds(path: Path, frame: pd.DataFrame) -> list[int]:
+    times = pd.to_datetime(frame["timestamp"], format="ISO8601", utc=True, errors="coerce")
+    if times.isna().any():
+        raise RococapError(f"{path} holds a timestamp that is not ISO 8601: use the original file.")
+    return [int(time.timestamp() * 1000 + 0.5) for time in times]
+
+
+def _seconds(path: Path, frame: pd.DataFrame) -> list[float | None]:
+    """Processing times; None where the file has none."""
+    cells = frame["processing_time_sec"]
+    is_absent = cells.isna() | (cells == "")
+    values = pd.to_numeric(cells.where(~is_absent), errors="coerce")
+    if not np.isfinite(values[~is_absent].to_numpy(dtype=float)).all():
+        raise RococapError(f"{path} holds a processing_time_sec that is no number: use the original file.")
+    return [None if absent else float(value) for value, absent in zip(values, is_absent, strict=True)]
+
+
+def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, result: Restored) -> None:
+    at = db.now(conn)
+    segment = segment_number(result.path)
+    jobs = _jobs_by_image_id(conn, run, split, list(rows["image_id"]))
+    moved: Counter[str] = Counter()
+    done, captions, known = [], [], []
+    cells = (rows["image_id"], rows["original_caption"], rows["generated_caption"])
+    measures = (_seconds(result.path, rows), _milliseconds(result.path, rows))
+    for image_id, original, text, seconds, generated_at in zip(*cells, *measures, strict=True):
+        job_id, status, here = jobs.get(image_id, (None, None, None))
+        if job_id is None:
+            result.unknown += 1
+        elif here != clean_text(original):
+            result.different += 1
+        elif status == JobState.DONE:
+            result.known += 1
+            known.append((segment, job_id))
+        elif status == JobState.LEASED:
+            result.leased += 1
+        else:
+            moved[str(status)] += 1
+            jobs[image_id] = (job_id, JobState.DONE, here)
+            done.append((at, segment, job_id))
+            processing_ms = None if seconds is None else seconds * 1000
+            captions.append((job_id, clean_text(text), queue.flags_of(text, ""), processing_ms, generated_at))
+    if done:
+        execute(
+            conn,
+            "UPDATE jobs SET status = 'done', not_before = NULL, finished_at = ?, checkpoint = ? WHERE id = ?",
+            done,
+        )
+        execute(
+            conn,
+            "INSERT INTO captions (job_id, text, flags, processing_ms, generated_at) VALUES (?, ?, ?, ?, ?)",
+            captions,
+        )
+        changes: dict[str, int] = {status: -n for status, n in moved.items()} | {JobState.DONE: len(done)}
+        queue.tally(conn, run.id, split, 0, changes | queue.flag_counts(caption[2] for caption in captions))
+    if segment and known:
+        execute(conn, "UPDATE jobs SET checkpoint = ? WHERE id = ? AND checkpoint IS NULL", known)
+    result.restored += len(done)
+
+
+def _jobs_by_image_id(conn: Connection, run: Run, split: str, image_ids: list[str]) -> dict[str, tuple[int, str, str]]:
+    found = {}
+    for start in range(0, len(image_ids), 500):
+        some = image_ids[start : start + 500]
+        rows = execute(
+            conn,
+            "SELECT i.image_id, j.id, j.status, i.caption FROM images i "
+            "JOIN jobs j ON j.run_id = ? AND j.image_id = i.id "
+            f"WHERE i.dataset_id = ? AND i.split = ? AND i.image_id IN ({', '.join('?' * len(some))}) "
+            f"ORDER BY j.id{db.for_update(conn, 'j')}",
+            (run.id, run.dataset_id, split, *some),
+        ).fetchall()
+        found.update({row[0]: (row[1], row[2], row[3]) for row in rows})
+    return found

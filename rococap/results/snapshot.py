@@ -1,0 +1,118 @@
+"""TODO."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sqlalchemy import Connection
+from sqlalchemy import Engine as Database
+
+from rococap.db import execute, transaction
+from rococap.errors import RococapError
+from rococap.flags import without_reasoning
+from rococap.queue import Run
+
+COLUMNS = (
+    "image_id",
+    "original_caption",
+    "generated_caption",
+    "processing_time_sec",
+    "model",
+    "timestamp",
+    "split",
+)
+PAGE = 1_000
+"""Rows a read. Larger pages are quicker, and hold up commits the longer under SQLite's DELETE journal."""
+
+Progress = Callable[[str, int, int], None]
+
+
+class IncompleteError(RococapError):
+    """The split is not captioned to the end, and the caller asked for all of it."""
+
+
+def check_complete(run: Run, split: str, done: int, total: int) -> None:
+    if done < total:
+        raise IncompleteError(
+            f"{total - done} of {total} images of {split} are not captioned (see rococap status). "
+            f"Caption them: rococap worker --run {run.name}; or leave out --require-complete."
+        )
+
+
+SELECTED = "j.image_id, j.checkpoint, i.image_id, i.caption, c.text, c.processing_ms, c.generated_at"
+DONE = (
+    "FROM jobs j JOIN captions c ON c.job_id = j.id JOIN images i ON i.id = j.image_id "
+    "WHERE j.run_id = ? AND j.split = ? AND "
+)
+
+
+def pages(
+    database: Database, run: Run, split: str, cutoff: int, total: int, progress: Progress, *, strip_reasoning: bool
+) -> Iterator[pd.DataFrame]:
+    done = 0
+    with short_reads(database) as read:
+        for rows in done_pages(read, run, split, cutoff, SELECTED, strip_reasoning=strip_reasoning):
+            done += len(rows)
+            yield frame_of(rows, run, split)
+            progress(f"{split}: exporting", done, total)
+
+
+Read = Callable[[], AbstractContextManager[Connection]]
+
+
+def finished_until(conn: Connection, runs: Sequence[Run], splits: Sequence[str]) -> int:
+    """When the latest of what is done by now was finished: the cutoff that leaves out what is done later.
+
+    The clock itself would be none: it may have run ahead and been set right, and what was finished meanwhile, in what
+    is now the future, is done all the same.
+    """
+    within = ", ".join("?" * len(runs)), ", ".join("?" * len(splits))
+    sql = (
+        "SELECT COALESCE(max(finished_at), 0) FROM jobs WHERE run_id IN ({}) AND split IN ({}) AND status = 'done'"
+    ).format(*within)
+    return int(execute(conn, sql, (*(run.id for run in runs), *splits)).scalar_one())
+
+
+def done_pages(
+    read: Read, run: Run, split: str, cutoff: int, columns: str, *, strip_reasoning: bool = False
+) -> Iterator[Sequence[Sequence[Any]]]:
+    """What was done by the cutoff, in data set order. The first of the columns is j.image_id, and one is c.text; i is
+    the image, c its caption.
+    """
+    at = columns.split(", ").index("c.text") if strip_reasoning else 0
+    select = (
+        f"SELECT {columns} {DONE}j.status = 'done' AND j.finished_at <= ? AND j.image_id > ? "
+        "ORDER BY j.image_id LIMIT ?"
+    )
+    after = 0
+    while True:
+        with read() as conn:
+            rows = execute(conn, select, (run.id, split, cutoff, after, PAGE)).fetchall()
+        if not rows:
+            return
+        after = rows[-1][0]
+        yield [(*row[:at], without_reasoning(row[at]), *row[at + 1 :]) for row in rows] if strip_reasoning else rows
+
+
+@contextmanager
+def short_reads(database: Database) -> Iterator[Read]:
+    """Each page is a transaction of its own on SQLite, where a long read blocks every commit under the DELETE
+    journal; on PostgreSQL all pages share one snapshot.
+    """
+    if database.dialect.name == "sqlite":
+        yield lambda: transaction(database)
+    else:
+        with transaction(database) as conn:
+            yield lambda: nullcontext(conn)
+
+
+def frame_of(rows: Sequence[Sequence[Any]], run: Run, split: str) -> pd.DataFrame:
+    """COLUMNS, from rows that begin with SELECTED."""
+    _, _, image_ids, captions, texts, processing_ms, generated_at, *_ = zip(*rows, strict=True)
+    seconds = np.round(np.array(processing_ms, dtype=float) / 1000, 6)
+    times = np.datetime_as_string(np.array(generated_at, dtype="datetime64[ms]"), timezone="UTC")
+    columns = (image_ids, captions, texts, seconds, run.recipe.model, times.tolist(), split)
+    # Objects, since pandas would turn every text into its own string type and back.
+    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), dtype=object)

@@ -1,0 +1,1 @@
+"""Captions against the originals and against each other: scores, tables, reports."""

@@ -1,0 +1,269 @@
+"""TODO."""
+
+import random
+from base64 import b64encode
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from PIL import Image
+from sqlalchemy import Engine as Database
+
+from rococap.data import datasets
+from rococap.data.datasets import PictureReader, Place
+from rococap.data.images import open_picture
+from rococap.db import execute, transaction
+from rococap.errors import DatasetError, PictureError
+from rococap.queue import Failed, Run
+from rococap.results.snapshot import Progress
+from rococap.scores import concepts
+from rococap.scores.evaluate import SEED, Evaluation, Scored
+from rococap.scores.explained import OF_A_CARD, explained
+from rococap.scores.shown import folders_of, rounded, short_within
+
+EDGE: Final = 256
+"""Longest side of a picture in the report, in pixels."""
+QUALITIES: Final = (75, 60, 45, 30, 15, 5)
+MOST_BYTES: Final = 24_000
+"""Of a picture in the report, as JPEG: noise, which no radiology picture is, comes in a lower quality."""
+MOST_TEXT: Final = 2_000
+"""Characters of a text that a card shows."""
+SECTIONS: Final = ("best", "worst", "random", "flagged", "failed")
+_ROWS_AT_ONCE: Final = 500
+
+
+# --- Which pictures --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """image_id -> the sections that it is in; and how many pictures there are that belong to each section."""
+
+    tags: dict[str, list[str]]
+    of: dict[str, int]
+
+
+def choose(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]], most: int) -> Gallery:
+    """A fifth of the pictures at random, at most a fifth for each other section, and what is left at random again.
+
+    Best and worst go by the first run's CIDEr-D, and among equals by the image's id; each is at most a quarter of that
+    run's captions, so that they never overlap. Those at random are drawn without regard to the other sections.
+    """
+    candidates = _candidates(evaluated, failures)
+    fifth = max(1, most // len(SECTIONS))
+    n_ranked = len(candidates["best"])
+    of_ranked = min(fifth, max(1, n_ranked // 4) if n_ranked > 1 else 0)
+    sections = {
+        "random": candidates["random"][:fifth],
+        "failed": candidates["failed"][:fifth],
+        "flagged": candidates["flagged"][:fifth],
+        "worst": candidates["worst"][:of_ranked],
+        "best": candidates["best"][:of_ranked],
+    }
+    chosen = list(dict.fromkeys(chain.from_iterable(sections.values())))[:most]
+    sections["random"] = _fitting(candidates["random"], chosen, most)
+    # A picture that was chosen for another section may be flagged or failed too.
+    sections |= {name: candidates[name] for name in ("flagged", "failed")}
+    members = {section: set(sections[section]) for section in SECTIONS}
+    tags = {
+        image_id: [section for section in SECTIONS if image_id in members[section]]
+        for image_id in dict.fromkeys([*chosen, *sections["random"]])
+    }
+    return Gallery(tags, {section: len(candidates[section]) for section in SECTIONS})
+
+
+def _fitting(drawn: Sequence[str], chosen: Sequence[str], most: int) -> Sequence[str]:
+    """The first of those drawn, as many as fit beside the chosen ones. None is left out: it stays a fair sample."""
+    shown = set(chosen)
+    for at, image_id in enumerate(drawn):
+        if image_id not in shown and len(shown) == most:
+            return drawn[:at]
+        shown.add(image_id)
+    return drawn
+
+
+def _candidates(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]]) -> dict[str, Sequence[str]]:
+    """Of each section, the first to be taken first."""
+    first = evaluated.scored[0]
+    # One caption has no CIDEr-D, and one without an original no score at all.
+    values: Iterable[float] = next((first.values[name] for name in ("cider_d", "rouge_l") if name in first.values), [])
+    scores = [(value, pair.image_id) for value, pair in zip(values, first.pairs, strict=False) if not np.isnan(value)]
+    ranked = [image_id for _, image_id in sorted(scores, key=lambda one: (-one[0], one[1]))]
+    equal = {pair.image_id for pair in first.pairs if pair.text == pair.reference}
+    everything = list(dict.fromkeys(pair.image_id for one in evaluated.scored for pair in one.pairs))
+    return {
+        "best": ranked,
+        "worst": [image_id for image_id in ranked[::-1] if image_id not in equal],
+        "random": random.Random(SEED).sample(everything, len(everything)),
+        "flagged": list(dict.fromkeys(pair.image_id for one in evaluated.scored for pair in one.pairs if pair.flags)),
+        "failed": list(dict.fromkeys(one.image_id for several in failures.values() for one in several)),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A picture of the data set."""
+
+    place: Place
+    original: str
+    modality: str
+
+
+def rows_of(database: Database, run: Run, split: str, image_ids: Sequence[str]) -> list[Row]:
+    """In data set order."""
+    found: list[tuple[int, Row]] = []
+    for start in range(0, len(image_ids), _ROWS_AT_ONCE):
+        some = image_ids[start : start + _ROWS_AT_ONCE]
+        sql = (
+            "SELECT i.id, s.path, i.split, i.row_group, i.row_in_group, i.image_id, i.caption, i.cui FROM images i "
+            "JOIN shards s ON s.id = i.shard_id WHERE i.dataset_id = ? AND i.split = ? "
+            f"AND i.image_id IN ({', '.join('?' * len(some))})"
+        )
+        with transaction(database) as conn:
+            rows = execute(conn, sql, (run.dataset_id, split, *some)).fetchall()
+        found += [
+            (row[0], Row(Place(*(*row[1:6], run.columns)), row[6], concepts.modality(concepts.parse(row[7]))))
+            for row in rows
+        ]
+    return [row for _, row in sorted(found, key=lambda one: one[0])]
+
+
+# --- Cards -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a run said of a picture: a caption with its scores, or why there is none."""
+
+    run: str
+    number: int
+    text: str | None = None
+    is_equal: bool = False
+    scores: list[tuple[str, str]] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Thumbnail:
+    """A data URI and its size in pixels; or why there is none."""
+
+    source: str = ""
+    width: int = 0
+    height: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """`number` counts in data set order; `mean` is the mean of the runs' ROUGE-L."""
+
+    number: int
+    image_id: str
+    modality: str
+    original: str
+    tags: list[str]
+    said: list[Said]
+    mean: float | None
+    thumbnail: Thumbnail
+
+
+class Captions:
+    """What each run said, by image."""
+
+    def __init__(self, evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]]) -> None:
+        self._scored = evaluated.scored
+        self._at = [{pair.image_id: at for at, pair in enumerate(one.pairs)} for one in evaluated.scored]
+        self._failed = [{one.image_id: one for one in failures[scored.run.name]} for scored in evaluated.scored]
+
+    def of(self, image_id: str) -> list[Said]:
+        return [self._said(number, one, image_id) for number, one in enumerate(self._scored)]
+
+    def mean(self, image_id: str) -> float | None:
+        places = [(one, at[image_id]) for one, at in zip(self._scored, self._at, strict=True) if image_id in at]
+        values = [float(one.values["rouge_l"][at]) for one, at in places if "rouge_l" in one.values]
+        known = [value for value in values if not np.isnan(value)]
+        return sum(known) / len(known) if known else None
+
+    def _said(self, place: int, scored: Scored, image_id: str) -> Said:
+        at = self._at[place].get(image_id)
+        if at is not None:
+            pair = scored.pairs[at]
+            names = [name for name in OF_A_CARD if name in scored.values]
+            scores = [(explained(name).title, rounded(scored.values[name][at], 2)) for name in names]
+            flags = [flag for flag in pair.flags.split(",") if flag]
+            is_equal = bool(pair.reference) and pair.text == pair.reference
+            return Said(scored.run.name, place, _cut(pair.text), is_equal, scores, flags)
+        if failed := self._failed[place].get(image_id):
+            return Said(
+                scored.run.name,
+                place,
+                why=f"Failed: {failed.code}. {short_within(failed.message, folders_of(scored.run))}",
+            )
+        return Said(scored.run.name, place, why="Not captioned yet.")
+
+
+def _cut(text: str) -> str:
+    left = len(text) - MOST_TEXT
+    return text if left <= 0 else f"{text[:MOST_TEXT]} … ({left} more characters)"
+
+
+def cards_of(
+    gallery: Gallery, captions: Captions, rows: Sequence[Row], run: Run, unreadable: list[str], progress: Progress
+) -> Iterator[Card]:
+    """Made as they are asked for. Pictures that cannot be read are noted in `unreadable`."""
+    root, absent = _root(run, [row.place.shard for row in rows])
+    with PictureReader(root) as reader:
+        for number, row in enumerate(rows):
+            progress("reading pictures", number, len(rows))
+            image_id = row.place.image_id
+            thumbnail = Thumbnail(why=absent) if absent else _thumbnail(reader, row.place, root, run.recipe.frame)
+            if thumbnail.why:
+                unreadable.append(image_id)
+            yield Card(
+                *(number, image_id, row.modality, _cut(row.original), gallery.tags[image_id]),
+                *(captions.of(image_id), captions.mean(image_id), thumbnail),
+            )
+    progress("reading pictures", len(rows), len(rows))
+
+
+def _root(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
+    """Where the data set is, or why it is not here. Nothing is downloaded: a look at captions is no reason to."""
+    name, _ = datasets.parse_name(run.dataset)
+    if not run.dataset_revision:
+        return Path(name), ""
+    for shard in dict.fromkeys(shards):
+        if file := datasets.cached(name, shard, run.dataset_revision, "dataset"):
+            return Path(file.removesuffix(shard)), ""
+    command = f"hf download --repo-type dataset --revision {run.dataset_revision} {name}"
+    return Path(), f"The data set is not in the hub's cache here. To have it: {command}"
+
+
+def _thumbnail(reader: PictureReader, place: Place, root: Path, frame: int) -> Thumbnail:
+    try:
+        # One at a time: the reader's generator ends where it raises.
+        ((_, data),) = reader.read([place])
+        if isinstance(data, PictureError):
+            raise data
+        return _reduced(open_picture(data, frame))
+    except (DatasetError, PictureError, OSError) as error:
+        return Thumbnail(why=short_within(str(error), [str(root)]))
+
+
+def _reduced(picture: Image.Image) -> Thumbnail:
+    picture.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    for quality in QUALITIES:
+        data = _jpeg(picture, quality)
+        if len(data) <= MOST_BYTES:
+            break
+    return Thumbnail(f"data:image/jpeg;base64,{b64encode(data).decode()}", *picture.size)
+
+
+def _jpeg(picture: Image.Image, quality: int) -> bytes:
+    file = BytesIO()
+    picture.save(file, "JPEG", quality=quality, optimize=True)
+    return file.getvalue()

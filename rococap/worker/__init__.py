@@ -1,0 +1,1 @@
+"""A worker process: what it holds, fetches, captions and stores, and what supervises several of them."""

@@ -1,0 +1,148 @@
+"""An engine on a few of a run's pictures, without claiming any: for measuring it, and for trusting it."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from rococap.data.datasets import PictureReader, Place
+from rococap.data.images import open_picture
+from rococap.db import execute
+from rococap.engines import Completion, Engine, Prepared
+from rococap.errors import PictureError
+from rococap.queue import Run
+
+
+def places(conn: Connection, run: Run, split: str, most: int) -> list[Place]:
+    """The run's first pictures of a split in the data set's order."""
+    return list(_from(conn, run, split, 0, most).values())
+
+
+def spread(conn: Connection, run: Run, split: str, most: int, skip: int) -> list[Place]:
+    """Up to so many pictures of a split, from its beginning to its end, but for its first `skip` ones."""
+    first = list(_from(conn, run, split, 0, skip + 1))
+    if len(first) <= skip:
+        return []
+    begin, end = first[-1], _last(conn, run, split)
+    found: dict[int, Place] = {}
+    for part in range(most):  # by id: to count them would read them all
+        found |= _from(conn, run, split, begin + (end - begin) * part // max(1, most - 1), 1)
+    # Where a run has only a few of a data set's pictures, several parts meet the same.
+    return list((found | _from(conn, run, split, begin, most)).values())[:most]
+
+
+def _from(conn: Connection, run: Run, split: str, image_id: int, most: int) -> dict[int, Place]:
+    """Pictures from this one on, by their ids."""
+    rows = execute(
+        conn,
+        "SELECT j.image_id, s.path, i.split, i.row_group, i.row_in_group, i.image_id FROM jobs j "
+        "JOIN images i ON i.id = j.image_id JOIN shards s ON s.id = i.shard_id "
+        "WHERE j.run_id = ? AND j.split = ? AND j.image_id >= ? ORDER BY j.image_id LIMIT ?",
+        (run.id, split, image_id, most),
+    ).fetchall()
+    return {row[0]: Place(*(*row[1:], run.columns)) for row in rows}
+
+
+def _last(conn: Connection, run: Run, split: str) -> int:
+    last = "SELECT image_id FROM jobs WHERE run_id = ? AND split = ? ORDER BY image_id DESC LIMIT 1"
+    return int(execute(conn, last, (run.id, split)).scalar_one())
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Pictures ready for the engine, milliseconds that one took, and why others are not.
+
+    `digests` are of their pixels, and `size` is the width and height of the last one.
+    """
+
+    prepared: list[Prepared]
+    errors: list[PictureError]
+    load_ms: float
+    prepare_ms: float
+    digests: dict[int, bytes]
+    size: tuple[int, int]
+
+
+def prepare(
+    engine: Engine, root: Path, places: Sequence[Place], frame: int, tell: Callable[[int], None] = lambda done: None
+) -> Read:
+    """Reads, decodes and prepares on this thread; a picture's id is its number, from 1. `frame` is the recipe's."""
+    prepared: list[Prepared] = []
+    errors: list[PictureError] = []
+    digests: dict[int, bytes] = {}
+    load_sec = prepare_sec = 0.0
+    size = (0, 0)
+    with PictureReader(root) as reader:
+        started = time.perf_counter()
+        for number, (_, data) in enumerate(reader.read(places), 1):
+            try:
+                picture = open_picture(_bytes(data), frame)
+                loaded = time.perf_counter()
+                prepared.append(engine.prepare(number, picture))
+                digests[number], size = hashlib.sha256(picture.tobytes()).digest(), picture.size
+                load_sec, prepare_sec = load_sec + loaded - started, prepare_sec + time.perf_counter() - loaded
+            except PictureError as error:
+                errors.append(error)
+            tell(number)
+            started = time.perf_counter()
+    load_ms, prepare_ms = (1000 * seconds / max(1, len(prepared)) for seconds in (load_sec, prepare_sec))
+    return Read(prepared, errors, load_ms, prepare_ms, digests, size)
+
+
+def _bytes(data: bytes | PictureError) -> bytes:
+    if isinstance(data, PictureError):
+        raise data
+    return data
+
+
+class _Abandoned(Set[int]):
+    """All of some jobs, once it is over. It is live: an engine may ask it while a request hangs."""
+
+    def __init__(self, job_ids: Sequence[int], is_over: Callable[[], bool]) -> None:
+        self._job_ids = job_ids
+        self._is_over = is_over
+
+    def __contains__(self, job_id: object) -> bool:
+        return job_id in self._job_ids and self._is_over()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._job_ids if self._is_over() else ())
+
+    def __len__(self) -> int:
+        return len(self._job_ids) if self._is_over() else 0
+
+
+class Memory:
+    """A Source over pictures that are prepared. Once `is_over`, it ends and abandons what runs."""
+
+    def __init__(self, prepared: Sequence[Prepared], is_over: Callable[[], bool] = lambda: False) -> None:
+        self._left = list(prepared)
+        self._is_over = is_over
+        self._abandoned = _Abandoned([picture.job_id for picture in prepared], is_over)
+
+    def take(self, most: int, wait: float | None) -> list[Prepared]:
+        if self._is_over():
+            return []
+        taken, self._left = self._left[:most], self._left[most:]
+        return taken
+
+    def step(self, rows: int) -> Set[int]:
+        return self._abandoned
+
+
+def from_memory(
+    engine: Engine,
+    prepared: Sequence[Prepared],
+    tell: Callable[[int], None] = lambda done: None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> tuple[float, list[Completion]]:
+    """Seconds, and the completions in order of their jobs; `tell` is told how many there are."""
+    started = time.perf_counter()
+    completions = []
+    for completion in engine.run(Memory(prepared, is_over)):
+        completions.append(completion)
+        tell(len(completions))
+    return time.perf_counter() - started, sorted(completions, key=lambda completion: completion.job_id)

@@ -1,0 +1,311 @@
+"""TODO."""
+
+import logging
+import queue as fifo
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+
+from sqlalchemy import Connection
+from sqlalchemy import Engine as Database
+
+from rococap import queue
+from rococap.db import transaction
+from rococap.engines import Completion
+from rococap.errors import DatabaseUnavailable, LeaseLost
+from rococap.queue import Lease
+from rococap.worker import spool
+from rococap.worker.fetcher import Pipeline
+from rococap.worker.holdings import Claims, clock
+from rococap.worker.spool import Entry, Spool
+from rococap.worker.telemetry import Meter
+
+log = logging.getLogger(__name__)
+
+STORE_EVERY_SEC = 1.0
+STORE_PATIENCE_SEC = 5.0
+"""How long captions wait for a database that is locked before they are written to the spool."""
+STOP_PATIENCE_SEC = 1.0
+"""The same, once it was asked to stop."""
+REPLAY_EVERY_SEC = 1.0
+LOOK_EVERY_SEC = 60.0
+"""How often an idle store looks for what workers that are gone have left in the spool."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a worker did. `lost`: captions that came too late, when another worker had the picture or it was cancelled.
+    `recovered`: of them that workers before it had left in the spool. `spooled`: captions that are there now.
+    """
+
+    run: str = ""
+    device: str = ""
+    done: int = 0
+    failed: int = 0
+    lost: int = 0
+    recovered: int = 0
+    spooled: int = 0
+    spool: str = ""
+    seconds: float = 0.0
+    drained: bool = False
+
+
+Completions = fifo.SimpleQueue[Completion | None]
+"""What is finished and not stored; None is the end."""
+
+Report = Callable[[Outcome, Sequence[queue.Counts]], None]
+"""Called after each group of stored captions, from the store thread."""
+
+
+# --- Storing ---------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """Stores completions in a thread of its own, together: every batch or every second, whichever comes first.
+
+    While the database is away they go to the spool, and from there into the database when it is back.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        claims: Claims,
+        outcome: Outcome,
+        pipeline: Pipeline,
+        kept: Spool,
+        completions: Completions,
+        report: Report,
+        stop: threading.Event,
+        meter: Meter,
+    ) -> None:
+        self.outcome = outcome
+        self.meter = meter
+        self._database = database
+        self._claims = claims
+        self._pipeline = pipeline
+        self._spool = kept
+        self._completions = completions
+        self._report = report
+        self._stop = stop
+        self._is_patient = True
+        self._looks_at = 0.0
+        self._group: list[Completion] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run_thread, name="store", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, completion: Completion) -> None:
+        self._pipeline.finish(completion.job_id)
+        completion = self._pipeline.flagged(completion)
+        self.meter.count(completion)
+        self._completions.put(completion)
+
+    def close(self, *, is_patient: bool) -> None:
+        """Returns when all that was put is stored; in the spool, if not `is_patient` or asked to stop meanwhile."""
+        self._is_patient = is_patient
+        self._completions.put(None)
+        self._thread.join()
+        if self._error is not None:
+            self.save()  # what came after it
+        self.outcome.spooled = self._spool.n_written()
+        self.outcome.spool = str(self._spool.folder)
+
+    def raise_error(self) -> None:
+        """What ended the thread before its time, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def save(self) -> None:
+        """Writes to the spool what is not stored, without the database."""
+        while not self._completions.empty():
+            if (completion := self._completions.get()) is not None:
+                self._group.append(completion)
+        for lease, completions in self._by_lease(self._group):
+            self._put_off(lease, completions)
+        self._group = []
+
+    def _run_thread(self) -> None:
+        try:
+            self._mend()
+            for group in self._groups():
+                self._group = group
+                self._store(group)
+                self._group = []
+                self._mend()
+            # Until the database has answered once more: what is then left is another worker's for now.
+            while (
+                self._spool.entries and self._is_patient and not self._stop.wait(REPLAY_EVERY_SEC) and not self._mend()
+            ):
+                pass
+        except BaseException as error:
+            self._error = error
+            self.save()
+            self._pipeline.break_off(error)
+
+    def _groups(self) -> Iterator[list[Completion]]:
+        """Groups to store; an empty one now and then, when nothing comes."""
+        while True:
+            idle = REPLAY_EVERY_SEC if self._spool.entries else LOOK_EVERY_SEC
+            try:
+                first = self._completions.get(timeout=idle)
+            except fifo.Empty:
+                yield []
+                continue
+            if first is None:
+                return
+            group = [first]
+            deadline = time.monotonic() + STORE_EVERY_SEC
+            while len(group) < self._claims.size and (left := deadline - time.monotonic()) > 0:
+                try:
+                    completion = self._completions.get(timeout=left)
+                except fifo.Empty:
+                    break
+                if completion is None:
+                    yield group
+                    return
+                group.append(completion)
+            yield group
+
+    def _by_lease(self, group: list[Completion]) -> list[tuple[Lease, list[Completion]]]:
+        """Those whose leases are still ours."""
+        found: dict[int, tuple[Lease, list[Completion]]] = {}
+        for completion in group:
+            if (lease := self._pipeline.lease_of(completion.job_id)) is not None:
+                found.setdefault(lease.id, (lease, []))[1].append(completion)
+        return list(found.values())
+
+    def _store(self, group: list[Completion]) -> None:
+        if not group:
+            return
+        by_lease = self._by_lease(group)
+        self.outcome.lost += len(group) - sum(len(completions) for _, completions in by_lease)
+        are_stored = [self._store_lease(lease, completions) for lease, completions in by_lease]
+        if all(are_stored):
+            try:
+                with transaction(self._database, patience=self._patience()) as conn:
+                    counts = queue.counts_of(conn, self._claims.run)
+            except DatabaseUnavailable as error:
+                self._pipeline.contact.lost(error)
+            else:
+                self._report(self.outcome, counts)
+
+    def _store_lease(self, lease: Lease, completions: list[Completion]) -> bool:
+        """Whether it is stored; else it was put off."""
+        captions = [completion for completion in completions if completion.failure is None]
+        failed = {c.job_id: c.failure for c in completions if c.failure is not None}
+        left = completions
+        try:
+            if captions:
+                with self._writing(lease) as conn:
+                    queue.complete(conn, lease, captions, timing=self._timing(lease, captions))
+                self.outcome.done += len(captions)
+                self._pipeline.settle(lease, [completion.job_id for completion in captions])
+                left = [completion for completion in completions if completion.failure is not None]
+            if failed:
+                with self._writing(lease) as conn:
+                    queue.fail(conn, lease, failed)
+                self.outcome.failed += len(failed)
+                self._pipeline.settle(lease, failed)
+        except (LeaseLost, DatabaseUnavailable) as error:
+            # LeaseLost also when a commit succeeded whose answer was lost, or a picture of the lease was cancelled.
+            log.debug("%s", error)
+            self._put_off(lease, left)
+            return False
+        return True
+
+    def _put_off(self, lease: Lease, completions: Sequence[Completion] = (), released: Sequence[int] = ()) -> None:
+        try:
+            self._spool.add(lease, completions, released)
+        except OSError as error:
+            log.warning("what cannot be stored cannot be written to %s either (%s)", self._spool.folder, error)
+
+    def release(self, *, running: bool) -> None:
+        """Gives back what is held and has not started, or, if `running`, all that has no result."""
+        for lease, job_ids in self._pipeline.withdraw(running=running):
+            try:
+                with transaction(self._database, write=True, patience=STOP_PATIENCE_SEC) as conn:
+                    queue.release(conn, lease, job_ids)
+            except LeaseLost as error:
+                log.debug("%s", error)
+            except DatabaseUnavailable as error:
+                self._pipeline.contact.lost(error)
+                self._put_off(lease, released=job_ids)
+            self._pipeline.settle(lease, job_ids)
+
+    def _mend(self) -> bool:
+        """Stores what is in the spool: our own as soon as the database is back, now and then what others left.
+
+        Returns False while the database is away.
+        """
+        try:
+            self._replay()
+            if self._looks_at <= clock():
+                self._looks_at = clock() + LOOK_EVERY_SEC
+                self._take_over()
+        except DatabaseUnavailable as error:
+            self._pipeline.contact.lost(error)
+            return False
+        except OSError as error:
+            log.warning("the spool %s: %s", self._spool.folder, error)
+        return True
+
+    def _replay(self) -> None:
+        kept: list[Entry] = []
+        try:
+            while self._spool.entries:
+                kept += self._recover(self._spool.entries[0])
+                del self._spool.entries[0]
+        finally:
+            self._spool.entries[:0] = kept
+        if not kept:
+            self._spool.clear()
+
+    def _take_over(self) -> None:
+        for entries, keep in spool.abandoned(self._spool.folder):
+            before = self.outcome.done
+            keep([left for entry in entries for left in self._recover(entry)])
+            if n := self.outcome.done - before:
+                self.outcome.recovered += n
+                log.info("stored %d captions that another worker had left in %s", n, self._spool.folder)
+
+    def _recover(self, entry: Entry) -> list[Entry]:
+        """What of it must be kept: another worker has the picture, or another database gave the lease."""
+        with transaction(self._database, patience=self._patience()) as conn:
+            is_ours = queue.belongs(conn, entry.lease, entry.uuid)
+        if not is_ours:
+            return [entry]
+        with self._writing(entry.lease) as conn:
+            result = queue.recover(conn, self._claims.worker_id, entry.lease, entry.completions)
+            with suppress(LeaseLost):  # it has run out meanwhile
+                queue.release(conn, entry.lease, entry.released)
+        captions = {one.job_id for one in entry.completions if one.failure is None}
+        self.outcome.done += len(captions & result.stored)
+        self.outcome.failed += len(result.stored - captions)
+        self.outcome.lost += len(captions & result.dropped)
+        if entry.uuid == self._claims.uuid:
+            self._pipeline.settle(entry.lease, result.stored | result.dropped)
+        kept = tuple(one for one in entry.completions if one.job_id in result.kept)
+        return [replace(entry, completions=kept, released=())] if kept else []
+
+    def _patience(self) -> float:
+        return STOP_PATIENCE_SEC if self._stop.is_set() else STORE_PATIENCE_SEC
+
+    @contextmanager
+    def _writing(self, lease: Lease) -> Iterator[Connection]:
+        """What it takes is the lease's time of storing, the wait for the lock and the commit included."""
+        started = time.perf_counter()
+        try:
+            with transaction(self._database, write=True, patience=self._patience()) as conn:
+                yield conn
+        finally:
+            self.meter.stored(lease.id, (time.perf_counter() - started) * 1000)
+
+    def _timing(self, lease: Lease, captions: Sequence[Completion]) -> queue.Timing:
+        timing = self._pipeline.take_timing(lease)
+        prefill = sum(caption.prefill_ms for caption in captions)
+        decode = sum(caption.processing_ms for caption in captions) - prefill
+        return queue.Timing(timing.load_ms, timing.prepare_ms, prefill, decode)
