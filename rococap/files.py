@@ -1,4 +1,4 @@
-"""TODO."""
+"""Whole files or none: written beside their place, synced and renamed."""
 
 import errno
 import hashlib
@@ -15,9 +15,6 @@ from rococap.errors import RococapError
 def ending(path: Path) -> str:
     """`.csv` also of X.CSV, as older programs name it."""
     return path.suffix.lower()
-
-
-# --- Files that appear whole -----------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""The command line: a module for each group of commands, which read options, call the library and print."""
+"""The command line: a module for each group of commands, which read options, call the library and print.
+
+torch and pandas are imported inside the commands that need them.
+"""
 
 from rococap.cli import enqueue, operate, results, setup, status, worker
 from rococap.cli.options import cli

@@ -1,4 +1,4 @@
-"""The command line: options -> call -> echo. torch and pandas are imported inside the commands that need them."""
+"""`rococap enqueue`, and the prompts that it knows by name."""
 
 import os
 import textwrap

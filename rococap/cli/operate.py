@@ -1,4 +1,4 @@
-"""TODO."""
+"""Commands that change a queue by hand: retry, cancel, pause, resume, reap, vacuum, backup."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -114,9 +114,6 @@ def cancel(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, 
         if not n:
             _refuse_unknown(conn, run, image_ids)
     say(f"{run.name}: {n} cancelled" + (f". Undo: {with_run('retry --cancelled', run.name)}" if n else ""))
-
-
-# --- operating -------------------------------------------------------------------------------------------------
 
 
 @cli.command()

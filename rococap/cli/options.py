@@ -1,4 +1,4 @@
-"""TODO."""
+"""What commands share: the group, options, the database they open, and how errors are told."""
 
 import codecs
 import errno

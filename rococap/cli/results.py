@@ -1,4 +1,4 @@
-"""TODO."""
+"""Commands that read captions: compare, evaluate, report, export, and restore."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Commands for a machine rather than a run: doctor, migrate, bench, demo."""
 
 import shlex
 import sys

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Commands that only look: status, runs, failures, leases, workers."""
 
 import time
 from collections import Counter
@@ -130,7 +130,7 @@ def _watch(text: Callable[[], str]) -> None:
         return
 
 
-# --- runs, compare ---------------------------------------------------------------------------------------------
+# --- runs ------------------------------------------------------------------------------------------------------
 
 
 @cli.command()
@@ -200,7 +200,7 @@ def _recipe_text(recipe: Recipe) -> str:
     return ", ".join([*told, *(f"{name} {mine}" for name, (mine, _) in others.items())]) or "default"
 
 
-# --- failures, retry, cancel -----------------------------------------------------------------------------------
+# --- failures, leases, workers ----------------------------------------------------------------------------------
 
 
 @cli.command()

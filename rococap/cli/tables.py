@@ -1,4 +1,4 @@
-"""TODO."""
+"""Text for terminals: aligned columns, durations, rounded numbers."""
 
 import re
 from collections.abc import Sequence

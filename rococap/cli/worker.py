@@ -1,4 +1,4 @@
-"""TODO."""
+"""`rococap worker`, and the options that name an engine."""
 
 import logging
 import shlex
@@ -28,8 +28,6 @@ from rococap.cli.options import (
 )
 from rococap.cli.tables import duration
 from rococap.errors import RococapError
-
-# --- worker ----------------------------------------------------------------------------------------------------
 
 
 def engine_options(command: F) -> F:

@@ -1,14 +1,7 @@
-"""The state machine: every transition of a job, each a function over a connection inside the caller's transaction.
+"""The life of a lease: claim, heartbeat, complete, fail, release.
 
-    pending -> leased -> done            waiting -> pending when its time has come
-               leased -> waiting         failed, cancelled -> pending by retry
-               leased -> failed          pending, waiting, leased -> cancelled
-               leased -> pending         (released, or its worker died)
-
-Knows no torch and reads no picture. Every write of a worker carries lease, worker and state in its WHERE, so that one
-who lost its lease changes nothing. Rows are locked in one order: lease, jobs by id, captions, tallies, worker. `now`
-is the database's clock unless a test passes its own. The status stands in the SQL as a literal: as a bound value it
-would miss the partial indexes (11 microseconds become 32 milliseconds).
+One claim is one lease, which is at once the fence of every write that its worker makes and the record of what its jobs
+took. The package says what all of these have in common.
 """
 
 import random
@@ -44,9 +37,6 @@ MAX_MESSAGE = 2_000
 MAX_BACKOFF_MS = 15 * 60_000
 
 CRASHES = {NORMAL: (0, 0), SUSPECTS: (1, 1), SOLO: (2, 1 << 30)}
-
-
-# --- A lease's life --------------------------------------------------------------------------------------------
 
 _PENDING = (
     "SELECT j.id, s.path, i.row_group, i.row_in_group, i.image_id "

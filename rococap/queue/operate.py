@@ -1,4 +1,4 @@
-"""TODO."""
+"""Transitions that a person asks for: retry, cancel, pause, prune, delete."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,8 +12,6 @@ from rococap.queue.leases import close_if_empty
 from rococap.queue.records import tally, time_of
 from rococap.queue.runs import Run, refuse_deleted
 from rococap.tables import JobState
-
-# --- By hand ---------------------------------------------------------------------------------------------------
 
 
 def _selected(

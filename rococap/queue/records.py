@@ -1,4 +1,4 @@
-"""TODO."""
+"""Jobs, leases and what is recorded about them, and the small functions that every transition needs."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""TODO."""
+"""After a crash, an outage or a wait: late completions, expired leases, jobs whose time has come."""
 
 from collections import Counter
 from collections.abc import Sequence, Set

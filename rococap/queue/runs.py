@@ -1,4 +1,4 @@
-"""TODO."""
+"""Runs: one recipe on one data set, and the model state that its first worker pinned."""
 
 import json
 from collections import Counter
@@ -31,8 +31,6 @@ class Run:
     paused: bool
     columns: Columns = STANDARD
 
-
-# --- Runs ------------------------------------------------------------------------------------------------------
 
 _RUNS = (
     "SELECT r.id, r.name, r.dataset_id, d.name, d.revision, r.recipe, r.resolved, r.max_attempts, "

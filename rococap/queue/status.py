@@ -1,4 +1,4 @@
-"""TODO."""
+"""Views that only read: counts and rates, workers, leases, failures."""
 
 import json
 from collections import Counter
@@ -20,9 +20,6 @@ from rococap.queue.runs import Run, get_run, list_runs, refuse_deleted
 from rococap.tables import JobState
 
 RATE_WINDOW_MS = 5 * 60_000
-
-
-# --- Looking ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Workers in the database: who started, what it measures, when it was seen last."""
 
 import json
 from collections.abc import Mapping
@@ -8,8 +8,6 @@ from sqlalchemy import Connection
 from rococap.db import execute
 from rococap.engines import EngineInfo
 from rococap.queue.records import Telemetry, time_of
-
-# --- Workers ---------------------------------------------------------------------------------------------------
 
 
 def register_worker(

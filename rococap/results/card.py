@@ -1,4 +1,4 @@
-"""TODO."""
+"""The card (README.md) of a data set of captions."""
 
 import json
 import re
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     pass
 
 
-# --- Folders ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(slots=True)
 class Written:
     """What a folder holds of a split. `missing` jobs are not done; `without_picture` were captioned and are left out,
@@ -31,8 +28,6 @@ class Written:
     flags: dict[str, int]
     without_picture: dict[str, str] = field(default_factory=dict)
 
-
-# --- A data set of the hub -------------------------------------------------------------------------------------
 
 CARD = Path(__file__).with_name("card.md.jinja")
 _SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}

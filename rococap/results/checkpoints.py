@@ -1,4 +1,4 @@
-"""TODO."""
+"""Checkpoint segments: finished images in order of completion, written once and never changed."""
 
 import re
 import shlex
@@ -22,9 +22,6 @@ from rococap.results.snapshot import DONE, SELECTED, frame_of
 CHECKPOINT = re.compile(r"checkpoint_\w+_(?P<number>\d{6,})\.csv")
 SEGMENTS_AT_ONCE = 200
 FOLLOW_SEC = 2.0
-
-
-# --- Checkpoint segments ---------------------------------------------------------------------------------------
 
 
 def write_checkpoints(database: Database, run: Run, split: str, folder: Path, every: int) -> list[Path]:

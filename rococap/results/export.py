@@ -1,8 +1,7 @@
-"""Captions -> CSV, Parquet or JSON Lines, checkpoint segments, and back into a database.
+"""One file of a split's captions, with its manifest.
 
-Files are derived from the database and can always be made again. A file appears whole or not at all: it is written
-under another name, fsynced and renamed. Done rows never change, so an export is a snapshot although it reads in short
-transactions that stall no worker.
+Files are derived from the database and can always be made again. Done rows never change, so that an export is a
+snapshot although it reads in short transactions.
 """
 
 from dataclasses import dataclass
@@ -28,9 +27,6 @@ class Exported:
     path: Path
     rows: int
     missing: int
-
-
-# --- One file --------------------------------------------------------------------------------------------------
 
 
 def export(

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Captions as CSV, Parquet or JSON Lines."""
 
 import codecs
 import re
@@ -80,8 +80,6 @@ def _write_parquet(frames: Iterator[pd.DataFrame], path: Path, schema: pa.Schema
 def table_of(frame: pd.DataFrame, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
 
-
-# --- Text ------------------------------------------------------------------------------------------------------
 
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ufeff]+")
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Pushing a folder to a data set of the Hugging Face hub."""
 
 import sys
 from collections.abc import Iterator
@@ -16,8 +16,6 @@ from rococap.results.manifest import MANIFEST
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 from rococap.results.manifest import as_options, is_another, is_ours, lost_splits
-
-# --- Pushing it ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

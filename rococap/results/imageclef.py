@@ -1,4 +1,4 @@
-"""TODO."""
+"""A submission as ImageCLEFmedical Caption takes it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +21,6 @@ from rococap.results.snapshot import PAGE, IncompleteError, Progress, done_pages
 
 if TYPE_CHECKING:
     pass
-
-# --- ImageCLEF -------------------------------------------------------------------------------------------------
 
 _SUBMISSION = pa.schema([("ID", pa.string()), ("Caption", pa.string())])
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The JSON beside every file that says what made it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict

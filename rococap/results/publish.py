@@ -1,4 +1,4 @@
-"""Captions -> what other tools take: a submission to ImageCLEF, a data set of the hub, files to train on.
+"""Folders of pictures and captions for other tools: a data set of the hub, and files to train on.
 
 Read as an export is: below one time, in short transactions. A file or folder appears whole or not at all.
 """

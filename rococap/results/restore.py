@@ -1,4 +1,4 @@
-"""TODO."""
+"""Exports and checkpoint segments back into a database."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,8 +23,6 @@ from rococap.results.formats import armed
 from rococap.results.manifest import MANIFEST, STRIPPED, manifest_path
 from rococap.results.snapshot import COLUMNS, PAGE
 from rococap.tables import JobState
-
-# --- Restoring -------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Finished captions as of one moment, read in pages that stall no worker."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,9 +1,7 @@
-"""TODO."""
+"""What each score means, in the words of a report."""
 
 from dataclasses import dataclass
 from typing import Final
-
-# --- What scores are -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Which pictures a report shows, and the card of each: a thumbnail, the original, and what each run said."""
 
 import random
 from base64 import b64encode

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Folders, messages and numbers as a report shows them to people elsewhere."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a worker holds: its leases, the pictures that are ready, and those that are running."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""TODO."""
+"""How a worker works; what it says is the run's recipe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

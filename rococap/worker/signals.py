@@ -1,4 +1,4 @@
-"""TODO."""
+"""Requests to stop: signals that arrive within one second count as one."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Stores completions in a thread of its own; while the database is away they go to the spool."""
 
 import logging
 import queue as fifo
@@ -57,9 +57,6 @@ Completions = fifo.SimpleQueue[Completion | None]
 
 Report = Callable[[Outcome, Sequence[queue.Counts]], None]
 """Called after each group of stored captions, from the store thread."""
-
-
-# --- Storing ---------------------------------------------------------------------------------------------------
 
 
 class Store:
