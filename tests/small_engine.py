@@ -24,9 +24,13 @@ from PIL import Image
 from sqlalchemy import Engine, event
 
 from rococap import db
+from rococap.data import datasets
 from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source, gather
 from rococap.errors import PictureError
+from rococap.queue import Run
 from rococap.recipe import Recipe
+from rococap.worker.contact import Contact
+from rococap.worker.context import Context
 from rococap.worker.process import work
 from rococap.worker.settings import Settings
 
@@ -96,6 +100,16 @@ class SmallEngine:
         if picture.inputs[2] in self.transient:
             return Completion(picture.job_id, failure=Failure("busy", "Come back later.", transient=True))
         return Completion(picture.job_id, _measured(picture) + self.adds, processing_ms=1.0, new_tokens=3)
+
+
+def context_of(database: Engine, run: Run, worker_id: int, engine: SmallEngine, *, lease_ttl: float = 60.0) -> Context:
+    """Of a registered worker on the train split."""
+    settings = Settings(lease_ttl=lease_ttl)
+    dataset = datasets.locate(run.dataset, ["train"])
+    contact = Contact(lease_ttl)
+    return Context(
+        database, settings, run, ["train"], dataset, engine, "mine", threading.Event(), contact, worker_id=worker_id
+    )
 
 
 def _measured(picture: Prepared) -> str:

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from samples import fill, write_shard
-from small_engine import INFO, SmallEngine
+from small_engine import INFO, SmallEngine, context_of
 from sqlalchemy import Connection, Engine, event
 
 from rococap import db, queue
@@ -35,9 +35,10 @@ from rococap.errors import LeaseLost
 from rococap.queue import NORMAL, SOLO, SUSPECTS, Lease, Run
 from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
-from rococap.worker import holdings, spool
-from rococap.worker.fetcher import Pipeline
-from rococap.worker.holdings import Claims
+from rococap.worker import clock as clocks
+from rococap.worker import spool
+from rococap.worker.fetcher import Fetcher
+from rococap.worker.holdings import Holdings
 from rococap.worker.spool import Entry, Spool
 
 pytestmark = pytest.mark.every_database
@@ -851,21 +852,26 @@ def test_a_late_failure_of_a_job_that_is_free_again_is_dropped(database, run):
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A worker's own clock, in lease times; it goes on when a test says so."""
     clock = SimpleNamespace(ttls=10.0)
-    monkeypatch.setattr(holdings, "clock", lambda: clock.ttls * TTL / 1000)
+    monkeypatch.setattr(clocks, "now", lambda: clock.ttls * TTL / 1000)
     return clock
 
 
 @pytest.fixture
-def source(database: Engine, tmp_path: Path, run: Run, clock: SimpleNamespace) -> Iterator[Pipeline]:
-    claims = Claims(new_worker(database, "mine"), "mine", run, ["train"], size=20, ttl_ms=TTL)
-    source = Pipeline(database, claims, tmp_path / "set", SmallEngine(), lambda completion: None)
-    yield source
+def source() -> Holdings:
+    return Holdings()
+
+
+@pytest.fixture
+def fetcher(database: Engine, run: Run, clock: SimpleNamespace, source: Holdings) -> Iterator[Fetcher]:
+    context = context_of(database, run, new_worker(database, "mine"), SmallEngine(batch_size=20), lease_ttl=TTL / 1000)
+    fetcher = Fetcher(context, source, lambda completion: None)
+    yield fetcher
     source.stop()
     if source.open_leases():
-        source.join(10)
+        fetcher.join(10)
 
 
-def take(source: Pipeline, n: int) -> list[int]:
+def take(source: Holdings, n: int) -> list[int]:
     taken: list[int] = []
     while len(taken) < n:
         pictures = source.take(n - len(taken), 20)
@@ -874,36 +880,38 @@ def take(source: Pipeline, n: int) -> list[int]:
     return taken
 
 
-def test_nothing_is_started_whose_lease_has_run_out_by_the_workers_own_clock(clock, source):
-    source.start()
+def test_nothing_is_started_whose_lease_has_run_out_by_the_workers_own_clock(clock, source, fetcher):
+    fetcher.start()
     assert take(source, 1) == [1]
     clock.ttls += 1
     assert source.take(4, 0.5) == []
-    source.extend([lease.id for lease in source.open_leases()], holdings.clock() + 1)
+    source.extend([lease.id for lease in source.open_leases()], clocks.now() + 1)
     assert take(source, 3) == [2, 3, 4]
 
 
-def test_others_are_judged_only_after_a_lease_time_of_unbroken_contact(database, run, clock, source):
+def test_others_are_judged_only_after_a_lease_time_of_unbroken_contact(database, run, clock, fetcher):
     dead = claim(database, new_worker(database, "dead"), run)  # expired since 1970
     for ttls in (0, 0.4, 0.4, 0.6, 0.4, 0.4):  # the longest is a break
         clock.ttls += ttls
-        source._tidy()
+        fetcher._tidy()
         assert rows(database, "SELECT state FROM leases") == [("open",)]
-    source.contact.lost(OSError("away"))
+    fetcher._context.contact.lost(OSError("away"))
     for ttls in (0.4, 0.4):
         clock.ttls += ttls
-        source._tidy()
+        fetcher._tidy()
         assert rows(database, "SELECT state FROM leases") == [("open",)]
     clock.ttls += 0.4
-    source._tidy()
+    fetcher._tidy()
     assert rows(database, "SELECT id, state FROM leases") == [(dead.id, "expired")]
 
 
-def test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_beside_them(database, run, source):
+def test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_beside_them(
+    database, run, source, fetcher
+):
     dead = claim(database, new_worker(database, "dead"), run, 2)
     with writing(database) as conn:
         queue.crash(conn, dead.id)
-    source.start()
+    fetcher.start()
     crowd = take(source, 18)
     assert crowd == list(range(3, 21))
     assert source.take(1, 0.5) == [], "suspects in company"

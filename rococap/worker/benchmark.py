@@ -26,7 +26,8 @@ from rococap.queue.enqueue import Progress, enqueue
 from rococap.recipe import Recipe
 from rococap.worker import dry_run
 from rococap.worker.dry_run import Read, from_memory, prepare
-from rococap.worker.process import n_preparers, work
+from rococap.worker.fetcher import n_preparers
+from rococap.worker.process import work
 from rococap.worker.settings import Settings
 from rococap.worker.store import Outcome
 

@@ -9,16 +9,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection
-from sqlalchemy import Engine as Database
 
 from rococap import queue
 from rococap.db import transaction
 from rococap.engines import Completion
 from rococap.errors import DatabaseUnavailable, LeaseLost
 from rococap.queue import Lease
-from rococap.worker import spool
-from rococap.worker.fetcher import Pipeline
-from rococap.worker.holdings import Claims, clock
+from rococap.worker import clock
+from rococap.worker import spool as spools
+from rococap.worker.context import Context
+from rococap.worker.holdings import Holdings
 from rococap.worker.spool import Entry, Spool
 from rococap.worker.telemetry import Meter
 
@@ -52,9 +52,6 @@ class Outcome:
     drained: bool = False
 
 
-Completions = fifo.SimpleQueue[Completion | None]
-"""What is finished and not stored; None is the end."""
-
 Report = Callable[[Outcome, Sequence[queue.Counts]], None]
 """Called after each group of stored captions, from the store thread."""
 
@@ -66,26 +63,18 @@ class Store:
     """
 
     def __init__(
-        self,
-        database: Database,
-        claims: Claims,
-        outcome: Outcome,
-        pipeline: Pipeline,
-        kept: Spool,
-        completions: Completions,
-        report: Report,
-        stop: threading.Event,
-        meter: Meter,
+        self, context: Context, holdings: Holdings, spool: Spool, meter: Meter, report: Report = lambda *_: None
     ) -> None:
-        self.outcome = outcome
+        self.outcome = Outcome(context.run.name, context.engine.info.device)
         self.meter = meter
-        self._database = database
-        self._claims = claims
-        self._pipeline = pipeline
-        self._spool = kept
-        self._completions = completions
+        self._context = context
+        self._database = context.database
+        self._holdings = holdings
+        self._spool = spool
         self._report = report
-        self._stop = stop
+        self._completions: fifo.SimpleQueue[Completion | None] = fifo.SimpleQueue()
+        """What is finished and not stored; None is the end."""
+        self._group_size = context.engine.batch_size
         self._is_patient = True
         self._looks_at = 0.0
         self._group: list[Completion] = []
@@ -96,8 +85,8 @@ class Store:
         self._thread.start()
 
     def put(self, completion: Completion) -> None:
-        self._pipeline.finish(completion.job_id)
-        completion = self._pipeline.flagged(completion)
+        self._holdings.finish(completion.job_id)
+        completion = self._holdings.flagged(completion)
         self.meter.count(completion)
         self._completions.put(completion)
 
@@ -135,13 +124,16 @@ class Store:
                 self._mend()
             # Until the database has answered once more: what is then left is another worker's for now.
             while (
-                self._spool.entries and self._is_patient and not self._stop.wait(REPLAY_EVERY_SEC) and not self._mend()
+                self._spool.entries
+                and self._is_patient
+                and not self._context.stop.wait(REPLAY_EVERY_SEC)
+                and not self._mend()
             ):
                 pass
         except BaseException as error:
             self._error = error
             self.save()
-            self._pipeline.break_off(error)
+            self._holdings.break_off(error)
 
     def _groups(self) -> Iterator[list[Completion]]:
         """Groups to store; an empty one now and then, when nothing comes."""
@@ -156,7 +148,7 @@ class Store:
                 return
             group = [first]
             deadline = time.monotonic() + STORE_EVERY_SEC
-            while len(group) < self._claims.size and (left := deadline - time.monotonic()) > 0:
+            while len(group) < self._group_size and (left := deadline - time.monotonic()) > 0:
                 try:
                     completion = self._completions.get(timeout=left)
                 except fifo.Empty:
@@ -171,7 +163,7 @@ class Store:
         """Those whose leases are still ours."""
         found: dict[int, tuple[Lease, list[Completion]]] = {}
         for completion in group:
-            if (lease := self._pipeline.lease_of(completion.job_id)) is not None:
+            if (lease := self._holdings.lease_of(completion.job_id)) is not None:
                 found.setdefault(lease.id, (lease, []))[1].append(completion)
         return list(found.values())
 
@@ -184,9 +176,9 @@ class Store:
         if all(are_stored):
             try:
                 with transaction(self._database, patience=self._patience()) as conn:
-                    counts = queue.counts_of(conn, self._claims.run)
+                    counts = queue.counts_of(conn, self._context.run)
             except DatabaseUnavailable as error:
-                self._pipeline.contact.lost(error)
+                self._context.contact.lost(error)
             else:
                 self._report(self.outcome, counts)
 
@@ -200,13 +192,13 @@ class Store:
                 with self._writing(lease) as conn:
                     queue.complete(conn, lease, captions, timing=self._timing(lease, captions))
                 self.outcome.done += len(captions)
-                self._pipeline.settle(lease, [completion.job_id for completion in captions])
+                self._holdings.settle(lease, [completion.job_id for completion in captions])
                 left = [completion for completion in completions if completion.failure is not None]
             if failed:
                 with self._writing(lease) as conn:
                     queue.fail(conn, lease, failed)
                 self.outcome.failed += len(failed)
-                self._pipeline.settle(lease, failed)
+                self._holdings.settle(lease, failed)
         except (LeaseLost, DatabaseUnavailable) as error:
             # LeaseLost also when a commit succeeded whose answer was lost, or a picture of the lease was cancelled.
             log.debug("%s", error)
@@ -222,16 +214,16 @@ class Store:
 
     def release(self, *, running: bool) -> None:
         """Gives back what is held and has not started, or, if `running`, all that has no result."""
-        for lease, job_ids in self._pipeline.withdraw(running=running):
+        for lease, job_ids in self._holdings.withdraw(running=running):
             try:
                 with transaction(self._database, write=True, patience=STOP_PATIENCE_SEC) as conn:
                     queue.release(conn, lease, job_ids)
             except LeaseLost as error:
                 log.debug("%s", error)
             except DatabaseUnavailable as error:
-                self._pipeline.contact.lost(error)
+                self._context.contact.lost(error)
                 self._put_off(lease, released=job_ids)
-            self._pipeline.settle(lease, job_ids)
+            self._holdings.settle(lease, job_ids)
 
     def _mend(self) -> bool:
         """Stores what is in the spool: our own as soon as the database is back, now and then what others left.
@@ -240,11 +232,11 @@ class Store:
         """
         try:
             self._replay()
-            if self._looks_at <= clock():
-                self._looks_at = clock() + LOOK_EVERY_SEC
+            if self._looks_at <= clock.now():
+                self._looks_at = clock.now() + LOOK_EVERY_SEC
                 self._take_over()
         except DatabaseUnavailable as error:
-            self._pipeline.contact.lost(error)
+            self._context.contact.lost(error)
             return False
         except OSError as error:
             log.warning("the spool %s: %s", self._spool.folder, error)
@@ -262,7 +254,7 @@ class Store:
             self._spool.clear()
 
     def _take_over(self) -> None:
-        for entries, keep in spool.abandoned(self._spool.folder):
+        for entries, keep in spools.abandoned(self._spool.folder):
             before = self.outcome.done
             keep([left for entry in entries for left in self._recover(entry)])
             if n := self.outcome.done - before:
@@ -276,20 +268,20 @@ class Store:
         if not is_ours:
             return [entry]
         with self._writing(entry.lease) as conn:
-            result = queue.recover(conn, self._claims.worker_id, entry.lease, entry.completions)
+            result = queue.recover(conn, self._context.worker_id, entry.lease, entry.completions)
             with suppress(LeaseLost):  # it has run out meanwhile
                 queue.release(conn, entry.lease, entry.released)
         captions = {one.job_id for one in entry.completions if one.failure is None}
         self.outcome.done += len(captions & result.stored)
         self.outcome.failed += len(result.stored - captions)
         self.outcome.lost += len(captions & result.dropped)
-        if entry.uuid == self._claims.uuid:
-            self._pipeline.settle(entry.lease, result.stored | result.dropped)
+        if entry.uuid == self._context.uuid:
+            self._holdings.settle(entry.lease, result.stored | result.dropped)
         kept = tuple(one for one in entry.completions if one.job_id in result.kept)
         return [replace(entry, completions=kept, released=())] if kept else []
 
     def _patience(self) -> float:
-        return STOP_PATIENCE_SEC if self._stop.is_set() else STORE_PATIENCE_SEC
+        return STOP_PATIENCE_SEC if self._context.stop.is_set() else STORE_PATIENCE_SEC
 
     @contextmanager
     def _writing(self, lease: Lease) -> Iterator[Connection]:
@@ -302,7 +294,7 @@ class Store:
             self.meter.stored(lease.id, (time.perf_counter() - started) * 1000)
 
     def _timing(self, lease: Lease, captions: Sequence[Completion]) -> queue.Timing:
-        timing = self._pipeline.take_timing(lease)
+        timing = self._holdings.take_timing(lease)
         prefill = sum(caption.prefill_ms for caption in captions)
         decode = sum(caption.processing_ms for caption in captions) - prefill
         return queue.Timing(timing.load_ms, timing.prepare_ms, prefill, decode)

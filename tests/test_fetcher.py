@@ -1,18 +1,21 @@
 """The books on what is leased, with time passed in: what may start, who may judge others."""
 
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from samples import fill
-from small_engine import INFO, SmallEngine
+from small_engine import INFO, SmallEngine, context_of
 
 from rococap import db, queue
 from rococap.data import datasets
 from rococap.engines import Completion, Prepared
-from rococap.worker import fetcher, holdings
-from rococap.worker.fetcher import Pipeline
-from rococap.worker.holdings import Claims, Contact
+from rococap.worker import clock as clocks
+from rococap.worker import fetcher
+from rococap.worker.contact import Contact
+from rococap.worker.fetcher import Fetcher
+from rococap.worker.holdings import Holdings
 from rococap.worker.process import work
 from rococap.worker.settings import Settings
 
@@ -28,8 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch):
             return self.now
 
     made = Clock()
-    monkeypatch.setattr(holdings, "clock", made)
-    monkeypatch.setattr(fetcher, "clock", made)
+    monkeypatch.setattr(clocks, "now", made)
     return made
 
 
@@ -89,7 +91,7 @@ def test_a_process_that_was_frozen_or_a_machine_that_slept_judges_nobody(clock):
 
 
 class Readers(list):
-    """Every PictureReader that a pipeline opens."""
+    """Every PictureReader that a fetcher opens."""
 
     def __call__(self, root: Path) -> datasets.PictureReader:
         self.append(datasets.PictureReader(root))
@@ -102,16 +104,16 @@ def test_what_is_leased_is_the_running_rows_and_one_claim_and_row_groups_are_rea
     run = fill(database, tmp_path / "set", 95)  # in row groups of ten
     with db.transaction(database, write=True) as conn:
         worker = queue.register_worker(conn, "one", "host", 1, INFO)
-    claims = Claims(worker, "one", run, ["train"], size=8, ttl_ms=60_000, preparers=3)
-    source = Pipeline(database, claims, tmp_path / "set", SmallEngine(), report=lambda completion: None)
-    source.start()
+    source = Holdings()
+    monkeypatch.setattr(fetcher, "n_preparers", lambda device: 3)
+    Fetcher(context_of(database, run, worker, SmallEngine(batch_size=8)), source, lambda completion: None).start()
     running: list[Prepared] = []
     done = 0
     while batch := source.take(3, 0 if running else None) or running:
         running = [*running, *batch] if batch is not running else running
-        time.sleep(0.005)  # the model's, while the pipeline claims and prepares
+        time.sleep(0.005)  # the model's, while the fetcher claims and prepares
         with db.transaction(database) as conn:
-            assert queue.unfinished(conn, run, ["train"])["leased"] <= len(running) + claims.size
+            assert queue.unfinished(conn, run, ["train"])["leased"] <= len(running) + 8
         finished, running = running[:2], running[2:]
         for picture in finished:
             lease = source.lease_of(picture.job_id)
@@ -133,7 +135,7 @@ def test_pictures_with_a_like_number_of_tokens_meet(held):
     assert [picture.n_tokens for picture in source.take(1, 0)] == [10]
 
 
-def test_the_pipeline_tells_how_full_the_steps_were_and_how_long_the_engine_waited(held):
+def test_holdings_tell_how_full_the_steps_were_and_how_long_the_engine_waited(held):
     source, _ = held
     source.take(2, 0)
     for rows in (0, 2, 1):
@@ -158,16 +160,15 @@ def test_whatever_breaks_while_preparing_ends_the_worker(database, tmp_path):
 
 @pytest.fixture
 def held(database, tmp_path: Path, clock):
-    """A pipeline that holds a lease of two prepared pictures, claimed at 1,000 s for 60 s."""
+    """Holdings with a lease of two prepared pictures, claimed at 1,000 s for 60 s."""
     run = fill(database, tmp_path / "set", 4)
     with db.transaction(database, write=True) as conn:
         worker = queue.register_worker(conn, "one", "host", 1, INFO)
         lease = queue.claim(conn, worker, run.id, "train", 2, ttl_ms=60_000)
-    claims = Claims(worker, "one", run, ["train"], size=2, ttl_ms=60_000)
-    made = Pipeline(database, claims, tmp_path / "set", SmallEngine(), report=lambda completion: None)
-    made._enter(lease, runs_out_at=1_060.0)
+    made = Holdings()
+    made.enter(lease, runs_out_at=1_060.0)
     for job in lease.jobs:
-        made._offer(job, Prepared(job.id, None, 1), 0.0, 0.0)
+        made.offer(job, Prepared(job.id, None, 1), 0.0, 0.0, is_blank=False)
     return made, lease
 
 
@@ -228,6 +229,10 @@ def test_an_engine_that_waits_for_pictures_does_not_stall_and_one_that_has_some_
 
 def test_a_claim_ahead_that_is_lost_makes_room_for_the_next(held):
     source, lease = held
-    assert not source._may_claim()
+    waiting = threading.Thread(target=source.wait_until_taken, daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
     source.lose([lease.id])
-    assert source._may_claim()
+    waiting.join(10)
+    assert not waiting.is_alive()
