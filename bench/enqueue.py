@@ -25,8 +25,7 @@ from rows import SPLIT, caption, concepts, connect, image_id
 from sqlalchemy import Engine
 
 from rococap import db
-from rococap.data import datasets
-from rococap.data.datasets import Dataset, Sample, Shard
+from rococap.data import Dataset, Sample, Shard, datasets
 from rococap.queue import enqueue
 from rococap.recipe import Recipe
 

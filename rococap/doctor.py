@@ -20,8 +20,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
 
 from rococap import db, queue, tables
-from rococap.data import datasets
-from rococap.data.datasets import HUB_ID, SPLITS, Shard
+from rococap.data import HUB_ID, SPLITS, Shard, cached, datasets, parse_name
 from rococap.db import execute, transaction
 from rococap.errors import RococapError
 from rococap.queue import Run
@@ -350,10 +349,10 @@ def _dataset(database: Engine, run: Run) -> Iterator[Finding]:
     sql = "SELECT path, split, n_rows, n_row_groups, size, digest FROM shards WHERE dataset_id = ? ORDER BY id"
     with transaction(database) as conn:
         known = {row[0]: Shard(*row) for row in execute(conn, sql, (run.dataset_id,)).fetchall()}
-    name, config = datasets.parse_name(run.dataset)
+    name, config = parse_name(run.dataset)
     root = Path(name)
     if run.dataset_revision:
-        files = {path: datasets.cached(name, path, run.dataset_revision, "dataset") for path in known}
+        files = {path: cached(name, path, run.dataset_revision, "dataset") for path in known}
         absent = [path for path, file in files.items() if file is None]
         if absent:
             yield _not_cached("dataset", name, run.dataset_revision, _listed(absent))
@@ -395,14 +394,14 @@ def _model(database: Engine, run: Run) -> Iterator[Finding]:
 
 def _missing_of_model(name: str, revision: str) -> str:
     """What loading it would have to download; empty if nothing."""
-    if datasets.cached(name, "config.json", revision, "model") is None:
+    if cached(name, "config.json", revision, "model") is None:
         return "config.json"
     for weights in ("model.safetensors", "pytorch_model.bin"):
-        if datasets.cached(name, weights, revision, "model"):
+        if cached(name, weights, revision, "model"):
             return ""
-        if index := datasets.cached(name, f"{weights}.index.json", revision, "model"):
+        if index := cached(name, f"{weights}.index.json", revision, "model"):
             parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-            return _listed(part for part in parts if datasets.cached(name, part, revision, "model") is None)
+            return _listed(part for part in parts if cached(name, part, revision, "model") is None)
     return "model.safetensors"
 
 

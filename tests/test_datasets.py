@@ -12,18 +12,8 @@ import pytest
 from samples import picture as png
 from samples import write_shard as write_hub_shard
 
-from rococap.data.datasets import (
-    STANDARD,
-    Columns,
-    Dataset,
-    PictureReader,
-    Place,
-    Sample,
-    Shard,
-    find_shards,
-    locate,
-    samples,
-)
+from rococap.data import STANDARD, Columns, Dataset, PictureReader, Place, Sample, Shard
+from rococap.data.datasets import find_shards, locate, samples
 from rococap.errors import DatasetError, PictureError
 
 CAPTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"

@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 
 from rococap import db, queue
 from rococap.cli.options import cli
-from rococap.data import datasets
+from rococap.data import SPLITS, datasets
 from rococap.demo import recipe
 from rococap.demo.phantoms import write_dataset
 from rococap.queue.enqueue import enqueue
@@ -124,8 +124,8 @@ def test_a_demo_that_was_stopped_tells_what_an_earlier_one_captioned(tmp_path):
     folder = tmp_path / "demo"
     write_dataset(folder / "dataset", {"train": 4, "validation": 1, "test": 1})
     database = db.connect(str(folder / "rococap.db"))
-    located = datasets.locate(str(folder / "dataset"), datasets.SPLITS)
-    enqueue(database, located, datasets.SPLITS, run="default", recipe=recipe())
+    located = datasets.locate(str(folder / "dataset"), SPLITS)
+    enqueue(database, located, SPLITS, run="default", recipe=recipe())
     worker = start_worker(str(folder / "rococap.db"), "--limit", "2", "--batch-size", "2")
     worker.communicate(timeout=300)
     assert worker.returncode == 0

@@ -18,7 +18,7 @@ from postgres import of_encoding
 from samples import fill, register, write_shard
 
 from rococap import db, doctor, queue, tables
-from rococap.data.datasets import Dataset
+from rococap.data import Dataset
 from rococap.doctor import FAIL, OK, SKIP, WARN
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.queue.enqueue import enqueue

@@ -11,7 +11,8 @@ from small_engine import INFO
 from sqlalchemy import Engine
 
 from rococap import db, queue
-from rococap.data.datasets import Columns, PictureReader, locate
+from rococap.data import Columns, PictureReader
+from rococap.data.datasets import locate
 from rococap.engines import Completion
 from rococap.errors import DatasetError, RunError
 from rococap.queue.enqueue import Enqueued, enqueue, enqueue_from

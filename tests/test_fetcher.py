@@ -9,7 +9,7 @@ from samples import fill
 from small_engine import INFO, SmallEngine, context_of
 
 from rococap import db, queue
-from rococap.data import datasets
+from rococap.data import PictureReader
 from rococap.engines import Completion, Prepared
 from rococap.worker import clock as clocks
 from rococap.worker import fetcher
@@ -93,8 +93,8 @@ def test_a_process_that_was_frozen_or_a_machine_that_slept_judges_nobody(clock):
 class Readers(list):
     """Every PictureReader that a fetcher opens."""
 
-    def __call__(self, root: Path) -> datasets.PictureReader:
-        self.append(datasets.PictureReader(root))
+    def __call__(self, root: Path) -> PictureReader:
+        self.append(PictureReader(root))
         return self[-1]
 
 

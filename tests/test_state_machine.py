@@ -28,8 +28,7 @@ from small_engine import INFO, SmallEngine, context_of
 from sqlalchemy import Connection, Engine, event
 
 from rococap import db, queue
-from rococap.data import datasets
-from rococap.data.datasets import Dataset
+from rococap.data import Dataset, datasets
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost
 from rococap.queue import NORMAL, SOLO, SUSPECTS, Lease, Run

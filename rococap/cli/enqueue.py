@@ -25,8 +25,7 @@ from rococap.cli.options import (
     splits_option,
 )
 from rococap.cli.tables import cut
-from rococap.data import datasets
-from rococap.data.datasets import SPLITS
+from rococap.data import HUB_ID, SPLITS, STANDARD, Columns, datasets
 from rococap.errors import RococapError
 from rococap.flags import FLAGS
 from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, LOAD_IN, Recipe, refuse_placeholders
@@ -228,7 +227,7 @@ def enqueue(
             )
     else:
         wanted = _recipe(recipe)
-        asked = datasets.Columns.parse(columns) if columns is not None else datasets.STANDARD
+        asked = Columns.parse(columns) if columns is not None else STANDARD
         revision = dataset_revision or _pinned_revision(database, run_name, dataset, config or "")
         located = replace(datasets.locate(dataset, splits, revision, config or ""), columns=asked)
         with progress_bar() as progress:
@@ -304,7 +303,7 @@ def _model(model: str) -> str:
 
 def _absolute_if_folder(name: str, what: str) -> str:
     path = Path(os.path.expanduser(name))
-    if not path.is_dir() and not datasets.HUB_ID.fullmatch(name):
+    if not path.is_dir() and not HUB_ID.fullmatch(name):
         raise RococapError(f"There is no folder {name}: check the path, or name {what} of the hub as owner/name.")
     return str(path.resolve()) if path.is_dir() else name
 

@@ -21,7 +21,7 @@ from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
 
 from rococap import __version__, db, open_files
-from rococap.data.datasets import SPLITS
+from rococap.data import SPLITS
 from rococap.errors import RococapError
 from rococap.urls import holds_password
 

@@ -28,7 +28,7 @@ from rococap.cli.options import (
     strip_option,
 )
 from rococap.cli.tables import cut, significant, within_80
-from rococap.data.datasets import SPLITS
+from rococap.data import SPLITS
 from rococap.errors import RococapError
 
 

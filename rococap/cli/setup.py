@@ -23,7 +23,7 @@ from rococap.cli.options import (
 )
 from rococap.cli.tables import aligned, as_table, in_hours, shortened, significant
 from rococap.cli.worker import check_engine, engine_options
-from rococap.data.datasets import SPLITS
+from rococap.data import SPLITS
 
 
 @cli.command()

@@ -1,11 +1,4 @@
-"""Where captions and pictures come from: a folder, or a data set of the hub. Knows no database and no model.
-
-Two layouts are read. Parquet, as on the hub: `data/{split}-000NN-of-000MM.parquet` and what else `layout` knows, with a
-column of pictures and, if there, ids, captions and concepts. And folders of pictures, as on Zenodo and in ImageCLEF:
-`{split}/{ID}.jpg`, `{split}_captions.csv` and, if there, `{split}_concepts_manual.csv` or `{split}_concepts.csv`.
-
-`samples` never reads a picture. `PictureReader` reads them by their place, and compares the id beside each one.
-"""
+"""Finds a data set and its rows, in whichever layout it has. Never reads a picture."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,30 +6,9 @@ from pathlib import Path
 
 from rococap.data import folders, hub, layout, parquet
 from rococap.data.folders import infix_of
-from rococap.data.hub import cached
-from rococap.data.layout import SPLITS, Layout
-from rococap.data.places import HUB_ID, STANDARD, Columns, Dataset, Place, Sample, Shard, full_name, parse_name
-from rococap.data.reader import PictureReader
+from rococap.data.layout import Layout
+from rococap.data.places import HUB_ID, STANDARD, Columns, Dataset, Sample, Shard, full_name, parse_name
 from rococap.errors import DatasetError
-
-__all__ = [
-    "HUB_ID",
-    "SPLITS",
-    "STANDARD",
-    "Columns",
-    "Dataset",
-    "PictureReader",
-    "Place",
-    "Sample",
-    "Shard",
-    "cached",
-    "find_shards",
-    "image_ids",
-    "locate",
-    "name_of",
-    "parse_name",
-    "samples",
-]
 
 
 def locate(name: str, splits: Sequence[str], revision: str | None = None, config: str = "") -> Dataset:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from rococap.data import datasets, layout, parquet
-from rococap.data.datasets import Dataset, PictureReader, Place, Shard
 from rococap.data.images import open_picture
+from rococap.data.places import Dataset, Place, Shard
+from rococap.data.reader import PictureReader
 from rococap.errors import DatasetError, PictureError
 from rococap.recipe import Recipe
 

@@ -20,8 +20,7 @@ from PIL import Image
 from sqlalchemy import Engine as Database
 
 from rococap import db, queue
-from rococap.data import datasets
-from rococap.data.datasets import SPLITS, Place
+from rococap.data import SPLITS, PictureReader, Place, datasets
 from rococap.data.images import open_picture
 from rococap.errors import RococapError
 from rococap.queue.enqueue import enqueue, enqueue_from
@@ -219,7 +218,7 @@ def _pictures(database: Database, folder: Path, image_ids: list[str]) -> dict[st
             "JOIN shards s ON s.id = i.shard_id ORDER BY i.id",
         ).fetchall()
     places = [Place(*row) for row in found if row[4] in image_ids]
-    with datasets.PictureReader(folder / "dataset") as reader:
+    with PictureReader(folder / "dataset") as reader:
         return {place.image_id: open_picture(data) for place, data in reader.read(places) if isinstance(data, bytes)}
 
 

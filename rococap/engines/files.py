@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rococap.data import datasets
+from rococap.data import HUB_ID, cached
 from rococap.errors import ModelError
 
 CONFIG = "config.json"
@@ -50,8 +50,8 @@ def find(model: str, revision: str, file: str) -> Path | None:
     if Path(model).is_dir():
         path = Path(model) / file
         return path if path.is_file() else None
-    cached = datasets.cached(model, file, revision, "model") if datasets.HUB_ID.fullmatch(model) else None
-    return Path(cached) if cached else None
+    file_there = cached(model, file, revision, "model") if HUB_ID.fullmatch(model) else None
+    return Path(file_there) if file_there else None
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 
-from rococap.data import datasets
-from rococap.data.datasets import Columns, Dataset, Sample, Shard
+from rococap.data import Columns, Dataset, Sample, Shard, datasets
 from rococap.data.probe import require_pictures
 from rococap.db import execute, lock, transaction
 from rococap.errors import DatasetError, RunError

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from rococap import db
-from rococap.data.datasets import Columns, Place
+from rococap.data import Columns, Place
 from rococap.db import execute
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from sqlalchemy import Connection
 
 from rococap import db
-from rococap.data.datasets import Place
+from rococap.data import Place
 from rococap.db import execute
 from rococap.flags import degenerate, of_reasoning, without_reasoning
 

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from rococap import db
-from rococap.data.datasets import STANDARD, Columns
+from rococap.data import STANDARD, Columns
 from rococap.db import execute
 from rococap.engines import EngineInfo
 from rococap.errors import RunError

@@ -8,8 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from rococap.data import datasets
-from rococap.data.datasets import SPLITS
+from rococap.data import SPLITS
 from rococap.db import execute
 from rococap.errors import RunError
 from rococap.flags import FLAGS
@@ -274,7 +273,7 @@ def choose_run(conn: Connection, name: str | None, splits: Sequence[str], comman
     runs = runs_module.list_runs(conn)
     if not runs:
         raise RunError("Nothing is registered here yet. Register pictures first: rococap enqueue --split train")
-    busy = [run for run in runs if any(status_module.unfinished(conn, run, splits or datasets.SPLITS).values())]
+    busy = [run for run in runs if any(status_module.unfinished(conn, run, splits or SPLITS).values())]
     for run in busy or runs:
         if run.name == "default":
             return run

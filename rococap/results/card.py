@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rococap import __version__
-from rococap.data import datasets
+from rococap.data import HUB_ID, parse_name
 from rococap.files import read_json
 from rococap.queue import Run
 
@@ -46,10 +46,10 @@ def card(run: Run, written: Sequence[Written], manifest: dict[str, Any]) -> str:
     )
     environment.filters |= {"fenced": _fenced, "code": _code, "quoted": quoted}
     rows = sum(one.captions for one in written)
-    source, _ = datasets.parse_name(run.dataset)
+    source, _ = parse_name(run.dataset)
     return environment.from_string(CARD.read_text(encoding="utf-8")).render(
         title=f"Captions of radiology pictures by {Path(run.recipe.model).name}",
-        source=source if datasets.HUB_ID.fullmatch(source) else None,
+        source=source if HUB_ID.fullmatch(source) else None,
         size=next((size for most, size in _SIZES.items() if rows < most), "n>10M"),
         run=run,
         recipe=run.recipe,

@@ -23,8 +23,7 @@ import pyarrow as pa
 from sqlalchemy import Engine as Database
 
 from rococap import queue
-from rococap.data import datasets
-from rococap.data.datasets import PictureReader, Place
+from rococap.data import PictureReader, Place, datasets
 from rococap.data.images import as_file
 from rococap.db import transaction
 from rococap.errors import PictureError, RococapError, RunError

@@ -17,7 +17,7 @@ import pyarrow as pa
 from sqlalchemy import Engine as Database
 
 from rococap import queue
-from rococap.data.datasets import SPLITS
+from rococap.data import SPLITS
 from rococap.db import transaction
 from rococap.errors import RococapError, RunError
 from rococap.files import ending, replacing

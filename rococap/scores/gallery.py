@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image
 from sqlalchemy import Engine as Database
 
-from rococap.data import datasets
-from rococap.data.datasets import PictureReader, Place
+from rococap.data import PictureReader, Place, cached, parse_name
 from rococap.data.images import open_picture
 from rococap.db import execute, transaction
 from rococap.errors import DatasetError, PictureError
@@ -233,11 +232,11 @@ def cards_of(
 
 def _root(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
     """Where the data set is, or why it is not here. Nothing is downloaded: a look at captions is no reason to."""
-    name, _ = datasets.parse_name(run.dataset)
+    name, _ = parse_name(run.dataset)
     if not run.dataset_revision:
         return Path(name), ""
     for shard in dict.fromkeys(shards):
-        if file := datasets.cached(name, shard, run.dataset_revision, "dataset"):
+        if file := cached(name, shard, run.dataset_revision, "dataset"):
             return Path(file.removesuffix(shard)), ""
     command = f"hf download --repo-type dataset --revision {run.dataset_revision} {name}"
     return Path(), f"The data set is not in the hub's cache here. To have it: {command}"

@@ -15,8 +15,7 @@ from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
 from rococap import __version__, db, queue
-from rococap.data import datasets
-from rococap.data.datasets import SPLITS, Dataset, Place
+from rococap.data import SPLITS, Dataset, Place, datasets
 from rococap.db import execute, transaction
 from rococap.engines import Engine, Options, Prepared, load_engine
 from rococap.errors import RococapError

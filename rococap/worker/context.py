@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine as Database
 
-from rococap.data.datasets import Dataset
+from rococap.data import Dataset
 from rococap.engines import Engine
 from rococap.queue import Run
 from rococap.worker.contact import Contact

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-from rococap.data.datasets import PictureReader, Place
+from rococap.data import PictureReader, Place
 from rococap.data.images import open_picture
 from rococap.db import execute
 from rococap.engines import Completion, Engine, Prepared

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 from rococap import db, queue
-from rococap.data.datasets import PictureReader
+from rococap.data import PictureReader
 from rococap.data.images import is_blank, open_picture
 from rococap.db import transaction
 from rococap.engines import Completion, Failure

@@ -17,7 +17,7 @@ from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
 
 from rococap import db, queue
-from rococap.data import datasets
+from rococap.data import SPLITS, datasets
 from rococap.db import transaction
 from rococap.engines import Engine, Options, load_engine
 from rococap.errors import RococapError
@@ -56,7 +56,7 @@ def work(
     """
     with transaction(database) as conn:
         run = choose_run(conn, settings.run, settings.splits)
-        splits = settings.splits or datasets.SPLITS
+        splits = settings.splits or SPLITS
         present = [counts.split for counts in queue.counts_of(conn, run, splits)]
         left = queue.unfinished(conn, run, splits)
         if not (settings.wait or any(left.values())):

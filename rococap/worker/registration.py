@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DatabaseError as DriverError
 
 from rococap import queue
-from rococap.data.datasets import Place
+from rococap.data import Place
 from rococap.db import transaction
 from rococap.errors import DatabaseError, DatabaseUnavailable, ModelError, RococapError
 from rococap.worker import selfcheck

@@ -18,7 +18,7 @@ import psutil
 from PIL.Image import Image, fromarray
 from sqlalchemy import Connection
 
-from rococap.data.datasets import Place
+from rococap.data import Place
 from rococap.engines import Completion, Engine, Failure, Prepared
 from rococap.errors import PictureError, ServerRefuses
 from rococap.queue import Run

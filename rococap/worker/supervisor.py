@@ -24,7 +24,7 @@ from typing import IO
 from sqlalchemy import Engine as Database
 
 from rococap import queue
-from rococap.data import datasets
+from rococap.data import SPLITS
 from rococap.db import transaction
 from rococap.errors import DatabaseError
 from rococap.queue import Counts, Run, choose_run
@@ -83,7 +83,7 @@ def work(
     """
     with transaction(database) as conn:
         run = choose_run(conn, settings.run, settings.splits)
-        splits = settings.splits or datasets.SPLITS
+        splits = settings.splits or SPLITS
         queue.counts_of(conn, run, splits)  # refuses what the run does not have, once for all
         left = queue.unfinished(conn, run, splits)
     if not (settings.wait or any(left.values())):
