@@ -40,9 +40,9 @@ def mutant(name: str, what: str, where: str, old: str, new: str, *tests: str) ->
     return Mutant(name, what, ((where, old, new),), tests)
 
 
-SAME = "test_continuous.py::test_every_mix_of_sizes_prompts_lengths_and_arrivals_says_the_same"
-LEFT = "test_state_machine.py::test_a_job_that_went_to_another_is_not_completed_under_a_lease_that_is_open_still"
-BESIDE = "test_state_machine.py::test_a_claim_beside_another_that_is_not_committed_takes_other_jobs"
+SAME = "engines/test_continuous.py::test_every_mix_of_sizes_prompts_lengths_and_arrivals_says_the_same"
+LEFT = "queue/test_state_machine.py::test_a_job_that_went_to_another_is_not_completed_under_a_lease_that_is_open_still"
+BESIDE = "queue/test_state_machine.py::test_a_claim_beside_another_that_is_not_committed_takes_other_jobs"
 
 MUTANTS = (
     # --- the fence ---
@@ -101,7 +101,7 @@ MUTANTS = (
         "_hold",
         "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
         '"WHERE id = ? AND worker_id = ?",\n        (n_done,',
-        "test_queue.py::test_a_worker_that_lost_its_lease_changes_nothing",
+        "queue/test_queue.py::test_a_worker_that_lost_its_lease_changes_nothing",
     ),
     mutant(
         "lease-of-any-worker",
@@ -109,7 +109,7 @@ MUTANTS = (
         "_hold",
         "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
         "\"WHERE id = ? AND ? > 0 AND state = 'open'\",\n        (n_done,",
-        "test_queue.py::test_a_lease_is_of_no_use_to_another_worker",
+        "queue/test_queue.py::test_a_lease_is_of_no_use_to_another_worker",
     ),
     mutant(
         "no-fence-at-all",
@@ -117,7 +117,7 @@ MUTANTS = (
         "_hold",
         "    if held.rowcount != 1:\n        raise LeaseLost(",
         "    if held.rowcount > 1:\n        raise LeaseLost(",
-        "test_queue.py::test_a_worker_that_lost_its_lease_changes_nothing",
+        "queue/test_queue.py::test_a_worker_that_lost_its_lease_changes_nothing",
     ),
     mutant(
         "partly-lost-is-enough",
@@ -125,7 +125,7 @@ MUTANTS = (
         "_leave",
         "execute(conn, sql, rows).rowcount != len(rows):",
         "execute(conn, sql, rows).rowcount > len(rows):",
-        "test_queue.py::test_a_job_cannot_be_completed_twice",
+        "queue/test_queue.py::test_a_job_cannot_be_completed_twice",
         LEFT,
     ),
     mutant(
@@ -134,7 +134,7 @@ MUTANTS = (
         "_hold",
         "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
         "f\"WHERE expires_at > {at} AND id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
-        "test_queue.py::test_an_expired_lease_that_nobody_reaped_still_completes",
+        "queue/test_queue.py::test_an_expired_lease_that_nobody_reaped_still_completes",
     ),
     # --- claim ---
     mutant(
@@ -168,7 +168,7 @@ MUTANTS = (
         "_PENDING",
         "j.status = 'pending' AND j.crashes BETWEEN",
         "j.status IN ('pending', 'pending') AND j.crashes BETWEEN",
-        "test_plans.py::test_the_claim_reads_its_partial_index_in_order",
+        "queue/test_plans.py::test_the_claim_reads_its_partial_index_in_order",
     ),
     mutant(
         "splits-by-in",
@@ -176,7 +176,7 @@ MUTANTS = (
         "_PENDING",
         "j.split = ? AND j.status = 'pending' AND j.crashes BETWEEN",
         "j.split IN (?, 'test') AND j.status = 'pending' AND j.crashes BETWEEN",
-        "test_plans.py::test_the_claim_reads_its_partial_index_in_order",
+        "queue/test_plans.py::test_the_claim_reads_its_partial_index_in_order",
     ),
     mutant(
         "claim-out-of-order",
@@ -184,7 +184,7 @@ MUTANTS = (
         "_PENDING",
         "ORDER BY j.crashes, j.id LIMIT ?",
         "ORDER BY j.crashes, j.id DESC LIMIT ?",
-        "test_queue.py::test_a_claim_takes_jobs_in_order_and_the_next_claim_others",
+        "queue/test_queue.py::test_a_claim_takes_jobs_in_order_and_the_next_claim_others",
     ),
     mutant(
         "claim-though-paused",
@@ -192,7 +192,7 @@ MUTANTS = (
         "_PENDING",
         "r.paused = 0 AND ",
         "",
-        "test_queue.py::test_a_paused_run_is_not_claimed_from_and_what_is_leased_goes_on",
+        "queue/test_queue.py::test_a_paused_run_is_not_claimed_from_and_what_is_leased_goes_on",
     ),
     mutant(
         "suspects-in-the-crowd",
@@ -200,7 +200,7 @@ MUTANTS = (
         "CRASHES",
         "NORMAL: (0, 0)",
         "NORMAL: (0, 1 << 30)",
-        "test_queue.py::test_suspects_are_not_in_the_normal_lane_and_are_claimed_by_fours",
+        "queue/test_queue.py::test_suspects_are_not_in_the_normal_lane_and_are_claimed_by_fours",
     ),
     mutant(
         "suspects-unbounded",
@@ -208,7 +208,7 @@ MUTANTS = (
         "claim",
         "bound = min(most, lane) if lane else most",
         "bound = most",
-        "test_queue.py::test_suspects_are_not_in_the_normal_lane_and_are_claimed_by_fours",
+        "queue/test_queue.py::test_suspects_are_not_in_the_normal_lane_and_are_claimed_by_fours",
     ),
     # --- complete, fail, release ---
     mutant(
@@ -218,7 +218,7 @@ MUTANTS = (
         '    execute(\n        conn,\n        "INSERT INTO captions (',
         '    execute(conn, "COMMIT")\n    execute(conn, "BEGIN")\n'
         '    execute(\n        conn,\n        "INSERT INTO captions (',
-        "test_queue.py::test_completing_is_all_or_nothing",
+        "queue/test_queue.py::test_completing_is_all_or_nothing",
     ),
     mutant(
         "done-uncounted",
@@ -226,7 +226,7 @@ MUTANTS = (
         "complete",
         "{JobState.LEASED: -len(done), JobState.DONE: len(done)}",
         "{}",
-        "test_queue.py::test_a_caption_and_its_jobs_done_are_stored_together",
+        "queue/test_queue.py::test_a_caption_and_its_jobs_done_are_stored_together",
     ),
     mutant(
         "lease-stays-open",
@@ -236,7 +236,7 @@ MUTANTS = (
         '(len(done), at, lease.worker_id))\n    close_if_empty(conn, lease.id, "closed", at)',
         'execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", '
         "(len(done), at, lease.worker_id))",
-        "test_queue.py::test_a_lease_is_completed_in_parts_and_closes_with_its_last_job",
+        "queue/test_queue.py::test_a_lease_is_completed_in_parts_and_closes_with_its_last_job",
     ),
     mutant(
         "transient-for-ever",
@@ -244,7 +244,7 @@ MUTANTS = (
         "fail",
         "failure.transient and attempts.get(id, most) < most",
         "failure.transient",
-        "test_queue.py::test_a_transient_failure_is_final_after_max_attempts",
+        "queue/test_queue.py::test_a_transient_failure_is_final_after_max_attempts",
     ),
     mutant(
         "no-backoff",
@@ -252,7 +252,7 @@ MUTANTS = (
         "fail",
         "[(at + backoff_ms(attempts[id]), id, lease.id)",
         "[(at, id, lease.id)",
-        "test_queue.py::test_a_transient_failure_waits_and_is_claimable_when_its_time_has_come",
+        "queue/test_queue.py::test_a_transient_failure_waits_and_is_claimable_when_its_time_has_come",
     ),
     mutant(
         "release-costs-an-attempt",
@@ -260,7 +260,7 @@ MUTANTS = (
         "release",
         'lease_id = NULL, attempts = attempts - 1 "\n        "WHERE id = ? AND lease_id = ?',
         'lease_id = NULL "\n        "WHERE id = ? AND lease_id = ?',
-        "test_queue.py::test_released_jobs_are_as_before_the_claim",
+        "queue/test_queue.py::test_released_jobs_are_as_before_the_claim",
     ),
     # --- heartbeats and crashes ---
     mutant(
@@ -269,7 +269,7 @@ MUTANTS = (
         "_extend",
         "expires_at = ? WHERE id = ? AND worker_id = ? AND state = 'open'",
         "expires_at = ? WHERE id = ? AND ? > 0 AND state = 'open'",
-        "test_queue.py::test_a_lease_is_of_no_use_to_another_worker",
+        "queue/test_queue.py::test_a_lease_is_of_no_use_to_another_worker",
     ),
     mutant(
         "beat-of-any-state",
@@ -277,7 +277,7 @@ MUTANTS = (
         "_extend",
         "expires_at = ? WHERE id = ? AND worker_id = ? AND state = 'open'",
         "expires_at = ? WHERE id = ? AND worker_id = ?",
-        "test_queue.py::test_a_worker_that_lost_its_lease_changes_nothing",
+        "queue/test_queue.py::test_a_worker_that_lost_its_lease_changes_nothing",
     ),
     mutant(
         "beat-without-progress",
@@ -293,7 +293,7 @@ MUTANTS = (
         "_EXPIRED",
         "SELECT id FROM leases WHERE state = 'open' AND expires_at <= ? AND worker_id <> ? AND",
         "SELECT id FROM leases WHERE expires_at <= ? AND worker_id <> ? AND",
-        "test_plans.py::test_each_hot_statement_uses_its_index",
+        "queue/test_plans.py::test_each_hot_statement_uses_its_index",
     ),
     mutant(
         "crash-without-state",
@@ -301,7 +301,7 @@ MUTANTS = (
         "crash",
         "WHERE id = ? AND state = 'open' AND expires_at <= ? \"",
         'WHERE id = ? AND expires_at <= ? "',
-        "test_queue.py::test_a_worker_that_gives_up_marks_its_own_lease_as_crashed",
+        "queue/test_queue.py::test_a_worker_that_gives_up_marks_its_own_lease_as_crashed",
     ),
     mutant(
         "crash-though-extended",
@@ -309,7 +309,7 @@ MUTANTS = (
         "crash",
         "AND state = 'open' AND expires_at <= ? \"",
         "AND state = 'open' AND ? > 0 \"",
-        "test_state_machine.py::test_a_lease_that_was_extended_since_somebody_looked_is_not_ended",
+        "queue/test_state_machine.py::test_a_lease_that_was_extended_since_somebody_looked_is_not_ended",
     ),
     mutant(
         "reap-oneself",
@@ -317,7 +317,7 @@ MUTANTS = (
         "_EXPIRED",
         "AND worker_id <> ? AND expires_at",
         "AND ? >= 0 AND expires_at",
-        "test_queue.py::test_a_worker_never_reaps_itself",
+        "queue/test_queue.py::test_a_worker_never_reaps_itself",
     ),
     mutant(
         "crash-costs-an-attempt",
@@ -325,7 +325,7 @@ MUTANTS = (
         "crash",
         "lease_id = NULL, attempts = attempts - 1, crashes = crashes + 1",
         "lease_id = NULL, crashes = crashes + 1",
-        "test_queue.py::test_a_dead_workers_jobs_are_pending_with_the_attempt_refunded_and_the_crash_counted",
+        "queue/test_queue.py::test_a_dead_workers_jobs_are_pending_with_the_attempt_refunded_and_the_crash_counted",
     ),
     mutant(
         "killer-never-fails",
@@ -333,7 +333,7 @@ MUTANTS = (
         "crash",
         "if solo and solo_crashes >= 1]",
         "if solo and solo_crashes >= 99]",
-        "test_queue.py::test_a_picture_that_crashed_two_workers_is_claimed_alone_and_fails_after_two_more",
+        "queue/test_queue.py::test_a_picture_that_crashed_two_workers_is_claimed_alone_and_fails_after_two_more",
     ),
     mutant(
         "neighbours-of-a-killer-fail",
@@ -341,7 +341,7 @@ MUTANTS = (
         "crash",
         "solo = int(lane == SOLO)",
         "solo = int(lane != NORMAL)",
-        "test_queue.py::test_a_picture_that_crashed_two_workers_is_claimed_alone_and_fails_after_two_more",
+        "queue/test_queue.py::test_a_picture_that_crashed_two_workers_is_claimed_alone_and_fails_after_two_more",
     ),
     mutant(
         "wake-early",
@@ -349,7 +349,7 @@ MUTANTS = (
         "_WAKE",
         "WHERE j.status = 'waiting' AND (j.not_before <= ? OR",
         "WHERE j.status = 'waiting' AND (? > 0 OR",
-        "test_queue.py::test_a_transient_failure_waits_and_is_claimable_when_its_time_has_come",
+        "queue/test_queue.py::test_a_transient_failure_waits_and_is_claimable_when_its_time_has_come",
     ),
     # --- when the answer did not come ---
     mutant(
@@ -358,7 +358,7 @@ MUTANTS = (
         "recover",
         "status == JobState.DONE and caption_lease_id == lease.id",
         "status == JobState.DONE and caption_lease_id == 0",
-        "test_queue.py::test_a_completion_that_was_stored_without_the_answer_coming_back_is_recognised",
+        "queue/test_queue.py::test_a_completion_that_was_stored_without_the_answer_coming_back_is_recognised",
     ),
     mutant(
         "recover-takes-anothers",
@@ -366,7 +366,7 @@ MUTANTS = (
         "recover",
         "one.failure is None and status in (JobState.PENDING, JobState.WAITING)",
         "one.failure is None and status in (JobState.PENDING, JobState.WAITING, JobState.LEASED)",
-        "test_queue.py::test_captions_of_a_lost_lease_are_kept_while_another_has_the_pictures_and_dropped_when_it_is_done",
+        "queue/test_queue.py::test_captions_of_a_lost_lease_are_kept_while_another_has_the_pictures_and_dropped_when_it_is_done",
     ),
     mutant(
         "recover-drops-what-another-has",
@@ -374,7 +374,7 @@ MUTANTS = (
         "recover",
         "            kept.add(one.job_id)",
         "            continue",
-        "test_queue.py::test_captions_of_a_lost_lease_are_kept_while_another_has_the_pictures_and_dropped_when_it_is_done",
+        "queue/test_queue.py::test_captions_of_a_lost_lease_are_kept_while_another_has_the_pictures_and_dropped_when_it_is_done",
     ),
     mutant(
         "recover-drops-what-is-free",
@@ -382,7 +382,7 @@ MUTANTS = (
         "recover",
         "            free.append(one)",
         "            continue",
-        "test_queue.py::test_captions_of_a_reaped_lease_whose_jobs_are_free_are_stored_under_a_new_one",
+        "queue/test_queue.py::test_captions_of_a_reaped_lease_whose_jobs_are_free_are_stored_under_a_new_one",
     ),
     mutant(
         "recover-takes-another-runs",
@@ -390,7 +390,7 @@ MUTANTS = (
         "_jobs_and_captions",
         "FROM jobs j WHERE id = ? AND run_id = ?",
         "FROM jobs j WHERE id = ? AND ? > 0",
-        "test_delete_run.py::test_a_late_completion_of_a_deleted_run_is_dropped_although_another_run_has_its_ids",
+        "queue/test_delete_run.py::test_a_late_completion_of_a_deleted_run_is_dropped_although_another_run_has_its_ids",
     ),
     mutant(
         "deletes-what-is-held",
@@ -398,7 +398,7 @@ MUTANTS = (
         "delete_run",
         "    if n := execute(conn, is_open, (run.id,)).scalar_one():",
         "    if n := 0:",
-        "test_delete_run.py::test_a_run_whose_pictures_are_held_stays_and_the_command_that_withdraws_them_is_named",
+        "queue/test_delete_run.py::test_a_run_whose_pictures_are_held_stays_and_the_command_that_withdraws_them_is_named",
     ),
     mutant(
         "late-failure-counts",
@@ -406,7 +406,7 @@ MUTANTS = (
         "recover",
         "elif one.failure is None and status in (JobState.PENDING, JobState.WAITING):",
         "elif status in (JobState.PENDING, JobState.WAITING):",
-        "test_state_machine.py::test_a_late_failure_of_a_job_that_is_free_again_is_dropped",
+        "queue/test_state_machine.py::test_a_late_failure_of_a_job_that_is_free_again_is_dropped",
     ),
     mutant(
         "forgets-what-it-holds",
@@ -414,7 +414,7 @@ MUTANTS = (
         "release_forgotten",
         "        if lease_id not in held:",
         "        if lease_id:",
-        "test_queue.py::test_what_a_worker_leased_without_knowing_is_given_back",
+        "queue/test_queue.py::test_what_a_worker_leased_without_knowing_is_given_back",
     ),
     mutant(
         "forgets-what-others-hold",
@@ -422,7 +422,7 @@ MUTANTS = (
         "release_forgotten",
         "WHERE state = 'open' AND worker_id = ? ORDER BY id\"",
         "WHERE state = 'open' AND ? > 0 ORDER BY id\"",
-        "test_queue.py::test_what_a_worker_leased_without_knowing_is_given_back",
+        "queue/test_queue.py::test_what_a_worker_leased_without_knowing_is_given_back",
     ),
     mutant(
         "any-database-will-do",
@@ -430,7 +430,7 @@ MUTANTS = (
         "belongs",
         'WHERE l.id = ? AND w.uuid = ?"',
         "WHERE l.id = ? AND ? <> ''\"",
-        "test_queue.py::test_a_lease_is_known_only_to_the_database_that_gave_it",
+        "queue/test_queue.py::test_a_lease_is_known_only_to_the_database_that_gave_it",
     ),
     # --- by hand ---
     mutant(
@@ -439,7 +439,7 @@ MUTANTS = (
         "cancel",
         '    for row in leases:\n        close_if_empty(conn, row[0], "closed", at)\n',
         "",
-        "test_queue.py::test_cancel_withdraws_all_that_is_not_finished_and_leaves_what_is",
+        "queue/test_queue.py::test_cancel_withdraws_all_that_is_not_finished_and_leaves_what_is",
     ),
     mutant(
         "cancel-spares-what-runs",
@@ -447,7 +447,7 @@ MUTANTS = (
         "cancel",
         "    if held:\n",
         "    held = []\n    if held:\n",
-        "test_queue.py::test_cancel_withdraws_all_that_is_not_finished_and_leaves_what_is",
+        "queue/test_queue.py::test_cancel_withdraws_all_that_is_not_finished_and_leaves_what_is",
     ),
     mutant(
         "retry-of-what-is-done",
@@ -455,7 +455,7 @@ MUTANTS = (
         "retry",
         "statuses = \"'failed', 'cancelled'\" if image_ids",
         "statuses = \"'failed', 'cancelled', 'done'\" if image_ids",
-        "test_queue.py::test_retry_of_a_done_picture_does_nothing",
+        "queue/test_queue.py::test_retry_of_a_done_picture_does_nothing",
     ),
     mutant(
         "retry-keeps-the-record",
@@ -463,7 +463,7 @@ MUTANTS = (
         "retry",
         "SET status = 'pending', attempts = 0, crashes = 0, solo_crashes = 0, finished_at = NULL",
         "SET status = 'pending', finished_at = NULL",
-        "test_queue.py::test_retry_takes_what_failed_with_a_code",
+        "queue/test_queue.py::test_retry_takes_what_failed_with_a_code",
     ),
     # --- the worker ---
     mutant(
@@ -472,7 +472,7 @@ MUTANTS = (
         "Fetcher._next_lease",
         "                if not self._holdings.wait_until_empty():\n                    return None\n",
         "",
-        "test_state_machine.py::test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_beside_them[delete]",
+        "queue/test_state_machine.py::test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_beside_them[delete]",
     ),
     mutant(
         "claims-beside-suspects",
@@ -480,7 +480,7 @@ MUTANTS = (
         "Holdings.wait_until_taken",
         "not self._state.ready and all(one.lease.lane == NORMAL for one in held.values())",
         "not self._state.ready",
-        "test_state_machine.py::test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_beside_them[delete]",
+        "queue/test_state_machine.py::test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_beside_them[delete]",
     ),
     mutant(
         "suspects-last",
@@ -496,7 +496,7 @@ MUTANTS = (
         "Contact.unbroken_sec",
         "return at - self._since if is_unbroken else 0.0",
         "return 1e9",
-        "test_state_machine.py::test_others_are_judged_only_after_a_lease_time_of_unbroken_contact[delete]",
+        "queue/test_state_machine.py::test_others_are_judged_only_after_a_lease_time_of_unbroken_contact[delete]",
     ),
     mutant(
         "a-break-is-no-break",
@@ -504,7 +504,7 @@ MUTANTS = (
         "Contact.made",
         "        if at - self._last > self._ttl_sec / 2 or self._was_set(database_ms, at):\n",
         "        if self._was_set(database_ms, at):\n",
-        "test_fetcher.py::test_a_process_that_was_frozen_or_a_machine_that_slept_judges_nobody",
+        "worker/test_fetcher.py::test_a_process_that_was_frozen_or_a_machine_that_slept_judges_nobody",
     ),
     mutant(
         "no-self-fencing",
@@ -512,7 +512,7 @@ MUTANTS = (
         "Holdings._is_live",
         " and clock.now() < held.runs_out_at",
         "",
-        "test_state_machine.py::test_nothing_is_started_whose_lease_has_run_out_by_the_workers_own_clock[delete]",
+        "queue/test_state_machine.py::test_nothing_is_started_whose_lease_has_run_out_by_the_workers_own_clock[delete]",
     ),
     mutant(
         "lost-is-gone",
@@ -520,7 +520,7 @@ MUTANTS = (
         "Store._store_lease",
         "self._put_off(lease, left)\n",
         "self._pipeline.settle(lease, [one.job_id for one in completions])\n",
-        "test_worker.py::test_a_caption_whose_lease_was_lost_while_nobody_took_its_picture_is_stored_all_the_same",
+        "worker/test_worker.py::test_a_caption_whose_lease_was_lost_while_nobody_took_its_picture_is_stored_all_the_same",
     ),
     mutant(
         "dead-claim-ahead",
@@ -529,7 +529,7 @@ MUTANTS = (
         "            state.ready = deque(picture for picture in state.ready if picture.job_id not in state.abandoned)\n"
         "            self._changed.notify_all()\n",
         "            self._changed.notify_all()\n",
-        "test_fetcher.py::test_a_claim_ahead_that_is_lost_makes_room_for_the_next",
+        "worker/test_fetcher.py::test_a_claim_ahead_that_is_lost_makes_room_for_the_next",
     ),
     mutant(
         "hung-is-forgotten",
@@ -537,7 +537,7 @@ MUTANTS = (
         "Holdings.stalled_sec",
         "is_busy = self._has_rows and not self._is_waiting",
         "is_busy = self._state.running and not self._is_waiting",
-        "test_fetcher.py::test_an_engine_that_waits_for_pictures_does_not_stall_and_one_that_has_some_does",
+        "worker/test_fetcher.py::test_an_engine_that_waits_for_pictures_does_not_stall_and_one_that_has_some_does",
     ),
     mutant(
         "longer-leases-are-judged",
@@ -545,7 +545,7 @@ MUTANTS = (
         "_EXPIRED",
         "AND expires_at - beat_at <= ? ",
         "AND ? >= 0 ",
-        "test_queue.py::test_a_lease_that_lasts_longer_than_the_contact_is_not_judged",
+        "queue/test_queue.py::test_a_lease_that_lasts_longer_than_the_contact_is_not_judged",
     ),
     mutant(
         "any-file-will-do",
@@ -554,7 +554,7 @@ MUTANTS = (
         '    db.stay(context.database, "SELECT 1 FROM workers WHERE id = ? AND uuid = ?", '
         "(context.worker_id, context.uuid))\n",
         "",
-        "test_worker.py::test_a_worker_stores_nothing_in_a_database_that_took_the_place_of_its_own",
+        "worker/test_worker.py::test_a_worker_stores_nothing_in_a_database_that_took_the_place_of_its_own",
     ),
     mutant(
         "store-breaks-in-silence",
@@ -562,7 +562,7 @@ MUTANTS = (
         "_caption",
         "    store.raise_error()\n",
         "",
-        "test_worker.py::test_an_error_that_ends_the_store_ends_the_worker_and_what_was_captioned_is_kept",
+        "worker/test_worker.py::test_an_error_that_ends_the_store_ends_the_worker_and_what_was_captioned_is_kept",
     ),
     mutant(
         "stop-charges",
@@ -570,7 +570,7 @@ MUTANTS = (
         "Store.release",
         "self._put_off(lease, released=job_ids)",
         "pass",
-        "test_worker.py::test_a_worker_that_is_stopped_while_the_database_is_locked_leaves_soon_and_charges_nobody",
+        "worker/test_worker.py::test_a_worker_that_is_stopped_while_the_database_is_locked_leaves_soon_and_charges_nobody",
     ),
     mutant(
         "worker-before-leases",
@@ -594,7 +594,7 @@ MUTANTS = (
         "book",
         'store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"',
         'store_ms = store_ms + ? WHERE id = ? AND ? > 0"',
-        "test_queue.py::test_what_storing_took_is_added_to_no_lease_of_another_worker",
+        "queue/test_queue.py::test_what_storing_took_is_added_to_no_lease_of_another_worker",
     ),
     mutant(
         "books-on-open-leases-only",
@@ -602,7 +602,7 @@ MUTANTS = (
         "book",
         'store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"',
         "store_ms = store_ms + ? WHERE id = ? AND worker_id = ? AND state = 'open'\"",
-        "test_queue.py::test_what_storing_took_is_added_to_leases_also_when_they_have_ended",
+        "queue/test_queue.py::test_what_storing_took_is_added_to_leases_also_when_they_have_ended",
     ),
     mutant(
         "a-silent-beat-forgets",
@@ -610,7 +610,7 @@ MUTANTS = (
         "see",
         "telemetry = COALESCE(?, telemetry)",
         "telemetry = ?",
-        "test_queue.py::test_a_heartbeat_and_a_goodbye_tell_what_a_worker_measured",
+        "queue/test_queue.py::test_a_heartbeat_and_a_goodbye_tell_what_a_worker_measured",
     ),
     mutant(
         "booked-twice",
@@ -618,7 +618,7 @@ MUTANTS = (
         "_beat_once",
         "    meter.booked(store_ms)\n",
         "",
-        "test_worker.py::test_the_wait_for_the_lock_is_time_of_storing_and_is_booked_once",
+        "worker/test_worker.py::test_the_wait_for_the_lock_is_time_of_storing_and_is_booked_once",
     ),
     # --- the spool ---
     mutant(
@@ -627,7 +627,7 @@ MUTANTS = (
         "abandoned",
         "yield entries, partial(_keep, path) if is_read else lambda kept: None",
         "yield entries, partial(_keep, path)",
-        "test_spool.py::test_a_line_of_another_version_is_left_to_that",
+        "worker/test_spool.py::test_a_line_of_another_version_is_left_to_that",
     ),
     mutant(
         "spool-unlocked",
@@ -635,7 +635,7 @@ MUTANTS = (
         "_create",
         "        fcntl.flock(file, fcntl.LOCK_EX)\n",
         "",
-        "test_state_machine.py::test_a_living_workers_spool_is_left_alone_and_a_dead_ones_is_whole",
+        "queue/test_state_machine.py::test_a_living_workers_spool_is_left_alone_and_a_dead_ones_is_whole",
     ),
     mutant(
         "spool-taken-unasked",
@@ -643,7 +643,7 @@ MUTANTS = (
         "_locked",
         "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "            pass\n",
-        "test_state_machine.py::test_a_living_workers_spool_is_left_alone_and_a_dead_ones_is_whole",
+        "queue/test_state_machine.py::test_a_living_workers_spool_is_left_alone_and_a_dead_ones_is_whole",
     ),
     mutant(
         "spool-not-synced",
@@ -651,7 +651,7 @@ MUTANTS = (
         "_append",
         "        os.fsync(file.fileno())\n    except OSError:",
         "        pass\n    except OSError:",
-        "test_state_machine.py::test_what_the_spool_keeps_is_on_the_disk_when_it_is_kept",
+        "queue/test_state_machine.py::test_what_the_spool_keeps_is_on_the_disk_when_it_is_kept",
     ),
     # --- rules ---
     mutant(
@@ -676,7 +676,7 @@ MUTANTS = (
         "enqueue_from",
         "if recipe == old.recipe and runs.rules_of",
         "if recipe == old.recipe or runs.rules_of",
-        "test_rules.py::test_pictures_of_a_run_under_older_rules_are_captioned_anew_by_the_same_recipe",
+        "queue/test_rules.py::test_pictures_of_a_run_under_older_rules_are_captioned_anew_by_the_same_recipe",
     ),
     mutant(
         "older-files-restored",
@@ -684,7 +684,7 @@ MUTANTS = (
         "_check_manifest",
         "or not _are_its_rules(pinned, resolved)",
         "or False",
-        "test_rules.py::test_captions_under_older_rules_are_not_restored_beside_newer_ones",
+        "queue/test_rules.py::test_captions_under_older_rules_are_not_restored_beside_newer_ones",
     ),
     # --- pictures ---
     mutant(
@@ -693,7 +693,7 @@ MUTANTS = (
         "_without",
         "return rest[distances >= nearest - spread] if is_far and is_picture else values",
         "return values",
-        "test_window.py::test_padding_outside_the_field_of_view_does_not_decide_the_window",
+        "data/test_window.py::test_padding_outside_the_field_of_view_does_not_decide_the_window",
     ),
     mutant(
         "drawings-lose-levels",
@@ -701,7 +701,7 @@ MUTANTS = (
         "_without",
         "return rest[distances >= nearest - spread] if is_far and is_picture else values",
         "return rest[distances >= nearest - spread] if is_far else values",
-        "test_window.py::test_all_levels_of_a_drawing_count",
+        "data/test_window.py::test_all_levels_of_a_drawing_count",
     ),
     mutant(
         "full-range-windowed",
@@ -709,7 +709,7 @@ MUTANTS = (
         "colours",
         'elif values.dtype.kind == "u" and',
         'elif values.dtype.kind == "x" and',
-        "test_images.py::test_16_bit_colours_of_full_range_stay_as_they_are",
+        "data/test_images.py::test_16_bit_colours_of_full_range_stay_as_they_are",
     ),
     mutant(
         "min-is-black",
@@ -717,7 +717,7 @@ MUTANTS = (
         "_of_tiff",
         'min_is_white=_tag(page, "PhotometricInterpretation") == _MIN_IS_WHITE',
         "min_is_white=False",
-        "test_images.py::test_where_the_file_says_that_the_lowest_value_is_white_it_is",
+        "data/test_images.py::test_where_the_file_says_that_the_lowest_value_is_white_it_is",
     ),
     mutant(
         "alpha-hides",
@@ -725,7 +725,7 @@ MUTANTS = (
         "_flatten",
         "    if _constant(alpha):\n",
         "    if False:\n",
-        "test_images.py::test_an_alpha_that_is_the_same_everywhere_hides_no_picture",
+        "data/test_images.py::test_an_alpha_that_is_the_same_everywhere_hides_no_picture",
     ),
     mutant(
         "always-on-black",
@@ -733,7 +733,7 @@ MUTANTS = (
         "_flatten",
         "(255,) * 4 if _needs_white(picture)",
         "(255,) * 4 if False",
-        "test_images.py::test_black_strokes_on_transparent_white_are_seen_on_white",
+        "data/test_images.py::test_black_strokes_on_transparent_white_are_seen_on_white",
     ),
     mutant(
         "cut-is-whole",
@@ -741,7 +741,7 @@ MUTANTS = (
         "_one_for_all",
         "all(picture is not None and picture == first for picture in pictures)",
         "all(picture is not None for picture in pictures)",
-        "test_images.py::test_a_jpeg_that_lacks_one_byte_of_its_pixels_or_more_is_truncated",
+        "data/test_images.py::test_a_jpeg_that_lacks_one_byte_of_its_pixels_or_more_is_truncated",
     ),
     mutant(
         "monochrome1-as-it-is",
@@ -749,7 +749,7 @@ MUTANTS = (
         "_shades",
         'if kind == "MONOCHROME1":',
         'if kind == "MONOCHROME0":',
-        "test_dicom.py::test_monochrome1_is_inverted",
+        "data/test_dicom.py::test_monochrome1_is_inverted",
     ),
     mutant(
         "headers-published",
@@ -757,7 +757,7 @@ MUTANTS = (
         "as_file",
         "if formats.is_dicom(data) or frame > 1:",
         "if frame > 1:",
-        "test_dicom.py::test_what_is_published_of_it_is_a_png_of_its_pixels",
+        "data/test_dicom.py::test_what_is_published_of_it_is_a_png_of_its_pixels",
     ),
     mutant(
         "blank-untold",
@@ -765,7 +765,7 @@ MUTANTS = (
         "Fetcher._prepare",
         "is_blank=is_blank(picture)",
         "is_blank=False",
-        "test_blank.py::test_a_picture_of_one_level_is_captioned_and_flagged",
+        "worker/test_blank.py::test_a_picture_of_one_level_is_captioned_and_flagged",
     ),
     # --- models and data sets ---
     mutant(
@@ -774,7 +774,7 @@ MUTANTS = (
         "end_tokens",
         "tokenizer.eos_token_id, turn_end(processor, name)]",
         "*([] if named else [tokenizer.eos_token_id])]",
-        "test_template.py::test_captions_end_where_they_did_when_the_generation_config_names_another_end",
+        "engines/test_template.py::test_captions_end_where_they_did_when_the_generation_config_names_another_end",
     ),
     mutant(
         "adapter-beside-put-on",
@@ -782,7 +782,7 @@ MUTANTS = (
         "_load_model",
         "            adapter_kwargs=NO_ADAPTER,\n",
         "",
-        "test_adapters.py::test_an_adapter_beside_a_models_weights_is_told_of_and_not_put_on",
+        "engines/test_adapters.py::test_an_adapter_beside_a_models_weights_is_told_of_and_not_put_on",
     ),
     mutant(
         "blind-to-drawings",
@@ -790,7 +790,7 @@ MUTANTS = (
         "check",
         "    if not sees and _n_captioned(looks) >= FEW:\n",
         "    if False:\n",
-        "test_selfcheck.py::test_pictures_of_one_scene_do_not_prove_that_the_model_is_blind",
+        "worker/test_selfcheck.py::test_pictures_of_one_scene_do_not_prove_that_the_model_is_blind",
     ),
     mutant(
         "too-few-pass",
@@ -798,7 +798,7 @@ MUTANTS = (
         "check",
         "return ended(False, _too_few(looks), inconclusive=True)",
         "return ended(True, _too_few(looks))",
-        "test_selfcheck.py::test_one_caption_for_less_than_four_pictures_proves_nothing_and_is_no_pass",
+        "worker/test_selfcheck.py::test_one_caption_for_less_than_four_pictures_proves_nothing_and_is_no_pass",
     ),
     mutant(
         "registered-unseen",
@@ -806,7 +806,7 @@ MUTANTS = (
         "enqueue",
         "            require_pictures(dataset, split, shards[split], recipe)\n",
         "            pass\n",
-        "test_enqueue.py::test_a_split_of_which_no_picture_can_be_opened_is_refused_before_anything_is_written",
+        "queue/test_enqueue.py::test_a_split_of_which_no_picture_can_be_opened_is_refused_before_anything_is_written",
     ),
     # --- continuous decoding ---
     mutant(
@@ -871,7 +871,7 @@ MUTANTS = (
         "Holdings.wait_until_taken",
         "not self._state.ready and all(",
         "all(",
-        "test_fetcher.py::test_what_is_leased_is_the_running_rows_and_one_claim_and_row_groups_are_read_once",
+        "worker/test_fetcher.py::test_what_is_leased_is_the_running_rows_and_one_claim_and_row_groups_are_read_once",
     ),
 )
 

@@ -1,15 +1,15 @@
 """What is marked as degenerate, and what is not: real captions above all."""
 
 import csv
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import SHARED
 
 from rococap.flags import degenerate, of_reasoning, without_reasoning
 
-CAPTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
+CAPTIONS = SHARED / "captions"
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\n\n\n", "\t \u2028"])

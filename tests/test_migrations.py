@@ -7,19 +7,18 @@ import sys
 import threading
 import time
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from places import ROOT
 
 from rococap import db, queue
 from rococap.engines import Completion, EngineInfo
 from rococap.errors import DatabaseError
 from rococap.tables import SCHEMA, metadata
 
-ROOT = Path(__file__).resolve().parents[1]
 NEXT = f"{int(SCHEMA) + 1:04}"
 BACKUP = f"queue.db.before-{NEXT}-from-{SCHEMA}"
 

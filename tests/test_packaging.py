@@ -8,16 +8,15 @@ import subprocess
 import sys
 import zipfile
 from contextlib import closing
-from pathlib import Path
 
 import pytest
+from places import ROOT
 from samples import write_shard
 
 from rococap import __version__, db, prompts
 from rococap.cli.options import cli
 from rococap.tables import SCHEMA
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rococap"
 COMMANDS = sorted(cli.commands)
 

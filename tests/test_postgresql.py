@@ -6,12 +6,12 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psycopg
 import pytest
 from alembic import command
 from alembic.config import Config
+from places import ROOT
 from postgres import Server, of_encoding
 from samples import fill
 from small_engine import INFO
@@ -22,8 +22,6 @@ from rococap import db, queue
 from rococap.engines import Completion
 from rococap.errors import DatabaseError, DatabaseUnavailable
 from rococap.tables import SCHEMA, metadata
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture

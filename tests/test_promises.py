@@ -16,7 +16,7 @@ from postgres import lock_tables
 from samples import fill, register, write_shard
 from small_engine import INFO, QUICK, SmallEngine, caption_of
 from sqlalchemy import Engine
-from test_crew import members, small_crew
+from test_supervisor import members, small_crew
 
 from rococap import db, queue
 from rococap.engines import Completion, Failure

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from openai_server import ChatServer
+from places import TESTS
 from samples import fill
 from small_crew import small_command
 from small_engine import caption_of
@@ -28,7 +29,7 @@ from rococap.worker.settings import Settings
 from rococap.worker.signals import STOP_SIGNALS
 from rococap.worker.supervisor import Child, Ended
 
-CREW = Path(__file__).with_name("small_crew.py")
+CREW = TESTS / "small_crew.py"
 
 
 def select(database: Engine, sql: str) -> list[tuple]:

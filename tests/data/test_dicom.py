@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from places import PICTURES
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
@@ -23,7 +24,7 @@ from rococap.data.window import windowed
 from rococap.errors import PictureError
 
 FILES = Path(pydicom.__file__).parent / "data" / "test_files"
-CT = np.asarray(Image.open(Path(__file__).parent / "pictures" / "CT_small_raw16.png")).astype(np.uint16)
+CT = np.asarray(Image.open(PICTURES / "CT_small_raw16.png")).astype(np.uint16)
 
 
 def file_of(pixels, **attributes):

@@ -2,16 +2,16 @@
 
 import csv
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import SHARED
 
 from rococap.results import formats
 from rococap.scores import metrics
 
 pytest.importorskip("pycocoevalcap")
-CAPTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
+CAPTIONS = SHARED / "captions"
 pytestmark = [
     pytest.mark.skipif(not CAPTIONS.exists(), reason="needs the real captions of ../shared"),
     pytest.mark.skipif(shutil.which("java") is None, reason="needs Java"),

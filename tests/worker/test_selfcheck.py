@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import TESTS
 from samples import fill, picture, register, write_shard
 from small_engine import INFO, SmallEngine
 from sqlalchemy import Engine
@@ -337,7 +338,7 @@ work(db.connect(sys.argv[1]), Settings(), load=lambda *_: SmallEngine(kills_on=(
 
 def test_a_picture_that_kills_the_worker_in_its_self_check_does_so_once(database, url, tmp_path):
     fill(database, tmp_path / "set", 12)
-    command = [sys.executable, "-c", SCRIPT, url, os.path.dirname(__file__)]
+    command = [sys.executable, "-c", SCRIPT, url, str(TESTS)]
     died = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert died.returncode == -9
     assert workers(database)[0].self_check["reason"] == "under way"
@@ -356,7 +357,7 @@ def set_pid(database: Engine, pid: int) -> None:
 @pytest.mark.every_database
 def test_a_self_check_that_killed_a_process_is_not_done_again_by_another_of_its_id(database, url, tmp_path):
     fill(database, tmp_path / "set", 12)
-    command = [sys.executable, "-c", SCRIPT, url, os.path.dirname(__file__)]
+    command = [sys.executable, "-c", SCRIPT, url, str(TESTS)]
     subprocess.run(command, capture_output=True, timeout=60)
     set_pid(database, os.getpid())  # as in a container, where it is 1 each time
     assert run_worker(database, limit=4).done == 4
@@ -365,7 +366,7 @@ def test_a_self_check_that_killed_a_process_is_not_done_again_by_another_of_its_
 
 def test_a_self_check_that_killed_a_process_is_not_taken_for_that_of_a_later_one(database, url, tmp_path):
     fill(database, tmp_path / "set", 12)
-    command = [sys.executable, "-c", SCRIPT, url, os.path.dirname(__file__)]
+    command = [sys.executable, "-c", SCRIPT, url, str(TESTS)]
     subprocess.run(command, capture_output=True, timeout=60)
     with subprocess.Popen(["sleep", "60"]) as later:
         set_pid(database, later.pid)
@@ -377,7 +378,7 @@ def test_a_self_check_that_killed_a_process_is_not_taken_for_that_of_a_later_one
 def test_a_self_check_of_a_process_that_still_runs_is_done_again_by_the_next(database, tmp_path):
     fill(database, tmp_path / "set", 12)
     script = SCRIPT.replace("kills_on=(2,)", "steps=1000, step_sec=0.05")
-    command = [sys.executable, "-c", script, str(database.url), os.path.dirname(__file__)]
+    command = [sys.executable, "-c", script, str(database.url), str(TESTS)]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         while not workers(database):
             pass
@@ -416,7 +417,7 @@ def test_a_container_that_a_picture_kills_in_its_self_check_gets_past_it_when_it
         "-c",
         SCRIPT,
         url,
-        os.path.dirname(__file__),
+        str(TESTS),
     ]
     for _ in range(2):
         assert subprocess.run(command, capture_output=True, timeout=60).returncode == 128 + signal.SIGKILL
@@ -429,7 +430,7 @@ def test_a_container_that_a_picture_kills_in_its_self_check_gets_past_it_when_it
 def test_a_worker_asked_to_stop_in_its_self_check_claims_nothing(database, tmp_path):
     fill(database, tmp_path / "set", 12)
     script = SCRIPT.replace("kills_on=(2,)", "steps=1000, step_sec=0.05")
-    command = [sys.executable, "-c", script, str(database.url), os.path.dirname(__file__)]
+    command = [sys.executable, "-c", script, str(database.url), str(TESTS)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not workers(database):
             pass

@@ -2,15 +2,15 @@
 
 import tracemalloc
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from places import PICTURES
 
 from rococap.data.window import colours, windowed
 
-CT = np.asarray(Image.open(Path(__file__).parent / "pictures" / "CT_small_raw16.png")).astype(np.int32)
+CT = np.asarray(Image.open(PICTURES / "CT_small_raw16.png")).astype(np.int32)
 """Values from 0 to 2063."""
 
 ROWS, COLUMNS = np.ogrid[: CT.shape[0], : CT.shape[1]]

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import SHARED
 
 from rococap.results import formats
 from rococap.scores import metrics
 
-CAPTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
+CAPTIONS = SHARED / "captions"
 PUBLISHED = json.loads((Path(__file__).parent / "metrics_published.json").read_text())
 needs_captions = pytest.mark.skipif(not CAPTIONS.exists(), reason="needs the real captions of ../shared")
 

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import SHARED
 from samples import fill, register, write_shard
 from sqlalchemy import Engine
 
@@ -33,7 +34,7 @@ from rococap.results.snapshot import COLUMNS, IncompleteError
 pytestmark = pytest.mark.every_database
 
 INFO = EngineInfo("small", {}, "tests/small", "", "float32", "cpu", "digest")
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
+CAPTIONS = SHARED / "captions"
 
 AWKWARD = [
     'He said "no", twice, and left.',
@@ -76,7 +77,7 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def captions_of(name: str) -> list[str]:
-    with (SHARED / name).open(newline="", encoding="utf-8") as file:
+    with (CAPTIONS / name).open(newline="", encoding="utf-8") as file:
         return [row.get("caption") or row.get("Caption") or "" for row in csv.DictReader(file)]
 
 
@@ -142,7 +143,7 @@ def test_a_file_whose_ending_is_in_capitals_is_restored(database, run, other, tm
     assert export.export(other, new, "train", out / "again.csv").path.read_bytes() == plain
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the real captions beside the checkout")
+@pytest.mark.skipif(not CAPTIONS.exists(), reason="needs the real captions beside the checkout")
 @pytest.mark.parametrize("name", ["roco_v1_2000.csv", "roco_v1_awkward_200.csv", "rocov2_test_sample_39.csv"])
 def test_real_captions_come_out_as_they_went_in(database, tmp_path, out, name):
     texts = captions_of(name)
@@ -190,7 +191,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column_without_a_manifest(dat
 
 @pytest.mark.parametrize("name", ["roco_v1_awkward_200.csv", None])
 def test_what_is_safe_for_spreadsheets_is_restored_to_the_byte(database, other, tmp_path, out, name):
-    if name and not SHARED.exists():
+    if name and not CAPTIONS.exists():
         pytest.skip("needs the real captions beside the checkout")
     texts = captions_of(name) if name else FORMULAS + HARMLESS + AWKWARD
     run = fill(database, tmp_path / "set", len(texts))

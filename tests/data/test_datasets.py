@@ -9,6 +9,7 @@ from unicodedata import normalize
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from places import SHARED
 from samples import picture as png
 from samples import write_shard as write_hub_shard
 
@@ -16,7 +17,7 @@ from rococap.data import STANDARD, Columns, Dataset, PictureReader, Place, Sampl
 from rococap.data.datasets import find_shards, locate, samples
 from rococap.errors import DatasetError, PictureError
 
-CAPTIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
+CAPTIONS = SHARED / "captions"
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 

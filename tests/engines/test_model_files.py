@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from families import FAMILIES
 from huggingface_hub import constants
+from places import TESTS
 from samples import write_shard
 from test_adapters import beside
 from test_adapters import write_adapter as write_lora
@@ -229,7 +230,7 @@ print(engine.info.resolved())
 
 def load(cache: Path) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
-    command = [sys.executable, "-c", LOAD, os.path.dirname(__file__)]
+    command = [sys.executable, "-c", LOAD, str(TESTS / "engines")]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from hub_server import CUT, TOKEN, Hub, Repo
 from hypothesis import given
 from hypothesis import strategies as st
+from places import SHARED
 from samples import SCHEMA, picture, register
 from sqlalchemy import Engine
 
@@ -35,7 +36,7 @@ from rococap.results.formats import fold
 from rococap.results.snapshot import IncompleteError
 
 INFO = EngineInfo("small", {}, "tests/small", "c0ffee", "float32", "cpu", "d19e57")
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "captions"
+CAPTIONS = SHARED / "captions"
 
 AWKWARD = [
     'He said "no", twice, and left.',
@@ -172,9 +173,9 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
 def texts(request) -> list[str]:
     if request.param == "written here":
         return AWKWARD
-    if not SHARED.exists():
+    if not CAPTIONS.exists():
         pytest.skip("needs the real captions beside the checkout")
-    with (SHARED / "roco_v1_awkward_200.csv").open(newline="", encoding="utf-8") as file:
+    with (CAPTIONS / "roco_v1_awkward_200.csv").open(newline="", encoding="utf-8") as file:
         return [row["caption"] for row in csv.DictReader(file)]
 
 

@@ -6,19 +6,18 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image, ImageDraw
+from places import PICTURES, SHARED
 
 from rococap.data.images import MAX_PIXELS, as_file, is_blank, open_picture, reduced, suffix_of
 from rococap.data.window import windowed
 from rococap.errors import PictureError
 
-PICTURES = Path(__file__).parent / "pictures"
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "images"
+REAL = SHARED / "images"
 
 BLACK, WHITE, RED, GREEN, BLUE = (0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
