@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect
+from sqlalchemy import Connection, create_engine, event, inspect
+from sqlalchemy import Engine as Database
 from sqlalchemy.engine import URL, CursorResult, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import DatabaseError as DriverError
@@ -112,33 +113,33 @@ def default_url() -> str:
 # --- Opening ---------------------------------------------------------------------------------------------------
 
 
-def connect(url: str, *, create: bool = True, is_there: bool = False, force: bool = False) -> Engine:
-    """An engine for `url`, with the schema checked; an empty or absent database is given its tables.
+def connect(url: str, *, create: bool = True, is_there: bool = False, force: bool = False) -> Database:
+    """The database at `url`, with the schema checked; an empty or absent database is given its tables.
 
     With `is_there` an SQLite file that is absent is not made. With `create=False` the database is opened as it is,
     whatever its schema; with `force` also on a file system that SQLite cannot lock on. Raises DatabaseError for a URL
     that cannot be understood, such a file system, a file that is to be there and is not, a database that is not ours or
     has another schema.
     """
-    engine = _engine(_parse(url), force)
-    if is_there and engine.dialect.name == "sqlite" and not os.path.exists(engine.url.database or ""):
+    database = _create(_parse(url), force)
+    if is_there and database.dialect.name == "sqlite" and not os.path.exists(database.url.database or ""):
         raise DatabaseError(
-            f"There is no database {engine.url.database}. Name yours with --db, or make it by registering pictures: "
+            f"There is no database {database.url.database}. Name yours with --db, or make it by registering pictures: "
             "rococap enqueue --split train"
         )
     if create:
         try:
-            _check_schema(engine)
+            _check_schema(database)
         except BaseException as error:
-            engine.dispose()
+            database.dispose()
             if isinstance(error, DriverError):
-                raise DatabaseError(explain(error, engine.url)) from error
+                raise DatabaseError(explain(error, database.url)) from error
             if isinstance(error, TypeError | ValueError):  # options of the URL that the driver does not take
                 raise _cannot_open(url, error) from error
             raise
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "do_connect", refuse_absent)
-    return engine
+        if database.dialect.name == "sqlite":
+            event.listen(database, "do_connect", refuse_absent)
+    return database
 
 
 def _parse(url: str) -> URL:
@@ -184,15 +185,15 @@ def _cannot_open(url: str, error: Exception) -> DatabaseError:
     )
 
 
-def _engine(url: URL, force: bool) -> Engine:
+def _create(url: URL, force: bool) -> Database:
     if url.get_backend_name() == "sqlite":
         _check_place(Path(url.database or ""), force)
-        engine = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": 0})
-        event.listen(engine, "connect", _set_pragmas)
-        return engine
+        database = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": 0})
+        event.listen(database, "connect", _set_pragmas)
+        return database
     settings = {name: value for name, value in POSTGRESQL_SETTINGS.items() if name not in url.query}
     try:
-        engine = create_engine(
+        database = create_engine(
             url,
             isolation_level="AUTOCOMMIT",
             pool_pre_ping=True,
@@ -202,11 +203,11 @@ def _engine(url: URL, force: bool) -> Engine:
         raise DatabaseError(
             f"PostgreSQL's driver is not installed ({error}). Install it: pip install 'rococap[postgres]'"
         ) from error
-    _look_at_each_connection(engine)
-    return engine
+    _look_at_each_connection(database)
+    return database
 
 
-def _look_at_each_connection(engine: Engine) -> None:
+def _look_at_each_connection(database: Database) -> None:
     """A new one to a database that cannot hold every caption raises DatabaseError."""
 
     def look(connection: Any, _record: object) -> None:
@@ -214,12 +215,12 @@ def _look_at_each_connection(engine: Engine) -> None:
         encoding, pid = connection.execute(sql).fetchone()
         if encoding != "UTF8":
             connection.close()
-            raise _wrong_encoding(engine.url, encoding)
+            raise _wrong_encoding(database.url, encoding)
         # A pooler hands out numbers of its own: where they agree, the server itself is at the other end.
         if pid == connection.info.backend_pid:
             connection.prepare_threshold = _PREPARED_AFTER
 
-    event.listen(engine, "connect", look)
+    event.listen(database, "connect", look)
 
 
 def _wrong_encoding(url: URL, encoding: str) -> DatabaseError:
@@ -284,18 +285,18 @@ def _set_pragmas(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
 
 
-def stay(engine: Engine, sql: str, params: Row) -> None:
+def stay(database: Database, sql: str, params: Row) -> None:
     """From now on a new connection must find a row by this query, or it raises DatabaseError; behind a pooler any one.
 
     For who goes on for long: should the file be replaced or the server restored, ids mean other rows there.
     """
-    sql = sql if engine.dialect.name == "sqlite" else sql.replace("?", "%s")
+    sql = sql if database.dialect.name == "sqlite" else sql.replace("?", "%s")
 
     def check(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
         try:
             is_there = cursor.execute(sql, tuple(params)).fetchone() is not None
-        except engine.dialect.loaded_dbapi.Error as error:
+        except database.dialect.loaded_dbapi.Error as error:
             if "no such table" not in str(error) and getattr(error, "sqlstate", None) != _NO_SUCH_TABLE:
                 raise
             is_there = False  # a new one that is being given its tables
@@ -303,7 +304,7 @@ def stay(engine: Engine, sql: str, params: Row) -> None:
             cursor.close()
         if not is_there:
             raise DatabaseError(
-                f"{shown(engine.url)} is another database than when this process began: it was "
+                f"{shown(database.url)} is another database than when this process began: it was "
                 "replaced. Start anew, with the one that you want."
             )
 
@@ -311,9 +312,9 @@ def stay(engine: Engine, sql: str, params: Row) -> None:
         if connection.prepare_threshold is None:  # its own connections to the server come and go unseen
             check(connection, record)
 
-    event.listen(engine, "connect", check)
-    if engine.dialect.name == "postgresql":
-        event.listen(engine, "checkout", check_behind_a_pooler)
+    event.listen(database, "connect", check)
+    if database.dialect.name == "postgresql":
+        event.listen(database, "checkout", check_behind_a_pooler)
 
 
 def explain(error: DBAPIError, url: URL | None = None) -> str:
@@ -342,7 +343,7 @@ def explain(error: DBAPIError, url: URL | None = None) -> str:
 
 
 @contextmanager
-def transaction(engine: Engine, *, write: bool = False, patience: float | None = None) -> Iterator[Connection]:
+def transaction(database: Database, *, write: bool = False, patience: float | None = None) -> Iterator[Connection]:
     """One transaction, committed when the block ends and rolled back when it raises.
 
     A writer holds SQLite's write lock from the start (BEGIN IMMEDIATE). Both kinds wait for a busy database in our
@@ -351,12 +352,12 @@ def transaction(engine: Engine, *, write: bool = False, patience: float | None =
     where it cannot be used.
     """
     try:
-        with _patiently(engine.connect, engine.url.database, patience) as conn:
+        with _patiently(database.connect, database.url.database, patience) as conn:
             try:
                 _begin(conn, write, patience)
                 yield conn
                 _commit(conn, patience)
-                if write and engine.dialect.name == "sqlite":
+                if write and database.dialect.name == "sqlite":
                     time.sleep(COURTESY_SEC)
             except BaseException as error:
                 _roll_back(conn)
@@ -365,9 +366,9 @@ def transaction(engine: Engine, *, write: bool = False, patience: float | None =
                 raise
     except DBAPIError as error:
         if _is_away(error):
-            raise DatabaseUnavailable(explain(error, engine.url)) from error
+            raise DatabaseUnavailable(explain(error, database.url)) from error
         if isinstance(error, OperationalError):
-            raise DatabaseError(explain(error, engine.url)) from error
+            raise DatabaseError(explain(error, database.url)) from error
         raise
 
 
@@ -503,13 +504,13 @@ def migrations_dir() -> Path:
     return packaged if packaged.is_dir() else packaged.parents[1] / "migrations"  # checkout
 
 
-def _check_schema(engine: Engine) -> None:
-    with transaction(engine) as conn:
+def _check_schema(database: Database) -> None:
+    with transaction(database) as conn:
         found = found_schema(conn)
     if found is None:
-        upgrade(engine)
+        upgrade(database)
     elif found != SCHEMA:
-        raise wrong_schema(engine.url, found)
+        raise wrong_schema(database.url, found)
 
 
 def found_schema(conn: Connection) -> str | None:
@@ -545,13 +546,13 @@ def _known_revisions() -> set[str]:
 
 
 @contextmanager
-def migration_connection(engine: Engine) -> Iterator[Connection]:
+def migration_connection(database: Database) -> Iterator[Connection]:
     """A write transaction with foreign keys off: alembic rebuilds tables, and a cascade would empty their children.
 
     Raises DatabaseError, and rolls back, if a foreign key is broken at the end.
     """
-    is_sqlite = engine.dialect.name == "sqlite"
-    with _patiently(engine.connect, engine.url.database) as conn:
+    is_sqlite = database.dialect.name == "sqlite"
+    with _patiently(database.connect, database.url.database) as conn:
         if is_sqlite:
             conn.exec_driver_sql("PRAGMA foreign_keys = OFF")  # ignored inside a transaction
         _begin(conn, write=True)
@@ -574,14 +575,14 @@ _ALEMBIC = threading.Lock()
 """Alembic's context is one for the process."""
 
 
-def upgrade(engine: Engine, revision: str = "head") -> None:
+def upgrade(database: Database, revision: str = "head") -> None:
     """Brings the schema to `revision`, in one transaction; safe when several processes do it at once."""
     from alembic import command
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(migrations_dir()).replace("%", "%%"))
-    with _ALEMBIC, migration_connection(engine) as conn:
+    with _ALEMBIC, migration_connection(database) as conn:
         config.attributes["connection"] = conn
         command.upgrade(config, revision)
 
@@ -599,17 +600,17 @@ def migrate(url: str, *, force: bool = False) -> Migrated:
 
     Raises DatabaseError while leases are open: a worker's statements must not meet another schema half-way.
     """
-    engine = connect(url, create=False, force=force)
+    database = connect(url, create=False, force=force)
     try:
-        return _migrate(engine)
+        return _migrate(database)
     except DriverError as error:
-        raise DatabaseError(explain(error, engine.url)) from error
+        raise DatabaseError(explain(error, database.url)) from error
     finally:
-        engine.dispose()
+        database.dispose()
 
 
-def _migrate(engine: Engine) -> Migrated:
-    with transaction(engine) as conn:
+def _migrate(database: Database) -> Migrated:
+    with transaction(database) as conn:
         found = found_schema(conn)
         n_open = 0
         if found is not None:
@@ -619,29 +620,29 @@ def _migrate(engine: Engine) -> Migrated:
     if found == SCHEMA:
         return Migrated(False)
     if found is not None and found not in _known_revisions():
-        raise wrong_schema(engine.url, found)
+        raise wrong_schema(database.url, found)
     if n_open:
         raise DatabaseError(
             f"Open leases: {n_open}. Stop the workers (or wait until their leases expire), then migrate."
         )
     backup = None
-    if found is not None and engine.dialect.name == "sqlite":
-        file = Path(engine.url.database or "")
+    if found is not None and database.dialect.name == "sqlite":
+        file = Path(database.url.database or "")
         # One that is there is of an upgrade that failed, and older than what it would be wanted for.
-        backup = back_up(engine, file.with_name(f"{file.name}.before-{SCHEMA}-from-{found}"), overwrite=True)
-    upgrade(engine)
+        backup = back_up(database, file.with_name(f"{file.name}.before-{SCHEMA}-from-{found}"), overwrite=True)
+    upgrade(database)
     return Migrated(True, backup)
 
 
-def back_up(engine: Engine, target: Path, *, overwrite: bool = False) -> Path:
+def back_up(database: Database, target: Path, *, overwrite: bool = False) -> Path:
     """Copies an SQLite database as it is at one moment to `target`, while workers run; whole or not at all.
 
     Raises DatabaseError where a file is there (but for `overwrite`) or the copy cannot be written, and for PostgreSQL,
     which has its own tool.
     """
-    if engine.dialect.name != "sqlite":
+    if database.dialect.name != "sqlite":
         raise DatabaseError("This copies SQLite files. For PostgreSQL: pg_dump --format=custom --file=FILE URL")
-    if target.exists() and target.samefile(engine.url.database or ""):
+    if target.exists() and target.samefile(database.url.database or ""):
         raise DatabaseError(f"{target} is the database itself. Name another file.")
     if os.path.lexists(target) and not overwrite:
         raise DatabaseError(f"{target} is there already, and is left as it is. Name another file, or move it away.")
@@ -649,8 +650,8 @@ def back_up(engine: Engine, target: Path, *, overwrite: bool = False) -> Path:
     try:
         partial.unlink(missing_ok=True)  # of one that was killed
         # In one step: copied page by page, it would start anew whenever a worker commits.
-        with closing(sqlite3.connect(engine.url.database or "")) as read, closing(sqlite3.connect(partial)) as write:
-            _patiently(lambda: read.backup(write), engine.url.database)
+        with closing(sqlite3.connect(database.url.database or "")) as read, closing(sqlite3.connect(partial)) as write:
+            _patiently(lambda: read.backup(write), database.url.database)
         with partial.open("rb") as copy:
             os.fsync(copy.fileno())
         partial.replace(target)
@@ -665,15 +666,15 @@ def back_up(engine: Engine, target: Path, *, overwrite: bool = False) -> Path:
     return target
 
 
-def vacuum(engine: Engine) -> None:
+def vacuum(database: Database) -> None:
     """Gives free space back, and brings PostgreSQL's statistics up to date. SQLite is locked meanwhile."""
     try:
-        with engine.connect() as conn:
-            if engine.dialect.name == "postgresql":
+        with database.connect() as conn:
+            if database.dialect.name == "postgresql":
                 conn.exec_driver_sql("VACUUM (ANALYZE)")
                 return
             conn.exec_driver_sql("PRAGMA query_only = OFF")  # the last reader of this connection had it on
-            _patiently(lambda: conn.exec_driver_sql("VACUUM"), engine.url.database)
+            _patiently(lambda: conn.exec_driver_sql("VACUUM"), database.url.database)
             conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
     except DBAPIError as error:
-        raise DatabaseError(explain(error, engine.url)) from error
+        raise DatabaseError(explain(error, database.url)) from error

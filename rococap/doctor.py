@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, event
+from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DBAPIError
 
 from rococap import db, queue, tables
-from rococap.data import HUB_ID, SPLITS, Shard, cached, datasets, parse_name
+from rococap.data import HUB_ID, SPLITS, Shard, at_revision, cached, datasets, parse_name
 from rococap.db import execute, transaction
 from rococap.errors import RococapError
 from rococap.queue import Run
@@ -64,7 +65,7 @@ START_ANEW = (
 )
 
 
-def examine(database: Engine) -> Iterator[Check]:
+def examine(database: Database) -> Iterator[Check]:
     """Every check in turn, as it is done. What needs something that failed is skipped; an absent file stays absent.
 
     Made for an engine that was opened as it is (`connect(create=False, force=True)`). Under SQLite's DELETE journal
@@ -87,7 +88,7 @@ def examine(database: Engine) -> Iterator[Check]:
             in_order.add(name)
 
 
-def _guarded(look: Callable[..., Iterator[Finding]], database: Engine, *more: object) -> Iterator[Finding]:
+def _guarded(look: Callable[..., Iterator[Finding]], database: Database, *more: object) -> Iterator[Finding]:
     """What it finds; what it stumbles over is a finding too."""
     try:
         yield from look(database, *more)
@@ -105,17 +106,17 @@ def _listed(names: Iterable[str], most: int = 3) -> str:
 # --- The machine and the file ----------------------------------------------------------------------------------
 
 
-def _file(database: Engine) -> Path | None:
+def _file(database: Database) -> Path | None:
     """The SQLite file, or None for a server."""
     return Path(database.url.database or "").resolve() if database.dialect.name == "sqlite" else None
 
 
-def _database(database: Engine) -> Iterator[Finding]:
+def _database(database: Database) -> Iterator[Finding]:
     path = _file(database)
     yield _postgresql(database) if path is None else _sqlite(database, path)
 
 
-def _sqlite(database: Engine, path: Path) -> Finding:
+def _sqlite(database: Database, path: Path) -> Finding:
     build, is_safe = f"SQLite {sqlite3.sqlite_version}", db.wal_is_safe(sqlite3.sqlite_version_info)
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         return FAIL, f"{build} is too old: use a Python whose SQLite is 3.37 or newer, or PostgreSQL."
@@ -133,7 +134,7 @@ def _sqlite(database: Engine, path: Path) -> Finding:
     return OK, f"{build}{'' if is_safe else ' (with the WAL bug)'}, journal {journal}, synchronous {synchronous}"
 
 
-def _postgresql(database: Engine) -> Finding:
+def _postgresql(database: Database) -> Finding:
     settings = "current_setting('server_version'), current_setting('server_version_num'), current_setting('fsync')"
     with transaction(database) as conn:
         version, number, fsync = execute(conn, f"SELECT {settings}").one()
@@ -146,7 +147,7 @@ def _postgresql(database: Engine) -> Finding:
     return OK, found
 
 
-def _file_system(database: Engine) -> Iterator[Finding]:
+def _file_system(database: Database) -> Iterator[Finding]:
     path = _file(database)
     if path is None:
         yield SKIP, "The server looks after its own."
@@ -159,7 +160,7 @@ def _file_system(database: Engine) -> Iterator[Finding]:
         yield OK, f"{path.parent} is on {kind or 'a file system of a kind that this machine does not tell'}"
 
 
-def _disk(database: Engine) -> Iterator[Finding]:
+def _disk(database: Database) -> Iterator[Finding]:
     path = _file(database)
     if path is None:
         yield SKIP, "The server looks after its own."
@@ -175,7 +176,7 @@ def _disk(database: Engine) -> Iterator[Finding]:
         yield OK, f"{found}, for a database of {size / 1e6:,.0f} MB"
 
 
-def _device(database: Engine) -> Iterator[Finding]:
+def _device(database: Database) -> Iterator[Finding]:
     try:
         import torch
 
@@ -203,7 +204,7 @@ def _device(database: Engine) -> Iterator[Finding]:
 # --- The tables ------------------------------------------------------------------------------------------------
 
 
-def _schema(database: Engine) -> Iterator[Finding]:
+def _schema(database: Database) -> Iterator[Finding]:
     with transaction(database) as conn:
         found = db.found_schema(conn)
     if found is None:
@@ -214,7 +215,7 @@ def _schema(database: Engine) -> Iterator[Finding]:
         yield OK, found
 
 
-def _integrity(database: Engine) -> Iterator[Finding]:
+def _integrity(database: Database) -> Iterator[Finding]:
     path = _file(database)
     if path is None:
         yield SKIP, f"PostgreSQL's own tool does this: pg_amcheck {database.url.database}"
@@ -245,7 +246,7 @@ _TALLIED_AND_COUNTED = (
 )
 
 
-def _tallies(database: Engine) -> Iterator[Finding]:
+def _tallies(database: Database) -> Iterator[Finding]:
     with transaction(database) as conn:
         rows = execute(conn, _TALLIED_AND_COUNTED).fetchall()
     tallied: Counter[tuple[str, str, str]] = Counter()
@@ -283,7 +284,7 @@ def _pictures(conn: Connection, where: str) -> str:
     return f"{rows[0][2]} ({', '.join(f'{image_id} of run {run}' for image_id, run, _ in rows)})" if rows else ""
 
 
-def _leases(database: Engine) -> Iterator[Finding]:
+def _leases(database: Database) -> Iterator[Finding]:
     with transaction(database) as conn:
         stray = _pictures(
             conn,
@@ -307,7 +308,7 @@ def _leases(database: Engine) -> Iterator[Finding]:
         yield OK, f"{n_open} open"
 
 
-def _captions(database: Engine) -> Iterator[Finding]:
+def _captions(database: Database) -> Iterator[Finding]:
     caption = "EXISTS (SELECT 1 FROM captions c WHERE c.job_id = j.id)"
     with transaction(database) as conn:
         without = _pictures(conn, f"j.status = 'done' AND NOT {caption}")
@@ -325,7 +326,7 @@ def _captions(database: Engine) -> Iterator[Finding]:
 
 
 def _each(
-    database: Engine, key: Callable[[Run], Hashable], look: Callable[[Engine, Run], Iterator[Finding]]
+    database: Database, key: Callable[[Run], Hashable], look: Callable[[Database, Run], Iterator[Finding]]
 ) -> Iterator[Finding]:
     """What `look` finds for each data set or model, told apart by `key`; a run that is finished needs none."""
     with transaction(database) as conn:
@@ -341,11 +342,11 @@ def _each(
                 yield verdict, found
 
 
-def _datasets(database: Engine) -> Iterator[Finding]:
+def _datasets(database: Database) -> Iterator[Finding]:
     return _each(database, lambda run: run.dataset_id, _dataset)
 
 
-def _dataset(database: Engine, run: Run) -> Iterator[Finding]:
+def _dataset(database: Database, run: Run) -> Iterator[Finding]:
     sql = "SELECT path, split, n_rows, n_row_groups, size, digest FROM shards WHERE dataset_id = ? ORDER BY id"
     with transaction(database) as conn:
         known = {row[0]: Shard(*row) for row in execute(conn, sql, (run.dataset_id,)).fetchall()}
@@ -362,7 +363,7 @@ def _dataset(database: Engine, run: Run) -> Iterator[Finding]:
     there = {shard.path: shard for split in splits for shard in datasets.find_shards(root, split, config, run.columns)}
     altered = [path for path in known if path in there and there[path] != known[path]]
     gone = [path for path in known if path not in there]
-    found = " at ".join(filter(None, (run.dataset, run.dataset_revision)))
+    found = at_revision(run.dataset, run.dataset_revision)
     again = "Register it anew: rococap enqueue with the same options"
     if altered or gone:
         told = "; ".join(f"{what}: {_listed(paths)}" for what, paths in (("altered", altered), ("gone", gone)) if paths)
@@ -373,11 +374,11 @@ def _dataset(database: Engine, run: Run) -> Iterator[Finding]:
         yield OK, f"{found}: as registered, {len(known)} shards"
 
 
-def _models(database: Engine) -> Iterator[Finding]:
+def _models(database: Database) -> Iterator[Finding]:
     return _each(database, lambda run: (run.recipe.model, run.recipe.revision), _model)
 
 
-def _model(database: Engine, run: Run) -> Iterator[Finding]:
+def _model(database: Database, run: Run) -> Iterator[Finding]:
     name, revision = run.recipe.model, run.recipe.revision
     if Path(name).is_dir():
         if (Path(name) / "config.json").is_file():
@@ -389,7 +390,7 @@ def _model(database: Engine, run: Run) -> Iterator[Finding]:
     elif missing := _missing_of_model(name, revision):
         yield _not_cached("model", name, revision, missing)
     else:
-        yield OK, f"{name} at {revision}, in the cache"
+        yield OK, f"{at_revision(name, revision)}, in the cache"
 
 
 def _missing_of_model(name: str, revision: str) -> str:
@@ -408,7 +409,7 @@ def _missing_of_model(name: str, revision: str) -> str:
 def _not_cached(kind: str, name: str, revision: str, missing: str) -> Finding:
     from huggingface_hub import constants
 
-    found = f"{name} at {revision} is not whole in the cache {constants.HF_HUB_CACHE} (it lacks {missing})"
+    found = f"{at_revision(name, revision)} is not whole in the cache {constants.HF_HUB_CACHE} (it lacks {missing})"
     if constants.HF_HUB_OFFLINE:
         return FAIL, f"{found}, and HF_HUB_OFFLINE is set. Unset it, or copy the cache from where there is a network."
     command = f"hf download --repo-type {kind} --revision {revision} {name}"
@@ -418,7 +419,7 @@ def _not_cached(kind: str, name: str, revision: str, missing: str) -> Finding:
 # --- The spool -------------------------------------------------------------------------------------------------
 
 
-def _spool(database: Engine) -> Iterator[Finding]:
+def _spool(database: Database) -> Iterator[Finding]:
     folder = spool.folder_of(database.url)
     n = sum(spool.waiting(folder).values())
     if n:
@@ -428,7 +429,7 @@ def _spool(database: Engine) -> Iterator[Finding]:
 
 
 # Name, what must be in order first, and the look.
-_CHECKS: tuple[tuple[str, str, Callable[[Engine], Iterator[Finding]]], ...] = (
+_CHECKS: tuple[tuple[str, str, Callable[[Database], Iterator[Finding]]], ...] = (
     ("database", "", _database),
     ("file system", "", _file_system),
     ("disk", "", _disk),

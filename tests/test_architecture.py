@@ -12,7 +12,7 @@ import rococap
 ROOT = Path(rococap.__file__).parent
 
 PLAN = (
-    {"errors", "recipe", "flags", "open_files", "tables"},
+    {"errors", "recipe", "flags", "open_files", "progress", "tables"},
     {"files", "prompts", "urls"},
     {"db"},
     {"data"},

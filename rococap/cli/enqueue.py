@@ -74,7 +74,7 @@ def _prompt(prompt: str | None, preset: str | None, file: Path | None, prompts: 
 @cli.command("prompts")
 @prompts_option
 @json_option
-def list_prompts(prompts: Path | None, as_json: bool) -> None:
+def prompts_command(prompts: Path | None, as_json: bool) -> None:
     """Prompts that `enqueue --preset NAME` knows: rococap's own, and those of your file."""
     from rococap import prompts as library
 
@@ -91,7 +91,7 @@ def list_prompts(prompts: Path | None, as_json: bool) -> None:
 # --- enqueue ---------------------------------------------------------------------------------------------------
 
 
-@cli.command()
+@cli.command("enqueue")
 @splits_option(help="May be repeated. [required, but with --from: all that it has]")
 @click.option(
     "--dataset",
@@ -185,7 +185,7 @@ def list_prompts(prompts: Path | None, as_json: bool) -> None:
 )
 @db_option
 @click.pass_context
-def enqueue(
+def enqueue_command(
     ctx: click.Context,
     /,
     splits: tuple[str, ...],

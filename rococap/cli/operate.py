@@ -55,7 +55,7 @@ def clear_deleted(database: Database, report: Callable[[int], None] = lambda n: 
         report(cleared)
 
 
-@cli.command()
+@cli.command("retry")
 @run_option("The run. [default: `default`, or the only one]")
 @splits_option()
 @click.option("--code", "codes", multiple=True, help="Those that failed with this code. May be repeated.")
@@ -63,7 +63,7 @@ def clear_deleted(database: Database, report: Callable[[int], None] = lambda n: 
 @click.option("--cancelled", is_flag=True, help="Those that were cancelled.")
 @click.option("--all", "everything", is_flag=True, help="Everything that failed.")
 @db_option
-def retry(
+def retry_command(
     run_name: str | None,
     splits: tuple[str, ...],
     codes: tuple[str, ...],
@@ -98,13 +98,13 @@ def _refuse_unknown(conn: Connection, run: queue.Run, image_ids: Sequence[str], 
         )
 
 
-@cli.command()
+@cli.command("cancel")
 @run_option("The run. [default: `default`, or the only one]")
 @splits_option()
 @click.option("--image-id", "image_ids", multiple=True, help="Only this picture. May be repeated.")
 @click.option("--all", "everything", is_flag=True, help="Everything that is not finished.")
 @db_option
-def cancel(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, ...], everything: bool) -> None:
+def cancel_command(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, ...], everything: bool) -> None:
     """Withdraw pictures that are not finished. A worker that holds some drops their captions."""
     if not (splits or image_ids or everything):
         raise click.UsageError("Say what to cancel: --split SPLIT, --image-id ID or --all.")
@@ -116,18 +116,18 @@ def cancel(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, 
     say(f"{run.name}: {n} cancelled" + (f". Undo: {with_run('retry --cancelled', run.name)}" if n else ""))
 
 
-@cli.command()
+@cli.command("pause")
 @run_option("The run. [default: `default`, or the only one]")
 @db_option
-def pause(run_name: str | None) -> None:
+def pause_command(run_name: str | None) -> None:
     """Let workers finish what they hold and claim nothing more of a run, until `resume`."""
     _pause(run_name, True)
 
 
-@cli.command()
+@cli.command("resume")
 @run_option("The run. [default: `default`, or the only one]")
 @db_option
-def resume(run_name: str | None) -> None:
+def resume_command(run_name: str | None) -> None:
     """Let workers claim of a paused run again."""
     _pause(run_name, False)
 
@@ -142,10 +142,10 @@ def _pause(run_name: str | None, paused: bool) -> None:
         click.echo(f"{run.name}: workers may claim.")
 
 
-@cli.command()
+@cli.command("reap")
 @click.option("--lease", "lease_ids", type=int, multiple=True, help="This lease, though its time has not run out.")
 @db_option
-def reap(lease_ids: tuple[int, ...]) -> None:
+def reap_command(lease_ids: tuple[int, ...]) -> None:
     """Free the pictures of dead workers: of leases whose time has run out, or of those named.
 
     Workers do it by themselves. Name a lease (see: rococap leases) only if its worker is surely dead, and do not reap
@@ -158,12 +158,12 @@ def reap(lease_ids: tuple[int, ...]) -> None:
     click.echo(f"Leases freed: {len(reaped)}. Their pictures are pending again." if reaped else "No lease has run out.")
 
 
-@cli.command()
+@cli.command("vacuum")
 @click.option(
     "--keep-days", type=click.FloatRange(0, 36_500), default=30.0, show_default=True, help="How much history stays."
 )
 @db_option
-def vacuum(keep_days: float) -> None:
+def vacuum_command(keep_days: float) -> None:
     """Delete old failures that a later one of the same picture has replaced and what is left of deleted runs, and give
     free space back.
 
@@ -189,9 +189,9 @@ def _prune(database: Database, before: int) -> int:
         return queue.prune(conn, before=before)
 
 
-@cli.command()
+@cli.command("backup")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @db_option
-def backup(file: Path) -> None:
+def backup_command(file: Path) -> None:
     """Copy the SQLite database as it is at one moment, while workers run. A file that is there is not overwritten."""
     click.echo(f"Copied to {db.back_up(open_database(), file)}")

@@ -32,7 +32,7 @@ from rococap.data import SPLITS
 from rococap.errors import RococapError
 
 
-@cli.command()
+@cli.command("compare")
 @click.argument("names", metavar="RUN…", nargs=-1, required=True)
 @splits_option()
 @click.option(
@@ -45,7 +45,7 @@ from rococap.errors import RococapError
 @strip_option
 @json_option
 @db_option
-def compare(
+def compare_command(
     names: tuple[str, ...],
     splits: tuple[str, ...],
     output: Path | None,
@@ -87,7 +87,7 @@ WIDEST_SCORE = 20  # characters, with its interval
 EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
 
 
-@cli.command()
+@cli.command("evaluate")
 @splits_option(required=True)
 @runs_option("May be repeated: runs side by side. [default: `default`, or the only one]")
 @click.option(
@@ -105,7 +105,7 @@ EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
 @strip_option
 @json_option
 @db_option
-def evaluate(
+def evaluate_command(
     splits: tuple[str, ...],
     names: tuple[str, ...],
     output: Path | None,
@@ -211,7 +211,7 @@ def _modalities_table(runs: Sequence[Any]) -> str:
 # --- report ----------------------------------------------------------------------------------------------------
 
 
-@cli.command()
+@cli.command("report")
 @click.option("--split", type=click.Choice(SPLITS), required=True)
 @runs_option("May be repeated: runs side by side. [default: `default`, or the only one]")
 @click.option(
@@ -225,7 +225,9 @@ def _modalities_table(runs: Sequence[Any]) -> str:
 )
 @strip_option
 @db_option
-def report(split: str, names: tuple[str, ...], output: Path | None, pictures: int, strip_reasoning: bool) -> None:
+def report_command(
+    split: str, names: tuple[str, ...], output: Path | None, pictures: int, strip_reasoning: bool
+) -> None:
     """Write one HTML file to look at: scores, plots, and pictures with their captions beside the originals.
 
     It needs no server and no network. Of a run's pictures it shows the best, the worst, some at random, those that are
@@ -265,7 +267,7 @@ _FILE_ENDING = re.compile(r"\.(?!v?\d+$)\w{1,8}")
 """What stands behind the dot of x.xlsx or x.csv.gz, and not of the folders run.2 and run.v2."""
 
 
-@cli.command()
+@cli.command("export")
 @splits_option(required=True)
 @run_option("The run. [default: `default`, or the only one]")
 @click.option(
@@ -303,7 +305,7 @@ _FILE_ENDING = re.compile(r"\.(?!v?\d+$)\w{1,8}")
 )
 @db_option
 @click.pass_context
-def export(
+def export_command(
     ctx: click.Context,
     /,
     splits: tuple[str, ...],
@@ -484,13 +486,13 @@ def _echo_segments(paths: list[Path]) -> None:
         click.echo(f"{paths[0].parent / what}: {len(paths)} new checkpoints")
 
 
-@cli.command()
+@cli.command("restore")
 @click.argument(
     "paths", metavar="FILE…", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @run_option("The run to restore into. [default: `default`, or the only one]")
 @db_option
-def restore(paths: tuple[Path, ...], run_name: str | None) -> None:
+def restore_command(paths: tuple[Path, ...], run_name: str | None) -> None:
     """Read exports or checkpoints back into a run whose split is enqueued, so that a lost database costs nothing."""
     from rococap.results import restore as restore_module
 

@@ -26,10 +26,10 @@ from rococap.cli.worker import check_engine, engine_options
 from rococap.data import SPLITS
 
 
-@cli.command()
+@cli.command("doctor")
 @json_option
 @db_option
-def doctor(as_json: bool) -> None:
+def doctor_command(as_json: bool) -> None:
     """Check this machine, the database, the data set and the model; exit code 1 if something is wrong."""
     from rococap.doctor import Verdict, examine
 
@@ -45,9 +45,9 @@ def doctor(as_json: bool) -> None:
         sys.exit(1)
 
 
-@cli.command()
+@cli.command("migrate")
 @db_option
-def migrate() -> None:
+def migrate_command() -> None:
     """Upgrade the database to this rococap's schema, after a backup copy."""
     target = click.get_current_context().find_root().obj
     done = db.migrate(target.url, force=target.force)
@@ -69,7 +69,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     return [click.IntRange(1, 4096)(size, param, ctx) for size in sizes]
 
 
-@cli.command()
+@cli.command("bench")
 @run_option("The run to measure. [default: `default`, or the only one that has work]")
 @click.option("--split", type=click.Choice(SPLITS), help="[default: the first that the run has]")
 @click.option(
@@ -93,7 +93,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
 )
 @json_option
 @db_option
-def bench(
+def bench_command(
     run_name: str | None,
     split: str | None,
     pictures: int,
@@ -163,7 +163,7 @@ def _measured_text(measured: Any) -> str:
 # --- demo ------------------------------------------------------------------------------------------------------
 
 
-@cli.command()
+@cli.command("demo")
 @click.option(
     "--dir",
     "folder",
@@ -174,7 +174,7 @@ def _measured_text(measured: Any) -> str:
 )
 @click.option("--images", type=click.IntRange(min=5), default=200, show_default=True, help="How many phantoms to draw.")
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Processes that caption.")
-def demo(folder: Path, images: int, workers: int) -> None:
+def demo_command(folder: Path, images: int, workers: int) -> None:
     """Run the whole job on drawings: phantoms, two workers, the small model in this package, an export, a report."""
     from rococap.demo import run as run_demo
 

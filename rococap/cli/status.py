@@ -35,11 +35,11 @@ SHOWN_PROCESS = 16  # characters
 # --- status ----------------------------------------------------------------------------------------------------
 
 
-@cli.command()
+@cli.command("status")
 @click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C.")
 @json_option
 @db_option
-def status(watch: bool, as_json: bool) -> None:
+def status_command(watch: bool, as_json: bool) -> None:
     """Where every run and split stands, and which workers live."""
     database = open_database()
     if as_json:
@@ -133,12 +133,12 @@ def _watch(text: Callable[[], str]) -> None:
 # --- runs ------------------------------------------------------------------------------------------------------
 
 
-@cli.command()
+@cli.command("runs")
 @click.option("--delete", "doomed", metavar="NAME", help="Remove this run with its captions, after asking.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @db_option
-def runs(doomed: str | None, yes: bool, as_json: bool) -> None:
+def runs_command(doomed: str | None, yes: bool, as_json: bool) -> None:
     """List the runs: model, recipe, and how far each is. Or remove one: --delete NAME."""
     if doomed is not None:
         if as_json:
@@ -203,12 +203,12 @@ def _recipe_text(recipe: Recipe) -> str:
 # --- failures, leases, workers ----------------------------------------------------------------------------------
 
 
-@cli.command()
+@cli.command("failures")
 @run_option("Only this run.")
 @splits_option()
 @json_option
 @db_option
-def failures(run_name: str | None, splits: tuple[str, ...], as_json: bool) -> None:
+def failures_command(run_name: str | None, splits: tuple[str, ...], as_json: bool) -> None:
     """What failed and why, grouped by code."""
     with db.transaction(open_database()) as conn:
         failed = queue.list_failures(conn, run_name, splits)
@@ -227,11 +227,11 @@ def failures(run_name: str | None, splits: tuple[str, ...], as_json: bool) -> No
     say("Try them again: rococap retry --code CODE, or --image-id ID, or --all")
 
 
-@cli.command()
+@cli.command("leases")
 @click.option("--last", type=click.IntRange(0, 10_000), default=0, metavar="N", help="Also the last N that ended.")
 @json_option
 @db_option
-def leases(last: int, as_json: bool) -> None:
+def leases_command(last: int, as_json: bool) -> None:
     """Who holds which pictures, and for how long."""
     with db.transaction(open_database()) as conn:
         found = queue.list_leases(conn, closed=last)
@@ -253,11 +253,11 @@ def leases(last: int, as_json: bool) -> None:
     click.echo(as_table(header, rows))
 
 
-@cli.command()
+@cli.command("workers")
 @click.option("--all", "everyone", is_flag=True, help="Also those that stopped long ago.")
 @json_option
 @db_option
-def workers(everyone: bool, as_json: bool) -> None:
+def workers_command(everyone: bool, as_json: bool) -> None:
     """Worker processes: running, stopped or lost."""
     with db.transaction(open_database()) as conn:
         found = queue.list_workers(conn, everyone=everyone)

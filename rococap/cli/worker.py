@@ -98,7 +98,7 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
         raise click.BadParameter(str(error)) from error
 
 
-@cli.command()
+@cli.command("worker")
 @run_option("The run to work on. [default: `default`, or the only one that has work]")
 @splits_option()
 @engine_options
@@ -158,7 +158,7 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 @click.option("--member", "is_member", is_flag=True, hidden=True, help="A process that --devices started.")
 @db_option
 @click.pass_context
-def worker(
+def worker_command(
     ctx: click.Context,
     /,
     run_name: str | None,

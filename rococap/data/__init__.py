@@ -7,7 +7,7 @@ column of pictures and, if there, ids, captions and concepts. And folders of pic
 
 from rococap.data.hub import cached
 from rococap.data.layout import SPLITS
-from rococap.data.places import HUB_ID, STANDARD, Columns, Dataset, Place, Sample, Shard, parse_name
+from rococap.data.places import HUB_ID, STANDARD, Columns, Dataset, Place, Sample, Shard, at_revision, parse_name
 from rococap.data.reader import PictureReader
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Place",
     "Sample",
     "Shard",
+    "at_revision",
     "cached",
     "parse_name",
 ]

@@ -137,12 +137,12 @@ def _why(error: Exception, name: str, revision: str | None) -> str:
             )
         case _ if _refused(error):
             return (
-                f"The hub refuses access to the data set {name} ({_reason(error)}): "
+                f"The hub refuses access to the data set {name} ({reason(error)}): "
                 "log in with `hf auth login`, with a token that may read it."
             )
         case errors.LocalEntryNotFoundError():
             return (
-                f"The hub at {constants.ENDPOINT} cannot be used ({_reason(error)}), and the data set {name} is not "
+                f"The hub at {constants.ENDPOINT} cannot be used ({reason(error)}), and the data set {name} is not "
                 f"whole in the cache {constants.HF_HUB_CACHE}: check the network, then run this again; "
                 "whole files are kept."
             )
@@ -153,7 +153,7 @@ def _why(error: Exception, name: str, revision: str | None) -> str:
                 f"({os.strerror(number)}): {'free some space' if full else 'check the folder'}, or set HF_HOME to "
                 "another disk, then run this again; whole files are kept."
             )
-    return f"The download of {name} broke off ({_reason(error)}): run this again; whole files are kept."
+    return f"The download of {name} broke off ({reason(error)}): run this again; whole files are kept."
 
 
 def _refused(error: Exception) -> bool:
@@ -165,7 +165,7 @@ def _refused(error: Exception) -> bool:
     )
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line, from where the trouble began."""
     origin = error.__cause__ or error
     return next(iter(str(origin).strip().splitlines()), type(origin).__name__)

@@ -155,3 +155,8 @@ def listed(names: Sequence[str]) -> str:
 def concepts(cui: Iterable[str | None] | None) -> tuple[str, ...]:
     # An empty cell of ROCOv2 became the one concept "nan" on its way to the hub.
     return tuple([concept for concept in cui if concept and concept != "nan"]) if cui else ()
+
+
+def at_revision(name: str, revision: str) -> str:
+    """How a data set or model is told: `owner/name at COMMIT`; a folder has no revision."""
+    return f"{name} at {revision}" if revision else name

@@ -34,10 +34,7 @@ def require_pictures(dataset: Dataset, split: str, shards: Sequence[Shard], reci
 
 def _complaint(reader: PictureReader, place: Place, recipe: Recipe) -> str | None:
     try:
-        data = reader.look(place)
-        if isinstance(data, PictureError):
-            raise data
-        open_picture(data, recipe.frame)
+        open_picture(reader.look(place), recipe.frame)
     except PictureError as error:
         return str(error)
     return None

@@ -21,6 +21,12 @@ _PASSING = frozenset([errno.EAGAIN, errno.EIO, errno.EINTR, errno.ENFILE, errno.
 """Errors of a disk or a network share that may be gone at the next try."""
 
 
+def _raised(data: bytes | PictureError) -> bytes:
+    if isinstance(data, PictureError):
+        raise data
+    return data
+
+
 class PictureReader:
     """Reads pictures by their place. For one thread; what it holds is one open shard and one batch of rows.
 
@@ -61,12 +67,17 @@ class PictureReader:
             else:
                 yield place, self._picture_in_shard(place)
 
-    def look(self, place: Place) -> bytes | PictureError:
-        """The picture at a place; of a Parquet shard whatever its id."""
+    def picture(self, place: Place) -> bytes:
+        """One picture. Raises PictureError if it cannot be read, DatasetError where its whole shard is gone."""
+        ((_, data),) = self.read([place])
+        return _raised(data)
+
+    def look(self, place: Place) -> bytes:
+        """The picture at a place; of a Parquet shard whatever its id. Raises as `picture` does."""
         if place.shard.lower().endswith(CAPTIONS):
-            return self._picture_in_folder(place)
+            return _raised(self._picture_in_folder(place))
         row = self._at(place).row(place.row_in_group)
-        return _moved(place, None) if row is None else self._picture(place, row)
+        return _raised(_moved(place, None) if row is None else self._picture(place, row))
 
     def _picture_in_shard(self, place: Place) -> bytes | PictureError:
         try:

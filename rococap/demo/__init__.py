@@ -19,6 +19,8 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 from sqlalchemy import Engine as Database
 
+from rococap.data import STANDARD
+from rococap.progress import Progress
 from rococap import db, queue
 from rococap.data import SPLITS, PictureReader, Place, datasets
 from rococap.data.images import open_picture
@@ -38,7 +40,6 @@ NOTE = (
     "given to another drawing: what it scores, captions of this kind score by chance."
 )
 
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,12 +213,9 @@ def _contact_sheet(database: Database, folder: Path, rows: list[Shown]) -> Path:
 
 def _pictures(database: Database, folder: Path, image_ids: list[str]) -> dict[str, Image.Image]:
     with db.transaction(database) as conn:
-        found = db.execute(
-            conn,
-            "SELECT s.path, i.split, i.row_group, i.row_in_group, i.image_id FROM images i "
-            "JOIN shards s ON s.id = i.shard_id ORDER BY i.id",
-        ).fetchall()
-    places = [Place(*row) for row in found if row[4] in image_ids]
+        sql = f"SELECT {queue.PLACE} FROM images i JOIN shards s ON s.id = i.shard_id ORDER BY i.id"
+        places = [queue.place_of(row, STANDARD) for row in db.execute(conn, sql).fetchall()]
+    places = [place for place in places if place.image_id in image_ids]
     with PictureReader(folder / "dataset") as reader:
         return {place.image_id: open_picture(data) for place, data in reader.read(places) if isinstance(data, bytes)}
 

@@ -26,6 +26,7 @@ from rococap.queue.leases import (
 from rococap.queue.operate import cancel, clear_deleted, delete_run, pause, prune, retry, unknown_codes, unknown_images
 from rococap.queue.records import (
     NORMAL,
+    PLACE,
     SOLO,
     SUSPECTS,
     Job,
@@ -36,6 +37,7 @@ from rococap.queue.records import (
     flag_counts,
     flagged,
     flags_of,
+    place_of,
     tally,
 )
 from rococap.queue.recovery import Recovered, belongs, crash, overdue, reap, recover, release_forgotten, wake
@@ -74,6 +76,7 @@ __all__ = [
     "CRASHES",
     "MAX_BACKOFF_MS",
     "NORMAL",
+    "PLACE",
     "SOLO",
     "SUSPECTS",
     "Counts",
@@ -121,6 +124,7 @@ __all__ = [
     "pause",
     "pin",
     "pin_first",
+    "place_of",
     "prune",
     "reap",
     "recover",

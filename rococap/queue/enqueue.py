@@ -4,18 +4,20 @@ The whole split is entered in `images`, whatever `limit` says, so that ids follo
 are a selection of them. A shard is one transaction and so is a page of jobs: killed half-way, the next enqueue goes on.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
+from sqlalchemy import Engine as Database
 
 from rococap.data import Columns, Dataset, Sample, Shard, datasets
 from rococap.data.probe import require_pictures
 from rococap.db import execute, lock, transaction
 from rococap.errors import DatasetError, RunError
+from rococap.progress import Progress, silent
 from rococap.queue import records, runs, status
 from rococap.queue.records import clean_text
 from rococap.recipe import RULES, Recipe
@@ -25,9 +27,6 @@ PAGE = 20_000
 
 LONGEST_ID = 240
 """Bytes of an image id in UTF-8. Exports name files by it, which hold 255, and PostgreSQL's index holds 2,704."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, how much is done, of how much)."""
 
 
 @dataclass(slots=True)
@@ -46,7 +45,7 @@ class Enqueued:
 
 
 def enqueue(
-    engine: Engine,
+    database: Database,
     dataset: Dataset,
     splits: Sequence[str],
     *,
@@ -54,7 +53,7 @@ def enqueue(
     recipe: Recipe,
     limit: int | None = None,
     offset: int = 0,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> list[Enqueued]:
     """Makes the rows `offset` to `offset + limit` of each split pending in a run; what is known stays as it is.
 
@@ -62,22 +61,22 @@ def enqueue(
     for ids that are too long: every shard's footer is read, and of a split that is new or altered the ids and some
     pictures, before anything is written.
     """
-    with transaction(engine) as conn:
+    with transaction(database) as conn:
         dataset, known = _as_registered(conn, dataset, splits)
     shards = {split: datasets.find_shards(dataset.root, split, dataset.config, dataset.columns) for split in splits}
     for split in splits:
         if new := [shard for shard in shards[split] if known[split].get(shard.path) != shard]:
             _check_ids(dataset, new)
             require_pictures(dataset, split, shards[split], recipe)
-    with transaction(engine, write=True) as conn:
+    with transaction(database, write=True) as conn:
         dataset_id = register_dataset(conn, dataset)
         target = runs.create_run(conn, run, dataset_id, recipe)
     results = []
     for split in splits:
         result = Enqueued(split)
-        _register_split(engine, dataset, dataset_id, shards[split], result, progress)
-        _register_jobs(engine, target, split, limit, offset, result, progress)
-        with transaction(engine) as conn:
+        _register_split(database, dataset, dataset_id, shards[split], result, progress)
+        _register_jobs(database, target, split, limit, offset, result, progress)
+        with transaction(database) as conn:
             result.is_unlabelled = not _has_originals(conn, dataset_id, split)
         results.append(result)
     return results
@@ -100,14 +99,14 @@ def _has_originals(conn: Connection, dataset_id: int, split: str) -> bool:
 
 
 def enqueue_from(
-    engine: Engine,
+    database: Database,
     old: runs.Run,
     splits: Sequence[str],
     *,
     run: str,
     recipe: Recipe,
     flags: Sequence[str] = (),
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> list[Enqueued]:
     """Makes the pictures of another run pending in a run; with `flags`, those whose caption there has one of them.
 
@@ -118,12 +117,12 @@ def enqueue_from(
             f"Run {old.name!r} has this recipe, which would say the same again. Change something: --prompt, --model, "
             "--max-new-tokens, --repetition-penalty …"
         )
-    with transaction(engine, write=True) as conn:
+    with transaction(database, write=True) as conn:
         counts = [one for one in status.counts_of(conn, old, splits) if not flags or one.flags.keys() & set(flags)]
         if not counts:
             raise RunError(f"No caption of run {old.name!r} is flagged {' or '.join(flags)}. See: rococap status")
         target = runs.create_run(conn, run, old.dataset_id, recipe)
-    return [_register_from(engine, old, target, split, frozenset(flags), progress) for split in splits]
+    return [_register_from(database, old, target, split, frozenset(flags), progress) for split in splits]
 
 
 def register_dataset(conn: Connection, dataset: Dataset) -> int:
@@ -169,9 +168,9 @@ _ADD_IMAGE = (
 
 
 def _register_split(
-    engine: Engine, dataset: Dataset, dataset_id: int, shards: list[Shard], result: Enqueued, progress: Progress
+    database: Database, dataset: Dataset, dataset_id: int, shards: list[Shard], result: Enqueued, progress: Progress
 ) -> None:
-    with transaction(engine, write=True) as conn:
+    with transaction(database, write=True) as conn:
         lock(conn, "datasets", dataset_id)
         known = _known_shards(conn, dataset_id, result.split)
         altered = [shard for shard in shards if known.get(shard.path, shard) != shard]
@@ -184,7 +183,7 @@ def _register_split(
             return
     done, total = 0, sum(shard.rows for shard in new)
     for shard in new:
-        with transaction(engine, write=True) as conn:
+        with transaction(database, write=True) as conn:
             lock(conn, "datasets", dataset_id)
             if shard.path not in _known_shards(conn, dataset_id, result.split):
                 result.duplicates += shard.rows - _add_shard(conn, dataset, dataset_id, shard)
@@ -301,9 +300,9 @@ _SPLIT_FROM = "FROM images WHERE id >= ? AND +dataset_id = ? AND split = ? ORDER
 
 
 def _register_jobs(
-    engine: Engine, run: runs.Run, split: str, limit: int | None, offset: int, result: Enqueued, progress: Progress
+    database: Database, run: runs.Run, split: str, limit: int | None, offset: int, result: Enqueued, progress: Progress
 ) -> None:
-    with transaction(engine) as conn:
+    with transaction(database) as conn:
         n_images = execute(
             conn, "SELECT count(*) FROM images WHERE dataset_id = ? AND split = ?", (run.dataset_id, split)
         ).scalar_one()
@@ -321,29 +320,29 @@ def _register_jobs(
         result.known = total
         return
     while (done := result.new + result.known) < total:
-        with _writing_to(engine, run) as conn:
+        with _writing_to(database, run) as conn:
             first = _register_page(conn, run, split, first, min(PAGE, total - done), result)
         progress(f"{split}: registering", result.new + result.known, total)
 
 
 @contextmanager
-def _writing_to(engine: Engine, run: runs.Run) -> Iterator[Connection]:
+def _writing_to(database: Database, run: runs.Run) -> Iterator[Connection]:
     """A transaction in which the run is not deleted. Raises RunError if it was."""
-    with transaction(engine, write=True) as conn:
+    with transaction(database, write=True) as conn:
         lock(conn, "runs", run.id)
         runs.refuse_deleted(conn, run)
         yield conn
 
 
 def _register_from(
-    engine: Engine, old: runs.Run, run: runs.Run, split: str, flags: Set[str], progress: Progress
+    database: Database, old: runs.Run, run: runs.Run, split: str, flags: Set[str], progress: Progress
 ) -> Enqueued:
     result = Enqueued(split)
-    with transaction(engine) as conn:
+    with transaction(database) as conn:
         total = sum(one.total for one in status.counts(conn) if (one.run, one.split) == (old.name, split))
     seen, last = 0, 0
     while True:
-        with _writing_to(engine, run) as conn:
+        with _writing_to(database, run) as conn:
             page = execute(conn, _FLAGGED if flags else _JOBS, (old.id, split, last, PAGE)).fetchall()
             if not page:
                 return result

@@ -11,12 +11,13 @@ from typing import Any
 from sqlalchemy import Connection
 
 from rococap import db
-from rococap.data import Columns, Place
+from rococap.data import Columns
 from rococap.db import execute
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost
 from rococap.queue.records import (
     NORMAL,
+    PLACE,
     SOLO,
     SUSPECTS,
     Job,
@@ -26,6 +27,7 @@ from rococap.queue.records import (
     clean_text,
     flag_counts,
     flags_of,
+    place_of,
     tally,
     time_of,
 )
@@ -39,7 +41,7 @@ MAX_BACKOFF_MS = 15 * 60_000
 CRASHES = {NORMAL: (0, 0), SUSPECTS: (1, 1), SOLO: (2, 1 << 30)}
 
 _PENDING = (
-    "SELECT j.id, s.path, i.row_group, i.row_in_group, i.image_id "
+    f"SELECT j.id, {PLACE} "
     "FROM runs r JOIN jobs j ON j.run_id = r.id JOIN images i ON i.id = j.image_id JOIN shards s ON s.id = i.shard_id "
     "WHERE r.id = ? AND r.paused = 0 AND j.split = ? AND j.status = 'pending' AND j.crashes BETWEEN ? AND ? "
     "ORDER BY j.crashes, j.id LIMIT ?"
@@ -70,7 +72,7 @@ def claim(
         return None
     lease_id = new_lease(conn, worker_id, run_id, split, lane, [row[0] for row in rows], ttl_ms, time_of(conn, now))
     columns = _columns(conn, run_id)
-    jobs = tuple(Job(row[0], lease_id, Place(row[1], split, row[2], row[3], row[4], columns)) for row in rows)
+    jobs = tuple(Job(id, lease_id, place_of(place, columns)) for id, *place in rows)
     return Lease(lease_id, worker_id, run_id, split, lane, jobs)
 
 

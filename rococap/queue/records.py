@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from sqlalchemy import Connection
 
 from rococap import db
-from rococap.data import Place
+from rococap.data import Columns, Place
 from rococap.db import execute
 from rococap.flags import degenerate, of_reasoning, without_reasoning
 
@@ -81,6 +82,14 @@ class Telemetry:
         """Without what only a later version knows."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in json.loads(text).items() if name in known})
+
+
+PLACE = "s.path, i.split, i.row_group, i.row_in_group, i.image_id"
+"""The columns of a Place, of images i and shards s."""
+
+
+def place_of(row: Sequence[Any], columns: Columns) -> Place:
+    return Place(*(*row, columns))
 
 
 def clean_text(text: str, most: int = MAX_TEXT) -> str:

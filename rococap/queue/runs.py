@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from rococap import db
-from rococap.data import STANDARD, Columns
+from rococap.data import STANDARD, Columns, at_revision
 from rococap.db import execute
 from rococap.engines import EngineInfo
 from rococap.errors import RunError
@@ -99,8 +99,7 @@ def create_run(conn: Connection, name: str, dataset_id: int, recipe: Recipe, now
         raise RunError(f"Run {name!r} has another recipe ({told}). Give this one a name of its own: --run NAME")
     if run.dataset_id != dataset_id:
         raise RunError(
-            f"Run {name!r} is on another data set ({' at '.join(filter(None, (run.dataset, run.dataset_revision)))}). "
-            "Give this one a name of its own: --run NAME"
+            f"Run {name!r} is on another data set ({_dataset(run)}). Give this one a name of its own: --run NAME"
         )
     return run
 
@@ -201,4 +200,4 @@ def find_runs(conn: Connection, names: Sequence[str]) -> list[Run]:
 
 
 def _dataset(run: Run) -> str:
-    return " at ".join(filter(None, (run.dataset, run.dataset_revision)))
+    return at_revision(run.dataset, run.dataset_revision)

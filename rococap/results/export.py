@@ -12,10 +12,11 @@ from sqlalchemy import Engine as Database
 from rococap import queue
 from rococap.db import transaction
 from rococap.files import ending, replacing, sha256_of, write_json
+from rococap.progress import Progress, silent
 from rococap.queue import Run
 from rococap.results.formats import disarmed, write_frames
 from rococap.results.manifest import manifest_of, manifest_path, stripped
-from rococap.results.snapshot import Progress, check_complete, finished_until, pages
+from rococap.results.snapshot import check_complete, finished_until, pages
 
 FOLDER = Path("results_medical")
 
@@ -38,7 +39,7 @@ def export(
     require_complete: bool = False,
     excel_safe: bool = False,
     strip_reasoning: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Exported:
     """Writes the done images of a split, in data set order, to a .csv, .parquet or .jsonl file, and its manifest.
     `excel_safe` puts an apostrophe before texts that a spreadsheet would run and a byte-order mark at the start of the

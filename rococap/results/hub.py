@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rococap import __version__
+from rococap.data.hub import reason
 from rococap.errors import RococapError
 from rococap.files import read_json
 from rococap.results.manifest import MANIFEST
@@ -102,7 +103,6 @@ def _pushing(repo: str, folder: Path | None = None) -> Iterator[None]:
 def _why_not(error: Exception, repo: str) -> str:
     from huggingface_hub import constants, errors
 
-    origin = error.__cause__ or error
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     match error:
         case errors.OfflineModeIsEnabled():
@@ -115,5 +115,4 @@ def _why_not(error: Exception, repo: str) -> str:
         return "The hub does not know this token: hf auth login, or correct HF_TOKEN, then run this again."
     if status in (403, 404):
         return f"You may not write to {repo} on the hub: hf auth login with a token that may, or --push another name."
-    reason = next(iter(str(origin).splitlines()), type(origin).__name__)
-    return f"The hub at {constants.ENDPOINT} cannot be used ({reason}): check the network, then run this again."
+    return f"The hub at {constants.ENDPOINT} cannot be used ({reason(error)}): check the network, then run this again."

@@ -14,10 +14,11 @@ from rococap import queue
 from rococap.db import execute, transaction
 from rococap.errors import RococapError
 from rococap.files import replacing, sha256_of, write_json
+from rococap.progress import Progress, silent
 from rococap.queue import Run
 from rococap.results.formats import fold, write_frames
 from rococap.results.manifest import manifest_of, manifest_path, stripped
-from rococap.results.snapshot import PAGE, IncompleteError, Progress, done_pages, finished_until, short_reads
+from rococap.results.snapshot import PAGE, IncompleteError, done_pages, finished_until, short_reads
 
 if TYPE_CHECKING:
     pass
@@ -43,7 +44,7 @@ def submit(
     *,
     allow_missing: bool = False,
     strip_reasoning: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Submission:
     """Writes `ID,Caption` for every picture that the data set has of the split, in its order, and a manifest.
 

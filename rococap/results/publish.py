@@ -28,14 +28,14 @@ from rococap.data.images import as_file
 from rococap.db import transaction
 from rococap.errors import PictureError, RococapError, RunError
 from rococap.files import cannot_write, fsync, read_json, write_json
-from rococap.queue import Counts, Run
+from rococap.progress import Progress, silent
+from rococap.queue import Counts, Run, place_of
 from rococap.queue.enqueue import LONGEST_ID
 from rococap.results.formats import SCHEMA, write_frames
 from rococap.results.manifest import MANIFEST, manifest_of, stripped
 from rococap.results.snapshot import (
     PAGE,
     SELECTED,
-    Progress,
     Read,
     check_complete,
     done_pages,
@@ -59,7 +59,7 @@ def publish(
     *,
     require_complete: bool = False,
     strip_reasoning: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> list[Written]:
     """Writes the done images of the splits, in data set order, to one folder of the format: hf, webdataset or kohya.
 
@@ -302,19 +302,12 @@ def _samples(
     # Each page is a transaction of its own, also on PostgreSQL, which ends one that waits a minute for pictures.
     pages = source.pages(lambda: transaction(source.database), counts.split, _OF_SAMPLE)
     for n, row in enumerate(chain.from_iterable(pages), 1):
-        place, texts = Place(*(*row[1:6], source.run.columns)), row[6:]
-        ((_, data),) = reader.read([place])
+        place = place_of(row[1:6], source.run.columns)
         try:
-            yield _sample(source.run, place, _picture(data), *texts)
+            yield _sample(source.run, place, reader.picture(place), *row[6:])
         except PictureError as error:
             without_picture[place.image_id] = str(error)
         source.progress(f"{counts.split}: exporting", n, counts.done)
-
-
-def _picture(data: bytes | PictureError) -> bytes:
-    if isinstance(data, PictureError):
-        raise data
-    return data
 
 
 def _sample(run: Run, place: Place, picture: bytes, original: str, generated: str, flags: str, cui: str) -> _Sample:

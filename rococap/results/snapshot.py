@@ -12,6 +12,7 @@ from sqlalchemy import Engine as Database
 from rococap.db import execute, transaction
 from rococap.errors import RococapError
 from rococap.flags import without_reasoning
+from rococap.progress import Progress
 from rococap.queue import Run
 
 COLUMNS = (
@@ -25,8 +26,6 @@ COLUMNS = (
 )
 PAGE = 1_000
 """Rows a read. Larger pages are quicker, and hold up commits the longer under SQLite's DELETE journal."""
-
-Progress = Callable[[str, int, int], None]
 
 
 class IncompleteError(RococapError):

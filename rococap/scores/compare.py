@@ -21,11 +21,12 @@ from rococap.data import SPLITS
 from rococap.db import transaction
 from rococap.errors import RococapError, RunError
 from rococap.files import ending, replacing
+from rococap.progress import Progress, silent
 from rococap.queue import Run
 from rococap.queue.runs import find_runs
 from rococap.results.export import FOLDER
 from rococap.results.formats import FORMATS, write_frames
-from rococap.results.snapshot import PAGE, Progress, Read, done_pages, finished_until, short_reads
+from rococap.results.snapshot import PAGE, Read, done_pages, finished_until, short_reads
 
 SHARED = ("image_id", "split", "original_caption")
 OF_RUN = {
@@ -87,7 +88,7 @@ def compare(
     splits: Sequence[str] = (),
     all_done: bool = False,
     strip_reasoning: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Compared:
     """Writes a row for every picture that one of the runs has captioned, or with `all_done` that each has, in data set
     order, to a .csv, .parquet or .jsonl file. Without splits: all that the runs have.

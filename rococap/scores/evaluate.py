@@ -25,12 +25,13 @@ from rococap import __version__, queue
 from rococap.db import execute, transaction
 from rococap.errors import RococapError, RunError
 from rococap.files import ending, replacing, write_json
+from rococap.progress import Progress, silent
 from rococap.queue import Run, find_runs
 from rococap.results import formats
 from rococap.results.export import FOLDER
 from rococap.results.formats import write_frames
 from rococap.results.manifest import manifest_path, stripped
-from rococap.results.snapshot import PAGE, Progress, Read, done_pages, finished_until, short_reads
+from rococap.results.snapshot import PAGE, Read, done_pages, finished_until, short_reads
 from rococap.scores import concepts, metrics
 from rococap.scores.metrics import ORDERS, Vector
 
@@ -435,7 +436,7 @@ def evaluate(
     *,
     also: Sequence[str] = (),
     strip_reasoning: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Scores what the runs have captioned of the splits up to now; without names, the default run or the only one.
     `also` names the extra metrics to compute; `strip_reasoning` leaves out what a model thought aloud.

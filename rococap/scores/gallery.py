@@ -17,8 +17,8 @@ from rococap.data import PictureReader, Place, cached, parse_name
 from rococap.data.images import open_picture
 from rococap.db import execute, transaction
 from rococap.errors import DatasetError, PictureError
-from rococap.queue import Failed, Run
-from rococap.results.snapshot import Progress
+from rococap.progress import Progress
+from rococap.queue import PLACE, Failed, Run, place_of
 from rococap.scores import concepts
 from rococap.scores.evaluate import SEED, Evaluation, Scored
 from rococap.scores.explained import OF_A_CARD, explained
@@ -118,15 +118,15 @@ def rows_of(database: Database, run: Run, split: str, image_ids: Sequence[str]) 
     for start in range(0, len(image_ids), _ROWS_AT_ONCE):
         some = image_ids[start : start + _ROWS_AT_ONCE]
         sql = (
-            "SELECT i.id, s.path, i.split, i.row_group, i.row_in_group, i.image_id, i.caption, i.cui FROM images i "
+            f"SELECT {PLACE}, i.id, i.caption, i.cui FROM images i "
             "JOIN shards s ON s.id = i.shard_id WHERE i.dataset_id = ? AND i.split = ? "
             f"AND i.image_id IN ({', '.join('?' * len(some))})"
         )
         with transaction(database) as conn:
             rows = execute(conn, sql, (run.dataset_id, split, *some)).fetchall()
         found += [
-            (row[0], Row(Place(*(*row[1:6], run.columns)), row[6], concepts.modality(concepts.parse(row[7]))))
-            for row in rows
+            (id, Row(place_of(place, run.columns), caption, concepts.modality(concepts.parse(cui))))
+            for *place, id, caption, cui in rows
         ]
     return [row for _, row in sorted(found, key=lambda one: one[0])]
 
@@ -244,11 +244,7 @@ def _root(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
 
 def _thumbnail(reader: PictureReader, place: Place, root: Path, frame: int) -> Thumbnail:
     try:
-        # One at a time: the reader's generator ends where it raises.
-        ((_, data),) = reader.read([place])
-        if isinstance(data, PictureError):
-            raise data
-        return _reduced(open_picture(data, frame))
+        return _reduced(open_picture(reader.picture(place), frame))
     except (DatasetError, PictureError, OSError) as error:
         return Thumbnail(why=short_within(str(error), [str(root)]))
 

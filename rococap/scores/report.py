@@ -19,12 +19,14 @@ from markupsafe import Markup
 from sqlalchemy import Engine as Database
 
 from rococap import __version__, queue
+from rococap.data import at_revision
 from rococap.db import transaction
 from rococap.errors import RococapError
 from rococap.files import replacing
+from rococap.progress import Progress, silent
 from rococap.queue import rules_of
 from rococap.recipe import Recipe
-from rococap.results.snapshot import Progress, done_pages, finished_until, short_reads
+from rococap.results.snapshot import done_pages, finished_until, short_reads
 from rococap.scores import evaluate as evaluation
 from rococap.scores import plots
 from rococap.scores.evaluate import BY_MODALITY, Evaluation, Scored
@@ -60,7 +62,7 @@ def report(
     pictures: int = 200,
     note: str = "",
     strip_reasoning: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Reported:
     """Writes what the runs captioned of a split to `path`, with at most so many pictures, and a note at the top.
 
@@ -208,7 +210,7 @@ def _facts_of(scored: Scored) -> dict[str, str]:
         "Precision": " ".join(filter(None, (resolved.get("dtype") or recipe.dtype, recipe.load_in))),
         "Engine": resolved.get("engine", "not known"),
         "Rules": _rules(resolved),
-        "Data set": " at ".join(filter(None, (short(run.dataset), run.dataset_revision))),
+        "Data set": at_revision(short(run.dataset), run.dataset_revision),
         "Split": scored.split,
         "Captions": f"{len(scored.pairs):,}",
         "Missing": f"{scored.missing:,}",

@@ -20,8 +20,9 @@ from rococap.db import execute, transaction
 from rococap.engines import Engine, Options, Prepared, load_engine
 from rococap.errors import RococapError
 from rococap.files import replacing
+from rococap.progress import Progress, silent
 from rococap.queue import Counts, Run, choose_run
-from rococap.queue.enqueue import Progress, enqueue
+from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
 from rococap.worker import dry_run
 from rococap.worker.dry_run import Read, from_memory, prepare
@@ -99,7 +100,7 @@ def measure(
     split: str | None = None,
     most: int = 64,
     sizes: Sequence[int] | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
     load: Callable[[Recipe, Options], Engine] = load_engine,
 ) -> Measured:
     """Measures with up to `most` pictures of a split of a run; without a split, of the first that the run has.

@@ -13,7 +13,7 @@ from rococap.data.images import open_picture
 from rococap.db import execute
 from rococap.engines import Completion, Engine, Prepared
 from rococap.errors import PictureError
-from rococap.queue import Run
+from rococap.queue import PLACE, Run, place_of
 
 
 def places(conn: Connection, run: Run, split: str, most: int) -> list[Place]:
@@ -38,12 +38,12 @@ def _from(conn: Connection, run: Run, split: str, image_id: int, most: int) -> d
     """Pictures from this one on, by their ids."""
     rows = execute(
         conn,
-        "SELECT j.image_id, s.path, i.split, i.row_group, i.row_in_group, i.image_id FROM jobs j "
+        f"SELECT j.image_id, {PLACE} FROM jobs j "
         "JOIN images i ON i.id = j.image_id JOIN shards s ON s.id = i.shard_id "
         "WHERE j.run_id = ? AND j.split = ? AND j.image_id >= ? ORDER BY j.image_id LIMIT ?",
         (run.id, split, image_id, most),
     ).fetchall()
-    return {row[0]: Place(*(*row[1:], run.columns)) for row in rows}
+    return {image_id: place_of(place, run.columns) for image_id, *place in rows}
 
 
 def _last(conn: Connection, run: Run, split: str) -> int:
