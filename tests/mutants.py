@@ -62,11 +62,15 @@ MUTANTS = (
         (
             (
                 "Job",
-                "    lease_id: int\n    place: Place\n",
-                "    lease_id: int\n    place: Place\n    attempts: int = 1\n",
+                "    place: Place\n",
+                "    place: Place\n    attempts: int = 1\n",
             ),
-            ("_PENDING", 'i.image_id "\n    "FROM runs r', 'i.image_id, j.attempts "\n    "FROM runs r'),
-            ("claim", "row[3], row[4], columns)) for row", "row[3], row[4], columns), row[5] + 1) for row"),
+            ("_PENDING", "SELECT j.id, {PLACE} ", "SELECT j.id, j.attempts, {PLACE} "),
+            (
+                "claim",
+                "Job(id, lease_id, place_of(place, columns)) for id, *place in rows)",
+                "Job(id, lease_id, place_of(place, columns), seen + 1) for id, seen, *place in rows)",
+            ),
             (
                 "complete",
                 'finished_at = ? "\n        "WHERE id = ? AND lease_id = ? AND status = \'leased\'",\n'
@@ -469,7 +473,7 @@ MUTANTS = (
     mutant(
         "suspects-in-company",
         "suspects are claimed while other pictures are held",
-        "Fetcher._next_lease",
+        "Fetcher._next_claim",
         "                if not self._holdings.wait_until_empty():\n                    return None\n",
         "",
         "queue/test_state_machine.py::test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_beside_them[delete]",

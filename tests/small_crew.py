@@ -18,23 +18,25 @@ def small_command(**engine: Any) -> supervisor.Command:
     """The command line of a member with the small engine."""
 
     def command(settings: Settings) -> list[str]:
-        return [sys.executable, __file__, "member", json.dumps(engine), json.dumps(asdict(settings))]
+        return [sys.executable, __file__, "member", json.dumps(engine), settings.to_json()]
 
     return command
 
 
-def be_member(engine: dict[str, Any], settings: dict[str, Any]) -> None:
+def be_member(engine: str, settings: str) -> None:
     supervisor.leave_with_parent()
     set_constants(QUICK)
     database = db.connect(os.environ["ROCOCAP_DB"])
-    supervisor.tell(work(database, Settings(**settings), supervisor.tell, load=lambda *_: SmallEngine(**engine)))
+    supervisor.tell(
+        work(database, Settings.from_json(settings), supervisor.tell, load=lambda *_: SmallEngine(**json.loads(engine)))
+    )
 
 
 def be_crew(url: str, devices: list[str], engine: dict[str, Any], settings: dict[str, Any]) -> None:
     ended = supervisor.work(
         db.connect(url),
         url,
-        Settings(**{"self_check": False} | settings),
+        Settings.of(**{"self_check": False} | settings),
         devices,
         small_command(**engine),
         echo=lambda line: print(line, file=sys.stderr, flush=True),
@@ -44,6 +46,6 @@ def be_crew(url: str, devices: list[str], engine: dict[str, Any], settings: dict
 
 if __name__ == "__main__":
     if sys.argv[1] == "member":
-        be_member(*map(json.loads, sys.argv[2:]))
+        be_member(*sys.argv[2:])
     else:
         be_crew(*map(json.loads, sys.argv[2:]))

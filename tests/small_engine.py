@@ -265,7 +265,7 @@ def work_on(url: str, options: dict[str, Any]) -> None:
     def load(recipe: Recipe, _: Options) -> SmallEngine:
         return SmallEngine(**options.get("engine", {}))
 
-    outcome = work(database, Settings(**{"self_check": False} | options.get("settings", {})), load=load)
+    outcome = work(database, Settings.of(**{"self_check": False} | options.get("settings", {})), load=load)
     told = ("done", "failed", "lost", "recovered", "spooled", "drained")
     print(json.dumps({name: getattr(outcome, name) for name in told}))
 

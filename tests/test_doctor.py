@@ -639,7 +639,7 @@ def test_captions_that_wait_to_be_stored_are_counted(engine, tmp_path, monkeypat
     monkeypatch.setenv("ROCOCAP_SPOOL", str(tmp_path / "spool"))
     assert found(engine, "spool") == (OK, f"nothing waits in {tmp_path / 'spool'}")
     kept = spool.Spool(tmp_path / "spool", "me")
-    kept.add(queue.Lease(1, 1, 1, "train", 0, ()), [Completion(1, "A caption."), Completion(2, "Another.")])
+    kept.add(queue.Lease(1, 1, 1, "train", 0), [Completion(1, "A caption."), Completion(2, "Another.")])
     kept.close()
     verdict, told = found(engine, "spool")
     assert verdict is WARN

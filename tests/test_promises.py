@@ -21,7 +21,7 @@ from test_supervisor import members, small_crew
 from rococap import db, queue
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost, RococapError, RunError
-from rococap.queue import Lease, Run
+from rococap.queue import Claim, Lease, Run
 from rococap.recipe import RULES, Recipe
 from rococap.results import export, snapshot
 from rococap.worker import process as process_module
@@ -55,7 +55,7 @@ def register_worker(database: Engine, name: str = "one") -> int:
 
 def claim(
     database: Engine, worker_id: int, run: Run, most: int = 4, *, lane: int = queue.NORMAL, now: int | None = 0
-) -> Lease | None:
+) -> Claim | None:
     with writing(database) as conn:
         return queue.claim(conn, worker_id, run.id, "train", most, ttl_ms=TTL, lane=lane, now=now)
 
@@ -75,7 +75,7 @@ def reap(database: Engine, now: int = TTL) -> list[int]:
 def run_worker(database: Engine, engine: SmallEngine | None = None, **settings) -> Outcome:
     chosen = engine or SmallEngine()
     options = {"batch_size": chosen.batch_size, "lease_ttl": 60.0, "self_check": False} | settings
-    return work(database, Settings(**options), load=lambda *_: chosen)
+    return work(database, Settings.of(**options), load=lambda *_: chosen)
 
 
 def captions(database: Engine) -> dict[str, str]:

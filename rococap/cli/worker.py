@@ -155,7 +155,7 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     metavar="SECONDS",
     help="A model that makes no step for so long hangs: the worker ends.",
 )
-@click.option("--member", "is_member", is_flag=True, hidden=True, help="A process that --devices started.")
+@click.option("--member", metavar="JSON", hidden=True, help="The settings of a process that --devices started.")
 @db_option
 @click.pass_context
 def worker_command(
@@ -164,21 +164,22 @@ def worker_command(
     run_name: str | None,
     splits: tuple[str, ...],
     devices: list[str] | None,
-    is_member: bool,
+    member: str | None,
     **options: Any,
 ) -> None:
     """Claim pictures in batches, caption them, store them. Any number may run at once; --devices starts several."""
     from rococap.worker import process
-    from rococap.worker import settings as settings_module
+    from rococap.worker.settings import Settings
 
+    if member is not None:
+        _be_member(Settings.from_json(member))
+        return
     check_engine(options)
     if devices and ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
         raise click.UsageError("--devices says it for every process: leave --device out.")
-    settings = settings_module.Settings(run=run_name, splits=splits, **options)
+    settings = Settings.of(run=run_name, splits=splits, **options)
     if devices:
         _work_on(devices, settings)
-    elif is_member:
-        _be_member(settings)
     else:
         database = open_database()
         with _worker_progress() as report:
@@ -238,8 +239,9 @@ def _echo_outcome(outcome: Any, settings: Any) -> None:
 
 def _worker_again(run: str, settings: Any) -> str:
     """With the engine, which a run does not change."""
-    options = {"--base-url": settings.base_url, "--served-model": settings.served_model}
-    engine = "" if settings.engine == "transformers" else f" --engine {settings.engine}"
+    given = settings.options
+    options = {"--base-url": given.base_url, "--served-model": given.served_model}
+    engine = "" if given.engine == "transformers" else f" --engine {given.engine}"
     told = "".join(f" {name} {shlex.quote(value)}" for name, value in options.items() if value)
     return with_run("worker", run) + engine + told
 

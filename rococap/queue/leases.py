@@ -20,6 +20,7 @@ from rococap.queue.records import (
     PLACE,
     SOLO,
     SUSPECTS,
+    Claim,
     Job,
     Lease,
     Telemetry,
@@ -60,7 +61,7 @@ def claim(
     ttl_ms: int,
     lane: int = NORMAL,
     now: int | None = None,
-) -> Lease | None:
+) -> Claim | None:
     """Leases up to `most` pending jobs of one split to a worker, in order of id; None if there are none.
 
     Neighbours in a claim are neighbours on disk. The lanes SUSPECTS and SOLO bound the claim by 4 and 1.
@@ -73,7 +74,7 @@ def claim(
     lease_id = new_lease(conn, worker_id, run_id, split, lane, [row[0] for row in rows], ttl_ms, time_of(conn, now))
     columns = _columns(conn, run_id)
     jobs = tuple(Job(id, lease_id, place_of(place, columns)) for id, *place in rows)
-    return Lease(lease_id, worker_id, run_id, split, lane, jobs)
+    return Claim(lease_id, worker_id, run_id, split, lane, jobs)
 
 
 def _columns(conn: Connection, run_id: int) -> Columns:

@@ -31,13 +31,19 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """What one claim took. `lane` is NORMAL, SUSPECTS or SOLO."""
+    """The right of a worker to what one claim took. `lane` is NORMAL, SUSPECTS or SOLO."""
 
     id: int
     worker_id: int
     run_id: int
     split: str
     lane: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim(Lease):
+    """A new lease, with its jobs in order of id; there is at least one."""
+
     jobs: tuple[Job, ...]
 
 

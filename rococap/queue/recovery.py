@@ -84,7 +84,7 @@ def _take(conn: Connection, worker_id: int, lost: Lease, jobs: Sequence[tuple[in
         changes: dict[str, int] = {JobState.WAITING: -len(waiting), JobState.PENDING: len(waiting)}
         tally(conn, lost.run_id, lost.split, 0, changes)
     lease_id = new_lease(conn, worker_id, lost.run_id, lost.split, lost.lane, [id for id, _ in jobs], 0, at)
-    return Lease(lease_id, worker_id, lost.run_id, lost.split, lost.lane, ())
+    return Lease(lease_id, worker_id, lost.run_id, lost.split, lost.lane)
 
 
 def belongs(conn: Connection, lease: Lease, uuid: str) -> bool:
@@ -107,7 +107,7 @@ def release_forgotten(conn: Connection, worker_id: int, held: Set[int], *, now: 
     released = 0
     for lease_id, run_id, split, lane in open_leases:
         if lease_id not in held:
-            lease = Lease(lease_id, worker_id, run_id, split, lane, ())
+            lease = Lease(lease_id, worker_id, run_id, split, lane)
             rows = execute(conn, "SELECT id FROM jobs WHERE lease_id = ?", (lease_id,)).fetchall()
             released += release(conn, lease, [row[0] for row in rows], now=now)
     return released

@@ -19,7 +19,7 @@ from rococap.data.images import is_blank, open_picture
 from rococap.db import transaction
 from rococap.engines import Completion, Failure
 from rococap.errors import DatabaseUnavailable, PictureError
-from rococap.queue import NORMAL, SOLO, SUSPECTS, Job, Lease
+from rococap.queue import NORMAL, SOLO, SUSPECTS, Claim, Job
 from rococap.worker import clock
 from rococap.worker.context import Context
 from rococap.worker.holdings import Holdings
@@ -65,8 +65,8 @@ class Fetcher:
                 PictureReader(self._context.dataset.root) as reader,
                 ThreadPoolExecutor(preparers, "prepare") as pool,
             ):
-                while (lease := self._next_lease()) is not None:
-                    self._load(lease, reader, pool)
+                while (claim := self._next_claim()) is not None:
+                    self._load(claim, reader, pool)
         except BaseException as error:
             self._holdings.break_off(error)
         else:
@@ -74,19 +74,19 @@ class Fetcher:
 
     # --- claiming ---
 
-    def _next_lease(self) -> Lease | None:
+    def _next_claim(self) -> Claim | None:
         """Blocks until there is something to claim. None: stopping, the limit is reached, or all work is done."""
         while self._holdings.wait_until_taken() and self._left != 0:
             try:
                 self._tidy()
                 is_pending = self._unfinished()["pending"] > 0
-                if is_pending and not self._is_suspects_turn() and (lease := self._claim(NORMAL)):
-                    return lease
+                if is_pending and not self._is_suspects_turn() and (claim := self._claim(NORMAL)):
+                    return claim
                 if not self._holdings.wait_until_empty():
                     return None
                 left = self._unfinished()
-                if left["pending"] and (lease := self._claim(SUSPECTS) or self._claim(SOLO)):
-                    return lease
+                if left["pending"] and (claim := self._claim(SUSPECTS) or self._claim(SOLO)):
+                    return claim
                 if not (self._context.settings.wait or any(left.values())):
                     return None
                 self._tell(left)
@@ -102,7 +102,7 @@ class Fetcher:
         with transaction(self._database) as conn:
             return queue.has_suspects(conn, self._context.run, self._context.splits)
 
-    def _claim(self, lane: int) -> Lease | None:
+    def _claim(self, lane: int) -> Claim | None:
         """A claim of the first split that has work in the lane."""
         context, ttl_ms = self._context, self._context.settings.ttl_ms
         most = self._claim_size if self._left is None else min(self._claim_size, self._left)
@@ -111,13 +111,13 @@ class Fetcher:
                 return None
             runs_out_at = clock.now() + ttl_ms / 1000
             with transaction(self._database, write=True) as conn:
-                lease = queue.claim(conn, context.worker_id, context.run.id, split, most, ttl_ms=ttl_ms, lane=lane)
-            if lease is not None:
+                claim = queue.claim(conn, context.worker_id, context.run.id, split, most, ttl_ms=ttl_ms, lane=lane)
+            if claim is not None:
                 self._n_claims += 1
                 if self._left is not None:
-                    self._left -= len(lease.jobs)
-                self._holdings.enter(lease, runs_out_at)
-                return lease
+                    self._left -= len(claim.jobs)
+                self._holdings.enter(claim, runs_out_at)
+                return claim
         return None
 
     def _unfinished(self) -> dict[str, int]:
@@ -178,11 +178,11 @@ class Fetcher:
 
     # --- reading and preparing ---
 
-    def _load(self, lease: Lease, reader: PictureReader, pool: Executor) -> None:
+    def _load(self, claim: Claim, reader: PictureReader, pool: Executor) -> None:
         """Returns when all that is not lost is ready, so that the next claim waits for it."""
-        pictures = reader.read([job.place for job in lease.jobs])
+        pictures = reader.read([job.place for job in claim.jobs])
         preparing: list[Future[None]] = []
-        for job in lease.jobs:
+        for job in claim.jobs:
             started = time.perf_counter()
             _, data = next(pictures)
             if self._holdings.is_stopping:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from rococap.engines import Completion, Prepared
 from rococap.flags import BLANK
-from rococap.queue import NORMAL, Job, Lease, Timing
+from rococap.queue import NORMAL, Claim, Job, Lease, Timing
 from rococap.worker import clock
 
 
@@ -250,12 +250,12 @@ class Holdings:
         with self._changed:
             self._changed.wait_for(lambda: self._state.stopping, timeout=seconds)
 
-    def enter(self, lease: Lease, runs_out_at: float) -> None:
+    def enter(self, claim: Claim, runs_out_at: float) -> None:
         """A claim: by our own clock nothing of it is started after `runs_out_at`."""
-        job_ids = {job.id for job in lease.jobs}
+        job_ids = {job.id for job in claim.jobs}
         with self._changed:
-            self._state.held[lease.id] = _Held(lease, set(job_ids), runs_out_at)
-            self._state.lease_of.update(dict.fromkeys(job_ids, lease.id))
+            self._state.held[claim.id] = _Held(claim, set(job_ids), runs_out_at)
+            self._state.lease_of.update(dict.fromkeys(job_ids, claim.id))
             self._state.abandoned -= job_ids  # lost once, and claimed again
             self._state.blank -= job_ids
 

@@ -65,7 +65,7 @@ def work(
     dataset = datasets.locate(run.dataset, present, run.dataset_revision or None)
     stop = threading.Event()
     with _signals(stop):
-        engine = load(run.recipe, settings.options())
+        engine = load(run.recipe, settings.options)
         engine.load()
         try:
             if stop.is_set():

@@ -39,7 +39,7 @@ def register(context: Context) -> Context | None:
         queue.check_pinned(conn, context.run, info, accept_new_rules=settings.accept_new_rules)
         host = socket.gethostname()
         places = _to_check(conn, context, host) if settings.self_check else []
-        told = selfcheck.under_way(context.run.name, settings.way).to_json() if places else None
+        told = selfcheck.under_way(context.run.name, settings.engine_mode).to_json() if places else None
         worker_id = queue.register_worker(
             conn, context.uuid, host, os.getpid(), info, self_check=told, lease_ttl_ms=settings.ttl_ms
         )
@@ -80,7 +80,7 @@ def _to_check(conn: Connection, context: Context, host: str) -> list[Place]:
     """Pictures for the self-check; none if a worker like this one has passed it, or did not survive it."""
     if (last := queue.last_self_check(conn, host, context.engine.info, context.run.name)) is not None:
         pid, told = last[0], SelfCheck.from_json(last[1])
-        if told.passed and told.way == context.settings.way:
+        if told.passed and told.way == context.settings.engine_mode:
             return []
         if not selfcheck.was_survived(told, pid):
             log.warning("the worker before did not survive its self-check: going on without it")
@@ -111,7 +111,7 @@ def _check(context: Context, places: Sequence[Place]) -> None:
     log.info("checking the engine on pictures of the run")
     run, stop = context.run, context.stop
     checked = selfcheck.check(
-        context.engine, run.recipe, run.name, context.settings.way, context.dataset.root, places, stop.is_set
+        context.engine, run.recipe, run.name, context.settings.engine_mode, context.dataset.root, places, stop.is_set
     )
     told = None if stop.is_set() else checked.to_json()  # it was broken off: nothing is known
     _insist(context, lambda conn: queue.store_self_check(conn, context.worker_id, told))

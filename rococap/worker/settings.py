@@ -1,9 +1,11 @@
 """How a worker works; what it says is the run's recipe."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
-from rococap.engines import Decode, DeviceMap, EngineName, Options
+from rococap.engines import Options
 
 MIN_LEASE_SEC = 2.0
 MAX_BEAT_SEC = 30.0
@@ -18,13 +20,8 @@ class Settings:
 
     run: str | None = None
     splits: Sequence[str] = ()
-    engine: EngineName = "transformers"
-    base_url: str | None = None
-    served_model: str | None = None
-    device: str = "auto"
-    batch_size: int | None = None
-    decode: Decode = "auto"
-    device_map: DeviceMap | None = None
+    options: Options = Options()
+    """The engine's."""
     limit: int | None = None
     wait: bool = False
     self_check: bool = True
@@ -32,6 +29,21 @@ class Settings:
     drain_timeout: float = 25.0
     stall_timeout: float = 600.0
     accept_new_rules: bool = False
+
+    @classmethod
+    def of(cls, **given: Any) -> Self:
+        """From names as the command line has them, those of the engine's options among them."""
+        names = {field.name for field in fields(Options)}
+        options = Options(**{name: value for name, value in given.items() if name in names})
+        return cls(options=options, **{name: value for name, value in given.items() if name not in names})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        given = json.loads(text)
+        return cls(**given | {"splits": tuple(given["splits"]), "options": Options(**given["options"])})
 
     def __post_init__(self) -> None:
         if not self.lease_ttl >= MIN_LEASE_SEC:
@@ -47,11 +59,8 @@ class Settings:
         return int(self.lease_ttl * 1000)
 
     @property
-    def way(self) -> str:
-        """What of it may change how an engine works, and so whether an earlier self-check counts."""
-        size = "auto" if self.batch_size is None else self.batch_size
-        return f"decode {self.decode}, batch size {size}" + (", spread" if self.device_map else "")
-
-    def options(self) -> Options:
-        """The engine's."""
-        return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
+    def engine_mode(self) -> str:
+        """The options that may change what an engine says, and so decide whether an earlier self-check counts."""
+        options = self.options
+        size = "auto" if options.batch_size is None else options.batch_size
+        return f"decode {options.decode}, batch size {size}" + (", spread" if options.device_map else "")

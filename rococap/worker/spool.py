@@ -197,5 +197,5 @@ def _from_json(value: dict[str, Any]) -> Entry:
         Completion(**{**one, "failure": Failure(**one["failure"]) if one["failure"] else None})
         for one in value["completions"]
     )
-    lease = Lease(**value["lease"], jobs=())
+    lease = Lease(**value["lease"])
     return Entry(value["worker"], lease, tuple(completions), tuple(value["released"]))

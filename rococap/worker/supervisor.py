@@ -139,7 +139,7 @@ def share_out(settings: Settings, devices: Sequence[str]) -> list[tuple[str, Set
     """A label and settings for each process; a limit is shared out, and who would get nothing of it is left out."""
     n = len(devices)
     labels = [f"cpu {number}" for number in range(1, n + 1)] if n > 1 and devices[0] == "cpu" else devices
-    shares = [replace(settings, device=device) for device in devices]
+    shares = [replace(settings, options=replace(settings.options, device=device)) for device in devices]
     if (limit := settings.limit) is not None:
         limits = [limit // n + (number < limit % n) for number in range(n)]
         shares = [replace(share, limit=limit) for share, limit in zip(shares, limits, strict=True) if limit]
@@ -174,7 +174,7 @@ def program() -> list[str]:
     `-m` alone would look into the working folder first, where a user's own random.py hides the library's. Only where
     this package lies there itself, in a checkout, may it be found nowhere else.
     """
-    is_checkout = Path(__file__).parents[1] == Path.cwd()
+    is_checkout = Path(__file__).parents[2] == Path.cwd()
     return [sys.executable, *([] if is_checkout else ["-P"]), "-m", "rococap"]
 
 
@@ -183,34 +183,9 @@ def worker_command(*, force: bool = False, debug: bool = False) -> Command:
     before = [flag for flag, is_set in (("--force", force), ("--debug", debug)) if is_set]
 
     def command(settings: Settings) -> list[str]:
-        return [*program(), *before, "worker", "--member", *arguments(settings)]
+        return [*program(), *before, "worker", "--member", settings.to_json()]
 
     return command
-
-
-def arguments(settings: Settings) -> list[str]:
-    """`settings` as options of the `worker` command."""
-    options = {
-        "--run": settings.run,
-        "--engine": settings.engine,
-        "--base-url": settings.base_url,
-        "--served-model": settings.served_model,
-        "--device": settings.device,
-        "--batch-size": settings.batch_size,
-        "--decode": settings.decode,
-        "--device-map": settings.device_map,
-        "--limit": settings.limit,
-        "--lease-ttl": settings.lease_ttl,
-        "--drain-timeout": settings.drain_timeout,
-        "--stall-timeout": settings.stall_timeout,
-    }
-    return [
-        *(f"--split={split}" for split in settings.splits),
-        *(f"{name}={value}" for name, value in options.items() if value is not None),
-        *(["--wait"] if settings.wait else []),
-        *([] if settings.self_check else ["--no-self-check"]),
-        *(["--accept-new-rules"] if settings.accept_new_rules else []),
-    ]
 
 
 # --- The child's side ------------------------------------------------------------------------------------------

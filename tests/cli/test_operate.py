@@ -17,7 +17,7 @@ from sqlalchemy import Engine
 from rococap import db, queue, urls
 from rococap.cli.options import cli
 from rococap.engines import Completion, Failure
-from rococap.queue import Lease, Run, Telemetry, Timing
+from rococap.queue import Claim, Run, Telemetry, Timing
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def refused(*args: str) -> str:
     return result.stderr.strip().removeprefix("Error: ")
 
 
-def claim(database: Engine, run: Run, most: int = 4, *, ttl_ms: int = 60_000, name: str = "one") -> Lease:
+def claim(database: Engine, run: Run, most: int = 4, *, ttl_ms: int = 60_000, name: str = "one") -> Claim:
     with db.transaction(database, write=True) as conn:
         worker = queue.register_worker(conn, name, "host", 17, INFO)
         lease = queue.claim(conn, worker, run.id, "train", most, ttl_ms=ttl_ms)

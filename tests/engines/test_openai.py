@@ -906,7 +906,7 @@ CAPTIONS = "SELECT i.image_id, c.text FROM captions c JOIN jobs j ON j.id = c.jo
 
 
 def caption_with(database: Engine, server: ChatServer, **settings: object) -> Outcome:
-    return work(database, Settings(engine="openai", base_url=server.url, lease_ttl=60.0, **settings))
+    return work(database, Settings.of(engine="openai", base_url=server.url, lease_ttl=60.0, **settings))
 
 
 def test_a_storm_of_errors_charges_no_attempt(server, database, tmp_path, monkeypatch):
@@ -1092,7 +1092,7 @@ def _by_transformers(folder: Path) -> dict[str, str]:
     database = db.connect(f"sqlite:///{folder / 'transformers.db'}")
     recipe = Recipe(model=str(MODEL), max_new_tokens=64, dtype="float32")
     register(database, folder / "set", ["validation"], recipe=recipe)
-    work(database, Settings(batch_size=8, device="cpu"), load=TransformersEngine)
+    work(database, Settings.of(batch_size=8, device="cpu"), load=TransformersEngine)
     captions = dict(select(database, CAPTIONS))
     database.dispose()
     return captions

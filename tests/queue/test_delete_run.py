@@ -14,7 +14,7 @@ from rococap.cli.options import cli
 from rococap.doctor import Verdict, examine
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost, RunError
-from rococap.queue import Lease, Run, enqueue
+from rococap.queue import Claim, Lease, Run, enqueue
 from rococap.recipe import Recipe
 from rococap.scores import evaluate
 from rococap.worker.process import work
@@ -39,7 +39,7 @@ def select(database: Engine, sql: str) -> list[tuple]:
         return [tuple(row) for row in db.execute(conn, sql).fetchall()]
 
 
-def claim(database: Engine, run: Run, most: int = 2, now: int | None = None) -> Lease:
+def claim(database: Engine, run: Run, most: int = 2, now: int | None = None) -> Claim:
     with db.transaction(database, write=True) as conn:
         worker = queue.register_worker(conn, f"worker of {run.name} {run.id}", "host", 1, INFO)
         return queue.claim(conn, worker, run.id, "train", most, ttl_ms=TTL, now=now)
@@ -176,7 +176,7 @@ class Deleting(SmallEngine):
 
 @pytest.mark.every_database
 def test_a_worker_whose_run_is_deleted_ends_and_says_so_also_if_it_waits_for_work(database, run):
-    settings = Settings(batch_size=2, lease_ttl=60.0, self_check=False, wait=True)
+    settings = Settings.of(batch_size=2, lease_ttl=60.0, self_check=False, wait=True)
     with pytest.raises(RunError, match=r"Run 'default' was deleted meanwhile\."):
         work(database, settings, load=lambda *_: Deleting(database, run))
     assert select(database, "SELECT count(*) FROM captions") == [(0,)]

@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from rococap import db, queue
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import LeaseLost, RunError
-from rococap.queue import NORMAL, SOLO, SUSPECTS, Lease, Run, Telemetry, Timing
+from rococap.queue import NORMAL, SOLO, SUSPECTS, Claim, Lease, Run, Telemetry, Timing
 from rococap.recipe import Recipe
 
 pytestmark = pytest.mark.every_database
@@ -47,12 +47,12 @@ def new_worker(database: Engine, name: str = "one") -> int:
         return queue.register_worker(conn, name, "host", 1, INFO, now=0)
 
 
-def claim(database: Engine, worker: int, run: Run, most: int = 4, *, lane: int = NORMAL, now: int = 0) -> Lease | None:
+def claim(database: Engine, worker: int, run: Run, most: int = 4, *, lane: int = NORMAL, now: int = 0) -> Claim | None:
     with writing(database) as conn:
         return queue.claim(conn, worker, run.id, "train", most, ttl_ms=TTL, lane=lane, now=now)
 
 
-def claimed(database: Engine, worker: int, run: Run, most: int = 4, *, lane: int = NORMAL, now: int = 0) -> Lease:
+def claimed(database: Engine, worker: int, run: Run, most: int = 4, *, lane: int = NORMAL, now: int = 0) -> Claim:
     lease = claim(database, worker, run, most, lane=lane, now=now)
     assert lease is not None
     return lease
@@ -255,7 +255,7 @@ def test_a_worker_that_lost_its_lease_overwrites_nothing_that_is_done(database, 
 
 def test_a_lease_is_of_no_use_to_another_worker(database, run):
     lease = claimed(database, new_worker(database), run)
-    thief = Lease(lease.id, new_worker(database, "thief"), lease.run_id, lease.split, lease.lane, lease.jobs)
+    thief = Lease(lease.id, new_worker(database, "thief"), lease.run_id, lease.split, lease.lane)
     with writing(database) as conn:
         for write in stale_writes(conn, thief):
             with pytest.raises(LeaseLost):

@@ -23,7 +23,7 @@ OLDER = {key: value for key, value in INFO.resolved().items() if key != "rules"}
 
 
 def run_worker(database: Engine, **settings) -> Outcome:
-    return work(database, Settings(self_check=False, **settings), load=lambda *_: SmallEngine())
+    return work(database, Settings.of(self_check=False, **settings), load=lambda *_: SmallEngine())
 
 
 def pinned(database: Engine, run: str = "default") -> dict:

@@ -31,7 +31,7 @@ from rococap import db, queue
 from rococap.data import Dataset, datasets
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost
-from rococap.queue import NORMAL, SOLO, SUSPECTS, Lease, Run
+from rococap.queue import NORMAL, SOLO, SUSPECTS, Claim, Lease, Run
 from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
 from rococap.worker import clock as clocks
@@ -496,7 +496,7 @@ class QueueMachine(RuleBasedStateMachine):
         if free:
             for one in free:
                 model.jobs[one.job_id].becomes("pending")
-            taken = Lease(newest, worker, lease.run_id, lease.split, lease.lane, ())
+            taken = Lease(newest, worker, lease.run_id, lease.split, lease.lane)
             model.claim(taken, [one.job_id for one in free], self.at, 0)
             model.complete(newest, {one.job_id: one.text for one in free}, self.at)
 
@@ -572,7 +572,7 @@ class QueueMachine(RuleBasedStateMachine):
         for worker in self.living[:]:
             self.living.remove(worker)
             self.start_worker()
-        self.at = max(one.expires_at for one in self.model.open())
+        self.at = max(self.at, *(one.expires_at for one in self.model.open()))
         with writing(self.database) as conn:
             reaped = queue.reap(conn, now=self.at)
         assert reaped == [one.lease.id for one in self.model.open()]
@@ -775,7 +775,7 @@ def new_worker(database: Engine, name: str) -> int:
         return queue.register_worker(conn, name, "host", 1, INFO, now=0)
 
 
-def claim(database: Engine, worker: int, run: Run, most: int = 4) -> Lease | None:
+def claim(database: Engine, worker: int, run: Run, most: int = 4) -> Claim | None:
     with writing(database) as conn:
         return queue.claim(conn, worker, run.id, "train", most, ttl_ms=TTL, now=0)
 
@@ -927,7 +927,7 @@ def test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_b
     assert take(source, 2) == [3, 4]
 
 
-LEASE = Lease(7, 3, 1, "train", NORMAL, ())
+LEASE = Lease(7, 3, 1, "train", NORMAL)
 COMPLETIONS = (Completion(1, "A caption."), Completion(2, failure=Failure("bad", "no")))
 
 

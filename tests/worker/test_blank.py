@@ -29,7 +29,7 @@ def png(values: np.ndarray) -> bytes:
 
 
 def work_on(database: Engine, **settings) -> Outcome:
-    return work(database, Settings(self_check=False, **settings), load=lambda *_: SmallEngine())
+    return work(database, Settings.of(self_check=False, **settings), load=lambda *_: SmallEngine())
 
 
 @pytest.fixture

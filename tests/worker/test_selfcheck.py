@@ -63,7 +63,7 @@ class SwappedInBatches(SmallEngine):
 
 
 def run_worker(database: Engine, engine: SmallEngine | None = None, **settings) -> Outcome:
-    return work(database, Settings(**settings), load=lambda *_: engine or SmallEngine())
+    return work(database, Settings.of(**settings), load=lambda *_: engine or SmallEngine())
 
 
 def refusal(database: Engine, engine: SmallEngine, **settings) -> str:

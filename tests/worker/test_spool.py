@@ -20,7 +20,7 @@ from rococap.worker.process import work
 from rococap.worker.settings import Settings
 from rococap.worker.spool import Spool
 
-LEASE = Lease(7, 3, 1, "train", 4, ())
+LEASE = Lease(7, 3, 1, "train", 4)
 CAPTIONS = (
     Completion(1, "Näh, “quoted”,\nand a lone \ud800 half", "loop", "length", 10, 3, 12.5, 4.0, 50.0, 4),
     Completion(2, failure=Failure("truncated", "The file ends early.", transient=True)),
@@ -135,9 +135,9 @@ def test_what_another_database_leased_is_left_where_it_is(database, url, tmp_pat
     monkeypatch.setenv("ROCOCAP_SPOOL", str(folder))
     fill(database, tmp_path / "set", 4)
     kept = Spool(folder, "of another database")
-    kept.add(Lease(1, 1, 1, "train", 0, ()), [Completion(1, "Of another picture.")])
+    kept.add(Lease(1, 1, 1, "train", 0), [Completion(1, "Of another picture.")])
     kept.close()
-    work(database, Settings(batch_size=4, self_check=False), load=lambda *_: SmallEngine())
+    work(database, Settings.of(batch_size=4, self_check=False), load=lambda *_: SmallEngine())
     with db.transaction(database) as conn:
         texts = [row[0] for row in db.execute(conn, "SELECT text FROM captions ORDER BY job_id").fetchall()]
     assert texts == [caption_of(number) for number in range(4)]
@@ -160,7 +160,7 @@ def test_the_next_worker_stores_what_is_free_and_drops_what_another_did(database
         other = queue.register_worker(conn, "other", "host", 1, INFO)
         taken = queue.claim(conn, other, run.id, "train", 1, ttl_ms=60_000, lane=queue.SUSPECTS)
         queue.complete(conn, taken, [Completion(taken.jobs[0].id, "The other's.")])
-    outcome = work(database, Settings(batch_size=4, self_check=False), load=lambda *_: SmallEngine())
+    outcome = work(database, Settings.of(batch_size=4, self_check=False), load=lambda *_: SmallEngine())
     assert (outcome.recovered, outcome.done, outcome.lost) == (3, 7, 1)
     with db.transaction(database) as conn:
         texts = [row[0] for row in db.execute(conn, "SELECT text FROM captions ORDER BY job_id").fetchall()]

@@ -22,8 +22,10 @@ from small_crew import small_command
 from small_engine import caption_of
 from sqlalchemy import Engine
 
+import rococap
 from rococap import db
 from rococap.cli.options import cli
+from rococap.engines import Options
 from rococap.worker import supervisor
 from rococap.worker.settings import Settings
 from rococap.worker.signals import STOP_SIGNALS
@@ -172,13 +174,7 @@ def test_processes_are_labelled_by_device():
 EVERY_SETTING = Settings(
     "a",
     ("train", "test"),
-    "openai",
-    "http://host/v1",
-    "vl",
-    "cuda:1",
-    7,
-    "static",
-    "auto",
+    Options("openai", "http://host/v1", "vl", "cuda:1", 7, "static", "auto"),
     9,
     True,
     False,
@@ -190,14 +186,11 @@ EVERY_SETTING = Settings(
 
 
 def test_every_setting_comes_through_a_members_command_line():
-    context = cli.commands["worker"].make_context("worker", ["--member", *supervisor.arguments(EVERY_SETTING)])
-    given = context.params
-    assert given.pop("is_member")
-    assert given.pop("devices") is None
-    assert Settings(run=given.pop("run_name"), splits=given.pop("splits"), **given) == EVERY_SETTING
-    defaults = Settings()
-    different = [name for name in Settings.__slots__ if getattr(EVERY_SETTING, name) != getattr(defaults, name)]
-    assert different == list(Settings.__slots__)
+    for one, default in ((EVERY_SETTING, Settings()), (EVERY_SETTING.options, Options())):
+        assert all(getattr(one, name) != getattr(default, name) for name in type(one).__slots__)
+    command = supervisor.worker_command()(EVERY_SETTING)
+    context = cli.commands["worker"].make_context("worker", command[command.index("--member") :])
+    assert Settings.from_json(context.params["member"]) == EVERY_SETTING
 
 
 def test_the_password_is_in_the_environment_of_a_member_and_not_on_its_command_line():
@@ -228,11 +221,11 @@ def test_a_process_that_is_started_imports_nothing_of_the_working_folder(tmp_pat
 
 
 def test_a_checkout_that_is_not_installed_is_found_in_the_working_folder(monkeypatch):
-    monkeypatch.chdir(Path(supervisor.__file__).parents[1])
+    monkeypatch.chdir(Path(rococap.__file__).parents[1])
     monkeypatch.delenv("PYTHONPATH", raising=False)
     script = "import rococap; print(rococap.__file__)"
     found = subprocess.run([*supervisor.program()[:-2], "-c", script], capture_output=True, text=True).stdout.strip()
-    assert Path(found).parent == Path(supervisor.__file__).parent
+    assert found == rococap.__file__
 
 
 @pytest.mark.slow
@@ -408,7 +401,7 @@ def work_here(database: Engine, url: str, n: int, engine: dict | None = None, re
     return supervisor.work(
         database,
         url,
-        Settings(batch_size=4, lease_ttl=60, self_check=False, **settings),
+        Settings.of(batch_size=4, lease_ttl=60, self_check=False, **settings),
         ["cpu"] * n,
         small_command(**engine or {}),
         **({"report": report} if report else {}),
@@ -539,7 +532,7 @@ def test_the_command_captions_on_two_processes_and_stops_them_together(database,
     again = f"rococap worker --engine openai --base-url {server.url}"
     assert out.splitlines()[-1] == f"Stopped as asked; what was left was given back. Go on with: {again}"
     assert len(out.splitlines()) == 2
-    assert [line[-1] for line in lines] == ["--wait"] * 2
+    assert [Settings.from_json(line[-1]).wait for line in lines] == [True, True]
     assert not any(url in " ".join(line) for line in lines)
     told = [line for line in err.splitlines() if "captioning run default with" in line]
     assert sorted(line.split("  ")[0] for line in told) == ["cpu 1", "cpu 2"]

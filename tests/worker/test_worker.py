@@ -33,7 +33,7 @@ def run_worker(database: Engine, engine: SmallEngine | None = None, **settings) 
     chosen = engine or SmallEngine()
     return work(
         database,
-        Settings(**{"batch_size": chosen.batch_size, "lease_ttl": 60.0, "self_check": False} | settings),
+        Settings.of(**{"batch_size": chosen.batch_size, "lease_ttl": 60.0, "self_check": False} | settings),
         load=lambda *_: chosen,
     )
 
