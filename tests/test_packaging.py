@@ -194,6 +194,15 @@ def test_the_reference_of_commands_is_up_to_date():
     assert (ROOT / "docs" / "cli.md").read_text() == module.text()
 
 
+def test_every_failure_code_is_explained():
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    table = operations[operations.index("## Failure codes") :]
+    source = "\n".join(path.read_text() for path in sorted(PACKAGE.rglob("*.py")))
+    codes = {*re.findall(r"(?:PictureError|Failure)\(\s*\"(\w+)\"", source), *re.findall(r"\bcode=\"(\w+)\"", source)}
+    assert len(codes) > 15
+    assert {code for code in codes if f"`{code}`" not in table} == set()
+
+
 def test_the_readme_is_short_and_leads_to_every_page():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 200
