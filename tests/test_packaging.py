@@ -203,6 +203,18 @@ def test_every_failure_code_is_explained():
     assert {code for code in codes if f"`{code}`" not in table} == set()
 
 
+def test_the_symptoms_quote_messages_that_exist():
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    section = operations[operations.index("## When something is wrong") : operations.index("## Failure codes")]
+    cells = re.findall(r"^\| (.*?) \|", section, re.MULTILINE)
+    quoted = [text for cell in cells for text in re.findall(r"`([^`]* [^`]*)`", cell)]
+    source = "\n".join(path.read_text() for path in sorted(PACKAGE.rglob("*.py")))
+    source = re.sub(r"\"\s*\n\s*f?\"", "", source)  # a message on several lines
+    parts = [part.strip() for text in quoted for part in text.split("…") if part.strip()]
+    assert len(parts) > 10
+    assert [part for part in parts if part not in source] == []
+
+
 def test_the_readme_is_short_and_leads_to_every_page():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 200
