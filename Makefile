@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-vllm test-coco torture lint fix bench wheel revision clean help
+.PHONY: demo test test-vllm test-coco torture lint fix bench docs wheel revision clean help
 
 help:
 	@echo "make demo   draw phantoms, caption them with the demo model, show the result in demo/"
@@ -17,6 +17,7 @@ help:
 	@echo "make torture  kills by the hundred, and mutants that the tests must catch: half an hour"
 	@echo "make test-vllm  the vLLM engine, in .venv-vllm: 7 GB"
 	@echo "make test-coco  scores against the COCO caption evaluation's own: needs Java"
+	@echo "make docs   the documentation as a site, in docs/_build/html"
 	@echo "make bench  the numbers       make wheel  build the wheel     make clean  remove .venv and the like"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -64,6 +65,14 @@ bench: $(VENV)/installed
 	$(BIN)/python bench/export.py
 	$(BIN)/python bench/caption.py
 
+# Offline; a warning, such as a link that leads nowhere, is an error.
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python docs/cli.py
+	$(BIN)/python tests/mutants.py --list > docs/mutants.md
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --conf-dir docs . docs/_build/html
+	@echo "Look at docs/_build/html/index.html"
+
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel
 
@@ -71,4 +80,4 @@ revision: $(VENV)/installed
 	$(BIN)/alembic revision -m "$(m)"
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) dist build demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) dist build demo docs/_build .mypy_cache .pytest_cache .ruff_cache

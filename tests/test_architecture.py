@@ -1,6 +1,7 @@
 """The plan of the packages, in docs/architecture.md, is what the imports say."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -60,6 +61,14 @@ def test_a_module_imports_nothing_of_a_package_that_stands_after_its_own(module)
     assert mine in places, f"{mine} has no place in the plan"
     others = {package_of(other) for other in all_imports(module)} - {"", mine}
     assert {other for other in others if places[other] >= places[mine]} == set()
+
+
+def test_the_architecture_page_draws_the_plan():
+    page = (ROOT.parent / "docs" / "architecture.md").read_text()
+    drawing = page.partition("```text\n")[2].partition("```")[0]
+    layers = [set(layer.split()) for layer in re.split("─+", drawing)]
+    assert len(layers) == len(PLAN)
+    assert [layer - words for layer, words in zip(PLAN, layers, strict=True) if layer - words] == []
 
 
 def test_no_module_imports_itself_by_way_of_others():

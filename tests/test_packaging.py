@@ -1,5 +1,6 @@
-"""The built wheel, installed alone, and what each command imports."""
+"""The built wheel, installed alone, what each command imports, and what the documentation says of the commands."""
 
+import importlib.util
 import json
 import os
 import re
@@ -154,7 +155,9 @@ def test_only_workers_import_a_model_library(tmp_path):
     assert [" ".join(command) for command in lean if "pandas" in loaded[" ".join(command)]] == []
 
 
-# --- The commands and the README -------------------------------------------------------------------------------
+# --- The commands and the documentation ------------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -165,11 +168,65 @@ def test_every_command_says_what_it_does(name):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_in_the_readme(name):
-    assert re.search(rf"\brococap {name}\b", (ROOT / "README.md").read_text())
+def test_every_command_is_in_the_guide(name):
+    assert re.search(rf"^\| `rococap {name}\b", (ROOT / "docs" / "guide.md").read_text(), re.MULTILINE)
 
 
-def test_the_readme_shows_no_command_that_does_not_exist():
-    blocks = re.findall(r"^```.*?^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    shown = re.findall(r"^(?:\$ )?rococap(?: --db \S+)? ([a-z]\S*)", "\n".join(blocks), re.MULTILINE)
-    assert sorted(set(shown) - set(COMMANDS)) == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_documentation_shows_no_command_or_option_that_does_not_exist(page):
+    blocks = re.findall(r"^```console.*?^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    shown = re.findall(r"(?:^|\$ |&& )rococap(?: --db \S+)? ([a-z]\S*)([^#&\n]*)", "\n".join(blocks), re.MULTILINE)
+    known = {name: {option for one in command.params for option in one.opts} for name, command in cli.commands.items()}
+    assert [name for name, _ in shown if name not in known] == []
+    assert [
+        (name, option)
+        for name, rest in shown
+        for option in re.findall(r"(?<!\S)--[a-z-]+", rest)
+        if option not in known[name]
+    ] == []
+
+
+def test_the_reference_of_commands_is_up_to_date():
+    """`make docs` writes it."""
+    script = importlib.util.spec_from_file_location("docs_cli", ROOT / "docs" / "cli.py")
+    module = importlib.util.module_from_spec(script)
+    script.loader.exec_module(module)
+    assert (ROOT / "docs" / "cli.md").read_text() == module.text()
+
+
+def test_every_failure_code_is_explained():
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    table = operations[operations.index("## Failure codes") :]
+    source = "\n".join(path.read_text() for path in sorted(PACKAGE.rglob("*.py")))
+    codes = {*re.findall(r"(?:PictureError|Failure)\(\s*\"(\w+)\"", source), *re.findall(r"\bcode=\"(\w+)\"", source)}
+    assert len(codes) > 15
+    assert {code for code in codes if f"`{code}`" not in table} == set()
+
+
+def test_the_symptoms_quote_messages_that_exist():
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    section = operations[operations.index("## When something is wrong") : operations.index("## Failure codes")]
+    cells = re.findall(r"^\| (.*?) \|", section, re.MULTILINE)
+    quoted = [text for cell in cells for text in re.findall(r"`([^`]* [^`]*)`", cell)]
+    source = "\n".join(path.read_text() for path in sorted(PACKAGE.rglob("*.py")))
+    source = re.sub(r"\"\s*\n\s*f?\"", "", source)  # a message on several lines
+    parts = [part.strip() for text in quoted for part in text.split("…") if part.strip()]
+    assert len(parts) > 10
+    assert [part for part in parts if part not in source] == []
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 200
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} - {"docs/mutants.md"}
+    assert {page for page in pages if f"({page})" not in readme} == set()
+
+
+def test_the_promises_are_the_same_thirteen_wherever_they_are_listed():
+    readme, operations = (ROOT / "README.md").read_text(), (ROOT / "docs" / "operations.md").read_text()
+    in_full = operations[operations.index("## The promises in full") :]
+    tests = (ROOT / "tests" / "test_promises.py").read_text()
+    numbers = [str(number) for number in range(1, 14)]
+    assert re.findall(r"^(\d+)\. ", readme, re.MULTILINE) == numbers
+    assert re.findall(r"^(\d+)\. ", in_full, re.MULTILINE) == numbers
+    assert sorted({int(number) for number in re.findall(r"def test_promise_(\d+)_", tests)}) == list(range(1, 14))

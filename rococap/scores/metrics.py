@@ -48,7 +48,7 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-
 
 def tokens(text: str) -> list[str]:
     """Lower-case words in the manner of the Penn Treebank, without punctuation, as the COCO caption evaluation scores
-    them (Chen et al., 2015, arXiv:1504.00325), whose brackets stay, as `-lrb-`. docs/metrics.md says how often they
+    them (Chen et al., 2015, arXiv:1504.00325), whose brackets stay, as `-lrb-`. docs/scores.md says how often they
     are those of its tokeniser, Stanford's.
     """
     return [_BRACKETS.get(word, word) for word in _TOKEN.findall(fold(text).lower().replace("’", "'"))]
