@@ -270,7 +270,7 @@ def test_a_disk_that_fills_up_warns_and_then_fails(engine, run, monkeypatch, fre
 
 def test_a_disk_without_room_for_a_copy_warns(engine, run, path, monkeypatch):
     monkeypatch.setattr(doctor, "WARN_BELOW", 0)
-    monkeypatch.setattr(doctor, "LEAST", 0)
+    monkeypatch.setattr(doctor, "FAIL_BELOW", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: namedtuple("Usage", "free")(path.stat().st_size - 1))
     assert found(engine, "disk")[0] is WARN
 
