@@ -51,7 +51,7 @@ def tokens(text: str) -> list[str]:
     """Lower-case Penn Treebank tokens without punctuation, as in the COCO caption evaluation (Chen et al., 2015,
     arXiv:1504.00325), which keeps brackets as `-lrb-` and the like.
 
-    docs/metrics.md reports how often they equal those of the Stanford tokeniser that the COCO evaluation uses.
+    docs/scores.md reports how often they equal those of the Stanford tokeniser that the COCO evaluation uses.
     """
     return [_BRACKETS.get(word, word) for word in _TOKEN.findall(fold(text).lower().replace("’", "'"))]
 
