@@ -1,4 +1,4 @@
-"""Captioning measured: ours, the old way, static batches and transformers' pipeline on the same pictures."""
+"""Measures captioning: rococap against a sequential script, static batches and transformers' pipeline."""
 
 import argparse
 import os
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
-    # Spinning threads of one way would slow the next; with two processes they are many times slower.
+    sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
+    # Threads that spin after one method's work would slow down the next, and two processes many times over.
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
 
 import small_models
@@ -37,7 +37,7 @@ PLOT = Path(__file__).resolve().parents[1] / "docs" / "caption.png"
 
 @dataclass(slots=True)
 class Case:
-    """A model, pictures and, if forced, the lengths of their captions."""
+    """A model, `n` pictures under `root`, a batch size and, if they are forced, the caption lengths in tokens."""
 
     name: str
     recipe: Recipe
@@ -66,15 +66,15 @@ def main() -> None:
             for part in options.only:
                 found = MEASURES[part](Path(folder), options, curves)
                 lines += found
-                print(f"{part} is measured, after {time.perf_counter() - began:.0f} s", file=sys.stderr)
-        finally:  # what was measured before an error is worth reading
+                print(f"{part}: measured after {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        finally:  # also after an error: the results so far are worth having
             show(lines, f"load {load:.1f} before; {options.rounds} rounds")
     print("Missed: " + ("; ".join(line.what for line in lines if line.missed) or "none"))
     if curves:
-        import plot_caption  # matplotlib, which nothing else needs
+        import plot_caption  # imports matplotlib, which nothing else needs
 
         plot_caption.draw(options.plot, curves)
-        print(f"Drawn: {options.plot}")
+        print(f"Plot written to {options.plot}")
 
 
 # --- the cases -------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def _bfloat16(folder: Path, options: argparse.Namespace, curves: Any) -> list[Li
 
 
 def _float32(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line]:
-    """The same: faster where the CPU has no instructions for bfloat16."""
+    """The same cases in float32, which is faster on CPUs without bfloat16 instructions."""
     case, lines = _large(folder, options, "float32")
     curves[case.name] = _by_batch_size(case, (1, 4, 16, 32))
     return lines + _against_pipeline(case, options, (8, 16))
@@ -127,7 +127,7 @@ def _phantoms(folder: Path, n: int) -> Path:
     return root
 
 
-# --- ours beside another ---------------------------------------------------------------------------------------
+# --- comparisons -----------------------------------------------------------------------------------------------
 
 
 def _rates(case: Case, seconds: Sequence[float]) -> list[float]:
@@ -154,6 +154,7 @@ def _worker(case: Case, engine: TransformersEngine) -> Callable[[], float]:
 
 
 def _against_old(case: Case, options: argparse.Namespace, target: str) -> list[Line]:
+    """Against the script that rococap replaces, which captions one picture at a time."""
     model, engine = ways.stock(case.recipe), _auto(case)
     rounds = alternate(
         options.rounds, lambda: _timed(ways.old_script, model, case.root, case.lengths), _worker(case, engine)
@@ -162,7 +163,7 @@ def _against_old(case: Case, options: argparse.Namespace, target: str) -> list[L
 
 
 def _auto(case: Case) -> TransformersEngine:
-    """As a worker without options has it."""
+    """The engine as a worker without options loads it."""
     return ways.load(case.recipe, Options(device="cpu"), case.lengths)
 
 
@@ -188,7 +189,9 @@ def _against_static(case: Case, options: argparse.Namespace, target: str) -> lis
 
 
 def _of_the_worker(case: Case, options: argparse.Namespace, *, is_serial: bool) -> list[Line]:
-    """The whole worker beside its engine alone; or beside preparing and then captioning, where both use all cores."""
+    """The whole worker against its engine alone or, if `is_serial`, against preparing all pictures and then captioning
+    them: the fair comparison where both steps use all cores.
+    """
     engine = _auto(case)
     prepared = case.prepare(engine)
 
@@ -207,7 +210,7 @@ def _of_the_worker(case: Case, options: argparse.Namespace, *, is_serial: bool) 
 
 
 def _by_batch_size(case: Case, sizes: Sequence[int]) -> dict[str, list[tuple[int, float]]]:
-    """Pictures a second of each way at each batch size, once."""
+    """Pictures per second of each method at each batch size, measured once."""
     model = ways.stock(case.recipe)
     curves: dict[str, list[tuple[int, float]]] = {"rococap": [], "generate in static batches": [], "pipeline": []}
     for size in sizes:
@@ -219,8 +222,8 @@ def _by_batch_size(case: Case, sizes: Sequence[int]) -> dict[str, list[tuple[int
             "generate in static batches": _timed(ways.static_batches, model, prepared, size, case.lengths),
             "pipeline": _timed(pipe, case.root),
         }
-        for way, seconds in took.items():
-            curves[way].append((size, case.n / seconds))
+        for method, seconds in took.items():
+            curves[method].append((size, case.n / seconds))
     return curves
 
 
@@ -250,7 +253,7 @@ def _spawned(case: Case, devices: str) -> float:
 
 
 def _memory(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line]:
-    """Growth of a worker's resident memory after its first tenth of the pictures."""
+    """The growth of a worker's resident memory after the first tenth of the pictures."""
     recipe = Recipe(model=str(MODEL), max_new_tokens=64, dtype="float32")
     n = options.memory_pictures
     case = Case("demo", recipe, _phantoms(folder, n), n, None, 32)
@@ -266,7 +269,7 @@ def _memory(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line
 
 
 def _selfcheck(folder: Path, options: argparse.Namespace, curves: Any) -> list[Line]:
-    """What a worker's look at itself takes, beside the captioning of 1,000 pictures."""
+    """The time of a worker's self-check, as a share of the time to caption 1,000 pictures."""
     recipe = Recipe(model=str(MODEL), max_new_tokens=64, dtype="float32")
     case = Case("demo, its own captions", recipe, _phantoms(folder, 1_000), 1_000, None, 32)
     engine = case.engine(case.batch)
@@ -285,12 +288,17 @@ MEASURES = dict(zip(PARTS, (_demo, _uneven, _bfloat16, _float32, _processes, _me
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--only", type=lambda text: text.split(","), default=PARTS, help=f"parts, with commas: {','.join(PARTS)}")
-    add("--rounds", type=int, default=5, help="in which what is compared takes turns")
-    add("--pictures", type=int, default=256, help="for the demo model")
-    add("--large-pictures", type=int, default=64, help="for the model of 105 million parameters")
-    add("--memory-pictures", type=int, default=20_000, help="captioned by one worker whose memory is watched")
-    add("--plot", type=Path, default=PLOT, help="drawn if uneven or float32 was measured")
+    add(
+        "--only",
+        type=lambda text: text.split(","),
+        default=PARTS,
+        help=f"parts to measure, separated by commas: {','.join(PARTS)}",
+    )
+    add("--rounds", type=int, default=5, help="rounds, in each of which all methods take a turn")
+    add("--pictures", type=int, default=256, help="pictures for the demo model")
+    add("--large-pictures", type=int, default=64, help="pictures for the model of 105 million parameters")
+    add("--memory-pictures", type=int, default=20_000, help="pictures captioned by the worker whose memory is measured")
+    add("--plot", type=Path, default=PLOT, help="file for the plot, which needs the part uneven or float32")
     options = parser.parse_args()
     if unknown := set(options.only) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")

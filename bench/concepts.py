@@ -1,7 +1,8 @@
-"""Concepts read from real captions: how often each is named, and how often the manual ones of ROCOv2 are met.
+"""Evaluates the concept matcher on real captions: how often each concept is named, and how well the concepts found
+agree with the manual ones of ROCOv2.
 
-The files are CSVs with captions (`Caption`), with concepts (`CUIs`), or with both, joined by `ID`; ROCOv2's
-`test_captions.csv` and `test_concepts_manual.csv` are two such. Without concepts only the first table is printed.
+The files are CSVs with captions (`Caption`), concepts (`CUIs`), or both, which are joined by `ID`: for example ROCOv2's
+`test_captions.csv` and `test_concepts_manual.csv`. Without concepts, only the first table is printed.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
+    sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
 
 from rococap.scores import concepts
 from rococap.scores.concepts import CONCEPTS, DIGEST
@@ -45,22 +46,22 @@ def print_hits(captions: list[str]) -> None:
     start = time.perf_counter()
     found = [concepts.found(caption) for caption in captions]
     seconds = time.perf_counter() - start
-    named = Counter(cui for one in found for cui in one)
+    named = Counter(cui for cuis_found in found for cui in cuis_found)
     words = sum(len(caption.split()) for caption in captions)
     print(f"concepts.toml {DIGEST}: {len(captions)} captions of {words} words in {seconds:.3f} s\n")
     print("| concept | kind | captions |\n| --- | --- | --- |")
     for concept in CONCEPTS:
         print(f"| {concept.name} | {concept.kind} | {named[concept.cui]} |")
-    print(f"| no modality | | {sum(concepts.modality(one) == 'unknown' for one in found)} |\n")
+    print(f"| no modality | | {sum(concepts.modality(cuis_found) == 'unknown' for cuis_found in found)} |\n")
 
 
 def print_scores(pairs: list[Pair]) -> None:
     print("| kind | precision | recall |\n| --- | --- | --- |")
     for kind, of_kind in OF_KIND.items():
-        met = sum(len(found & reference & of_kind) for found, reference in pairs)
-        named = sum(len(found & of_kind) for found, _ in pairs)
-        there = sum(len(reference & of_kind) for _, reference in pairs)
-        print(f"| {kind} | {share(met, named)} | {share(met, there)} |")
+        correct = sum(len(found & reference & of_kind) for found, reference in pairs)
+        n_found = sum(len(found & of_kind) for found, _ in pairs)
+        n_reference = sum(len(reference & of_kind) for _, reference in pairs)
+        print(f"| {kind} | {share(correct, n_found)} | {share(correct, n_reference)} |")
     f1s = [concepts.f1(found, reference) for found, reference in pairs]
     print(f"\nmean F1 {statistics.fmean(f1s):.4f} of {len(pairs)} captions that have a concept")
 
@@ -69,7 +70,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument(
-        "--hits-only", action="store_true", help="do not compare, for concepts that are not manual ones"
+        "--hits-only",
+        action="store_true",
+        help="do not compare with the concepts in the files, if those are not manual ones",
     )
     options = parser.parse_args()
     rows = read(options.files)

@@ -1,8 +1,8 @@
-"""The queues that are compared, in one shape: fill one at a place, open it there, and drain what it holds.
+"""The queues that are compared, behind one interface: fill a queue at a place, open it there, and drain it.
 
-A place is a folder, or the URL of a database on a server. Each queue works by its own interface and at its own
-defaults: ours claims and completes 32 jobs at a time, the others have no batches. A result is stored where the queue
-stores any.
+A place is a folder, or the URL of a database on a server. Each queue is used through its own interface with its default
+settings: rococap claims and completes 32 jobs at a time, the others have no batches. Results are stored by the queues
+that can store them.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ BATCH = 32
 TTL_MS = 600_000
 
 Drain = Callable[[list[int]], None]
-"""Works off all jobs, and appends the number of each as it is done."""
+"""Completes all jobs of the queue, and appends the number of each to the list when it is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def open_ours(place: str) -> Iterator[Drain]:
 
 
 def register(engine: Engine) -> int:
-    """A worker of this process's own."""
+    """Registers a worker for this process; returns its id."""
     info = EngineInfo("none", {}, "none", "", "", "cpu", "")
     with db.transaction(engine, write=True) as conn:
         return queue.register_worker(conn, uuid.uuid4().hex, "here", os.getpid(), info)
@@ -73,10 +73,10 @@ def drain_ours(engine: Engine, worker_id: int, done: list[int]) -> None:
 
 
 def claim_batch(conn: Connection, worker_id: int, ttl_ms: int = TTL_MS) -> queue.Lease:
-    """A claim where there is more than enough to claim."""
+    """Claims a batch. Raises RuntimeError if the queue is empty, which would make the measurement worthless."""
     lease = queue.claim(conn, worker_id, RUN_ID, SPLIT, BATCH, ttl_ms=ttl_ms)
     if lease is None:
-        raise RuntimeError("the queue ran dry: it was filled with too few rows for this machine")
+        raise RuntimeError("the queue is empty: this machine needs more rows than it was filled with")
     return lease
 
 
@@ -90,7 +90,7 @@ def completions(lease: queue.Lease) -> list[Completion]:
 def fill_huey(place: str, jobs: int) -> None:
     from huey.storage import SqliteStorage
 
-    storage = SqliteStorage(filename=f"{place}/huey.db", fsync=False)  # only while it is filled
+    storage = SqliteStorage(filename=f"{place}/huey.db", fsync=False)  # only while the queue is filled
     for number in range(jobs):
         storage.enqueue(str(number).encode())
     storage.close()
@@ -127,7 +127,7 @@ def fill_persist_queue(place: str, jobs: int) -> None:
 def open_persist_queue(place: str) -> Iterator[Drain]:
     from persistqueue import Empty, SQLiteAckQueue
 
-    # auto_resume would hand out again what other processes hold.
+    # auto_resume would hand out jobs again that other processes are working on.
     waiting = SQLiteAckQueue(place, auto_resume=False)
 
     def drain(done: list[int]) -> None:

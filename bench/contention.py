@@ -1,4 +1,6 @@
-"""Several processes on one database: waits for its lock, shares, an export meanwhile, PostgreSQL beside SQLite."""
+"""Measures contention of several processes on one database: waits for the write lock, fairness, the effect of a
+concurrent export, and PostgreSQL against SQLite.
+"""
 
 import statistics
 import time
@@ -23,14 +25,16 @@ PROCESSES = 8
 MANY = 32
 THINK_SEC = 0.01
 ROWS_PER_SEC = 20_000
-"""More than any of them claims, so that no queue runs dry."""
+"""Rows to fill in per second of measurement: more than can be claimed, so that no queue becomes empty."""
 
 # --- One process of several ------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Worked:
-    """What one process did. Seconds: `waits` to enter a write transaction, `claims` from there to the commit."""
+    """What one process did: ids of its jobs, errors, and durations in seconds: `waits` to enter a write transaction,
+    and `claims` for whole claims, wait and commit included.
+    """
 
     ids: list[int] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
@@ -78,16 +82,18 @@ def rows_of(crew: list[Worked]) -> int:
 
 
 def duplicates(*crews: list[Worked]) -> int:
-    """Jobs that were done more than once, over crews that do not share theirs."""
+    """The number of times that jobs were done again, summed over crews that have no jobs in common."""
     return sum(rows_of(crew) - len({id for one in crew for id in one.ids}) for crew in crews)
 
 
-# --- Waits, shares, an export ----------------------------------------------------------------------------------
+# --- Waits, fairness, an export --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Fairness:
-    """Each is a crew per round: alone for `seconds`, many that think, and half as long without and with an export."""
+    """The results of each crew: in each round, `alone` for `seconds`, and half as long `without` an export and while
+    `exporting`; and once, `many` processes that pause between claims.
+    """
 
     journal: str
     seconds: float
@@ -96,7 +102,7 @@ class Fairness:
     without: list[list[Worked]]
     exporting: list[list[Worked]]
     exported: int
-    """Rows that the export wrote in all rounds."""
+    """Rows that the export wrote during all rounds."""
 
 
 def measure(folder: Path, seconds: float, rounds: int, export_rows: int) -> Fairness:
@@ -176,7 +182,7 @@ def _found(*crews: list[Worked]) -> str:
 
 
 def _fill(url: str, *, pending: int, done: int = 0) -> str:
-    """Returns the journal that the new file got."""
+    """Fills a new database; returns the journal mode of its file."""
     engine = db.connect(url)
     fill_many(engine, pending, done=done, text=TEXT)
     with db.transaction(engine) as conn:
@@ -187,7 +193,7 @@ def _fill(url: str, *, pending: int, done: int = 0) -> str:
 
 @contextmanager
 def exporting(url: str, path: Path) -> Iterator["Synchronized[int]"]:
-    """An export under way in a process of its own, over and over; yields how many rows it wrote so far."""
+    """Runs exports one after another in a separate process; yields a counter of the rows written so far."""
     rows = SPAWN.Value("q", 0)
     process = SPAWN.Process(target=export_for_ever, args=(url, path, rows), daemon=True)
     process.start()
@@ -203,28 +209,28 @@ def exporting(url: str, path: Path) -> Iterator["Synchronized[int]"]:
 
 
 def export_for_ever(url: str, path: Path, rows: "Synchronized[int]") -> None:
-    from rococap.results import export  # pandas, which the others need not load
+    from rococap.results import export  # imports pandas, which the other processes do not need
 
     engine = db.connect(url)
     with db.transaction(engine) as conn:
         run = queue.get_run(conn, RUN_NAME)
     before = 0
 
-    def tell(_what: str, done: int, _total: int) -> None:
+    def count(_what: str, done: int, _total: int) -> None:
         rows.value = before + done
 
     while True:
-        before += export.export(engine, run, SPLIT, path, progress=tell).rows
+        before += export.export(engine, run, SPLIT, path, progress=count).rows
 
 
-# --- PostgreSQL beside SQLite ----------------------------------------------------------------------------------
+# --- PostgreSQL against SQLite ---------------------------------------------------------------------------------
 
 Sides = list[tuple[list[Worked], list[Worked]]]
-"""In each round, the processes on SQLite and those on PostgreSQL."""
+"""For each round, the results of the processes on SQLite and of those on PostgreSQL."""
 
 
 def measure_postgres(folder: Path, server: Server, seconds: float, rounds: int) -> Sides:
-    """Claim and complete without pause by as many processes on the one as on the other, in turns."""
+    """Claims and completes without pause, on SQLite and PostgreSQL in turns, with equally many processes."""
     urls = [f"sqlite:///{folder}/beside.db", server.create()]
     for url in urls:
         engine = db.connect(url)

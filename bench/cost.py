@@ -1,4 +1,6 @@
-"""What a job costs, claimed and completed: ours against sqlite3 replaying its statements, and other queues."""
+"""Measures the cost of claiming and completing one job: rococap against sqlite3 replaying the same statements, and
+against other queues.
+"""
 
 import gc
 import shutil
@@ -34,12 +36,12 @@ DRAINERS = 4
 CLOCKS: tuple[Clock, ...] = ("wall", "cpu")
 
 Statement = tuple[str, Any, bool]
-"""SQL, its parameters, and whether they are many rows."""
+"""SQL, its parameters, and whether they are for executemany."""
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A filled queue, which is copied and never drained itself."""
+    """A filled queue that serves as a template: it is copied for each measurement and never drained itself."""
 
     contender: Contender
     place: str
@@ -48,7 +50,7 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """What several processes did with one queue together."""
+    """The result of several processes draining one queue together: `lost` jobs were never done."""
 
     jobs: int
     duplicates: int
@@ -63,7 +65,7 @@ class Drained:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """By name: what each queue took per job in every round, and what became of it under several processes."""
+    """By name of the queue: its time per job in every round, and the result of several processes draining it."""
 
     took: dict[str, tuple[Took, ...]]
     drained: dict[str, Drained]
@@ -82,7 +84,7 @@ def measure(folder: Path, server: Server, rows: int, peer_jobs: int, rounds: int
         drained = {base.contender.name: drain_together(together, base, server) for base in bases}
     statements = record(bases[0], server)
     gc.collect()
-    gc.freeze()  # else every collection walks the recording, in our time as well as in the peer's
+    gc.freeze()  # otherwise every garbage collection would traverse the recording, in our time and in the peer's
     turns = [partial(time_replay, bases[0], server, statements), *(partial(time_drain, base, server) for base in bases)]
     columns = zip(*alternate(rounds, *turns), strict=True)
     gc.unfreeze()
@@ -120,7 +122,7 @@ def fill_base(contender: Contender, place: str, jobs: int) -> Base:
 @contextmanager
 def copied(base: Base, server: Server) -> Iterator[str]:
     if "://" in base.place:
-        yield server.create(template=str(make_url(base.place).database))  # it goes with the server
+        yield server.create(template=str(make_url(base.place).database))  # deleted with the server
     else:
         copy = shutil.copytree(base.place, f"{base.place} copy")
         yield copy
@@ -135,12 +137,14 @@ def time_drain(base: Base, server: Server) -> Took:
     with copied(base, server) as place, base.contender.open(place) as drain:
         took = timed(lambda: drain(done))
     if len(done) != base.jobs or len(set(done)) != base.jobs:
-        raise SystemExit(f"{base.contender.name} did {len(done)} jobs, {len(set(done))} different ones of {base.jobs}")
+        raise SystemExit(f"{base.contender.name} did {len(done)} jobs, {len(set(done))} distinct, out of {base.jobs}")
     return took.per(base.jobs)
 
 
 def record(base: Base, server: Server) -> list[Statement]:
-    """All that ours sends to the driver, so that the peer does the same work, and none to find its parameters."""
+    """All statements that rococap sends to the driver, for the peer to replay: it does the same work in the database,
+    and none to compute the parameters.
+    """
     statements: list[Statement] = []
 
     def note(conn: Any, cursor: Any, sql: str, parameters: Any, context: Any, many: bool) -> None:
@@ -158,11 +162,11 @@ def time_replay(base: Base, server: Server, statements: list[Statement]) -> Took
     with copied(base, server) as place:
         connection = connect(Path(place, "queue.db"))
         took = timed(lambda: replay(connection, statements))
-        left = connection.execute("SELECT count(*) FROM jobs WHERE status <> 'done'").fetchone()[0]
-        left += base.jobs - connection.execute("SELECT count(*) FROM captions").fetchone()[0]
+        n_left = connection.execute("SELECT count(*) FROM jobs WHERE status <> 'done'").fetchone()[0]
+        n_left += base.jobs - connection.execute("SELECT count(*) FROM captions").fetchone()[0]
         connection.close()
-    if left:
-        raise SystemExit(f"{left} rows were not completed by replaying")
+    if n_left:
+        raise SystemExit(f"replaying left {n_left} jobs or captions incomplete")
     return took.per(base.jobs)
 
 
@@ -186,12 +190,12 @@ def drain_together(together: Together, base: Base, server: Server) -> Drained:
 
 
 def drain_in_crew(contender: Contender, place: str) -> tuple[list[int], str]:
-    """The jobs that this process did, and the error that stopped it, if one did."""
+    """The jobs that this process did, and the error that stopped it, or an empty text."""
     done: list[int] = []
     with contender.open(place) as drain:
         start_together()
         try:
             drain(done)
-        except Exception as error:  # a peer's own: the others go on without this process
+        except Exception as error:  # any error of a peer's: the other processes go on without this one
             return done, repr(error)
     return done, ""

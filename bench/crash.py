@@ -1,4 +1,4 @@
-"""Workers killed with SIGKILL: how long until their jobs can be claimed again."""
+"""Measures how long after a worker is killed with SIGKILL its jobs are claimed again."""
 
 import random
 import shutil
@@ -25,7 +25,7 @@ PATIENCE_SEC = 5 * BOUND_SEC
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """Seconds from the kill until the jobs were claimed by another worker, and how many of them were."""
+    """Seconds from the kill until another worker claimed the jobs, and how many of the `held` jobs it claimed."""
 
     seconds: float
     claimed: int
@@ -33,7 +33,7 @@ class Crash:
 
 
 def measure(folder: Path, n: int) -> list[Crash]:
-    """A few at a time, each in a database of its own; none starts a process while another is timed."""
+    """Kills `n` workers, a few at a time, each with a database of its own. No process is started while one is timed."""
     crashes: list[Crash] = []
     base = folder / "base.db"
     engine = db.connect(f"sqlite:///{base}")
@@ -60,7 +60,10 @@ def lines(crashes: list[Crash]) -> list[Line]:
 
 
 class Victim:
-    """A process that claims and beats, as a worker does, until it is killed, and the worker that then takes over."""
+    """A process to be killed, which claims jobs and sends heartbeats as a worker does.
+
+    `kill` also takes over its jobs, as another worker.
+    """
 
     def __init__(self, path: Path) -> None:
         self._engine = db.connect(f"sqlite:///{path}")
@@ -94,7 +97,9 @@ def hold(url: str, pipe: Connection) -> None:
 
 
 def take_over(engine: Engine) -> set[int]:
-    """Polls as an idle worker does, until it could claim; what a crash touched comes in the lane of suspects."""
+    """Polls as an idle worker does until it can claim jobs; returns their ids. After a crash, jobs are claimed in the
+    lane of suspects.
+    """
     worker_id = register(engine)
     give_up = time.perf_counter() + PATIENCE_SEC
     while time.perf_counter() < give_up:

@@ -1,4 +1,4 @@
-"""Several processes that start one piece of work together. They are spawned: no connection crosses a fork."""
+"""Runs one task in several processes that start together. They are spawned, so no connection is shared by a fork."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ _barrier: Barrier
 
 @contextmanager
 def crew(n: int) -> Iterator[Together]:
-    """A function that has each of `n` processes do `task(*args)` once and returns the `n` results.
+    """Yields a function that runs `task(*args)` once in each of `n` processes and returns the `n` results.
 
-    The task calls `start_together` where its preparations end.
+    The task must call `start_together` when its preparations are finished.
     """
     barrier = SPAWN.Barrier(n)
     with ProcessPoolExecutor(n, SPAWN, _join, (barrier,)) as pool:
@@ -32,7 +32,9 @@ def crew(n: int) -> Iterator[Together]:
 
 
 def start_together() -> None:
-    """Returns in all processes of the crew at once; one that waits here is busy, so each gets exactly one task."""
+    """Returns in all processes of the crew at the same time. A process that waits here takes no second task, so each
+    gets exactly one.
+    """
     _barrier.wait(START_SEC)
 
 
@@ -45,5 +47,5 @@ def _do(task: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     try:
         return task(*args)
     except BaseException:
-        _barrier.abort()  # else the others would wait for this one
+        _barrier.abort()  # otherwise the other processes would wait for this one
         raise

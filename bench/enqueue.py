@@ -1,4 +1,6 @@
-"""Enqueueing a split in the hub's layout: reading against pandas, the database against raw sqlite3, and once more."""
+"""Measures enqueueing a split in the hub's layout: reading against pandas, the database against plain sqlite3, and a
+second enqueue against the first.
+"""
 
 import argparse
 import os
@@ -14,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
+sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
 
 import pandas as pd
 import pyarrow as pa
@@ -31,7 +33,9 @@ from rococap.recipe import Recipe
 
 ROWS_PER_GROUP = 100
 PICTURE_BYTES = 100_000
-"""Half of ROCOv2's mean on the hub. pandas reads the pictures too, so its time goes by bytes, and ours by rows."""
+"""Half the mean size of ROCOv2's pictures on the hub. pandas also reads the pictures, so its time grows with their
+bytes, whereas that of rococap grows with the rows.
+"""
 
 SCHEMA = pa.schema(
     [
@@ -76,7 +80,7 @@ def _write_shard(path: Path, numbers: range, picture_bytes: int, source: random.
 
 
 def _row(number: int, picture_bytes: int, source: random.Random) -> dict[str, object]:
-    # Enqueue opens a few: each is a picture, and behind its end noise that nothing looks at.
+    # Enqueue opens a few pictures, so each is a valid one, followed by noise that no decoder reads.
     picture = {"bytes": PICTURE + os.urandom(picture_bytes - len(PICTURE)), "path": None}
     return {"image": picture, "image_id": image_id(number), "caption": caption(source), "cui": concepts(source)}
 
@@ -113,7 +117,7 @@ def _require_all_pending(path: Path, rows: int) -> None:
     ).fetchone()[0]
     connection.close()
     if found != rows:
-        raise SystemExit(f"{path} has {found} jobs for {rows} rows")
+        raise SystemExit(f"{path} has {found} pending jobs for {rows} rows")
 
 
 def enqueue_all(engine: Engine, root: Path) -> None:
@@ -121,7 +125,7 @@ def enqueue_all(engine: Engine, root: Path) -> None:
 
 
 def time_ours(read: ReadSplit, root: Path, engine: Engine, _path: Path) -> Took:
-    """Enqueue with its reading taken out: the samples are in memory already."""
+    """Times enqueueing without reading: the samples are already in memory."""
     rows = {shard.path: samples for shard, samples in read}
     in_memory = SimpleNamespace(
         find_shards=lambda root, split, config, columns: [shard for shard, _ in read],
@@ -132,7 +136,7 @@ def time_ours(read: ReadSplit, root: Path, engine: Engine, _path: Path) -> Took:
 
 
 def time_raw(read: ReadSplit, _engine: Engine, path: Path) -> Took:
-    """Rows made beforehand, and one transaction for all of them: as little as sqlite3 can do."""
+    """Times the least work that sqlite3 can do: it inserts rows prepared beforehand, in a single transaction."""
     images = list(_image_rows(read))
     jobs = [(1, number, SPLIT) for number in range(1, len(images) + 1)]
     connection = connect(path)
@@ -169,7 +173,7 @@ def _insert(
 
 
 def time_twice(root: Path, path: Path, rows: int) -> tuple[Took, Took]:
-    """The first enqueue of a split, reading and all, and the second."""
+    """The times of the first enqueue of a split, reading included, and of the second."""
     engine = db.connect(f"sqlite:///{path}")
     first, second = (timed(lambda: enqueue_all(engine, root)) for _ in range(2))
     engine.dispose()

@@ -1,4 +1,6 @@
-"""Exporting a split as CSV: rococap.export against the csv module on one plain sqlite3 cursor, to the same bytes."""
+"""Measures exporting a split as CSV: rococap against the csv module on a plain sqlite3 cursor. Both write the same
+bytes.
+"""
 
 import argparse
 import csv
@@ -9,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
+sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
 
 from report import Clock, Line, alternate, compare, show, timed
 from rows import SPLIT, connect, fill
@@ -18,7 +20,7 @@ from rococap import db, queue
 from rococap.recipe import Recipe
 from rococap.results import export, snapshot
 
-# What ours selects and computes, with the conversions left to SQLite, so that the peer runs no Python per row.
+# The columns that rococap exports. SQLite does the conversions, so that the peer runs no Python code per row.
 SELECT = """
     SELECT i.image_id, i.caption, c.text, c.processing_ms / 1000, ?,
         strftime('%Y-%m-%dT%H:%M:%f', c.generated_at / 1000.0, 'unixepoch') || 'Z', j.split
@@ -50,7 +52,7 @@ WRITERS = {"ours": write_ours, "peer": write_peer}
 
 
 def grown(database: Path, name: str) -> float:
-    """Peak of the resident memory above what the imports take, in MB, of a process of its own."""
+    """The peak resident memory of an export in a separate process, in MB above that of the imports."""
     command = [sys.executable, __file__, "--grow", name, str(database)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -63,7 +65,7 @@ def grow(name: str, database: Path) -> None:
 
 
 def _memory(field: str) -> float:
-    # Not getrusage's ru_maxrss: a process starts with its parent's (exec keeps it), and the parent may be larger.
+    # Not ru_maxrss from getrusage: a process inherits it from its parent, even across exec, and that may be larger.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
@@ -74,7 +76,7 @@ def measure(database: Path, rows: int, n_rounds: int) -> list[Line]:
         n_rounds, lambda: timed(lambda: write_peer(database, peer)), lambda: timed(lambda: write_ours(database, ours))
     )
     if not filecmp.cmp(peer, ours, shallow=False):
-        raise SystemExit("the two wrote different files")
+        raise SystemExit("rococap and the peer wrote different files")
     memory = {name: grown(database, name) for name in WRITERS}
     clocks: tuple[Clock, ...] = ("wall", "cpu")
     return [

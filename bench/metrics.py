@@ -1,6 +1,7 @@
-"""Scoring a whole test split: `rococap evaluate` and `report` as commands, and our scores against pycocoevalcap's.
+"""Measures scoring a whole test split: the commands `rococap evaluate` and `report`, and rococap's scores against those
+of pycocoevalcap.
 
-The captions are real ones, each beside itself with some of its words replaced by another's.
+The references are real captions; each generated caption is its reference with some words replaced by those of another.
 """
 
 import argparse
@@ -17,13 +18,14 @@ from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
-sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
+sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from report import Line, alternate, compare, show, timed, value_line
+from sqlalchemy import Engine
 
 from rococap import db, queue
 from rococap.data import datasets
@@ -40,7 +42,7 @@ TEST_SPLIT = 9_927
 
 
 def pairs(file: Path, n: int) -> list[tuple[str, str]]:
-    """Caption and reference."""
+    """`n` pairs of a generated caption and its reference."""
     with file.open(encoding="utf-8", newline="") as lines:
         references = [formats.fold(row["caption"]) for row in csv.DictReader(lines)]
     rng = random.Random(6)
@@ -57,7 +59,7 @@ def pairs(file: Path, n: int) -> list[tuple[str, str]]:
 
 
 def fill(folder: Path, made: list[tuple[str, str]]) -> Path:
-    """A database with a captioned run, and the pictures that it is of."""
+    """Makes a data set and a database with two captioned runs of it; returns the path of the database."""
     write_shards(folder / "set" / "data", [reference for _, reference in made])
     path = folder / "bench.db"
     database = db.connect(f"sqlite:///{path}")
@@ -90,7 +92,9 @@ def write_shards(folder: Path, references: list[str]) -> None:
 
 
 def noise(number: int) -> bytes:
-    """A JPEG of ROCOv2's usual size and weight, which thumbnails cannot make small: 700 by 600, some 60 kB."""
+    """A JPEG of noise with the typical size of ROCOv2's pictures, 700 by 600 pixels and about 60 kB. Thumbnails of
+    noise do not compress well, so the report is as large as it can get.
+    """
     rng = np.random.default_rng(number)
     small = Image.fromarray(rng.integers(0, 256, (150, 175), dtype=np.uint8))
     file = BytesIO()
@@ -98,7 +102,7 @@ def noise(number: int) -> bytes:
     return file.getvalue()
 
 
-def complete(database: db.Engine, run_name: str, captions: list[str]) -> None:
+def complete(database: Engine, run_name: str, captions: list[str]) -> None:
     texts = iter(captions)
     with db.transaction(database, write=True) as conn:
         run = queue.get_run(conn, run_name)
@@ -113,18 +117,18 @@ def complete(database: db.Engine, run_name: str, captions: list[str]) -> None:
 
 
 def command(database: Path, *args: str) -> tuple[float, float]:
-    """Seconds and peak of the resident memory in MB of a command; its files go beside the database."""
-    told = database.with_name("told")
+    """The time of a command in seconds, and its peak resident memory in MB. It runs in the folder of the database."""
+    peak_file = database.with_name("peak")
     code = (
         "import sys; from rococap.cli import cli\n"
         "cli(sys.argv[2:], standalone_mode=False)\n"
         "lines = open('/proc/self/status').read().splitlines()\n"
         "open(sys.argv[1], 'w').write(next(line.split()[1] for line in lines if line.startswith('VmHWM:')))"
     )
-    argv = [sys.executable, "-c", code, str(told), "--db", f"sqlite:///{database}", *args]
+    argv = [sys.executable, "-c", code, str(peak_file), "--db", f"sqlite:///{database}", *args]
     started = time.monotonic()
     subprocess.run(argv, check=True, cwd=database.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.monotonic() - started, float(told.read_text()) / 1024
+    return time.monotonic() - started, float(peak_file.read_text()) / 1024
 
 
 def measure_commands(folder: Path, made: list[tuple[str, str]], n_rounds: int) -> list[Line]:
@@ -138,10 +142,10 @@ def measure_commands(folder: Path, made: list[tuple[str, str]], n_rounds: int) -
         rounds.append((command(database, *evaluate), command(database, *evaluate), command(database, *report)))
     size = max(path.stat().st_size for path in folder.glob("results_medical/report*.html")) / 1e6
     lines = []
-    for at, (what, target) in enumerate(
+    for n, (what, target) in enumerate(
         (("evaluate", "<= 60"), ("evaluate again", "<= 2"), ("report of two runs", "<= 60"))
     ):
-        seconds, peaks = zip(*(one[at] for one in rounds), strict=True)
+        seconds, peaks = zip(*(results[n] for results in rounds), strict=True)
         lines += [value_line(what, list(seconds), "s", target), value_line(f"{what}, peak", list(peaks), "MB", "")]
     return [*lines, value_line("report, its size", [size], "MB", "<= 10")]
 
@@ -184,29 +188,29 @@ def measure_scores(made: list[tuple[str, str]], n_rounds: int) -> list[Line]:
         found[name] = score(made)
 
     rounds = alternate(n_rounds, lambda: timed(lambda: run("peer", theirs)), lambda: timed(lambda: run("ours", ours)))
-    print({name: {one: round(score, 4) for one, score in scores.items()} for name, scores in found.items()})
+    print({name: {metric: round(score, 4) for metric, score in scores.items()} for name, scores in found.items()})
     return [compare("tokens, BLEU, ROUGE-L and CIDEr-D, per caption", rounds, "wall", "<= 0.2", rows=len(made))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=TEST_SPLIT)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=TEST_SPLIT, help="captions to score")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, in each of which both take a turn")
     parser.add_argument(
         "--captions",
         type=Path,
         default=CAPTIONS,
-        help="a CSV with a column `caption` [default: 2,000 real ones beside the checkout]",
+        help="a CSV with a column `caption` [default: 2,000 real captions in a folder beside the checkout]",
     )
     options = parser.parse_args()
     if not options.captions.exists():
-        parser.error(f"{options.captions} is not here: give --captions a CSV of real captions, such as ROCOv2's")
+        parser.error(f"{options.captions} does not exist: give --captions a CSV of real captions, such as ROCOv2's")
     made = pairs(options.captions, options.pairs)
     lines = []
     if find_spec("pycocoevalcap") and shutil.which("java"):
         lines += measure_scores(made, options.rounds)
     else:
-        print("Not compared with pycocoevalcap: it needs pip install 'rococap[coco]', and Java.")
+        print("Not compared with pycocoevalcap, which needs Java and: pip install 'rococap[coco]'")
     with tempfile.TemporaryDirectory() as folder:
         lines += measure_commands(Path(folder), made, options.rounds)
     show(lines, f"{options.pairs} captions, {options.rounds} rounds, {os.cpu_count()} cores")

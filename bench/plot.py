@@ -1,4 +1,4 @@
-"""The queue's measurements as one picture: cost, scale, waits and shares."""
+"""Plots the measurements of the queue: cost per job, scale, waits for the write lock, and shares of the processes."""
 
 import statistics
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where the time of captioning goes, by torch.profiler: matrix products, attention, the rest, and Python."""
+"""Profiles captioning with torch.profiler: shares of matrix products, attention, copies, other operators and Python."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
+    sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
 
 import small_models
@@ -31,8 +31,8 @@ KINDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=128)
-    parser.add_argument("--large-pictures", type=int, default=32)
+    parser.add_argument("--pictures", type=int, default=128, help="pictures for the demo model")
+    parser.add_argument("--large-pictures", type=int, default=32, help="pictures for the larger model")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench_profile_") as folder:
         large = str(small_models.write_105m(Path(folder) / "large"))
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _shares(recipe: Recipe, root: Path, n: int) -> list[float]:
-    """Of the wall time in the main thread, in which all operators are called."""
+    """The share of each kind in the wall time of the main thread, which calls all operators."""
     engine = ways.load(recipe, Options(device="cpu", batch_size=16), ways.uneven_lengths(n, 33, 128))
     pictures = zip(range(1, n + 1), ways.pictures_of(root), strict=False)
     prepared = [engine.prepare(number, picture) for number, picture in pictures]

@@ -1,4 +1,4 @@
-"""The queue measured: cost per job beside other queues, many rows, many processes, PostgreSQL, crashes."""
+"""Measures the queue: cost per job against other queues, many rows, many processes, PostgreSQL, crashes."""
 
 import argparse
 import os
@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # spawned children are told the path as it is then
-    sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
+if __name__ == "__main__":  # spawned processes inherit the path with this change
+    sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
 
 import contenders
 import contention
@@ -20,7 +20,7 @@ import server
 from report import Line, show
 
 Found = tuple[Any, list[Line]]
-"""What a part measured, for the plot, and its lines."""
+"""The measurements of a part, for the plot, and its lines of the table."""
 
 PARTS = ("cost", "scale", "fairness", "postgres", "crash")
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "queue.png"
@@ -36,15 +36,15 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix=f"bench_{part}_") as folder:
                 found[part], more = MEASURES[part](Path(folder), options)
             lines += more
-            print(f"{part} is measured, after {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    finally:  # what was measured before an error is worth reading
+            print(f"{part}: measured after {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    finally:  # also after an error: the results so far are worth having
         show(lines, f"load {load:.1f} before; {_sizes(options)}")
     print("Missed: " + ("; ".join(line.what for line in lines if line.missed) or "none"))
     if {"cost", "scale", "fairness"} <= found.keys():
-        import plot  # matplotlib, which no spawned child needs
+        import plot  # imports matplotlib, which spawned processes do not need
 
         plot.draw(options.plot, found["cost"], found["scale"], found["fairness"])
-        print(f"Drawn: {options.plot}")
+        print(f"Plot written to {options.plot}")
 
 
 def _cost(folder: Path, options: argparse.Namespace) -> Found:
@@ -81,15 +81,20 @@ MEASURES = dict(zip(PARTS, (_cost, _scale, _fairness, _postgres, _crash), strict
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--only", type=lambda text: text.split(","), default=PARTS, help=f"parts, with commas: {','.join(PARTS)}")
-    add("--rounds", type=int, default=5, help="in which what is compared takes turns")
-    add("--rows", type=int, default=20_480, help="jobs that ours drains for the cost of one")
+    add(
+        "--only",
+        type=lambda text: text.split(","),
+        default=PARTS,
+        help=f"parts to measure, separated by commas: {','.join(PARTS)}",
+    )
+    add("--rounds", type=int, default=5, help="rounds, in each of which all queues take a turn")
+    add("--rows", type=int, default=20_480, help="jobs from which rococap's cost per job is measured")
     add("--peer-jobs", type=int, default=1_000, help="the same for the other queues, which take longer")
-    add("--scale-rows", type=_numbers, default=[60_000, 10_000_000], help="sizes of database, with commas")
-    add("--seconds", type=float, default=10, help="that several processes work without pause")
-    add("--export-rows", type=int, default=1_000_000, help="done rows that are exported meanwhile")
-    add("--crashes", type=int, default=50, help="workers killed")
-    add("--plot", type=Path, default=PLOT, help="drawn if cost, scale and fairness were measured")
+    add("--scale-rows", type=_numbers, default=[60_000, 10_000_000], help="database sizes in rows, separated by commas")
+    add("--seconds", type=float, default=10, help="time for which several processes work without pause")
+    add("--export-rows", type=int, default=1_000_000, help="done rows that are exported at the same time")
+    add("--crashes", type=int, default=50, help="workers to kill")
+    add("--plot", type=Path, default=PLOT, help="file for the plot, which needs cost, scale and fairness")
     options = parser.parse_args()
     if unknown := set(options.only) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")

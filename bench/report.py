@@ -1,4 +1,4 @@
-"""Timing in alternating rounds, and the table that each bench prints."""
+"""Times work in alternating rounds, and prints the table of a benchmark. Knows nothing of what is measured."""
 
 import gc
 import operator
@@ -22,25 +22,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """Seconds. `cpu` is the process's, all threads together; `user` is its part outside the kernel."""
+    """Durations in seconds. `cpu` is the CPU time of all threads of the process; `user` is its share in user mode."""
 
     wall: float
     cpu: float
     user: float
 
     def per(self, n: int) -> "Took":
+        """The durations divided by n."""
         return Took(self.wall / n, self.cpu / n, self.user / n)
 
 
 Round = tuple[Took, ...]
-"""What the peer took and what ours took, one right after the other."""
+"""The durations of the peer and of rococap, measured right after each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table: medians over the rounds, and the smallest and largest ratio among them.
+    """One line of the table, with formatted medians over the rounds and the ratio of every round.
 
-    A line without a peer has its value for a ratio. The target, if there is one, bounds the median ratio: "<= 2".
+    Without a peer, `ratios` are the values themselves. The target, if there is one, bounds their median, as in "<= 2".
     """
 
     what: str
@@ -67,6 +68,7 @@ class Line:
 
 
 def timed(work: Callable[[], object]) -> Took:
+    """Runs the work once, after a garbage collection, and measures it."""
     gc.collect()
     wall, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     work()
@@ -76,7 +78,9 @@ def timed(work: Callable[[], object]) -> Took:
 
 
 def alternate(rounds: int, *works: Callable[[], T]) -> list[tuple[T, ...]]:
-    """Each round does all works, and every other round in reverse: a drift of the machine hits them alike."""
+    """Runs all works in each round, in reverse order in every other one, so that a drift of the machine's speed affects
+    all alike. Returns the results of each round in the order of `works`.
+    """
     results = []
     for turn in range(rounds):
         order = range(len(works))
@@ -95,7 +99,9 @@ def compare(
     rows: int | None = None,
     duplicates: str = "",
 ) -> Line:
-    """A line on one clock; the ratio is ours / peer, or peer / ours if `times_faster`. With `rows`, time per row."""
+    """A line for one clock. The ratio is rococap / peer, or peer / rococap if `times_faster`. With `rows`, shows the
+    time per row.
+    """
     pairs = [(getattr(peer, clock), getattr(ours, clock)) for peer, ours in rounds]
     ratios = tuple(peer / ours if times_faster else ours / peer for peer, ours in pairs)
     medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
@@ -104,7 +110,7 @@ def compare(
 
 
 def ratio_line(what: str, peers: list[float], ours: list[float], unit: str, target: str, duplicates: str = "") -> Line:
-    """A line of figures that were measured in pairs; the ratio is ours / peer."""
+    """A line for figures that were measured in pairs; the ratio is rococap / peer."""
     ratios = tuple(mine / its for its, mine in zip(peers, ours, strict=True))
     return Line(
         what,
@@ -117,7 +123,7 @@ def ratio_line(what: str, peers: list[float], ours: list[float], unit: str, targ
 
 
 def value_line(what: str, values: list[float], unit: str, target: str, duplicates: str = "") -> Line:
-    """A line of one figure of ours, without a peer, from each round."""
+    """A line for one figure of rococap's per round, without a peer."""
     figure = _figure(statistics.median(values), unit)
     if len(values) > 1:
         figure += f" ({_figure(min(values), '')} to {_figure(max(values), '')})"
@@ -130,7 +136,7 @@ def _figure(value: float, unit: str) -> str:
 
 
 def show(lines: list[Line], sizes: str) -> None:
-    """A table in Markdown, to be pasted; without the columns that no line fills."""
+    """Prints the lines as a Markdown table, without columns that are empty in all lines, and a line on the machine."""
     table = [("what", "peer", "ours", "ratio", "target", "duplicates"), *(line.cells() for line in lines)]
     columns = [column for column in zip(*table, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]

@@ -1,4 +1,4 @@
-"""Made-up rows of the shape of ROCOv2's, and databases filled with them by direct SQL."""
+"""Makes up rows that resemble ROCOv2's, and fills databases with them by direct SQL."""
 
 import random
 import sqlite3
@@ -23,7 +23,7 @@ TERMS = (
 
 
 def caption(random: random.Random) -> str:
-    """About 20 words with a long tail, every tenth beyond ASCII, as in ROCOv2."""
+    """A caption of about 20 words, with a long tail of longer ones; as in ROCOv2, one in ten is not pure ASCII."""
     n_words = min(348, max(3, round(random.lognormvariate(2.8, 0.6))))
     end = " – the patient’s “crescent sign”." if random.random() < 0.1 else "."
     return " ".join(random.choices(TERMS.split(), k=n_words)).capitalize() + end
@@ -38,7 +38,7 @@ def image_id(number: int) -> str:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A plain connection with the pragmas that rococap sets; the journal's mode it finds is the file's."""
+    """A plain connection with the pragmas that rococap sets. The journal mode is stored in the file."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
@@ -46,7 +46,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def fill(path: Path, rows: int, *, done: bool) -> None:
-    """A new database whose run 1 has `rows` jobs of one split, pending or done, and worker 1."""
+    """Makes a new SQLite database with one worker and one run of `rows` jobs in one split, all pending or all done."""
     db.connect(f"sqlite:///{path}").dispose()
     connection = connect(path)
     connection.execute("BEGIN")
@@ -89,7 +89,7 @@ def _images(rows: int) -> Iterator[tuple[object, ...]]:
 def _texts(rows: int) -> Iterator[tuple[object, ...]]:
     source = random.Random(2)
     for n in range(rows):
-        processing_ms = source.randint(160, 7_200) / 8  # eighths: seconds come out the same however they are rounded
+        processing_ms = source.randint(160, 7_200) / 8  # eighths: SQLite and numpy round them to the same seconds
         generated_at = 1_790_000_000_000 + 37 * n
         yield n + 1, caption(source), 300, source.randint(8, 90), processing_ms, 16 * processing_ms, generated_at
 
@@ -98,22 +98,24 @@ def _texts(rows: int) -> Iterator[tuple[object, ...]]:
 
 LEASE_ROWS = 32
 LEASE_EVERY_MS = 80
-"""Between the leases of what is done: 400 captions a second, so that 3,750 of them lie in the window of the rate."""
+"""Interval between the leases of done jobs: 400 captions per second, so that 3,750 leases are in the time window over
+which `status` computes the rate.
+"""
 
 
 def fill_many(engine: Engine, pending: int, *, done: int = 0, text: str = "") -> None:
-    """Gives a new database, of either kind, a run whose first `done` jobs are done, made in SQL.
+    """Fills a new SQLite or PostgreSQL database with a run of `pending` pending and `done` done jobs, entirely in SQL.
 
     Every caption is `text`.
     """
     rows = done + pending
     with db.transaction(engine, write=True) as conn:
-        at = db.now(conn) - 1_000
-        for statement in (*_parents_of(rows), *_rows_of(rows, done, text, at), *_leases_of(done, at)):
+        finished_at = db.now(conn) - 1_000
+        for statement in (*_parents_of(rows), *_rows_of(rows, done, text, finished_at), *_leases_of(done, finished_at)):
             db.execute(conn, statement)
     if engine.dialect.name == "postgresql":
         with engine.connect() as conn:
-            db.execute(conn, "VACUUM ANALYZE")  # as autovacuum does within a minute
+            db.execute(conn, "VACUUM ANALYZE")  # which autovacuum would do within a minute
 
 
 def _parents_of(rows: int) -> Iterator[str]:
@@ -129,7 +131,7 @@ def _parents_of(rows: int) -> Iterator[str]:
     )
 
 
-def _rows_of(rows: int, done: int, text: str, at: int) -> Iterator[str]:
+def _rows_of(rows: int, done: int, text: str, finished_at: int) -> Iterator[str]:
     caption = _quoted(text)
     yield (
         "INSERT INTO images (id, dataset_id, split, image_id, shard_id, row_group, row_in_group, caption, cui) "
@@ -138,7 +140,7 @@ def _rows_of(rows: int, done: int, text: str, at: int) -> Iterator[str]:
     )
     yield (
         "INSERT INTO jobs (id, run_id, image_id, split, status, finished_at) "
-        f"SELECT i, {RUN_ID}, i, '{SPLIT}', 'done', {at - done} + i FROM {_numbers(done)}"
+        f"SELECT i, {RUN_ID}, i, '{SPLIT}', 'done', {finished_at - done} + i FROM {_numbers(done)}"
     )
     yield (
         "INSERT INTO jobs (id, run_id, image_id, split, status) "
@@ -146,19 +148,19 @@ def _rows_of(rows: int, done: int, text: str, at: int) -> Iterator[str]:
     )
     yield (
         "INSERT INTO captions (job_id, text, finish_reason, processing_ms, generated_at) "
-        f"SELECT i, {caption}, 'stop', 60.5, {at - done} + i FROM {_numbers(done)}"
+        f"SELECT i, {caption}, 'stop', 60.5, {finished_at - done} + i FROM {_numbers(done)}"
     )
     for status, n in (("done", done), ("pending", rows - done)):
         yield f"INSERT INTO tallies (run_id, split, status, slot, n) VALUES ({RUN_ID}, '{SPLIT}', '{status}', 0, {n})"
 
 
-def _leases_of(done: int, at: int) -> Iterator[str]:
+def _leases_of(done: int, finished_at: int) -> Iterator[str]:
     n = done // LEASE_ROWS
     yield (
         "INSERT INTO workers (uuid, host, pid, device, engine, versions, started_at, seen_at) "
         "VALUES ('before', 'here', 1, 'cpu', 'none', '{}', 0, 0)"
     )
-    closed_at = f"{at - n * LEASE_EVERY_MS} + i * {LEASE_EVERY_MS}"
+    closed_at = f"{finished_at - n * LEASE_EVERY_MS} + i * {LEASE_EVERY_MS}"
     yield (
         "INSERT INTO leases (worker_id, run_id, split, lane, state, n_jobs, n_done, claimed_at, beat_at, expires_at, "
         f"closed_at) SELECT (SELECT id FROM workers), {RUN_ID}, '{SPLIT}', 0, 'closed', {LEASE_ROWS}, {LEASE_ROWS}, "
@@ -167,7 +169,7 @@ def _leases_of(done: int, at: int) -> Iterator[str]:
 
 
 def _numbers(last: int, *, after: int = 0) -> str:
-    """A table `n` of the integers i with after < i <= last, on both dialects."""
+    """SQL for a table `n` with a column `i` of the integers after < i <= last, valid in both dialects."""
     return (
         f"(WITH RECURSIVE n(i) AS (SELECT CAST({after + 1} AS bigint) WHERE {after} < {last} "
         f"UNION ALL SELECT i + 1 FROM n WHERE i < {last}) SELECT i FROM n) AS n"

@@ -1,4 +1,6 @@
-"""Claim, complete and status with few rows and with many: the same calls in turns on databases of different size."""
+"""Measures claim, complete and status with few and with many rows: the same calls on databases of different sizes, in
+turns.
+"""
 
 import statistics
 import time
@@ -16,12 +18,14 @@ from sqlalchemy import Connection, Engine
 from rococap import db, queue
 
 BATCHES = 40
-"""Claims, and as many completes and status queries, on each database in each round."""
+"""Number of claims, completes and status queries on each database in each round."""
 
 
 @dataclass(slots=True)
 class Times:
-    """Milliseconds of whole transactions, and of claims without begin and commit, which wait for the disk."""
+    """Durations in milliseconds: of whole transactions and, in `*_inside`, without begin and commit, which wait for the
+    disk.
+    """
 
     claim: list[float] = field(default_factory=list)
     complete: list[float] = field(default_factory=list)
@@ -32,7 +36,7 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Sized:
-    """One database; `rounds` has the times of each round, `fill_sec` what it took to make it."""
+    """One database: its size, the time to fill it, and the times of each round."""
 
     rows: int
     gigabytes: float
@@ -48,7 +52,9 @@ class Sized:
 
 
 def measure(folder: Path, sizes: list[int], rounds: int) -> list[Sized]:
-    """Half of each database is done, with the leases of the last five minutes, the other half pending."""
+    """Measures on databases of these sizes in rows. Half of the jobs of each are done, with leases of the last few
+    minutes, and half are pending.
+    """
     files = [folder / f"{rows}.db" for rows in sizes]
     fill_seconds = [_fill(path, rows) for path, rows in zip(files, sizes, strict=True)]
     engines = [db.connect(f"sqlite:///{path}") for path in files]
@@ -107,7 +113,8 @@ def _writing(engine: Engine, whole: list[float], inside: list[float]) -> Iterato
 
 
 @contextmanager
-def timing(into: list[float]) -> Iterator[None]:
+def timing(times: list[float]) -> Iterator[None]:
+    """Appends the duration of the block in milliseconds."""
     began = time.perf_counter()
     yield
-    into.append(1000 * (time.perf_counter() - began))
+    times.append(1000 * (time.perf_counter() - began))

@@ -1,4 +1,4 @@
-"""A PostgreSQL server for the benches: the tests' one, but with its durability on, as in earnest."""
+"""Starts a PostgreSQL server for the benchmarks: that of the tests, but with durability enabled as in production."""
 
 import sys
 from collections.abc import Iterator
@@ -27,5 +27,5 @@ def started() -> Iterator[Server]:
 
 
 def libpq(url: str) -> str:
-    """The URL without SQLAlchemy's driver name."""
+    """The URL in the form that libpq accepts, without SQLAlchemy's driver name."""
     return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)

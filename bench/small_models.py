@@ -1,4 +1,6 @@
-"""A Qwen2-VL of 105 million parameters with random weights: what a larger model costs, not what it says."""
+"""Makes a Qwen2-VL of 105 million parameters with random weights, to measure the cost of a larger model: its captions
+are meaningless.
+"""
 
 import shutil
 from pathlib import Path
@@ -12,7 +14,9 @@ VOCABULARY = 32_768
 
 
 def write_105m(folder: Path) -> Path:
-    """The demo model's processor and tokenizer around a larger model, whose vision tower is a twelfth as in the 7 B."""
+    """Writes a larger model with the processor and tokenizer of the demo model. As in Qwen2-VL-7B, the vision tower has
+    a twelfth of the parameters. Returns `folder`.
+    """
     shutil.copytree(MODEL, folder)
     (folder / "model.safetensors").unlink()
     config = AutoConfig.from_pretrained(MODEL)

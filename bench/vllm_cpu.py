@@ -1,9 +1,9 @@
-"""Our transformers engine against vLLM on the CPU, with the same weights, pictures and lengths of captions.
+"""Measures rococap's transformers engine against vLLM on the CPU, with the same weights, pictures and caption lengths.
 
-Each is a process in a virtual environment of its own, loads its model once, prepares its pictures beforehand, and is
-idle while the other has its turn:
+Each runs in a process and virtual environment of its own, loads its model once, prepares its pictures beforehand, and
+is idle during the turns of the other:
 
-    make test-vllm                                                   makes .venv-vllm
+    make test-vllm                                                   creates .venv-vllm
     .venv-vllm/bin/python bench/vllm_cpu.py --python .venv/bin/python
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 if __name__ == "__main__":
-    sys.path.append(sys.path.pop(0))  # last, for queue.py here would stand in for the standard library's
+    sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
 
 import small_models
@@ -34,8 +34,8 @@ from rococap.engines.vllm import VLLMEngine
 from rococap.recipe import Recipe
 from rococap.worker.dry_run import from_memory
 
-MEAN, MOST = 33, 128
-"""Tokens of the forced captions: as those of ROCOv2 are spread."""
+MEAN, LONGEST = 33, 128
+"""Length of the forced captions in tokens, distributed as in ROCOv2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def _measure(options: argparse.Namespace) -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="bench_vllm_") as folder:
         large = Path(folder) / "model_105m"
-        # By the newer transformers: the older one of the two reads what it writes, and not the other way round.
+        # Written with the newer transformers: the older version can read its models, but not the other way round.
         subprocess.run([options.python, __file__, "--write-105m", large], check=True)
         small, more = options.pictures, options.large_pictures
         cases = [
@@ -85,7 +85,7 @@ def _compared(case: Case, root: Path, options: argparse.Namespace) -> Line:
         _player(sys.executable, "vllm", case, root, options) as vllm,
         _player(options.python, "transformers", case, root, options) as ours,
     ):
-        vllm(), ours()  # once, since the first turn pays for what later ones have
+        vllm(), ours()  # a first turn that does not count, since it includes one-time costs
         seconds = alternate(options.rounds, vllm, ours)
     peers, mine = zip(*[(case.n / its, case.n / our) for its, our in seconds], strict=True)
     return ratio_line(f"{case.name}: against vLLM", list(peers), list(mine), "pictures/s", ">= 1.0")
@@ -95,14 +95,14 @@ def _compared(case: Case, root: Path, options: argparse.Namespace) -> Line:
 def _player(
     python: str, engine: str, case: Case, root: Path, options: argparse.Namespace
 ) -> Iterator[Callable[[], float]]:
-    """A process that has loaded its model: each call is a turn, and says how many seconds it took."""
+    """Starts a process that loads its model; yields a function that makes it take a turn and returns the seconds."""
     command = [python, __file__, "--engine", engine, "--model", case.model, "--dtype", case.dtype, "--root", str(root)]
     command += ["--forced"] if case.is_forced else []
     command += ["--batch-size", str(options.batch_size)] if options.batch_size else []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
-        print(f"{case.name}: {engine} takes {_said(process.stdout, 'ready')} pictures at a time", file=sys.stderr)
+        print(f"{case.name}: {engine} takes {_answer(process.stdout, 'ready')} pictures at a time", file=sys.stderr)
         yield partial(_turn, process.stdin, process.stdout)
         process.stdin.close()
 
@@ -110,23 +110,23 @@ def _player(
 def _turn(stdin: IO[str], stdout: IO[str]) -> float:
     stdin.write("go\n")
     stdin.flush()
-    return float(_said(stdout, "took"))
+    return float(_answer(stdout, "took"))
 
 
-def _said(stdout: IO[str], what: str) -> str:
-    for line in stdout:  # vLLM prints there too
-        if line.startswith(f"{what} "):
+def _answer(stdout: IO[str], keyword: str) -> str:
+    for line in stdout:  # vLLM prints to stdout too
+        if line.startswith(f"{keyword} "):
             return line.split()[1]
-    raise SystemExit("a process ended before its turn: see above")
+    raise SystemExit("a process ended before its turn: see its output above")
 
 
-# --- in a process of its own -----------------------------------------------------------------------------------
+# --- the process of one engine ---------------------------------------------------------------------------------
 
 
 def _take_turns(options: argparse.Namespace) -> None:
-    recipe = Recipe(model=options.model, dtype=options.dtype, max_new_tokens=MOST if options.forced else 64)
+    recipe = Recipe(model=options.model, dtype=options.dtype, max_new_tokens=LONGEST if options.forced else 64)
     pictures = list(ways.pictures_of(options.root))
-    lengths = ways.uneven_lengths(len(pictures), MEAN, MOST) if options.forced else None
+    lengths = ways.uneven_lengths(len(pictures), MEAN, LONGEST) if options.forced else None
     engine = LOAD[options.engine](recipe, Options(options.engine, batch_size=options.batch_size, device="cpu"), lengths)
     prepared = [engine.prepare(number, picture) for number, picture in enumerate(pictures, 1)]
     print("ready", engine.batch_size, flush=True)
@@ -148,7 +148,7 @@ def _load_vllm(recipe: Recipe, options: Options, lengths: Sequence[int] | None) 
 
 
 def _of_length(sampling: Any, length: int) -> Any:
-    """Whatever the model says: no token ends it before."""
+    """Sampling parameters that make the caption exactly this long: no token ends it earlier."""
     forced = sampling.clone()
     forced.max_tokens, forced.stop_token_ids = length, []
     return forced
@@ -163,12 +163,12 @@ LOAD: dict[str, Callable[[Recipe, Options, Sequence[int] | None], Engine]] = {
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--python", default=".venv/bin/python", help="of the environment without vLLM")
-    add("--only", default="", help="cases whose names hold this")
-    add("--rounds", type=int, default=5, help="in which the two take turns")
-    add("--pictures", type=int, default=256, help="for the demo model")
-    add("--large-pictures", type=int, default=64, help="for the model of 105 million parameters")
-    add("--batch-size", type=int, help="of both; without it, each as a worker without options has it")
+    add("--python", default=".venv/bin/python", help="Python of the environment without vLLM")
+    add("--only", default="", help="measure only cases whose names contain this text")
+    add("--rounds", type=int, default=5, help="rounds, in each of which both take a turn")
+    add("--pictures", type=int, default=256, help="pictures for the demo model")
+    add("--large-pictures", type=int, default=64, help="pictures for the model of 105 million parameters")
+    add("--batch-size", type=int, help="batch size of both; without it, each uses that of a worker without options")
     for internal in ("--engine", "--model", "--dtype"):
         add(internal, help=argparse.SUPPRESS)
     for internal in ("--root", "--write-105m"):

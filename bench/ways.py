@@ -1,4 +1,4 @@
-"""Ways of captioning the same pictures with the same weights, each written as its user would write it."""
+"""Methods of captioning the same pictures with the same weights, each written as a typical user would write it."""
 
 import random
 import time
@@ -27,13 +27,15 @@ from rococap.worker.process import work
 from rococap.worker.settings import Settings
 
 SPREAD = 0.65
-"""Of the logarithm of forced lengths: with a mean of 33 tokens one in a hundred is longer than 120, as captions are."""
+"""Standard deviation of the logarithm of forced lengths: with a mean of 33 tokens, one caption in a hundred is longer
+than 120, as in ROCOv2.
+"""
 
 
-def uneven_lengths(n: int, mean: int, most: int) -> list[int]:
-    """Lengths as those of ROCOv2's captions in Qwen2's tokens are spread: lognormal."""
+def uneven_lengths(n: int, mean: int, longest: int) -> list[int]:
+    """Caption lengths in tokens with a lognormal distribution, like those of ROCOv2's captions in Qwen2's tokens."""
     rng, median = random.Random(0), mean / 2.718281828 ** (SPREAD**2 / 2)
-    return [max(2, min(most, round(median * rng.lognormvariate(0, SPREAD)))) for _ in range(n)]
+    return [max(2, min(longest, round(median * rng.lognormvariate(0, SPREAD)))) for _ in range(n)]
 
 
 # --- ours ------------------------------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ def uneven_lengths(n: int, mean: int, most: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Forced(Loaded):
-    """A model whose captions have the lengths that they are told, whatever it says: job n has the nth, from 1."""
+    """A model whose captions have forced lengths: that of job n, from 1, is the nth of `lengths`."""
 
     lengths: Sequence[int] = ()
 
@@ -53,14 +55,14 @@ def load(recipe: Recipe, options: Options, lengths: Sequence[int] | None = None)
     engine = TransformersEngine(recipe, options)
     engine.load()
     if lengths is not None:
-        of = engine.loaded
-        engine.loaded = Forced(**{field.name: getattr(of, field.name) for field in fields(of)}, lengths=lengths)
+        loaded = engine.loaded
+        engine.loaded = Forced(**{field.name: getattr(loaded, field.name) for field in fields(loaded)}, lengths=lengths)
         engine.decoder.loaded = engine.loaded
     return engine
 
 
 def whole_worker(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> tuple[float, float]:
-    """Seconds from the loaded model to the last stored caption, and the share of them that the model worked."""
+    """The seconds from the loaded model to the last stored caption, and the share of them in which the model worked."""
     database = db.connect(f"sqlite:///{folder / 'queue.db'}")
     enqueue(database, locate(str(root), ["train"]), ["train"], run="default", recipe=recipe)
     outcome = work(database, Settings(self_check=False), load=lambda *_: Ready(engine))
@@ -71,7 +73,7 @@ def whole_worker(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> tu
 
 
 def self_check(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> float:
-    """Seconds of a worker's self-check on the run that `whole_worker` captioned."""
+    """The seconds of a worker's self-check on the run that `whole_worker` captioned."""
     database = db.connect(f"sqlite:///{folder / 'queue.db'}")
     with db.transaction(database) as conn:
         places = selfcheck.pictures(conn, queue.get_run(conn, "default"), ["train"])
@@ -83,7 +85,7 @@ def self_check(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> floa
 
 
 def resident(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> list[tuple[int, float]]:
-    """(captions stored, resident megabytes) after each group that a worker stored."""
+    """(captions stored so far, resident memory in MB) after each group of captions that a worker stored."""
     database = db.connect(f"sqlite:///{folder / 'queue.db'}")
     enqueue(database, locate(str(root), ["train"]), ["train"], run="default", recipe=recipe)
     process = psutil.Process()
@@ -109,7 +111,7 @@ def pictures_of(root: Path) -> Iterator[Image.Image]:
 
 @dataclass
 class Stock:
-    """The model and processor as transformers' users load them."""
+    """The model and processor as users of transformers load them."""
 
     model: Any
     processor: Any
@@ -118,7 +120,9 @@ class Stock:
     max_new_tokens: int
 
     def generate(self, inputs: Any, lengths: Sequence[int] | None) -> torch.Tensor:
-        """New tokens [rows, longest]. Forced lengths: a row ends at its own, and no token ends it before."""
+        """New tokens, shape (rows, longest). With forced lengths, each row ends at its own, and no token ends it
+        earlier.
+        """
         width = inputs["input_ids"].shape[1]
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": self.max_new_tokens}
         if lengths is not None:
@@ -129,6 +133,8 @@ class Stock:
 
 
 class Lengths(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row of a batch at its forced length; `width` is the length of the prompt."""
+
     def __init__(self, lengths: Sequence[int], width: int) -> None:
         self.lengths, self.width = torch.tensor(lengths), width
 
@@ -142,39 +148,39 @@ def stock(recipe: Recipe) -> Stock:
     processor = AutoProcessor.from_pretrained(recipe.model)
     processor.image_processor.size = {"shortest_edge": recipe.min_pixels, "longest_edge": recipe.max_pixels}
     processor.tokenizer.padding_side = "left"
-    prompt = processor.apply_chat_template([_asked(recipe.prompt)], tokenize=False, add_generation_prompt=True)
+    prompt = processor.apply_chat_template([_message(recipe.prompt)], tokenize=False, add_generation_prompt=True)
     return Stock(model, processor, recipe.prompt, prompt, recipe.max_new_tokens)
 
 
-def _asked(question: str, picture: Image.Image | None = None) -> dict[str, Any]:
+def _message(question: str, picture: Image.Image | None = None) -> dict[str, Any]:
     image = {"type": "image"} if picture is None else {"type": "image", "image": picture}
     return {"role": "user", "content": [image, {"type": "text", "text": question}]}
 
 
 def old_script(model: Stock, root: Path, lengths: Sequence[int] | None) -> list[str]:
     """One picture at a time: read, prepare, generate, decode."""
-    said = []
+    texts = []
     for number, picture in enumerate(pictures_of(root)):
         inputs = model.processor(text=[model.prompt], images=[picture], return_tensors="pt")
         tokens = model.generate(inputs, None if lengths is None else [lengths[number]])
-        said.append(model.processor.batch_decode(tokens, skip_special_tokens=True)[0])
-    return said
+        texts.append(model.processor.batch_decode(tokens, skip_special_tokens=True)[0])
+    return texts
 
 
 def static_batches(model: Stock, prepared: Sequence[Prepared], size: int, lengths: Sequence[int] | None) -> list[Any]:
-    """`generate` on batches in order of arrival, prepared beforehand."""
-    said: list[Any] = []
+    """`generate` on batches in the order of the pictures, which are prepared beforehand."""
+    captions: list[Any] = []
     for start in range(0, len(prepared), size):
         batch = prepared[start : start + size]
         inputs = collate([picture.inputs.tensors for picture in batch], model.processor.tokenizer.pad_token_id)
         ends = None if lengths is None else lengths[start : start + size]
         tokens = model.generate(inputs, ends).tolist()
-        said += [row[:end] for row, end in zip(tokens, ends or [None] * len(tokens), strict=True)]
-    return said
+        captions += [row[:end] for row, end in zip(tokens, ends or [None] * len(tokens), strict=True)]
+    return captions
 
 
 def stock_pipeline(model: Stock, size: int, lengths: Sequence[int] | None) -> Callable[[Path], list[str]]:
-    """transformers' own pipeline, in batches."""
+    """transformers' own pipeline, with batches of this size."""
     pipe = pipeline("image-text-to-text", model=model.model, processor=model.processor)
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": model.max_new_tokens}
 
@@ -183,22 +189,24 @@ def stock_pipeline(model: Stock, size: int, lengths: Sequence[int] | None) -> Ca
             ends = BatchLengths(lengths, size)
             more = {"stopping_criteria": StoppingCriteriaList([ends]), "eos_token_id": None}
             settings.update(more, max_new_tokens=max(lengths))
-        chats = [[_asked(model.question, picture)] for picture in pictures_of(root)]
+        chats = [[_message(model.question, picture)] for picture in pictures_of(root)]
         outputs = pipe(text=chats, batch_size=size, generate_kwargs=settings, return_full_text=False)
-        return [one[0]["generated_text"] for one in outputs]
+        return [output[0]["generated_text"] for output in outputs]
 
     return run
 
 
 class BatchLengths(StoppingCriteria):  # type: ignore[misc]
-    """`Lengths` for a pipeline, which says nothing of where in the list its batches begin: they come in order."""
+    """`Lengths` for a pipeline, which does not show where in the list each batch begins. Batches come in order, and a
+    width that does not continue the last one marks the next batch.
+    """
 
     def __init__(self, lengths: Sequence[int], size: int) -> None:
         self.lengths, self.size = torch.tensor(lengths), size
-        self.start, self.width, self.seen = -size, 0, 0
+        self.start, self.width, self.last_width = -size, 0, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        if input_ids.shape[1] != self.seen + 1:  # another batch
+        if input_ids.shape[1] != self.last_width + 1:  # the next batch
             self.start, self.width = self.start + self.size, input_ids.shape[1] - 1
-        self.seen = input_ids.shape[1]
-        return self.lengths[self.start : self.start + input_ids.shape[0]] <= self.seen - self.width
+        self.last_width = input_ids.shape[1]
+        return self.lengths[self.start : self.start + input_ids.shape[0]] <= self.last_width - self.width

@@ -1,4 +1,4 @@
-"""Runs migrations on the connection that rococap passes, else on the database named by ROCOCAP_DB."""
+"""Runs migrations on the connection that rococap passes in, or else on the database that ROCOCAP_DB names."""
 
 from alembic import context
 
@@ -11,14 +11,14 @@ def run(connection):
         connection=connection,
         target_metadata=metadata,
         render_as_batch=True,
-        # The whole migration is one transaction, opened and committed by rococap.db.
+        # The whole migration is one transaction, which rococap.db begins and commits.
         transactional_ddl=False,
     )
     context.run_migrations()
 
 
-if (given := context.config.attributes.get("connection")) is not None:
-    run(given)
+if (passed_in := context.config.attributes.get("connection")) is not None:
+    run(passed_in)
 else:
     with db.migration_connection(db.connect(db.default_url(), create=False)) as connection:
         run(connection)

@@ -1,7 +1,7 @@
-"""Looks at this machine, this database, the data sets and models of its runs. Changes nothing, downloads nothing.
+"""Checks this machine, the database, and the data sets and models of its runs. Changes and downloads nothing.
 
-Each check reads in transactions of its own, so that running workers make no false alarm and wait as little as may be.
-torch is imported by the one check that asks for it.
+Each check reads in short transactions of its own, so that running workers neither cause false alarms nor wait long.
+Only the check of the device imports torch.
 """
 
 import json
@@ -32,7 +32,7 @@ class Verdict(StrEnum):
     OK = "ok"
     WARN = "warning"
     FAIL = "failed"
-    #: not looked at, for the reason given
+    #: not checked, for the reason given
     SKIP = "skipped"
 
 
@@ -43,64 +43,67 @@ Finding = tuple[Verdict, str]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What one look found, in one line; of a warning or failure it names the next step. Names may repeat."""
+    """A result of one check: `found` is one line, which for a warning or failure names the next step.
+
+    A check may have several results, which then share its name.
+    """
 
     name: str
     verdict: Verdict
     found: str
 
 
-OLDEST_SQLITE = (3, 37)  # STRICT tables
-OLDEST_POSTGRESQL = 10  # what psycopg speaks to; the SQL itself needs 9.6
-ROOMY, LEAST = 2 * 10**9, 100 * 10**6
-"""Bytes free beside the database, below which to warn and to fail."""
+OLDEST_SQLITE = (3, 37)  # has STRICT tables
+OLDEST_POSTGRESQL = 10  # supported by psycopg; the SQL itself needs 9.6
+WARN_BELOW, FAIL_BELOW = 2 * 10**9, 100 * 10**6
+"""Bytes free on the database's disk below which the check warns, and below which it fails."""
 
 NVIDIA = "/dev/nvidia0"
 
 FIRST_USE = "Register pictures first: rococap enqueue --split train"
-BUG = "This is a bug of rococap: please report it."
-START_ANEW = (
-    "Stop the workers and go back to a copy of it, or begin a new one: rococap enqueue with the same options, then "
-    "rococap restore results_medical/checkpoint_*.csv"
+BUG = "This is a bug in rococap: please report it."
+START_OVER = (
+    "Stop the workers and restore a backup of the database, or start a new one: rococap enqueue with the same options, "
+    "then rococap restore results_medical/checkpoint_*.csv"
 )
 
 
 def examine(database: Database) -> Iterator[Check]:
-    """Every check in turn, as it is done. What needs something that failed is skipped; an absent file stays absent.
+    """Runs all checks in turn and yields their results. A check that needs one that failed is skipped.
 
-    Made for an engine that was opened as it is (`connect(create=False, force=True)`). Under SQLite's DELETE journal
-    a commit waits until the read before it is over: integrity takes about five seconds a million pictures, the
-    others one.
+    `database` must be opened with `connect(create=False, force=True)`; a missing file is not created. Errors are
+    reported as failed checks, not raised. Under SQLite's DELETE journal, commits wait while a check reads: about five
+    seconds per million pictures for integrity, one second for the others.
     """
     if database.dialect.name == "sqlite":
-        # Even if it goes between our look and the connection.
+        # Even if the file disappears between a check and the connection, it is not created again.
         event.listen(database, "do_connect", db.refuse_absent)
-    in_order = {""}
-    for name, needs, look in _CHECKS:
-        if needs not in in_order:
-            yield Check(name, SKIP, f"Not looked at: see {needs}.")
+    passed = {""}
+    for name, needs, check in _CHECKS:
+        if needs not in passed:
+            yield Check(name, SKIP, f"Not checked: see {needs}.")
             continue
         failed = False
-        for verdict, found in _guarded(look, database):
+        for verdict, found in _guarded(check, database):
             failed |= verdict is FAIL
             yield Check(name, verdict, " ".join(found.splitlines()))
         if not failed:
-            in_order.add(name)
+            passed.add(name)
 
 
-def _guarded(look: Callable[..., Iterator[Finding]], database: Database, *more: object) -> Iterator[Finding]:
-    """What it finds; what it stumbles over is a finding too."""
+def _guarded(check: Callable[..., Iterator[Finding]], database: Database, *args: object) -> Iterator[Finding]:
+    """The findings of a check; an error that it raises is reported as a failure."""
     try:
-        yield from look(database, *more)
+        yield from check(database, *args)
     except DBAPIError as error:
         yield FAIL, db.explain(error, database.url)
-    except (RococapError, OSError, ValueError) as error:  # ValueError: a cached file that is no JSON, say
+    except (RococapError, OSError, ValueError) as error:  # ValueError: for example, a cached file that is not JSON
         yield FAIL, str(error)
 
 
-def _listed(names: Iterable[str], most: int = 3) -> str:
+def _listed(names: Iterable[str], limit: int = 3) -> str:
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 # --- The machine and the file ----------------------------------------------------------------------------------
@@ -121,14 +124,14 @@ def _sqlite(database: Database, path: Path) -> Finding:
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         return FAIL, f"{build} is too old: use a Python whose SQLite is 3.37 or newer, or PostgreSQL."
     if not path.exists():
-        return FAIL, f"There is no file {path} yet ({build}). {FIRST_USE}"
+        return FAIL, f"The file {path} does not exist yet ({build}). {FIRST_USE}"
     with transaction(database) as conn:
         journal = execute(conn, "PRAGMA journal_mode").scalar_one()
         synchronous = ("off", "normal", "full", "extra")[execute(conn, "PRAGMA synchronous").scalar_one()]
     if journal == "wal" and not is_safe:
         return WARN, (
-            f"{build} has a bug that can damage files in WAL mode, as {path} is, when several processes write. Stop "
-            "the workers, then use a Python with SQLite 3.51.3 (or 3.50.7, 3.44.6), or leave the mode: "
+            f"{build} has a bug that can damage files in WAL mode, such as {path}, when several processes write. Stop "
+            "the workers, then use a Python with SQLite 3.51.3 (or 3.50.7, 3.44.6), or turn WAL off: "
             f"sqlite3 {shlex.quote(str(path))} 'PRAGMA journal_mode = DELETE'"
         )
     return OK, f"{build}{'' if is_safe else ' (with the WAL bug)'}, journal {journal}, synchronous {synchronous}"
@@ -139,11 +142,11 @@ def _postgresql(database: Database) -> Finding:
     with transaction(database) as conn:
         version, number, fsync = execute(conn, f"SELECT {settings}").one()
         ahead = db.now(conn) / 1000 - time.time()
-    found = f"PostgreSQL {version}, fsync {fsync}, its clock {ahead:+.1f} s from this machine's"
+    found = f"PostgreSQL {version}, fsync {fsync}, clock {ahead:+.1f} s from this machine's"
     if int(number) // 10_000 < OLDEST_POSTGRESQL:
-        return FAIL, f"{found}. It is too old: use {OLDEST_POSTGRESQL} or newer."
+        return FAIL, f"{found}. This version is too old: use {OLDEST_POSTGRESQL} or newer."
     if fsync != "on":
-        return WARN, f"{found}. A power cut could damage it: set fsync = on in postgresql.conf."
+        return WARN, f"{found}. A power failure could damage the database: set fsync = on in postgresql.conf."
     return OK, found
 
 
@@ -154,10 +157,10 @@ def _file_system(database: Database) -> Iterator[Finding]:
         return
     kind = db.file_system(path.parent, db.mounts())
     if kind in db.NETWORK_FILE_SYSTEMS:
-        found = f"{path} is on a network file system ({kind}), where SQLite's locks do not hold and captions are lost."
+        found = f"{path} is on a network file system ({kind}), where SQLite's locks fail and captions get lost."
         yield FAIL, f"{found} Stop the workers and move it to a local disk, or use PostgreSQL."
     else:
-        yield OK, f"{path.parent} is on {kind or 'a file system of a kind that this machine does not tell'}"
+        yield OK, f"{path.parent} is on {kind or 'a file system of unknown type'}"
 
 
 def _disk(database: Database) -> Iterator[Finding]:
@@ -168,9 +171,9 @@ def _disk(database: Database) -> Iterator[Finding]:
     free = shutil.disk_usage(path.parent).free
     size = path.stat().st_size if path.exists() else 0
     found = f"{free / 1e6:,.0f} MB free in {path.parent}"
-    if free < LEAST:
-        yield FAIL, f"{found}. Free some space, or captions cannot be stored."
-    elif free < max(ROOMY, size):  # a migration makes a copy
+    if free < FAIL_BELOW:
+        yield FAIL, f"{found}, too little to store captions. Free some space."
+    elif free < max(WARN_BELOW, size):  # a migration copies the database
         yield WARN, f"{found}, for a database of {size / 1e6:,.0f} MB, its journal and a copy. Free some space."
     else:
         yield OK, f"{found}, for a database of {size / 1e6:,.0f} MB"
@@ -184,21 +187,21 @@ def _device(database: Database) -> Iterator[Finding]:
         from rococap.engines.decoding import dtype_name
 
         gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-        told = [
+        devices = [
             (gpu, torch.cuda.get_device_properties(gpu), dtype_name(checkpoint.choose_dtype("auto", gpu)))
             for gpu in gpus
         ]
     except (ImportError, OSError, RuntimeError) as error:
-        yield FAIL, f"PyTorch cannot be used ({error}). Install it again: pip install --force-reinstall torch"
+        yield FAIL, f"PyTorch cannot be used ({error}). Reinstall it: pip install --force-reinstall torch"
         return
-    for gpu, properties, dtype in told:
+    for gpu, properties, dtype in devices:
         yield OK, f"{gpu}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, dtype auto is {dtype}"
-    if not told and os.path.exists(NVIDIA):
-        found = f"There is a GPU ({NVIDIA}), and torch {torch.__version__} cannot use it."
-        yield WARN, f"{found} Update the driver, or install the build of torch for the CUDA that nvidia-smi shows."
-    elif not told:
+    if not devices and os.path.exists(NVIDIA):
+        found = f"There is a GPU ({NVIDIA}), but torch {torch.__version__} cannot use it."
+        yield WARN, f"{found} Update the driver, or install the torch build for the CUDA version that nvidia-smi shows."
+    elif not devices:
         dtype = dtype_name(checkpoint.choose_dtype("auto", torch.device("cpu")))
-        yield OK, f"CPU, dtype auto is {dtype}. Captioning with Qwen2-VL takes minutes a picture: for trying things."
+        yield OK, f"CPU, dtype auto is {dtype}. Qwen2-VL takes minutes per picture on a CPU: use it for trials only."
 
 
 # --- The tables ------------------------------------------------------------------------------------------------
@@ -218,23 +221,23 @@ def _schema(database: Database) -> Iterator[Finding]:
 def _integrity(database: Database) -> Iterator[Finding]:
     path = _file(database)
     if path is None:
-        yield SKIP, f"PostgreSQL's own tool does this: pg_amcheck {database.url.database}"
+        yield SKIP, f"Use PostgreSQL's own tool: pg_amcheck {database.url.database}"
         return
     with transaction(database) as conn:
         damage = execute(conn, "PRAGMA integrity_check(1)").scalar_one()
     if damage != "ok":
-        yield FAIL, f"{path} is damaged ({damage.splitlines()[-1]}). {START_ANEW}"
+        yield FAIL, f"{path} is damaged ({damage.splitlines()[-1]}). {START_OVER}"
         return
     with transaction(database) as conn:
         broken = execute(conn, "PRAGMA foreign_key_check").fetchall()
     if broken:
         table, _, parent, _ = broken[0]
-        yield FAIL, f"{len(broken)} references are broken, of {table} to {parent} first. {START_ANEW}"
+        yield FAIL, f"{len(broken)} foreign keys are broken, the first from {table} to {parent}. {START_OVER}"
     else:
-        yield OK, "whole, and every reference holds"
+        yield OK, "no damage, all foreign keys valid"
 
 
-# One statement is one snapshot.
+# A single statement, so that both counts are from the same snapshot.
 _TALLIED_AND_COUNTED = (
     "SELECT r.name, n.split, n.status, sum(n.tallied), sum(n.counted) FROM "
     "(SELECT run_id, split, status, n AS tallied, 0 AS counted FROM tallies UNION ALL "
@@ -251,12 +254,14 @@ def _tallies(database: Database) -> Iterator[Finding]:
         rows = execute(conn, _TALLIED_AND_COUNTED).fetchall()
     tallied: Counter[tuple[str, str, str]] = Counter()
     counted: Counter[tuple[str, str, str]] = Counter()
-    for run, split, told, n_tallied, n_counted in rows:
-        for status in _statuses(told):
+    for run, split, label, n_tallied, n_counted in rows:
+        for status in _statuses(label):
             tallied[run, split, status] += int(n_tallied)
             counted[run, split, status] += int(n_counted)
     drift = [
-        f"{' '.join(key)}: {n} tallied, {counted[key]} there" for key, n in sorted(tallied.items()) if n != counted[key]
+        f"{' '.join(key)}: {n} tallied, {counted[key]} counted"
+        for key, n in sorted(tallied.items())
+        if n != counted[key]
     ]
     if drift:
         yield FAIL, f"The counts of `rococap status` are wrong ({_listed(drift)}). {BUG}"
@@ -267,15 +272,17 @@ def _tallies(database: Database) -> Iterator[Finding]:
 _STATES = {state.value for state in tables.JobState}
 
 
-def _statuses(told: str) -> list[str]:
-    """A state, or a tallied flag, as it is; of a caption's flags each as it is tallied."""
-    if told in _STATES or told.startswith(queue.flagged("")):
-        return [told]
-    return [queue.flagged(flag) for flag in told.split(",")]
+def _statuses(label: str) -> list[str]:
+    """The names under which `label` is tallied: a state or a tallied flag is one already, a caption's flags are a list
+    of several.
+    """
+    if label in _STATES or label.startswith(queue.flagged("")):
+        return [label]
+    return [queue.flagged(flag) for flag in label.split(",")]
 
 
 def _pictures(conn: Connection, where: str) -> str:
-    """How many jobs there are such, and the first of them; empty if there are none."""
+    """The number of jobs that meet the condition, with the first three of them; empty if there are none."""
     rows = execute(
         conn,
         "SELECT i.image_id, r.name, count(*) OVER () FROM jobs j JOIN images i ON i.id = j.image_id "
@@ -298,12 +305,12 @@ def _leases(database: Database) -> Iterator[Finding]:
             (db.now(conn),),
         ).one()
     if stray:
-        step = "Free each: rococap cancel --image-id ID, then rococap retry --image-id ID"
-        yield FAIL, f"Pictures that are leased under no open lease, for ever: {stray}. {BUG} {step}"
+        step = "Free each of them: rococap cancel --image-id ID, then rococap retry --image-id ID"
+        yield FAIL, f"Leased pictures without an open lease, which will never be freed: {stray}. {BUG} {step}"
     if n_empty:
-        yield FAIL, f"Open leases that hold nothing: {n_empty}. {BUG} Once their time is over: rococap reap"
+        yield FAIL, f"Open leases without pictures: {n_empty}. {BUG} Close them once they have expired: rococap reap"
     if n_overdue:
-        yield WARN, f"Leases whose time is over and whose pictures nobody freed: {n_overdue}. Free them: rococap reap"
+        yield WARN, f"Expired leases whose pictures are not freed yet: {n_overdue}. Free them: rococap reap"
     if not (stray or n_empty or n_overdue):
         yield OK, f"{n_open} open"
 
@@ -315,9 +322,9 @@ def _captions(database: Database) -> Iterator[Finding]:
         early = _pictures(conn, f"j.status <> 'done' AND {caption}")
         n = execute(conn, "SELECT count(*) FROM captions").scalar_one()
     if without:
-        yield FAIL, f"Pictures that are done without a caption: {without}. {BUG} {START_ANEW}"
+        yield FAIL, f"Pictures that are done but have no caption: {without}. {BUG} {START_OVER}"
     if early:
-        yield FAIL, f"Pictures that have a caption and are not done: {early}. {BUG} {START_ANEW}"
+        yield FAIL, f"Pictures that have a caption but are not done: {early}. {BUG} {START_OVER}"
     if not (without or early):
         yield OK, f"{n}, one for each picture that is done"
 
@@ -326,18 +333,20 @@ def _captions(database: Database) -> Iterator[Finding]:
 
 
 def _each(
-    database: Database, key: Callable[[Run], Hashable], look: Callable[[Database, Run], Iterator[Finding]]
+    database: Database, key: Callable[[Run], Hashable], check: Callable[[Database, Run], Iterator[Finding]]
 ) -> Iterator[Finding]:
-    """What `look` finds for each data set or model, told apart by `key`; a run that is finished needs none."""
+    """The findings of `check` for each distinct data set or model, identified by `key`. One that only finished runs use
+    is no longer needed, so its failures become warnings.
+    """
     with transaction(database) as conn:
         runs = queue.list_runs(conn)
         needed = {key(run) for run in runs if any(queue.unfinished(conn, run, SPLITS).values())}
     if not runs:
         yield SKIP, f"There is no run yet. {FIRST_USE}"
-    for one, run in {key(run): run for run in runs}.items():
-        for verdict, found in _guarded(look, database, run):
-            if verdict is FAIL and one not in needed:
-                yield WARN, f"{found} (No run has work left for it.)"
+    for identity, run in {key(run): run for run in runs}.items():
+        for verdict, found in _guarded(check, database, run):
+            if verdict is FAIL and identity not in needed:
+                yield WARN, f"{found} (No unfinished run needs it.)"
             else:
                 yield verdict, found
 
@@ -349,29 +358,32 @@ def _datasets(database: Database) -> Iterator[Finding]:
 def _dataset(database: Database, run: Run) -> Iterator[Finding]:
     sql = "SELECT path, split, n_rows, n_row_groups, size, digest FROM shards WHERE dataset_id = ? ORDER BY id"
     with transaction(database) as conn:
-        known = {row[0]: Shard(*row) for row in execute(conn, sql, (run.dataset_id,)).fetchall()}
+        registered = {row[0]: Shard(*row) for row in execute(conn, sql, (run.dataset_id,)).fetchall()}
     name, config = parse_name(run.dataset)
     root = Path(name)
     if run.dataset_revision:
-        files = {path: cached(name, path, run.dataset_revision, "dataset") for path in known}
+        files = {path: cached(name, path, run.dataset_revision, "dataset") for path in registered}
         absent = [path for path, file in files.items() if file is None]
         if absent:
             yield _not_cached("dataset", name, run.dataset_revision, _listed(absent))
             return
         root = next((Path(file.removesuffix(path)) for path, file in files.items() if file), root)
-    splits = dict.fromkeys(shard.split for shard in known.values())
-    there = {shard.path: shard for split in splits for shard in datasets.find_shards(root, split, config, run.columns)}
-    altered = [path for path in known if path in there and there[path] != known[path]]
-    gone = [path for path in known if path not in there]
-    found = at_revision(run.dataset, run.dataset_revision)
-    again = "Register it anew: rococap enqueue with the same options"
-    if altered or gone:
-        told = "; ".join(f"{what}: {_listed(paths)}" for what, paths in (("altered", altered), ("gone", gone)) if paths)
-        yield FAIL, f"{found} is not what was registered ({told}). {again}"
-    elif known.keys() != there.keys() or not known:
-        yield WARN, f"{found} was registered in part: an enqueue runs, or broke off. {again}"
+    splits = dict.fromkeys(shard.split for shard in registered.values())
+    on_disk = {
+        shard.path: shard for split in splits for shard in datasets.find_shards(root, split, config, run.columns)
+    }
+    altered = [path for path in registered if path in on_disk and on_disk[path] != registered[path]]
+    missing = [path for path in registered if path not in on_disk]
+    dataset = at_revision(run.dataset, run.dataset_revision)
+    step = "Register it again: rococap enqueue with the same options"
+    if altered or missing:
+        kinds = (("altered", altered), ("missing", missing))
+        changes = "; ".join(f"{kind}: {_listed(paths)}" for kind, paths in kinds if paths)
+        yield FAIL, f"{dataset} differs from what was registered ({changes}). {step}"
+    elif registered.keys() != on_disk.keys() or not registered:
+        yield WARN, f"{dataset} is only partly registered: an enqueue is running or was interrupted. {step}"
     else:
-        yield OK, f"{found}: as registered, {len(known)} shards"
+        yield OK, f"{dataset}: as registered, {len(registered)} shards"
 
 
 def _models(database: Database) -> Iterator[Finding]:
@@ -384,9 +396,10 @@ def _model(database: Database, run: Run) -> Iterator[Finding]:
         if (Path(name) / "config.json").is_file():
             yield OK, name
         else:
-            yield FAIL, f"The folder {name} holds no model (there is no config.json). Restore it."
+            yield FAIL, f"The folder {name} holds no model (it has no config.json). Restore it."
     elif not HUB_ID.fullmatch(name):
-        yield FAIL, f"There is no model folder {name}. Restore it, or enqueue a run with another: --run NAME --model …"
+        step = "Restore it, or enqueue a run with another model: rococap enqueue --run NAME --model …"
+        yield FAIL, f"The model folder {name} does not exist. {step}"
     elif missing := _missing_of_model(name, revision):
         yield _not_cached("model", name, revision, missing)
     else:
@@ -394,7 +407,7 @@ def _model(database: Database, run: Run) -> Iterator[Finding]:
 
 
 def _missing_of_model(name: str, revision: str) -> str:
-    """What loading it would have to download; empty if nothing."""
+    """The files that loading the model would have to download; empty if there are none."""
     if cached(name, "config.json", revision, "model") is None:
         return "config.json"
     for weights in ("model.safetensors", "pytorch_model.bin"):
@@ -409,11 +422,11 @@ def _missing_of_model(name: str, revision: str) -> str:
 def _not_cached(kind: str, name: str, revision: str, missing: str) -> Finding:
     from huggingface_hub import constants
 
-    found = f"{at_revision(name, revision)} is not whole in the cache {constants.HF_HUB_CACHE} (it lacks {missing})"
+    found = f"{at_revision(name, revision)} is incomplete in the cache {constants.HF_HUB_CACHE} (it lacks {missing})"
     if constants.HF_HUB_OFFLINE:
-        return FAIL, f"{found}, and HF_HUB_OFFLINE is set. Unset it, or copy the cache from where there is a network."
+        return FAIL, f"{found}, and HF_HUB_OFFLINE is set. Unset it, or copy the cache from a machine with network."
     command = f"hf download --repo-type {kind} --revision {revision} {name}"
-    return WARN, f"{found}. A worker downloads it; to have it now: {command}"
+    return WARN, f"{found}. A worker will download it; to download it now: {command}"
 
 
 # --- The spool -------------------------------------------------------------------------------------------------
@@ -423,12 +436,15 @@ def _spool(database: Database) -> Iterator[Finding]:
     folder = spool.folder_of(database.url)
     n = sum(spool.waiting(folder).values())
     if n:
-        yield WARN, f"{n} captions wait in {folder}. The next worker of their database stores them: rococap worker"
+        yield (
+            WARN,
+            f"{n} captions are waiting in {folder}. The next worker on their database stores them: rococap worker",
+        )
     else:
-        yield OK, f"nothing waits in {folder}"
+        yield OK, f"nothing is waiting in {folder}"
 
 
-# Name, what must be in order first, and the look.
+# Name of the check, name of the check that must pass first, and the function.
 _CHECKS: tuple[tuple[str, str, Callable[[Database], Iterator[Finding]]], ...] = (
     ("database", "", _database),
     ("file system", "", _file_system),

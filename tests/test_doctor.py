@@ -174,7 +174,7 @@ def test_an_absent_file_stays_absent(tmp_path):
     engine = db.connect(f"sqlite:///{path}", create=False)
     assert found(engine, "database") == (
         FAIL,
-        f"There is no file {path} yet (SQLite {sqlite3.sqlite_version}). "
+        f"The file {path} does not exist yet (SQLite {sqlite3.sqlite_version}). "
         "Register pictures first: rococap enqueue --split train",
     )
     expected = {"database": FAIL, "file system": OK, "disk": OK, "device": OK, "spool": OK}
@@ -214,7 +214,7 @@ def test_wal_on_a_build_with_the_bug_warns_with_the_command_that_leaves_it(engin
     verdict, told = found(engine, "database")
     assert verdict is WARN
     assert "use a Python with SQLite 3.51.3 (or 3.50.7, 3.44.6)" in told
-    tool, file, sql = shlex.split(told.partition("leave the mode: ")[2])
+    tool, file, sql = shlex.split(told.partition("turn WAL off: ")[2])
     engine.dispose()
     assert (tool, raw(file, sql)) == ("sqlite3", [("delete",)])
     assert found(engine, "database") == (
@@ -232,11 +232,14 @@ def test_an_sqlite_without_strict_tables_fails(engine, monkeypatch):
 def test_a_server_without_fsync_warns_and_an_old_one_fails(postgres, monkeypatch):
     engine = db.connect(postgres.create(template="empty_queue"), create=False)
     verdict, told = found(engine, "database")
-    assert (verdict, told.endswith("A power cut could damage it: set fsync = on in postgresql.conf.")) == (WARN, True)
-    assert "its clock +0.0 s from" in told or "its clock -0.0 s from" in told
+    assert (
+        verdict,
+        told.endswith("A power failure could damage the database: set fsync = on in postgresql.conf."),
+    ) == (WARN, True)
+    assert "clock +0.0 s from" in told or "clock -0.0 s from" in told
     monkeypatch.setattr(doctor, "OLDEST_POSTGRESQL", 99)
     verdict, told = found(engine, "database")
-    assert (verdict, told.endswith("It is too old: use 99 or newer.")) == (FAIL, True)
+    assert (verdict, told.endswith("This version is too old: use 99 or newer.")) == (FAIL, True)
     engine.dispose()
 
 
@@ -266,8 +269,8 @@ def test_a_disk_that_fills_up_warns_and_then_fails(engine, run, monkeypatch, fre
 
 
 def test_a_disk_without_room_for_a_copy_warns(engine, run, path, monkeypatch):
-    monkeypatch.setattr(doctor, "ROOMY", 0)
-    monkeypatch.setattr(doctor, "LEAST", 0)
+    monkeypatch.setattr(doctor, "WARN_BELOW", 0)
+    monkeypatch.setattr(doctor, "FAIL_BELOW", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: namedtuple("Usage", "free")(path.stat().st_size - 1))
     assert found(engine, "disk")[0] is WARN
 
@@ -335,25 +338,25 @@ def test_bytes_that_were_overwritten_fail_and_the_other_checks_go_on(engine, run
 def test_a_reference_to_nothing_fails(engine, run, path):
     raw(path, "DELETE FROM images WHERE id = 20")
     verdict, told = found(engine, "integrity")
-    assert (verdict, told.startswith("1 references are broken, of jobs to images first.")) == (FAIL, True)
+    assert (verdict, told.startswith("1 foreign keys are broken, the first from jobs to images.")) == (FAIL, True)
 
 
 @ON_EVERY_DATABASE
 @pytest.mark.parametrize(
     ("sql", "drift"),
     [
-        ("DELETE FROM tallies WHERE status = 'done'", "default train done: 0 tallied, 2 there"),
-        ("UPDATE tallies SET n = n + 1 WHERE status = 'failed'", "default train failed: 2 tallied, 1 there"),
+        ("DELETE FROM tallies WHERE status = 'done'", "default train done: 0 tallied, 2 counted"),
+        ("UPDATE tallies SET n = n + 1 WHERE status = 'failed'", "default train failed: 2 tallied, 1 counted"),
         ("UPDATE jobs SET split = 'test' WHERE id = 2", None),
     ],
 )
 def test_tallies_that_drifted_fail_and_are_named(engine, run, sql, drift):
     damage(engine, sql)
     verdict, told = found(engine, "tallies")
-    drift = drift or "default test done: 0 tallied, 1 there, default train done: 2 tallied, 1 there"
+    drift = drift or "default test done: 0 tallied, 1 counted, default train done: 2 tallied, 1 counted"
     assert (verdict, told) == (
         FAIL,
-        f"The counts of `rococap status` are wrong ({drift}). This is a bug of rococap: please report it.",
+        f"The counts of `rococap status` are wrong ({drift}). This is a bug in rococap: please report it.",
     )
 
 
@@ -362,7 +365,7 @@ def test_a_picture_leased_under_no_open_lease_fails_with_what_frees_it(engine, r
     damage(engine, "UPDATE leases SET state = 'closed', closed_at = 0 WHERE id = 1")
     verdict, told = found(engine, "leases")
     assert verdict is FAIL
-    assert "under no open lease, for ever: 1 (train_00003 of run default)" in told
+    assert "without an open lease, which will never be freed: 1 (train_00003 of run default)" in told
     with db.transaction(engine, write=True) as conn:
         queue.cancel(conn, run, image_ids=["train_00003"])
         queue.retry(conn, run, image_ids=["train_00003"])
@@ -373,7 +376,7 @@ def test_a_picture_leased_under_no_open_lease_fails_with_what_frees_it(engine, r
 def test_an_open_lease_that_holds_nothing_fails(engine, run):
     damage(engine, "UPDATE jobs SET status = 'pending', lease_id = NULL WHERE id = 4")
     verdict, told = found(engine, "leases")
-    assert (verdict, told.startswith("Open leases that hold nothing: 1.")) == (FAIL, True)
+    assert (verdict, told.startswith("Open leases without pictures: 1.")) == (FAIL, True)
 
 
 @ON_EVERY_DATABASE
@@ -381,7 +384,7 @@ def test_a_lease_past_its_time_warns_until_it_is_reaped(engine, run):
     damage(engine, "UPDATE leases SET expires_at = 0 WHERE id = 1")
     assert found(engine, "leases") == (
         WARN,
-        "Leases whose time is over and whose pictures nobody freed: 1. Free them: rococap reap",
+        "Expired leases whose pictures are not freed yet: 1. Free them: rococap reap",
     )
     with db.transaction(engine, write=True) as conn:
         queue.reap(conn)
@@ -393,7 +396,7 @@ def test_done_without_a_caption_fails(engine, run):
     damage(engine, "DELETE FROM captions WHERE job_id = 2")
     verdict, told = found(engine, "captions")
     assert verdict is FAIL
-    assert "done without a caption: 1 (train_00001 of run default)" in told
+    assert "done but have no caption: 1 (train_00001 of run default)" in told
 
 
 @ON_EVERY_DATABASE
@@ -427,7 +430,7 @@ def test_a_machine_without_a_gpu_is_told_what_to_expect(engine, monkeypatch, tmp
     monkeypatch.setattr(doctor, "NVIDIA", str(tmp_path / "none"))
     verdict, told = found(engine, "device")
     assert (verdict, told.startswith("CPU, dtype auto is float32. ")) == (OK, True)
-    assert "minutes a picture" in told
+    assert "minutes per picture" in told
 
 
 def test_a_gpu_that_torch_cannot_use_warns(engine, monkeypatch, tmp_path):
@@ -456,14 +459,14 @@ def test_a_torch_that_cannot_be_imported_fails(engine, monkeypatch):
 
 # --- Data sets -------------------------------------------------------------------------------------------------
 
-AGAIN = "Register it anew: rococap enqueue with the same options"
+AGAIN = "Register it again: rococap enqueue with the same options"
 
 
 def test_an_altered_shard_fails_until_it_is_registered_anew(engine, run, root, model):
     write_shard(root, "train", range(21))
     assert found(engine, "data set") == (
         FAIL,
-        f"{root} is not what was registered (altered: data/train-00000-of-00001.parquet). {AGAIN}",
+        f"{root} differs from what was registered (altered: data/train-00000-of-00001.parquet). {AGAIN}",
     )
     register(engine, root, ["train"], recipe=Recipe(model=str(model)))
     assert found(engine, "data set") == (OK, f"{root}: as registered, 1 shards")
@@ -475,7 +478,7 @@ def test_shards_under_other_names_fail(engine, run, root):
     shard.with_name("train-00000-of-00001.parquet").unlink()
     assert found(engine, "data set") == (
         FAIL,
-        f"{root} is not what was registered (gone: data/train-00000-of-00001.parquet). {AGAIN}",
+        f"{root} differs from what was registered (missing: data/train-00000-of-00001.parquet). {AGAIN}",
     )
 
 
@@ -495,7 +498,10 @@ def test_a_data_set_registered_in_part_warns(engine, root, path, model, first_lo
     register(engine, root, ["train"], recipe=Recipe(model=str(model)))
     raw(path, f"DELETE FROM shards WHERE id >= {first_lost}")  # as an enqueue leaves it that was killed
     verdict, told = found(engine, "data set")
-    assert (verdict, told) == (WARN, f"{root} was registered in part: an enqueue runs, or broke off. {AGAIN}")
+    assert (verdict, told) == (
+        WARN,
+        f"{root} is only partly registered: an enqueue is running or was interrupted. {AGAIN}",
+    )
 
 
 def test_each_data_set_is_looked_at_by_itself(engine, run, tmp_path, root, model):
@@ -513,7 +519,7 @@ def test_what_only_a_finished_run_needed_is_no_failure(engine, finished, root, m
     shutil.rmtree(model)
     assert found(engine, "data set") == (
         WARN,
-        f"There is no folder {root}: check the path. (No run has work left for it.)",
+        f"There is no folder {root}: check the path. (No unfinished run needs it.)",
     )
     assert found(engine, "model")[0] is WARN
 
@@ -568,19 +574,19 @@ def test_a_shard_that_is_not_in_the_cache_is_downloaded_unless_offline(engine, h
 def test_a_model_folder_that_is_gone_fails(engine, run, model):
     shutil.rmtree(model)
     verdict, told = found(engine, "model")
-    assert (verdict, told.startswith(f"There is no model folder {model}.")) == (FAIL, True)
+    assert (verdict, told.startswith(f"The model folder {model} does not exist.")) == (FAIL, True)
 
 
 def test_what_is_found_is_one_line(engine, root, tmp_path):
     fill(engine, root, 3, recipe=Recipe(model=f"{tmp_path}/two\nlines"))
-    assert f"There is no model folder {tmp_path}/two lines." in found(engine, "model")[1]
+    assert f"The model folder {tmp_path}/two lines does not exist." in found(engine, "model")[1]
 
 
 def test_a_model_folder_that_holds_no_model_fails(engine, run, model):
     (model / "config.json").unlink()
     assert found(engine, "model") == (
         FAIL,
-        f"The folder {model} holds no model (there is no config.json). Restore it.",
+        f"The folder {model} holds no model (it has no config.json). Restore it.",
     )
 
 
@@ -637,10 +643,10 @@ def test_a_cached_file_that_is_no_json_fails(engine, hub_model):
 
 def test_captions_that_wait_to_be_stored_are_counted(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("ROCOCAP_SPOOL", str(tmp_path / "spool"))
-    assert found(engine, "spool") == (OK, f"nothing waits in {tmp_path / 'spool'}")
+    assert found(engine, "spool") == (OK, f"nothing is waiting in {tmp_path / 'spool'}")
     kept = spool.Spool(tmp_path / "spool", "me")
     kept.add(queue.Lease(1, 1, 1, "train", 0), [Completion(1, "A caption."), Completion(2, "Another.")])
     kept.close()
     verdict, told = found(engine, "spool")
     assert verdict is WARN
-    assert told.startswith(f"2 captions wait in {tmp_path / 'spool'}. The next worker")
+    assert told.startswith(f"2 captions are waiting in {tmp_path / 'spool'}. The next worker")

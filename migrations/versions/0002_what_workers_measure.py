@@ -1,4 +1,4 @@
-"""What workers measure of themselves"""
+"""Telemetry of workers"""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Scores of captions"""
+"""Stored scores of captions"""
 
 import sqlalchemy as sa
 from alembic import op

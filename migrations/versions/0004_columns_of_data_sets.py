@@ -1,4 +1,4 @@
-"""Columns of data sets"""
+"""The columns that a data set was registered with"""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,7 +1,7 @@
-"""The whole job on drawings: phantoms, the queue, two workers, the small model that captions them, an export, a report.
+"""The demo: runs the whole workflow on drawn phantoms, from the queue and its workers to the exports and a report.
 
-Everything is what a user of ROCOv2 runs; only the pictures and the model are small. The pictures are drawn from seeds
-that the model was never trained on.
+It uses the same commands and functions as a user of ROCOv2; only the pictures and the model are small. The pictures are
+drawn from seeds that the model was not trained on.
 """
 
 import csv
@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,12 +19,11 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 from sqlalchemy import Engine as Database
 
-from rococap.data import STANDARD
-from rococap.progress import Progress
 from rococap import db, queue
-from rococap.data import SPLITS, PictureReader, Place, datasets
+from rococap.data import SPLITS, STANDARD, PictureReader, datasets
 from rococap.data.images import open_picture
 from rococap.errors import RococapError
+from rococap.progress import Progress
 from rococap.queue.enqueue import enqueue, enqueue_from
 from rococap.recipe import Recipe
 from rococap.results import checkpoints, export, restore, snapshot
@@ -37,9 +36,8 @@ SHOWN = 12
 SEED = 20_411
 NOTE = (
     "Drawings made by a program, captioned by a small demonstration model. Run shuffled has the same captions, each "
-    "given to another drawing: what it scores, captions of this kind score by chance."
+    "assigned to another drawing: its scores are what captions of this kind reach by chance."
 )
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +49,8 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What the demo made: how many captions, how many of them an earlier one made before, how many equal the original
-    to the letter, some of them, and the files.
+    """The results of the demo: the number of captions, how many of them an earlier demo had already made (`before`) and
+    how many equal the original exactly, the time that captioning took, some examples, and the files.
     """
 
     captioned: int
@@ -66,23 +64,24 @@ class Demo:
 
 
 def recipe() -> Recipe:
-    # float32 wherever it runs, so that the captions do not hang on a GPU's precision.
+    # float32 on every device, so that the captions do not depend on a GPU's precision.
     return Recipe(model=str(MODEL), max_new_tokens=64, dtype="float32")
 
 
 def run(folder: Path, n_images: int, n_workers: int, progress: Progress) -> Demo:
-    """Draws `n_images` phantoms into `folder`, captions, exports and reports them. Again, it goes on where it was.
+    """Draws `n_images` phantoms into `folder`, captions them, exports the captions and writes a report. Run again after
+    an interruption, it continues.
 
-    Raises RococapError with the log's last lines if a worker fails, and where the folder holds another demo's results,
-    or something that no demo made: neither is overwritten.
+    Raises RococapError with the last lines of the log if a worker fails; and if the folder holds the results of another
+    demo, or files that no demo made, which are never overwritten.
     """
     from rococap.demo.phantoms import write_dataset
 
     counts = _counts(n_images)
     folder.mkdir(parents=True, exist_ok=True)
-    url = str(folder.resolve() / "rococap.db")  # a folder's name may hold what means something else in a URL
+    url = str(folder.resolve() / "rococap.db")  # a path, since the folder's name may be special in a URL
     _check_unmixed(folder, Path(url))
-    database = db.connect(url)  # before the phantoms, so that a demo that was killed is known by it
+    database = db.connect(url)  # created before the phantoms, so that an interrupted demo is recognised by it
     before = _check_same(database, folder, counts)
     progress("drawing phantoms", 0, n_images)
     write_dataset(folder / "dataset", counts)
@@ -104,36 +103,38 @@ def _counts(n_images: int) -> Mapping[str, int]:
     return {"train": max(1, n_images - 2 * held_back), "validation": held_back, "test": held_back}
 
 
-# --- What is there ---------------------------------------------------------------------------------------------
+# --- Existing files --------------------------------------------------------------------------------------------
 
 
 def _check_unmixed(folder: Path, queue_file: Path) -> None:
-    there = [name for name in MADE if (folder / name).exists()]
-    if there and not queue_file.exists():
+    existing = [name for name in MADE if (folder / name).exists()]
+    if existing and not queue_file.exists():
         raise RococapError(
-            f"{folder} holds {', '.join(there)}, and no demo's queue: what is there is left as it is. Name another "
+            f"{folder} holds {', '.join(existing)} but no queue of a demo, and was left unchanged. Choose another "
             "folder: rococap demo --dir FOLDER"
         )
 
 
 def _check_same(database: Database, folder: Path, counts: Mapping[str, int]) -> int:
-    """How many pictures the demo in this folder has captioned; it is of these phantoms, if there is one."""
+    """The number of pictures that an earlier demo in this folder has captioned. Raises RococapError if the queue is not
+    that of a demo of the same phantoms.
+    """
     with db.transaction(database) as conn:
         runs = queue.list_runs(conn)
-        there = {one.split: one for one in queue.counts(conn) if one.run == "default"}
+        existing = {count.split: count for count in queue.counts(conn) if count.run == "default"}
     dataset = str((folder / "dataset").resolve())  # as enqueue names it
     if not all(run.dataset == dataset and _is_own(run) for run in runs):
         raise RococapError(
-            f"{folder} holds a queue that no demo made in this place, and is left as it is. Name another folder: "
+            f"{folder} holds a queue that no demo made in this folder, and was left unchanged. Choose another folder: "
             "rococap demo --dir FOLDER"
         )
-    if any(one.total != counts[split] for split, one in there.items() if one.total):
-        total = sum(one.total for one in there.values())
+    if any(count.total != counts[split] for split, count in existing.items() if count.total):
+        total = sum(count.total for count in existing.values())
         raise RococapError(
             f"{folder} holds the results of a demo of {total} pictures, which one of {sum(counts.values())} would "
-            f"overwrite. Look at them again with --images {total}, or name another folder: rococap demo --dir FOLDER"
+            f"overwrite. See them again with --images {total}, or choose another folder: rococap demo --dir FOLDER"
         )
-    return sum(one.done for one in there.values())
+    return sum(count.done for count in existing.values())
 
 
 def _is_own(run: queue.Run) -> bool:
@@ -142,7 +143,7 @@ def _is_own(run: queue.Run) -> bool:
 
 def _unfinished(database: Database) -> int:
     with db.transaction(database) as conn:
-        return sum(one.unfinished for one in queue.counts_of(conn, queue.get_run(conn, "default")))
+        return sum(count.unfinished for count in queue.counts_of(conn, queue.get_run(conn, "default")))
 
 
 # --- Workers ---------------------------------------------------------------------------------------------------
@@ -157,24 +158,24 @@ def _run_workers(database: Database, url: str, folder: Path, n_workers: int, pro
         workers = [subprocess.Popen(command, env=environment, stdout=file, stderr=file) for file in files]
         try:
             while any(worker.poll() is None for worker in workers):
-                _show(database, progress)
+                _show_progress(database, progress)
                 time.sleep(0.2)
         finally:
             for worker in workers:
                 if worker.poll() is None:
                     worker.terminate()
             codes = [worker.wait() for worker in workers]
-    _show(database, progress)
+    _show_progress(database, progress)
     for code, log in zip(codes, logs, strict=True):
         if code:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-            raise RococapError(f"A worker ended with code {code}. Its log {log} ends with:\n{tail}")
+            raise RococapError(f"A worker exited with code {code}. The last lines of its log {log}:\n{tail}")
 
 
-def _show(database: Database, progress: Progress) -> None:
+def _show_progress(database: Database, progress: Progress) -> None:
     with db.transaction(database) as conn:
         counts = queue.counts_of(conn, queue.get_run(conn, "default"))
-    done, total = sum(one.done for one in counts), sum(one.total for one in counts)
+    done, total = sum(count.done for count in counts), sum(count.total for count in counts)
     progress("captioning" if done else "loading the model", done, total)
 
 
@@ -220,41 +221,45 @@ def _pictures(database: Database, folder: Path, image_ids: list[str]) -> dict[st
         return {place.image_id: open_picture(data) for place, data in reader.read(places) if isinstance(data, bytes)}
 
 
-# --- The floor -------------------------------------------------------------------------------------------------
+# --- The report ------------------------------------------------------------------------------------------------
 
 
 def _report(database: Database, folder: Path, exports: Sequence[Path], progress: Progress) -> Path:
-    """Of the test split: the captions that belong there and, for the floor of each score, those that do not."""
+    """Writes a report on the test split, which compares the captions with the same captions shuffled: the scores of run
+    `shuffled` are those that captions reach by chance.
+    """
     from rococap.scores.report import report
 
     _shuffle(database, exports)
     progress("writing the report", 0, 1)
-    made = report(database, ["default", "shuffled"], "test", folder / "report.html", note=NOTE)
+    reported = report(database, ["default", "shuffled"], "test", folder / "report.html", note=NOTE)
     progress("writing the report", 1, 1)
-    return made.path
+    return reported.path
 
 
 def _shuffle(database: Database, exports: Sequence[Path]) -> None:
-    """Run `shuffled`: what run `default` said, of other pictures. Its captions that are there already stay."""
+    """Fills run `shuffled` with the captions of run `default`, each assigned to another picture. Captions that the run
+    already has are kept.
+    """
     with db.transaction(database) as conn:
         old = queue.get_run(conn, "default")
     enqueue_from(database, old, SPLITS, run="shuffled", recipe=replace(old.recipe, model=SHUFFLED))
     with db.transaction(database) as conn:
         run = queue.get_run(conn, "shuffled")
-    rows = _moved([row for path in exports for row in _read(path)])
+    rows = _shuffled([row for path in exports for row in _read(path)])
     with TemporaryDirectory() as temporary:
         path = Path(temporary) / "shuffled.csv"
         _write(rows, path)
         restore.restore(database, run, path)
 
 
-def _moved(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Each picture with the next one's caption, in an order that is drawn: so that none keeps its own."""
+def _shuffled(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows in random order, each with the caption of the next row, so that none keeps its own."""
     random.Random(SEED).shuffle(rows)
     others = [row["generated_caption"] for row in rows[1:] + rows[:1]]
-    # No model took any time, and none is claimed.
-    same = {"model": SHUFFLED, "processing_time_sec": "", "timestamp": datetime.now(UTC).isoformat()}
-    return [row | {"generated_caption": other} | same for row, other in zip(rows, others, strict=True)]
+    # The processing time is empty, since no model made these captions.
+    common = {"model": SHUFFLED, "processing_time_sec": "", "timestamp": datetime.now(UTC).isoformat()}
+    return [row | {"generated_caption": other} | common for row, other in zip(rows, others, strict=True)]
 
 
 def _write(rows: Sequence[Mapping[str, str]], path: Path) -> None:

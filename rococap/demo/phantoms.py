@@ -1,8 +1,8 @@
-"""Phantoms: drawings that look like radiology pictures, each with a caption that its pixels decide.
+"""Phantoms: drawings that look like radiology pictures, each with a caption that its pixels determine.
 
-Everything follows from an integer seed. Positions are in units of 56 pixels from the middle of the picture, x to
-the right and y down; greys run from 0 (black) to 1 (white). Axial pictures are seen from the feet, as is the custom:
-the patient's right is on the left of the picture.
+Everything follows from an integer seed. Positions are in units of 56 pixels from the centre of the picture, x to the
+right and y down; greys range from 0 (black) to 1 (white). Axial pictures are seen from the feet, as is customary: the
+patient's right is on the left of the picture.
 """
 
 import io
@@ -52,7 +52,7 @@ SCHEMA: Final = pa.schema(
 )
 _INFIX: Final = {"train": "train", "validation": "valid", "test": "test"}
 
-# The radius that separates small from large is drawn by nobody: between 0.13 and 0.19 a caption would be a guess.
+# No lesion has a radius between 0.13 and 0.19: whether it is small or large would be a guess.
 _RADII: Final = {"small": (0.095, 0.13), "large": (0.19, 0.235)}
 _SIZES: Final = ("small", "large")
 _NORMAL_SHARE: Final = 0.12
@@ -65,7 +65,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is to be seen and where its middle lies, as fractions of the picture's width and height."""
+    """The kind of a finding and the position of its centre, as fractions of the picture's width and height."""
 
     kind: str
     x: float
@@ -74,6 +74,8 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Phantom:
+    """A drawing with its caption, its UMLS concepts and its finding, which a normal picture does not have."""
+
     image: Image.Image
     caption: str
     cui: tuple[str, ...]
@@ -81,12 +83,13 @@ class Phantom:
 
 
 def draw(seed: int) -> Phantom:
+    """The phantom of this seed: the same on every machine."""
     rng = np.random.default_rng(seed)
     return _pick(rng, _SCENES[_pick(rng, MODALITIES)])(rng)
 
 
 class _Canvas:
-    """A grey picture in the making, slightly turned, scaled and shifted, so that no two lie alike."""
+    """A grey picture being drawn, with a random slight rotation, scale and shift, so that no two are aligned alike."""
 
     def __init__(self, rng: Rng, width: int, height: int, ground: float = 0.0) -> None:
         self.rng = rng
@@ -102,7 +105,7 @@ class _Canvas:
         self.y: Floats = (rows * cos - columns * sin - self.shift[1]).astype(np.float32)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point lies in the picture, as fractions of its width and height."""
+        """The position of a point in the picture, as fractions of its width and height."""
         x, y = x + self.shift[0], y + self.shift[1]
         cos, sin = math.cos(self.turn), math.sin(self.turn)
         column, row = x * cos - y * sin, x * sin + y * cos
@@ -112,7 +115,7 @@ class _Canvas:
         self.grey += mask * (grey - self.grey)
 
     def edge(self, distance: Floats, soft: float = 1.0) -> Floats:
-        """1 inside (negative distance), 0 outside, and a ramp of `soft` pixels between."""
+        """A mask: 1 inside (negative distance), 0 outside, and a ramp of `soft` pixels in between."""
         ramp: Floats = np.clip(0.5 - distance / np.float32(self.pixel * max(soft, 1.0)), 0, 1)
         return ramp
 
@@ -150,7 +153,7 @@ class _Canvas:
         return image.convert("RGB") if self.rng.random() < _RGB_SHARE else image
 
     def _window(self, x: float, y: float, reach: float, soft: float) -> tuple[slice, slice]:
-        """The rows and columns within `reach` of a point: most shapes are small, and this halves the time."""
+        """The rows and columns within `reach` of a point. Most shapes are small, so drawing takes half as long."""
         across, down = self.place(x, y)
         column, row, span = across * self.width, down * self.height, reach / self.pixel + soft + 1
         rows = slice(max(0, math.floor(row - span)), max(0, math.ceil(row + span)))
@@ -164,7 +167,7 @@ class _Canvas:
     def _distance(
         self, window: tuple[slice, slice], x: float, y: float, rx: float, ry: float, turn: float, rough: float
     ) -> Floats:
-        """About the signed distance to an ellipse, exact enough near its edge."""
+        """The approximate signed distance to an ellipse, accurate near its edge."""
         dx, dy = self.x[window] - np.float32(x), self.y[window] - np.float32(y)
         if turn:
             cos, sin = np.float32(math.cos(turn)), np.float32(math.sin(turn))
@@ -182,7 +185,7 @@ class _Canvas:
 
 
 def _length(x: Floats, y: Floats) -> Floats:
-    # Three times as fast as np.hypot, which guards against overflow.
+    # Three times as fast as np.hypot, whose guard against overflow is not needed here.
     length: Floats = np.sqrt(x * x + y * y)
     return length
 
@@ -208,7 +211,7 @@ def _finding(canvas: _Canvas, kind: str, x: float, y: float) -> Finding:
 
 
 def _blob(canvas: _Canvas, x: float, y: float, size: str, grey: float) -> None:
-    """A lesion of a given size: nearly round, with a slightly uneven border."""
+    """A lesion: nearly round, with a slightly uneven border."""
     radius = canvas.rng.uniform(*_RADII[size])
     stretch = canvas.rng.uniform(0.93, 1.07)
     turn = canvas.rng.uniform(0, math.pi)
@@ -217,7 +220,7 @@ def _blob(canvas: _Canvas, x: float, y: float, size: str, grey: float) -> None:
 
 
 def _rim(canvas: _Canvas, x: float, y: float, size: str, wall: float, core: float) -> None:
-    """A lesion with a bright wall around another core."""
+    """A lesion whose wall and core differ in grey."""
     radius = canvas.rng.uniform(*_RADII[size])
     canvas.paint(canvas.ellipse(x, y, radius, radius, soft=1.3), wall)
     canvas.paint(canvas.ellipse(x, y, radius * 0.55, radius * 0.55, soft=1.3), core)
@@ -524,7 +527,7 @@ def _chest_xray(rng: Rng) -> Phantom:
     return _phantom(canvas.picture(0.02), caption, (PLAIN_XRAY, CHEST), finding)
 
 
-# Half of the findings are opacities, since they differ in size, side and zone.
+# Opacities are the most frequent finding, since they vary in size, side and zone.
 _XRAY_KINDS: Final = ("opacity", "opacity", "opacity", "effusion", "effusion", "pacemaker", "cardiomegaly")
 
 
@@ -681,7 +684,7 @@ def _echo_lesion(canvas: _Canvas, side: str, depth: Floats) -> tuple[str, Findin
 
 
 def _shadow(canvas: _Canvas, x: float, y: float, radius: float, depth: Floats, grey: float) -> None:
-    """What lies behind a lesion, along the beam: dark behind a stone, brighter behind fluid."""
+    """Shades the region behind a lesion along the beam: dark behind a stone, brighter behind fluid."""
     own_depth = math.hypot(x, y - _APEX)
     beam = np.arctan2(canvas.x, canvas.y - np.float32(_APEX)) - np.float32(math.atan2(x, y - _APEX))
     behind = canvas.edge((np.abs(beam) - np.float32(radius / own_depth)) * depth, 2)
@@ -717,10 +720,11 @@ _SCENES: Final[Mapping[str, tuple[Callable[[Rng], Phantom], ...]]] = {
 
 
 def write_dataset(root: Path, counts: Mapping[str, int], rows_per_shard: int = 1000, rows_per_group: int = 100) -> None:
-    """Writes phantoms of held-out seeds in the layout that ROCOv2 has on the hub, under `root`/data.
+    """Writes phantoms of held-out seeds to `root`/data, in the layout that ROCOv2 has on the hub.
 
-    Writing the same again changes nothing; other shards of a split in the same folder are refused, since a reader
-    would take both.
+    `counts` maps each split to its number of phantoms. Writing the same data set again leaves the same files.
+
+    Raises DatasetError if the folder holds other shards of a split, since a reader would read both.
     """
     data = root / "data"
     data.mkdir(parents=True, exist_ok=True)

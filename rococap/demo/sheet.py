@@ -1,4 +1,4 @@
-"""A contact sheet: pictures with their original and their generated captions, for a person to look at."""
+"""Draws a contact sheet: one image that shows pictures with their original and generated captions."""
 
 import os
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class _Line:
 
 
 def contact_sheet(rows: Sequence[tuple[Image.Image, str, str]], path: Path) -> None:
-    """Writes `path` as PNG; a row is a picture, its original and its generated caption."""
+    """Writes `path` as PNG. A row is (picture, original caption, generated caption)."""
     sheet = _draw(rows)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -72,7 +72,7 @@ def _draw(rows: Sequence[tuple[Image.Image, str, str]]) -> Image.Image:
 
 
 def _mount(sheet: Image.Image, picture: Image.Image, left: int, top: int) -> None:
-    """Twice the size, in the middle of a dark square; larger pictures are scaled to fit."""
+    """Pastes the picture into the middle of a dark square, at twice its size or scaled down to fit."""
     scale = min(2.0, _CELL / max(picture.size))
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     enlarged = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -98,7 +98,7 @@ def _captions(original: str, generated: str) -> list[tuple[str, float, str]]:
 
 
 def _lines(paragraphs: Sequence[tuple[str, float, str]], width: int, top: int = 0) -> tuple[list[_Line], int]:
-    """The wrapped lines and where the next one would begin."""
+    """The wrapped lines, and the vertical position below them in pixels."""
     lines = []
     for text, size, colour in paragraphs:
         font = ImageFont.load_default(size=size)

@@ -1,9 +1,10 @@
-"""Trains the demonstration model: a Qwen2-VL of 1.8 million parameters, from nothing, on phantoms.
+"""Trains the demonstration model from scratch on phantoms: a Qwen2-VL of 1.8 million parameters.
 
     python -m rococap.demo.train --out DIR
 
-takes minutes on two CPU cores. Two things are used in training only and are not part of the saved model: a
-classifier that finds the lesion's cell in the picture, and a loss that weighs most where captions branch.
+This takes minutes on two CPU cores. Two aids are used in training only and are not part of the saved model: a
+classifier that locates the lesion in the grid of image cells, and a loss that gives more weight to the tokens at which
+captions differ.
 """
 
 import argparse
@@ -157,7 +158,7 @@ def build_processor(tokenizer: Any) -> Any:
 
 def build_model(tokenizer: Any) -> Any:
     token = tokenizer.convert_tokens_to_ids
-    # At 32 dimensions a head, the usual theta of 10,000 leaves almost no difference between left and right.
+    # With 32 dimensions per head, the usual theta of 10,000 makes left and right almost indistinguishable.
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
@@ -205,7 +206,7 @@ def prompt_text(processor: Any) -> str:
 
 
 class BranchWeights:
-    """How much each token of a caption counts: little where every caption with this beginning goes on alike."""
+    """The loss weight of each token of a caption: low where all captions with the same beginning continue alike."""
 
     def __init__(self, captions: Sequence[Sequence[int]]) -> None:
         self._next: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
@@ -220,7 +221,7 @@ class BranchWeights:
 
 
 class Trainer:
-    """The model, its auxiliary cell classifier and the optimizer."""
+    """Trains the model together with its auxiliary cell classifier."""
 
     def __init__(self, phantoms: Sequence[Phantom], steps: int, seed: int) -> None:
         torch.manual_seed(seed)
@@ -281,7 +282,7 @@ class Trainer:
         return caption_loss.item(), cell_loss.item()
 
     def caption_loss(self, logits: Tensor, tokens: Tensor, batch: Sequence[Phantom]) -> Tensor:
-        """Cross entropy of the captions, which end all rows alike, since padding is on the left."""
+        """Weighted cross entropy of the captions. Padding is on the left, so every row ends with its caption."""
         weights = torch.zeros(tokens.shape)
         for row, phantom in zip(weights, batch, strict=True):
             caption = self.weights(self.caption_tokens(phantom.caption))
@@ -316,7 +317,7 @@ class Trainer:
 
 
 def _retouched(phantom: Phantom, rng: np.random.Generator) -> Phantom:
-    """The same phantom with other brightness, contrast and noise, so that a second pass brings something new."""
+    """The phantom with random brightness, contrast and noise, so that a second pass sees a different picture."""
     pixels = np.atleast_3d(np.asarray(phantom.image, np.float32))
     pixels = pixels * rng.uniform(0.9, 1.1) + rng.uniform(-8, 8)
     pixels += rng.uniform(0, 5) * rng.standard_normal((*pixels.shape[:2], 1), np.float32)
@@ -325,11 +326,14 @@ def _retouched(phantom: Phantom, rng: np.random.Generator) -> Phantom:
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """The processor and the float32 model, by the stock classes that any Qwen2-VL is loaded with."""
+    """The processor and the float32 model, loaded with transformers' own classes, as any Qwen2-VL is.
+
+    Raises ModelError if the folder has no Qwen2-VL processor.
+    """
     processor = AutoProcessor.from_pretrained(folder)
-    # With a processor class that it does not know, AutoProcessor returns a bare tokenizer, and says nothing.
+    # For a processor class that it does not know, AutoProcessor returns a bare tokenizer without a warning.
     if not isinstance(processor, Qwen2VLProcessor):
-        raise ModelError(f"{folder} holds no Qwen2-VL processor: train the model again.")
+        raise ModelError(f"{folder} has no Qwen2-VL processor: train the model again.")
     processor.image_processor.size = dict(PIXEL_AREAS)
     processor.tokenizer.padding_side = "left"
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -337,7 +341,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def captions(processor: Any, model: Any, images: Sequence[Image.Image], batch_size: int = 32) -> list[str]:
-    """Greedy captions, in the order of the pictures."""
+    """Captions by greedy decoding, in the order of the images."""
     prompt, texts = prompt_text(processor), []
     for start in range(0, len(images), batch_size):
         batch = list(images[start : start + batch_size])
@@ -400,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--steps", type=int, default=1500, help="training steps of 32 phantoms")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--phantoms", type=int, default=24_000, help="how many different ones to train on")
+    parser.add_argument("--phantoms", type=int, default=24_000, help="number of different phantoms to train on")
     parser.add_argument("--held-out", type=int, default=640, help="phantoms to evaluate on")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

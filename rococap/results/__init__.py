@@ -1,1 +1,4 @@
-"""Captions out of the database into files, checkpoints and repositories, and back. Knows no engine and no scores."""
+"""Moves captions between the database and files: exports, checkpoint segments, published folders, the Hugging Face hub.
+
+Knows nothing of engines or scores.
+"""

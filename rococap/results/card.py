@@ -1,4 +1,4 @@
-"""The card (README.md) of a data set of captions."""
+"""The data set card (README.md) of published captions. Renders a template; reads neither captions nor the database."""
 
 import json
 import re
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Written:
-    """What a folder holds of a split. `missing` jobs are not done; `without_picture` were captioned and are left out,
-    since their pictures can no longer be read: image_id -> why.
+    """What a published folder holds of one split.
+
+    `missing` counts the jobs that are not done. `without_picture` maps image_id to the reason for images that were
+    captioned but left out, because their pictures can no longer be read.
     """
 
     split: str
@@ -31,29 +33,30 @@ class Written:
 
 CARD = Path(__file__).with_name("card.md.jinja")
 _SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
-
-
-_OF_MODEL = ("engine", "dtype", "revision", "digest", "adapter", "rules", "accepted_rules")
+_RESOLVED_KEYS = ("engine", "dtype", "revision", "digest", "adapter", "rules", "accepted_rules")
 
 
 def card(run: Run, written: Sequence[Written], manifest: dict[str, Any]) -> str:
-    """README.md: what made the captions, and what they are not for."""
+    """The text of README.md: what made the captions, and what they must not be used for.
+
+    `manifest` is the manifest of the folder, which the card quotes as JSON.
+    """
     from jinja2 import Environment, StrictUndefined
 
-    # Markdown with our own texts, names and a prompt: there is nothing to escape but fences.
+    # The output is Markdown: HTML escaping would corrupt it, and the filters below quote names and prompts safely.
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
     environment.filters |= {"fenced": _fenced, "code": _code, "quoted": quoted}
-    rows = sum(one.captions for one in written)
+    rows = sum(entry.captions for entry in written)
     source, _ = parse_name(run.dataset)
     return environment.from_string(CARD.read_text(encoding="utf-8")).render(
         title=f"Captions of radiology pictures by {Path(run.recipe.model).name}",
         source=source if HUB_ID.fullmatch(source) else None,
-        size=next((size for most, size in _SIZES.items() if rows < most), "n>10M"),
+        size=next((size for limit, size in _SIZES.items() if rows < limit), "n>10M"),
         run=run,
         recipe=run.recipe,
-        resolved=dict.fromkeys(_OF_MODEL, "") | (run.resolved or {}),
+        resolved=dict.fromkeys(_RESOLVED_KEYS, "") | (run.resolved or {}),
         written=written,
         is_qwen2_vl=_is_qwen2_vl(run.recipe.model),
         version=__version__,
@@ -67,7 +70,9 @@ def _fenced(text: str, language: str = "") -> str:
 
 
 def _code(text: str) -> str:
-    """Within a line. Markdown takes one space away at either end, which keeps a backtick there from the fence."""
+    """An inline code span. A text that begins or ends with a backtick is padded with one space on each side, which
+    Markdown strips again, so that the backtick does not run into the fence.
+    """
     fence = "`" * (_longest_ticks(text) + 1)
     space = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{space}{text}{space}{fence}"
@@ -78,7 +83,11 @@ def _longest_ticks(text: str) -> int:
 
 
 def quoted(text: str) -> str:
-    """For YAML, which reads JSON's escapes of an emoji as two characters: so it stays as it is."""
+    """The text as a double-quoted YAML scalar.
+
+    Characters beyond ASCII are not escaped: JSON escapes an emoji as a surrogate pair, which YAML reads as two
+    characters.
+    """
     return json.dumps(text, ensure_ascii=False)
 
 

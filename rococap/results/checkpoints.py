@@ -1,4 +1,7 @@
-"""Checkpoint segments: finished images in order of completion, written once and never changed."""
+"""Checkpoint segments: CSV files of finished images in order of completion, each written once and never changed.
+
+The database records which image belongs to which segment; this module only assigns and writes them.
+"""
 
 import re
 import shlex
@@ -25,10 +28,12 @@ FOLLOW_SEC = 2.0
 
 
 def write_checkpoints(database: Database, run: Run, split: str, folder: Path, every: int) -> list[Path]:
-    """Writes the segments that are due: `every` images each, in order of completion, never changed afterwards.
+    """Writes the segments of a split that are due, `every` images each in order of completion; returns their paths.
 
-    When the split has nothing left to do, the short tail is a segment too. Which image is in which segment is decided
-    in the database, so that a missing file is written again, the same.
+    Once the split has no work left, the remaining images form a shorter last segment. The database records which image
+    belongs to which segment, so a missing file is rewritten with the same content.
+
+    Raises RococapError if `folder` holds segments of another run or database, or cannot be written.
     """
     with transaction(database) as conn:
         _check_folder(run, folder, split, _last_checkpoint(conn, run, split))
@@ -36,9 +41,9 @@ def write_checkpoints(database: Database, run: Run, split: str, folder: Path, ev
         pass
     with transaction(database) as conn:
         last = _last_checkpoint(conn, run, split)
-        run = queue.get_run(conn, run.name)  # which a worker may have pinned meanwhile, or new rules changed
-    there = read_json(folder / "run.json") or {}
-    if last and ("run" not in there or there.get("resolved") != run.resolved):
+        run = queue.get_run(conn, run.name)  # a worker may have pinned the model meanwhile, or accepted new rules
+    existing = read_json(folder / "run.json") or {}
+    if last and ("run" not in existing or existing.get("resolved") != run.resolved):
         write_json(folder / "run.json", manifest_of(run))
     missing = [n for n in range(1, last + 1) if not checkpoint_path(folder, split, n).exists()]
     for start in range(0, len(missing), SEGMENTS_AT_ONCE):
@@ -47,19 +52,21 @@ def write_checkpoints(database: Database, run: Run, split: str, folder: Path, ev
 
 
 def _check_folder(run: Run, folder: Path, split: str, last: int) -> None:
-    """A segment counts as written when a file of its name exists: so those there must be this run's and database's."""
-    there = read_json(folder / "run.json")
-    if there is not None and (there.get("run"), there.get("recipe_hash")) != (run.name, run.recipe.hash):
+    """Refuses a folder with segments of another run or database: an existing file of the right name is never rewritten,
+    so a foreign one would pass for this run's.
+    """
+    existing = read_json(folder / "run.json")
+    if existing is not None and (existing.get("run"), existing.get("recipe_hash")) != (run.name, run.recipe.hash):
         raise RococapError(
-            f"{folder} holds checkpoints of another run ({there.get('run')}). Move them away, or write elsewhere with "
-            "--output."
+            f"{folder} holds checkpoints of another run ({existing.get('run')}). Move them away, or choose another "
+            "folder with --output."
         )
     numbers = (segment_number(path) or 0 for path in folder.glob(f"checkpoint_{split}_*.csv"))
     if max(numbers, default=0) > last:
         raise RococapError(
-            f"{folder} holds checkpoints of {split} that this database does not know. If it replaces one that was "
-            f"lost, restore them first: rococap restore {shlex.quote(str(folder))}/checkpoint_{split}_*.csv; else move "
-            "them away."
+            f"{folder} holds checkpoints of {split} that are not in this database. If this database replaces a lost "
+            f"one, restore them first: rococap restore {shlex.quote(str(folder))}/checkpoint_{split}_*.csv; otherwise "
+            "move them away."
         )
 
 
@@ -77,7 +84,7 @@ def _last_checkpoint(conn: Connection, run: Run, split: str) -> int:
 
 
 def _assign(database: Database, run: Run, split: str, every: int) -> int:
-    """Gives done images their segments; returns how many segments were filled."""
+    """Assigns up to SEGMENTS_AT_ONCE segments to done images; returns how many segments were filled."""
     with transaction(database, write=True) as conn:
         db.lock(conn, "runs", run.id)
         due = execute(
@@ -89,7 +96,7 @@ def _assign(database: Database, run: Run, split: str, every: int) -> int:
         is_finished = not any(queue.unfinished(conn, run, [split]).values())
         n_segments = -(-len(due) // every) if is_finished else len(due) // every
         first = _last_checkpoint(conn, run, split) + 1
-        rows = [(first + at // every, row[0]) for at, row in enumerate(due[: n_segments * every])]
+        rows = [(first + n // every, row[0]) for n, row in enumerate(due[: n_segments * every])]
         if rows:
             execute(conn, "UPDATE jobs SET checkpoint = ? WHERE id = ? AND checkpoint IS NULL", rows)
     return n_segments
@@ -100,7 +107,7 @@ def _write_segments(database: Database, run: Run, split: str, folder: Path, numb
         rows = execute(
             conn,
             f"SELECT {SELECTED} {DONE}j.checkpoint IS NOT NULL AND j.checkpoint BETWEEN ? AND ? "
-            # Not finished_at, which is the time of restoring for what was restored.
+            # Not by finished_at, which for a restored caption is the time of the restore.
             "ORDER BY j.checkpoint, c.generated_at, j.id",
             (run.id, split, numbers[0], numbers[-1]),
         ).fetchall()
@@ -113,7 +120,10 @@ def _write_segments(database: Database, run: Run, split: str, folder: Path, numb
 def follow(
     database: Database, run: Run, splits: Sequence[str], folder: Path, every: int, written: Callable[[list[Path]], None]
 ) -> None:
-    """Keeps writing segments as workers finish them, until the splits have nothing left to do."""
+    """Writes segments as workers finish images, until the splits have no work left.
+
+    `written` is called with the paths of each batch of new segments. Raises as `write_checkpoints` does.
+    """
     while True:
         with transaction(database) as conn:
             is_finished = not any(queue.unfinished(conn, run, splits).values())
@@ -126,6 +136,6 @@ def follow(
 
 
 def segment_number(path: Path) -> int | None:
-    """The number of a checkpoint segment: what it holds is not to be written into another."""
+    """The number in the file name of a checkpoint segment, or None if the path is not one."""
     name = CHECKPOINT.fullmatch(path.name)
     return int(name["number"]) if name else None

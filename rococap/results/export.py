@@ -1,7 +1,7 @@
-"""One file of a split's captions, with its manifest.
+"""Exports the captions of one split to one file, with a manifest beside it.
 
-Files are derived from the database and can always be made again. Done rows never change, so that an export is a
-snapshot although it reads in short transactions.
+Files are derived from the database and can be recreated at any time. Done rows never change, so an export is a
+consistent snapshot although it reads in several short transactions.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ FOLDER = Path("results_medical")
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """`missing` counts the jobs of the split that are not done."""
+    """An exported file: the number of its rows, and in `missing` the jobs of the split that are not done."""
 
     path: Path
     rows: int
@@ -42,11 +42,13 @@ def export(
     progress: Progress = silent,
 ) -> Exported:
     """Writes the done images of a split, in data set order, to a .csv, .parquet or .jsonl file, and its manifest.
-    `excel_safe` puts an apostrophe before texts that a spreadsheet would run and a byte-order mark at the start of the
-    file; `restore` removes both. `strip_reasoning` leaves out a model's reasoning, which cannot be restored.
 
-    Raises RunError if the run has nothing of the split, IncompleteError if some are not done and all were required,
-    RococapError if the file cannot be written; then an older file stays as it was.
+    `excel_safe` puts an apostrophe before every text that a spreadsheet would execute as a formula, and a byte-order
+    mark at the start of the file; `restore` removes both. `strip_reasoning` leaves out a model's reasoning, which
+    cannot be restored.
+
+    Raises RunError if the run has no images of the split, IncompleteError if `require_complete` and some are not done,
+    RococapError if the file cannot be written. On failure an older file stays as it was.
     """
     with transaction(database) as conn:
         (counts,) = queue.counts_of(conn, run, [split])
@@ -60,9 +62,10 @@ def export(
     with replacing(path) as partial:
         rows = write_frames(frames, partial, ending(path), mark=excel_safe)
         digest = sha256_of(partial)
-        manifest.unlink(missing_ok=True)  # killed before the next line, the new file has none rather than the old one's
+        # If the process is killed before the new manifest is written, no manifest is better than the old file's.
+        manifest.unlink(missing_ok=True)
     missing = counts.total - rows
-    about = {"split": split, "file": path.name, "rows": rows, "missing": missing, "sha256": digest}
-    about |= stripped(strip_reasoning) | ({"excel_safe": True} if excel_safe else {})
-    write_json(manifest, manifest_of(run) | about)
+    details = {"split": split, "file": path.name, "rows": rows, "missing": missing, "sha256": digest}
+    details |= stripped(strip_reasoning) | ({"excel_safe": True} if excel_safe else {})
+    write_json(manifest, manifest_of(run) | details)
     return Exported(path, rows, missing)

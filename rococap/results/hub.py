@@ -1,4 +1,4 @@
-"""Pushing a folder to a data set of the Hugging Face hub."""
+"""Pushes a published folder to a data set repository on the Hugging Face hub. Knows neither runs nor the database."""
 
 import sys
 from collections.abc import Iterator
@@ -21,12 +21,17 @@ from rococap.results.manifest import as_options, is_another, is_ours, lost_split
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
+    """The repository's address, and whether only its owner can read it."""
+
     url: str
     private: bool
 
 
 def check_login() -> None:
-    """Raises RococapError if the hub is away or does not know who is asking: before work is done for it."""
+    """Raises RococapError if the hub cannot be reached or the user is not logged in.
+
+    Call it before an export that is to be pushed, so that hours of work do not end in a failed login.
+    """
     from huggingface_hub import HfApi
 
     with _pushing("to the hub"):
@@ -34,11 +39,12 @@ def check_login() -> None:
 
 
 def push(folder: Path, repo: str, message: str) -> Pushed:
-    """Uploads a folder of the format hf to a data set of the hub. A new one is made, and is private; of an old one,
-    the shards that an earlier push left there are removed.
+    """Uploads a folder in the format hf to a data set repository on the hub, with `message` as the commit message.
 
-    Raises RococapError if the hub refuses or is away, or if the repository holds what rococap did not push, another
-    run's captions, or a split that the folder lacks.
+    A repository that does not exist is created, and is private. Shards of an earlier push are replaced.
+
+    Raises RococapError if the hub cannot be reached or denies access, or if the repository holds files that rococap did
+    not push, captions of another run, or a split that the folder lacks.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -51,8 +57,8 @@ def push(folder: Path, repo: str, message: str) -> Pushed:
         info = api.dataset_info(repo)
         names = {file.rfilename for file in info.siblings or []}
         if names - {".gitattributes"}:
-            there = _pushed_manifest(api, repo, info.sha) if MANIFEST in names else None
-            _check_pushable(repo, there, read_json(folder / MANIFEST) or {})
+            existing = _pushed_manifest(api, repo, info.sha) if MANIFEST in names else None
+            _check_pushable(repo, existing, read_json(folder / MANIFEST) or {})
         api.upload_folder(
             repo_id=repo,
             repo_type="dataset",
@@ -66,26 +72,26 @@ def push(folder: Path, repo: str, message: str) -> Pushed:
 def _pushed_manifest(api: "HfApi", repo: str, commit: str | None) -> dict[str, Any] | None:
     with TemporaryDirectory() as cache:
         path = api.hf_hub_download(repo, MANIFEST, repo_type="dataset", revision=commit, cache_dir=cache)
-        # What is no manifest at all is another tool's.
+        # A file of this name that is not JSON was written by another tool.
         with suppress(RococapError):
             return read_json(Path(path))
     return None
 
 
-def _check_pushable(repo: str, there: dict[str, Any] | None, new: dict[str, Any]) -> None:
-    if not is_ours(there):
+def _check_pushable(repo: str, existing: dict[str, Any] | None, new: dict[str, Any]) -> None:
+    if not is_ours(existing):
         raise RococapError(
-            f"{repo} holds a data set that rococap did not push, and is left as it is: --push a new name."
+            f"{repo} holds a data set that rococap did not push, and was left unchanged. Give another name to --push."
         )
-    if is_another(there, new):
+    if is_another(existing, new):
         raise RococapError(
-            f"{repo} holds another export (run {there.get('run')}, format {there.get('format')}), and is left as it "
-            "is: --push a new name."
+            f"{repo} holds another export (run {existing.get('run')}, format {existing.get('format')}), and was left "
+            "unchanged. Give another name to --push."
         )
-    if others := lost_splits(there, new):
+    if others := lost_splits(existing, new):
         raise RococapError(
-            f"{repo} also holds {', '.join(others)}, which would be lost: export every split that it is to hold "
-            f"({as_options(others, new)}), or --push a new name."
+            f"{repo} also holds {', '.join(others)}, which this push would delete. Export all of its splits "
+            f"({as_options(others, new)}), or give another name to --push."
         )
 
 
@@ -93,26 +99,32 @@ def _check_pushable(repo: str, there: dict[str, Any] | None, new: dict[str, Any]
 def _pushing(repo: str, folder: Path | None = None) -> Iterator[None]:
     try:
         yield
-    # Its errors have no base in common: OSError, ValueError, those of its HTTP client, RuntimeError from Xet.
+    # huggingface_hub's errors share no base class: OSError, ValueError, its HTTP client's, RuntimeError from Xet.
     except Exception as error:
-        why_not = str(error) if isinstance(error, RococapError) else _why_not(error, repo)
-        whole = f" The folder is whole: {folder}" if folder else ""
-        raise RococapError(why_not + whole) from error
+        message = str(error) if isinstance(error, RococapError) else _explained(error, repo)
+        kept = f" The exported folder is complete: {folder}" if folder else ""
+        raise RococapError(message + kept) from error
 
 
-def _why_not(error: Exception, repo: str) -> str:
+def _explained(error: Exception, repo: str) -> str:
+    """Why the push failed and what to do about it, in one line."""
     from huggingface_hub import constants, errors
 
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     match error:
         case errors.OfflineModeIsEnabled():
-            return "HF_HUB_OFFLINE is set, and nothing can be pushed: unset it and run this again."
+            return "Nothing can be pushed while HF_HUB_OFFLINE is set: unset it and run this again."
         case errors.LocalTokenNotFoundError():
-            return "You are not logged in to the hub: hf auth login, with a token that may write, then run this again."
+            return "You are not logged in to the hub: run hf auth login with a write token, then run this again."
         case errors.HFValidationError():
-            return f"{repo!r} names no repository: give --push OWNER/NAME."
+            return f"{repo!r} is not a valid repository name: give --push OWNER/NAME."
     if status == 401:
-        return "The hub does not know this token: hf auth login, or correct HF_TOKEN, then run this again."
+        return "The hub rejected the token: run hf auth login or correct HF_TOKEN, then run this again."
     if status in (403, 404):
-        return f"You may not write to {repo} on the hub: hf auth login with a token that may, or --push another name."
-    return f"The hub at {constants.ENDPOINT} cannot be used ({reason(error)}): check the network, then run this again."
+        return (
+            f"You have no write access to {repo} on the hub: run hf auth login with a token that has, or give another "
+            "name to --push."
+        )
+    return (
+        f"The hub at {constants.ENDPOINT} cannot be reached ({reason(error)}): check the network, then run this again."
+    )

@@ -1,4 +1,4 @@
-"""A submission as ImageCLEFmedical Caption takes it."""
+"""Writes a submission file in the format of ImageCLEFmedical Caption: a CSV with the columns ID and Caption."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,10 @@ _SUBMISSION = pa.schema([("ID", pa.string()), ("Caption", pa.string())])
 
 @dataclass(slots=True)
 class Submission:
-    """What was submitted: rows, pictures among them that have no caption, and cells that are empty, also therefore."""
+    """A submission file: its rows, how many of their pictures have no caption, and how many cells are empty.
+
+    A picture without a caption has an empty cell, so `empty` includes `missing`.
+    """
 
     path: Path
     rows: int = 0
@@ -46,10 +49,11 @@ def submit(
     strip_reasoning: bool = False,
     progress: Progress = silent,
 ) -> Submission:
-    """Writes `ID,Caption` for every picture that the data set has of the split, in its order, and a manifest.
+    """Writes `ID,Caption` for every picture of the split, in data set order, and a manifest beside the file.
 
-    Raises IncompleteError if pictures have no caption, unless that is allowed; RunError if the run has nothing of the
-    split; RococapError for IDs that no submission can hold, or if the file cannot be written. An older file then stays.
+    Raises IncompleteError if pictures have no caption, unless `allow_missing`; RunError if the run has no images of the
+    split; RococapError for IDs that a submission cannot hold, or if the file cannot be written. On failure an older
+    file stays as it was.
     """
     with transaction(database) as conn:
         queue.counts_of(conn, run, [split])
@@ -61,7 +65,9 @@ def submit(
         cutoff = finished_until(conn, [run], [split])
     ids = {id: _submitted_id(image_id) for id, image_id in images}
     if len(set(ids.values())) < len(ids):
-        raise RococapError(f"IDs of {split} differ by white space alone, which ImageCLEF ignores: mend the data set.")
+        raise RococapError(
+            f"Some IDs of {split} differ only in white space, which ImageCLEF ignores: fix them in the data set."
+        )
     submission = Submission(path)
     with replacing(path) as partial, short_reads(database) as read:
         pages = done_pages(read, run, split, cutoff, "j.image_id, c.text", strip_reasoning=strip_reasoning)
@@ -71,53 +77,55 @@ def submit(
             raise _incomplete(run, split, submission)
         digest = sha256_of(partial)
         manifest_path(path).unlink(missing_ok=True)
-    told = {name: getattr(submission, name) for name in ("rows", "missing", "empty")}
-    about = {"format": "imageclef", "split": split, "file": path.name, **told, "sha256": digest}
-    write_json(manifest_path(path), manifest_of(run) | about | stripped(strip_reasoning))
+    counts = {name: getattr(submission, name) for name in ("rows", "missing", "empty")}
+    details = {"format": "imageclef", "split": split, "file": path.name, **counts, "sha256": digest}
+    write_json(manifest_path(path), manifest_of(run) | details | stripped(strip_reasoning))
     return submission
 
 
 def _submitted_id(image_id: str) -> str:
-    """Stripped, as the checker strips those of its own list. It splits rows at line breaks and at commas, before it
-    looks at quotes.
+    """The ID without surrounding white space, which ImageCLEF's checker strips from its own list too.
+
+    The checker splits the file at line breaks and commas before it considers quotes, so an ID can hold neither.
     """
     stripped = image_id.strip()
     if "," in stripped or stripped.splitlines() != [stripped]:
         raise RococapError(
-            f"The ID {image_id!r} cannot be submitted: ImageCLEF's are one line without commas. Use its own data set, "
-            "or another --format."
+            f"The ID {image_id!r} cannot be submitted: an ImageCLEF ID is one line of text without commas. Use "
+            "ImageCLEF's own data set, or another --format."
         )
     return stripped
 
 
 def _submitted(
-    ids: dict[int, str], captions: Iterator[Sequence[Any]], told: Submission, split: str, progress: Progress
+    ids: dict[int, str], captions: Iterator[Sequence[Any]], submission: Submission, split: str, progress: Progress
 ) -> Iterator[pd.DataFrame]:
     rows = _every_id(ids, captions)
     while page := list(islice(rows, PAGE)):
         texts = [fold(text or "") for _, text in page]
-        told.rows += len(page)
-        told.missing += sum(text is None for _, text in page)
-        told.empty += texts.count("")
+        submission.rows += len(page)
+        submission.missing += sum(text is None for _, text in page)
+        submission.empty += texts.count("")
         yield pd.DataFrame({"ID": [image_id for image_id, _ in page], "Caption": texts}, dtype=object)
-        progress(f"{split}: exporting", told.rows, len(ids))
+        progress(f"{split}: exporting", submission.rows, len(ids))
 
 
 def _every_id(ids: dict[int, str], captions: Iterator[Sequence[Any]]) -> Iterator[tuple[str, str | None]]:
-    """Both come in the order of the key."""
-    nothing = (0, None)
-    captioned, text = next(captions, nothing)
+    """Every ID with its caption, or None if it has none. Both inputs are in the order of the images' database keys."""
+    end = (0, None)
+    captioned, text = next(captions, end)
     for id, image_id in ids.items():
         if id == captioned:
             yield image_id, text
-            captioned, text = next(captions, nothing)
+            captioned, text = next(captions, end)
         else:
             yield image_id, None
 
 
 def _incomplete(run: Run, split: str, submission: Submission) -> IncompleteError:
     return IncompleteError(
-        f"{submission.missing} of {submission.rows} pictures of {split} have no caption, and ImageCLEF refuses a "
+        f"{submission.missing} of {submission.rows} pictures of {split} have no caption, and ImageCLEF rejects a "
         f"submission that lacks an ID. Caption them: rococap enqueue --run {run.name} --split {split} …, then rococap "
-        f"worker --run {run.name} (what failed: rococap failures); or give them an empty caption: --allow-missing."
+        f"worker --run {run.name} (see rococap failures for those that failed). Or leave their captions empty with "
+        "--allow-missing."
     )

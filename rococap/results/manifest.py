@@ -1,4 +1,7 @@
-"""The JSON beside every file that says what made it."""
+"""Manifests: the JSON file beside every export, which records the run, recipe and model that made it.
+
+`publish` and `hub` also read the manifest of an existing folder to decide whether it may be replaced.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,22 +16,23 @@ if TYPE_CHECKING:
 from rococap.files import ending
 
 MANIFEST = "rococap.json"
-"""In every folder that `publish` writes: only such folders are ever replaced."""
+"""The manifest of every folder that `publish` writes. A folder without one is never replaced."""
 STRIPPED = "strip_reasoning"
+"""The manifest key of captions from which the reasoning was removed."""
 
 
 def stripped(strip_reasoning: bool) -> dict[str, bool]:
-    """How a manifest states it."""
+    """The manifest entry for captions from which the reasoning was removed; empty if it was not."""
     return {STRIPPED: True} if strip_reasoning else {}
 
 
 def manifest_path(path: Path) -> Path:
-    """`x.json` beside `x.csv`; beside another format of the same name, `x.parquet.json`."""
+    """The manifest of an exported file: `x.json` for `x.csv`, `x.parquet.json` for `x.parquet`."""
     return path.with_suffix(".json") if ending(path) == ".csv" else path.with_name(f"{path.name}.json")
 
 
 def manifest_of(run: Run) -> dict[str, Any]:
-    """What made the captions: enough to say so beside them, and to restore them."""
+    """The entries that all manifests share: what made the captions, as needed to document and to restore them."""
     return {
         "run": run.name,
         "dataset": run.dataset,
@@ -41,18 +45,21 @@ def manifest_of(run: Run) -> dict[str, Any]:
     }
 
 
-def is_ours(there: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
-    """Other tools may have a file of that name."""
-    return there is not None and isinstance(there.get("splits"), dict)
+def is_ours(existing: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    """Whether rococap wrote this manifest: another tool may use a file of the same name."""
+    return existing is not None and isinstance(existing.get("splits"), dict)
 
 
-def is_another(there: dict[str, Any], new: dict[str, Any]) -> bool:
-    return any(there.get(name) != new[name] for name in ("run", "recipe_hash", "format"))
+def is_another(existing: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether the existing manifest is of another run, recipe or format than the new one."""
+    return any(existing.get(name) != new[name] for name in ("run", "recipe_hash", "format"))
 
 
-def lost_splits(there: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [split for split in there["splits"] if split not in new["splits"]]
+def lost_splits(existing: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The splits that would be lost if the new export replaced the existing one."""
+    return [split for split in existing["splits"] if split not in new["splits"]]
 
 
 def as_options(others: Sequence[str], new: dict[str, Any]) -> str:
+    """The command-line options that export the new splits together with the others."""
     return " ".join(f"--split {split}" for split in (*others, *new["splits"]))

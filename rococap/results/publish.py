@@ -1,6 +1,7 @@
-"""Folders of pictures and captions for other tools: a data set of the hub, and files to train on.
+"""Publishes captions as a folder for other tools: a data set for the hub, or pictures with captions to train on.
 
-Read as an export is: below one time, in short transactions. A file or folder appears whole or not at all.
+Like an export, it reads what was done by one cutoff time, in short transactions. The folder appears complete or not at
+all. It does not push: see `hub`.
 """
 
 import hashlib
@@ -61,40 +62,45 @@ def publish(
     strip_reasoning: bool = False,
     progress: Progress = silent,
 ) -> list[Written]:
-    """Writes the done images of the splits, in data set order, to one folder of the format: hf, webdataset or kohya.
+    """Writes the done images of the splits, in data set order, to one folder; `format` is hf, webdataset or kohya.
 
-    Raises RunError if the run lacks a split or has no captions, IncompleteError if some are not done and all were
-    required, DatasetError if pictures are asked for and the data set is away, RococapError if the folder cannot be
-    written or holds what rococap did not write. An older folder then stays as it was.
+    Raises RunError if the run lacks a split or has no captions, IncompleteError if `require_complete` and some images
+    are not done, DatasetError if the format includes pictures and the data set is not available, RococapError if the
+    folder cannot be written or holds files that rococap did not write. On failure an older folder stays as it was.
     """
     with transaction(database) as conn:
         counts = [queue.counts_of(conn, run, [split])[0] for split in splits]
         cutoff = finished_until(conn, [run], splits)
-    if not any(one.done for one in counts):
+    if not any(count.done for count in counts):
         raise RunError(
-            f"Run {run.name!r} captioned nothing of {', '.join(splits)} yet: rococap worker --run {run.name}"
+            f"Run {run.name!r} has captioned nothing of {', '.join(splits)} yet: start rococap worker --run {run.name}"
         )
     if require_complete:
-        for one in counts:
-            check_complete(run, one.split, one.done, one.total)
+        for count in counts:
+            check_complete(run, count.split, count.done, count.total)
     source = _Source(database, run, cutoff, strip_reasoning, progress)
     folder = folder.resolve()
     new = {"run": run.name, "recipe_hash": run.recipe.hash, "format": format, "splits": splits}
     _check_replaceable(folder, new)
-    # Once more at the end: an export may take hours, and somebody may work in the older folder meanwhile.
+    # Checked again at the end: an export may take hours, and somebody may edit the older folder meanwhile.
     with _replacing_folder(folder, lambda: _check_replaceable(folder, new)) as partial:
         written = _WRITERS[format](source, counts, partial)
-        manifest = manifest_of(run) | {"format": format, "splits": {one.split: _told(one) for one in written}}
+        manifest = manifest_of(run) | {
+            "format": format,
+            "splits": {entry.split: _manifest_entry(entry) for entry in written},
+        }
         manifest |= stripped(strip_reasoning)
         if format == "hf":
             (partial / "README.md").write_text(card(run, written, manifest), encoding="utf-8")
         write_json(partial / MANIFEST, manifest | {"files": _listing(partial)})
-        _give_one_time(partial)
+        _set_one_mtime(partial)
     return written
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
+    """Where the captions are read from, and which of them: those of a run that were done by the cutoff."""
+
     database: Database
     run: Run
     cutoff: int
@@ -105,20 +111,22 @@ class _Source:
         return done_pages(read, self.run, split, self.cutoff, columns, strip_reasoning=self.strip_reasoning)
 
 
-def _told(one: Written) -> dict[str, Any]:
-    told = asdict(one)
-    del told["split"]
-    return told
+def _manifest_entry(written: Written) -> dict[str, Any]:
+    entry = asdict(written)
+    del entry["split"]
+    return entry
 
 
 @contextmanager
 def _replacing_folder(folder: Path, check: Callable[[], None]) -> Iterator[Path]:
-    """As `replacing` does for a file. An older folder steps aside for the moment of two renames, if the check, which
-    comes right before, raises nothing.
+    """Yields a temporary folder that replaces `folder` when the block succeeds, as `replacing` does for a file.
+
+    `check` is called right before the replacement and may raise to refuse it. Two renames replace an older folder, so
+    for a moment there is none.
     """
     partial, older = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
-        # A killed process may have had this pid: in containers they come again.
+        # Left over from a killed process with the same pid: in containers, pids are reused.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
@@ -146,23 +154,23 @@ def _replacing_folder(folder: Path, check: Callable[[], None]) -> Iterator[Path]
 def _check_replaceable(folder: Path, new: dict[str, Any]) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    there = read_json(folder / MANIFEST) if folder.is_dir() else None
-    if not is_ours(there):
-        raise RococapError(f"{folder} is there, and rococap did not write it: name another place with --output.")
-    if is_another(there, new):
+    existing = read_json(folder / MANIFEST) if folder.is_dir() else None
+    if not is_ours(existing):
+        raise RococapError(f"{folder} exists and was not written by rococap: choose another folder with --output.")
+    if is_another(existing, new):
         raise RococapError(
-            f"{folder} holds another export (run {there.get('run')}, format {there.get('format')}). Move it away, or "
-            "write elsewhere with --output."
+            f"{folder} holds another export (run {existing.get('run')}, format {existing.get('format')}). Move it "
+            "away, or choose another folder with --output."
         )
-    if others := lost_splits(there, new):
+    if others := lost_splits(existing, new):
         raise RococapError(
-            f"{folder} also holds {', '.join(others)}, which would be lost: name every split that it is to hold "
-            f"({as_options(others, new)}), or write elsewhere with --output."
+            f"{folder} also holds {', '.join(others)}, which would be lost. Export all of its splits "
+            f"({as_options(others, new)}), or choose another folder with --output."
         )
-    if there.get("files") != _listing(folder) or not _have_one_time(folder):
+    if existing.get("files") != _listing(folder) or not _have_one_mtime(folder):
         raise RococapError(
-            f"{folder} is not as rococap wrote it: files were added, taken away or edited. Move it away, or write "
-            "elsewhere with --output."
+            f"{folder} was changed since rococap wrote it: files were added, removed or edited. Move it away, or "
+            "choose another folder with --output."
         )
 
 
@@ -172,24 +180,24 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _listing(folder: Path) -> dict[str, Any]:
-    """How many files, and a digest of names and sizes: a train split has more than a manifest should list."""
+    """The number of files and a digest of their names and sizes: a train split has too many to list in a manifest."""
     files = [(path.relative_to(folder).as_posix(), path.lstat().st_size) for path in _files(folder)]
     files = sorted(file for file in files if file[0] != MANIFEST)
     return {"n": len(files), "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
 
 
-def _give_one_time(folder: Path) -> None:
-    """All files of one export were last changed at one moment: whatever has another time was edited since. Unlike
-    times in the manifest, this leaves the manifest of the same captions the same.
+def _set_one_mtime(folder: Path) -> None:
+    """Gives all files the same modification time, so that a file edited later can be recognised by its own. Times in
+    the manifest would do as well, but the same captions would then no longer give the same manifest.
     """
-    at = time.time_ns()
-    # Some mounts let nobody set a time. There the folder is whole too, and the next export asks to move it away.
+    now = time.time_ns()
+    # Some mounts do not allow setting times. The folder is complete even so; the next export asks to move it away.
     with suppress(PermissionError):
         for path in _files(folder):
-            os.utime(path, ns=(at, at))
+            os.utime(path, ns=(now, now))
 
 
-def _have_one_time(folder: Path) -> bool:
+def _have_one_mtime(folder: Path) -> bool:
     return len({path.lstat().st_mtime_ns for path in _files(folder)}) == 1
 
 
@@ -201,14 +209,14 @@ _HF_SCHEMA = pa.schema([*SCHEMA, ("flags", _TEXTS), ("cui", _TEXTS)])
 def _write_hub_layout(source: _Source, counts: Sequence[Counts], folder: Path) -> list[Written]:
     (folder / "data").mkdir()
     written = []
-    for one in counts:
-        rows = _write_shards(_hub_frames(source, one), folder / "data", one.split)
-        written.append(Written(one.split, rows, one.total - rows, dict(one.flags)))
+    for count in counts:
+        rows = _write_shards(_hub_frames(source, count), folder / "data", count.split)
+        written.append(Written(count.split, rows, count.total - rows, dict(count.flags)))
     return written
 
 
 def _write_shards(frames: Iterator[pd.DataFrame], folder: Path, split: str) -> int:
-    """How many shards there are stands in each one's name, and is known at the end."""
+    """Returns the number of rows. Shards are renamed at the end, since each name contains the number of shards."""
     rows, paths = 0, []
     for number, first in enumerate(frames):
         shard = chain([first], islice(frames, ROWS_PER_SHARD // PAGE - 1))
@@ -239,12 +247,12 @@ def _split(joined: str, separator: str) -> list[str]:
 
 SAMPLES_PER_TAR = 1_000
 LONGEST_KEY = LONGEST_ID
-"""Bytes before the ending. In percent an id is up to three times as long as in the data set."""
+"""Bytes of a file name before its extension. Percent-encoding makes an id up to three times as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """`key` names the files of one picture; `files` are their endings and bytes, the picture's first."""
+    """The files of one picture: `key` is their common name, `files` maps extension to bytes, the picture first."""
 
     key: str
     files: dict[str, bytes]
@@ -279,18 +287,18 @@ def _with_pictures(
 ) -> Callable[[_Source, Sequence[Counts], Path], list[Written]]:
     def write_all(source: _Source, counts: Sequence[Counts], folder: Path) -> list[Written]:
         run = source.run
-        splits = [one.split for one in counts if one.done]
+        splits = [count.split for count in counts if count.done]
         located = datasets.locate(run.dataset, splits, run.dataset_revision or None)
-        written = [Written(one.split, 0, one.total - one.done, dict(one.flags)) for one in counts]
+        written = [Written(count.split, 0, count.total - count.done, dict(count.flags)) for count in counts]
         with PictureReader(located.root) as reader:
-            for one, told in zip(counts, written, strict=True):
-                told.captions = write(_samples(source, one, reader, told.without_picture), folder, one.split)
+            for count, entry in zip(counts, written, strict=True):
+                entry.captions = write(_samples(source, count, reader, entry.without_picture), folder, count.split)
         return written
 
     return write_all
 
 
-_OF_SAMPLE = (
+_SAMPLE_COLUMNS = (
     "j.image_id, (SELECT path FROM shards WHERE shards.id = i.shard_id), i.split, i.row_group, i.row_in_group, "
     "i.image_id, i.caption, c.text, c.flags, i.cui"
 )
@@ -299,8 +307,9 @@ _OF_SAMPLE = (
 def _samples(
     source: _Source, counts: Counts, reader: PictureReader, without_picture: dict[str, str]
 ) -> Iterator[_Sample]:
-    # Each page is a transaction of its own, also on PostgreSQL, which ends one that waits a minute for pictures.
-    pages = source.pages(lambda: transaction(source.database), counts.split, _OF_SAMPLE)
+    # Each page is a transaction of its own, on PostgreSQL too: there, a transaction that idles for a minute while
+    # pictures are read is terminated.
+    pages = source.pages(lambda: transaction(source.database), counts.split, _SAMPLE_COLUMNS)
     for n, row in enumerate(chain.from_iterable(pages), 1):
         place = place_of(row[1:6], source.run.columns)
         try:
@@ -311,7 +320,7 @@ def _samples(
 
 
 def _sample(run: Run, place: Place, picture: bytes, original: str, generated: str, flags: str, cui: str) -> _Sample:
-    about = {
+    metadata = {
         "image_id": place.image_id,
         "original_caption": original,
         "cui": _split(cui, ";"),
@@ -319,17 +328,19 @@ def _sample(run: Run, place: Place, picture: bytes, original: str, generated: st
         "model": run.recipe.model,
         "split": place.split,
     }
-    told = json.dumps(about, ensure_ascii=False)
-    ending, shown = as_file(picture, run.recipe.frame)
-    return _Sample(_key(place.image_id), {ending: shown, ".txt": generated.encode(), ".json": told.encode()})
+    sidecar = json.dumps(metadata, ensure_ascii=False)
+    ending, data = as_file(picture, run.recipe.frame)
+    return _Sample(_key(place.image_id), {ending: data, ".txt": generated.encode(), ".json": sidecar.encode()})
 
 
 def _key(image_id: str) -> str:
-    """Letters, digits, `_`, `-`, `~`, the rest in percent: a dot would begin the ending, and no two ids share a key."""
+    """The image's id as a file name: all but letters, digits, `_`, `-` and `~` is percent-encoded. Dots are too, since
+    WebDataset takes everything after the first dot for the extension. No two ids have the same key.
+    """
     key = quote(image_id, safe="").replace(".", "%2E") or "%"
     if len(key) <= LONGEST_KEY:
         return key
-    # No byte is written as %-, so that a key that was cut is no other picture's.
+    # Percent-encoding never produces "%-", so a shortened key cannot equal that of another picture.
     return f"{key[:200]}%-{hashlib.sha256(image_id.encode()).hexdigest()[:32]}"
 
 

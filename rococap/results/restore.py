@@ -1,4 +1,7 @@
-"""Exports and checkpoint segments back into a database."""
+"""Restores captions from exports and checkpoint segments into a run of the database.
+
+It does not enqueue: the run and its images must exist already.
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -27,8 +30,11 @@ from rococap.tables import JobState
 
 @dataclass(slots=True)
 class Restored:
-    """Rows of one file: restored, captioned already, being captioned now, of images that the run does not have, and of
-    images whose original caption is another here. `has_manifest`: the file's own, or it is a segment.
+    """What became of the rows of one file.
+
+    `restored` rows are done now; `known` ones were captioned already; `leased` ones are being captioned by a worker;
+    `unknown` ones are of images that the run does not have; `different` ones of images that have another original
+    caption in the database. `has_manifest` is true if the file has a manifest of its own, or is a segment.
     """
 
     path: Path
@@ -41,20 +47,22 @@ class Restored:
 
 
 def restore(database: Database, run: Run, path: Path) -> Restored:
-    """Reads an export or a segment back: captions that are there win, what a file does not hold stays empty. What a
-    segment holds counts as written to it.
+    """Restores the captions of an export or a checkpoint segment into a run.
 
-    Raises RococapError, changing nothing, for a file that is no export, was altered since, lacks what was stripped, or
-    was made by another model or recipe than the run's.
+    Existing captions are kept. Columns that a file does not have, such as token counts, stay NULL. Images restored from
+    a segment are recorded as written to it.
+
+    Raises RococapError, and changes nothing, for a file that is not an export, was altered since, had its reasoning
+    stripped, or was made with another model or recipe than the run's.
     """
     manifest = _read_manifest(path)
     with transaction(database) as conn:
-        run = queue.get_run(conn, run.name)  # as it is by now: the file before may have pinned it
+        run = queue.get_run(conn, run.name)  # read again: restoring an earlier file may have pinned the model
     _check_whole(path, manifest)
     _check_manifest(run, path, manifest)
     for frame in _as_exported(path, manifest):
         _check_frame(run, path, frame)
-    # The run.json of segments says nothing of an export that stands beside them.
+    # The run.json of a checkpoint folder does not vouch for an export in the same folder.
     result = Restored(path, has_manifest=manifest_path(path).exists() or segment_number(path) is not None)
     for frame in _as_exported(path, manifest):
         with transaction(database, write=True) as conn:
@@ -71,11 +79,11 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def _check_whole(path: Path, manifest: dict[str, Any] | None) -> None:
-    of_folder = read_json(path.absolute().parents[1] / MANIFEST) if path.absolute().parent.name == "data" else None
-    if any(one is not None and one.get(STRIPPED) for one in (manifest, of_folder)):
+    published = read_json(path.absolute().parents[1] / MANIFEST) if path.absolute().parent.name == "data" else None
+    if any(found is not None and found.get(STRIPPED) for found in (manifest, published)):
         raise RococapError(
-            f"{path} was exported with --strip-reasoning: what the model thought aloud is missing, and a run keeps "
-            "captions as they came. Restore the checkpoint segments, or an export without it."
+            f"{path} was exported with --strip-reasoning, and a run keeps captions with the model's reasoning. Restore "
+            "the checkpoint segments, or an export without --strip-reasoning."
         )
 
 
@@ -85,23 +93,23 @@ def _check_manifest(run: Run, path: Path, manifest: dict[str, Any] | None) -> No
     pinned, resolved = run.resolved, manifest.get("resolved")
     if pinned and resolved and (queue.differences(pinned, resolved) or not _are_its_rules(pinned, resolved)):
         raise RunError(
-            f"{path} was made with another model state than run {run.name!r}'s ({resolved}, not {pinned}), and a run "
-            "never mixes. Restore it into a run of its own: rococap restore --run NAME"
+            f"{path} was made with another state of the model than run {run.name!r} ({resolved}, not {pinned}), and a "
+            "run never mixes the two. Restore it into another run: rococap restore --run NAME"
         )
     if manifest.get("recipe_hash") != run.recipe.hash:
         raise RunError(
-            f"{path} was made by another recipe than run {run.name!r} has ({_differences(manifest, run)}). "
-            "Restore it into a run with that recipe: rococap enqueue --run NAME …, then rococap restore --run NAME"
+            f"{path} was made with another recipe than that of run {run.name!r} ({_differences(manifest, run)}). "
+            "Restore it into a run with its recipe: rococap enqueue --run NAME …, then rococap restore --run NAME"
         )
     if manifest.get("file") == path.name and manifest.get("sha256") != sha256_of(path):
         raise RococapError(
-            f"{path} was altered since it was exported (its SHA-256 is another). Use the original, or remove "
+            f"{path} was altered after it was exported (its SHA-256 differs). Use the original, or delete "
             f"{manifest_path(path)} to restore it as it is."
         )
 
 
 def _are_its_rules(pinned: Mapping[str, Any], resolved: Mapping[str, Any]) -> bool:
-    """Whether a file's captions were made by rules that the run's own were made by."""
+    """Whether the run has captions made under the same rules as the file's: its current rules or earlier ones."""
     earlier = {accepted["from"] for accepted in pinned.get("accepted_rules", [])}
     return queue.rules_of(resolved) in {queue.rules_of(pinned), *earlier}
 
@@ -122,14 +130,14 @@ def _read(path: Path) -> Iterator[pd.DataFrame]:
     try:
         match ending(path):
             case ".csv":
-                # utf-8-sig: a byte-order mark is --excel-safe's, or a spreadsheet's, and no part of the first name.
+                # utf-8-sig: drops the byte-order mark that --excel-safe or a spreadsheet puts before the first column.
                 yield from pd.read_csv(path, encoding="utf-8-sig", dtype=str, keep_default_na=False, chunksize=PAGE)
             case ".jsonl":
                 yield from pd.read_json(path, lines=True, dtype=False, chunksize=PAGE)
             case ".parquet":
                 yield from (batch.to_pandas() for batch in pq.ParquetFile(path).iter_batches(PAGE))
             case _:
-                raise RococapError(f"{path} is neither .csv, .jsonl nor .parquet: name a file that rococap exported.")
+                raise RococapError(f"{path} is not a .csv, .jsonl or .parquet file: name a file that rococap exported.")
     except (ValueError, pa.ArrowException) as error:
         raise RococapError(f"{path} cannot be read ({error}). Name a file that rococap exported.") from error
 
@@ -142,35 +150,36 @@ def _check_frame(run: Run, path: Path, frame: pd.DataFrame) -> None:
             name not in ("processing_time_sec", "timestamp")
             and not frame[name].map(lambda cell: type(cell) is str).all()
         ):
-            raise RococapError(f"{path} holds something that is no text in the column {name}: use the original file.")
+            raise RococapError(f"{path} has a value that is not text in the column {name}: use the original file.")
     if others := sorted(set(frame["model"]) - {run.recipe.model}):
         raise RunError(
-            f"{path} holds captions by {', '.join(others)}, and run {run.name!r} is by {run.recipe.model}. "
-            "Restore it into a run of that model: rococap restore --run NAME"
+            f"{path} holds captions by {', '.join(others)}, but run {run.name!r} uses {run.recipe.model}. "
+            "Restore it into a run with that model: rococap restore --run NAME"
         )
     _milliseconds(path, frame)
     _seconds(path, frame)
 
 
 def _milliseconds(path: Path, frame: pd.DataFrame) -> list[int]:
+    """Timestamps in ms since the epoch. Raises RococapError for one that is not ISO 8601."""
     times = pd.to_datetime(frame["timestamp"], format="ISO8601", utc=True, errors="coerce")
     if times.isna().any():
-        raise RococapError(f"{path} holds a timestamp that is not ISO 8601: use the original file.")
+        raise RococapError(f"{path} has a timestamp that is not ISO 8601: use the original file.")
     return [int(time.timestamp() * 1000 + 0.5) for time in times]
 
 
 def _seconds(path: Path, frame: pd.DataFrame) -> list[float | None]:
-    """Processing times; None where the file has none."""
+    """Processing times in seconds, None where the file has none. Raises RococapError for one that is not a number."""
     cells = frame["processing_time_sec"]
     is_absent = cells.isna() | (cells == "")
     values = pd.to_numeric(cells.where(~is_absent), errors="coerce")
     if not np.isfinite(values[~is_absent].to_numpy(dtype=float)).all():
-        raise RococapError(f"{path} holds a processing_time_sec that is no number: use the original file.")
+        raise RococapError(f"{path} has a processing_time_sec that is not a number: use the original file.")
     return [None if absent else float(value) for value, absent in zip(values, is_absent, strict=True)]
 
 
 def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, result: Restored) -> None:
-    at = db.now(conn)
+    now = db.now(conn)
     segment = segment_number(result.path)
     jobs = _jobs_by_image_id(conn, run, split, list(rows["image_id"]))
     moved: Counter[str] = Counter()
@@ -178,10 +187,10 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
     cells = (rows["image_id"], rows["original_caption"], rows["generated_caption"])
     measures = (_seconds(result.path, rows), _milliseconds(result.path, rows))
     for image_id, original, text, seconds, generated_at in zip(*cells, *measures, strict=True):
-        job_id, status, here = jobs.get(image_id, (None, None, None))
+        job_id, status, current = jobs.get(image_id, (None, None, None))
         if job_id is None:
             result.unknown += 1
-        elif here != clean_text(original):
+        elif current != clean_text(original):
             result.different += 1
         elif status == JobState.DONE:
             result.known += 1
@@ -190,8 +199,8 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
             result.leased += 1
         else:
             moved[str(status)] += 1
-            jobs[image_id] = (job_id, JobState.DONE, here)
-            done.append((at, segment, job_id))
+            jobs[image_id] = (job_id, JobState.DONE, current)
+            done.append((now, segment, job_id))
             processing_ms = None if seconds is None else seconds * 1000
             captions.append((job_id, clean_text(text), queue.flags_of(text, ""), processing_ms, generated_at))
     if done:

@@ -1,4 +1,4 @@
-"""Finished captions as of one moment, read in pages that stall no worker."""
+"""Reads the captions that were done by one moment, in pages short enough not to hold up workers. Writes nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,18 +25,19 @@ COLUMNS = (
     "split",
 )
 PAGE = 1_000
-"""Rows a read. Larger pages are quicker, and hold up commits the longer under SQLite's DELETE journal."""
+"""Rows per read. Larger pages are faster, but delay commits for longer under SQLite's DELETE journal."""
 
 
 class IncompleteError(RococapError):
-    """The split is not captioned to the end, and the caller asked for all of it."""
+    """The split is not completely captioned, and the caller required it to be."""
 
 
 def check_complete(run: Run, split: str, done: int, total: int) -> None:
+    """Raises IncompleteError unless all images of the split are done."""
     if done < total:
         raise IncompleteError(
             f"{total - done} of {total} images of {split} are not captioned (see rococap status). "
-            f"Caption them: rococap worker --run {run.name}; or leave out --require-complete."
+            f"Caption them with rococap worker --run {run.name}, or leave out --require-complete."
         )
 
 
@@ -50,6 +51,7 @@ DONE = (
 def pages(
     database: Database, run: Run, split: str, cutoff: int, total: int, progress: Progress, *, strip_reasoning: bool
 ) -> Iterator[pd.DataFrame]:
+    """Frames of COLUMNS, in data set order, with what was done by the cutoff; `total` is only used for progress."""
     done = 0
     with short_reads(database) as read:
         for rows in done_pages(read, run, split, cutoff, SELECTED, strip_reasoning=strip_reasoning):
@@ -62,10 +64,11 @@ Read = Callable[[], AbstractContextManager[Connection]]
 
 
 def finished_until(conn: Connection, runs: Sequence[Run], splits: Sequence[str]) -> int:
-    """When the latest of what is done by now was finished: the cutoff that leaves out what is done later.
+    """The latest time, in ms since the epoch, at which a job that is done now was finished; 0 if none is done. As a
+    cutoff, it excludes everything that finishes later.
 
-    The clock itself would be none: it may have run ahead and been set right, and what was finished meanwhile, in what
-    is now the future, is done all the same.
+    The current time would not do: if the clock ran ahead and was corrected since, jobs that are done have times in the
+    future.
     """
     within = ", ".join("?" * len(runs)), ", ".join("?" * len(splits))
     sql = (
@@ -77,8 +80,10 @@ def finished_until(conn: Connection, runs: Sequence[Run], splits: Sequence[str])
 def done_pages(
     read: Read, run: Run, split: str, cutoff: int, columns: str, *, strip_reasoning: bool = False
 ) -> Iterator[Sequence[Sequence[Any]]]:
-    """What was done by the cutoff, in data set order. The first of the columns is j.image_id, and one is c.text; i is
-    the image, c its caption.
+    """Pages of the rows of a split that were done by the cutoff, in data set order.
+
+    `columns` is a select list over j (the job), i (its image) and c (its caption). It must begin with j.image_id, by
+    which the pages are ordered, and contain c.text if `strip_reasoning`.
     """
     at = columns.split(", ").index("c.text") if strip_reasoning else 0
     select = (
@@ -97,8 +102,10 @@ def done_pages(
 
 @contextmanager
 def short_reads(database: Database) -> Iterator[Read]:
-    """Each page is a transaction of its own on SQLite, where a long read blocks every commit under the DELETE
-    journal; on PostgreSQL all pages share one snapshot.
+    """A function that opens a connection for one page.
+
+    On SQLite each page is a transaction of its own, since under the DELETE journal a long read blocks every commit. On
+    PostgreSQL all pages share one transaction and thus one snapshot.
     """
     if database.dialect.name == "sqlite":
         yield lambda: transaction(database)
@@ -108,10 +115,10 @@ def short_reads(database: Database) -> Iterator[Read]:
 
 
 def frame_of(rows: Sequence[Sequence[Any]], run: Run, split: str) -> pd.DataFrame:
-    """COLUMNS, from rows that begin with SELECTED."""
+    """A frame of COLUMNS from rows whose first columns are those of SELECTED."""
     _, _, image_ids, captions, texts, processing_ms, generated_at, *_ = zip(*rows, strict=True)
     seconds = np.round(np.array(processing_ms, dtype=float) / 1000, 6)
     times = np.datetime_as_string(np.array(generated_at, dtype="datetime64[ms]"), timezone="UTC")
     columns = (image_ids, captions, texts, seconds, run.recipe.model, times.tolist(), split)
-    # Objects, since pandas would turn every text into its own string type and back.
+    # dtype object: otherwise pandas would convert every text to its own string type and back.
     return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)), dtype=object)

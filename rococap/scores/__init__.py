@@ -1,1 +1,4 @@
-"""Captions against the originals and against each other: scores, tables, reports."""
+"""Compares generated captions with the originals and with each other: scores, tables, reports.
+
+Reads what is stored in the database; knows nothing of engines or workers.
+"""

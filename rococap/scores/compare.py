@@ -1,7 +1,7 @@
-"""Runs beside one another: a file with a row for each picture, and what each run's captions took and came to.
+"""Compares runs side by side: a file with one row per picture, and totals for each run's captions.
 
-Reads as an export does, below one time and in short transactions, a page of each run at a time: however many pictures
-there are, it takes as much memory. Text is never edited.
+Like an export, it reads what was done by one cutoff time, in short transactions. It reads one page of each run at a
+time, so its memory does not grow with the number of pictures. Texts are never edited, and nothing is scored.
 """
 
 from collections import Counter
@@ -29,27 +29,30 @@ from rococap.results.formats import FORMATS, write_frames
 from rococap.results.snapshot import PAGE, Read, done_pages, finished_until, short_reads
 
 SHARED = ("image_id", "split", "original_caption")
-OF_RUN = {
+RUN_COLUMNS = {
     "generated_caption": pa.string(),
     "flags": pa.string(),
     "new_tokens": pa.int64(),
     "processing_time_sec": pa.float64(),
     "finish_reason": pa.string(),
 }
-"""Columns that each run has, as `flags_{run}`: all runs' captions stand side by side, then all flags, and so on."""
+"""Columns that exist once per run, named like `flags_{run}`. They are grouped by kind: the captions of all runs, then
+the flags of all runs, and so on.
+"""
 
 Captions = dict[int, Sequence[Any]]
-"""One picture's captions: the run's place among the runs -> the row that was read."""
+"""One picture's captions: index of the run -> the row that was read."""
 
 _COLUMNS = "j.image_id, i.image_id, i.caption, c.text, c.flags, c.new_tokens, c.processing_ms, c.finish_reason"
 
 
 @dataclass(slots=True)
 class Summary:
-    """What a run's captions in the file took and came to. None: not known, as for captions restored from a CSV.
+    """Totals of one run's captions in the file. None means unknown, as for captions restored from a CSV.
 
-    `sec_per_picture` is the model's time, and `pictures_per_sec` what that makes in a second: of one worker.
-    `flagged` and `cut` are shares of 1; a caption is cut if it ended at the recipe's max_new_tokens.
+    `sec_per_picture` is the mean of the model's time, and `pictures_per_sec` its reciprocal: the rate of one worker.
+    `new_tokens`, `characters` and `words` are means per caption. `flagged` and `cut` are shares between 0 and 1; a
+    caption is cut if it ended at the recipe's max_new_tokens.
     """
 
     run: str
@@ -67,7 +70,10 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """`shared` counts the pictures that every run has captioned, `originals` those that have an original caption."""
+    """The file, the number of its rows, and a summary of each run.
+
+    `shared` counts the pictures that every run has captioned, `originals` the rows that have an original caption.
+    """
 
     path: Path
     rows: int
@@ -77,6 +83,7 @@ class Compared:
 
 
 def default_path(names: Sequence[str]) -> Path:
+    """Where a comparison of these runs is written unless a path is given."""
     return FOLDER / f"compare_{'_'.join(names)}.csv"
 
 
@@ -90,37 +97,39 @@ def compare(
     strip_reasoning: bool = False,
     progress: Progress = silent,
 ) -> Compared:
-    """Writes a row for every picture that one of the runs has captioned, or with `all_done` that each has, in data set
-    order, to a .csv, .parquet or .jsonl file. Without splits: all that the runs have.
+    """Writes one row for every picture that any of the runs has captioned, or with `all_done` that all have captioned,
+    in data set order, to a .csv, .parquet or .jsonl file. Without `splits`, compares all splits of the runs.
 
     Raises RunError for runs that do not exist, cannot be compared or have no captions, RococapError if the file cannot
-    be written; then an older file stays as it was.
+    be written. On failure an older file stays as it was.
     """
     check_suffix(path)
     with transaction(database) as conn:
         runs = find_runs(conn, names)
-        counts = [one for run in runs for one in queue.counts_of(conn, run, splits or SPLITS)]
+        counts = [count for run in runs for count in queue.counts_of(conn, run, splits or SPLITS)]
         cutoff = finished_until(conn, runs, splits or SPLITS)
-    done = {split: sum(one.done for one in counts if one.split == split) for split in SPLITS}
+    done = {split: sum(count.done for count in counts if count.split == split) for split in SPLITS}
     if not any(done.values()):
-        of = ", ".join(split for split in SPLITS if any(one.split == split for one in counts))
+        compared = ", ".join(split for split in SPLITS if any(count.split == split for count in counts))
         raise RunError(
-            f"{_quoted(names)} captioned nothing of {of} yet. Caption pictures: rococap worker --run {names[0]}"
+            f"{_quoted(names)} captioned nothing of {compared} yet. Caption pictures: rococap worker --run {names[0]}"
         )
     join = _Join(runs, [_Measure(run) for run in runs], all_done, strip_reasoning)
     with replacing(path) as partial, short_reads(database) as read:
         rows = write_frames(join.frames(read, cutoff, done, progress), partial, ending(path), _schema(runs))
         if not rows:
             raise RunError(
-                f"{_quoted(names)} captioned no picture in common yet. Leave out --all-done, or go on: rococap worker"
+                f"{_quoted(names)} have no captioned picture in common yet. Leave out --all-done, or caption more: "
+                "rococap worker"
             )
     return Compared(path, rows, join.shared, tuple(measure.summary() for measure in join.measures), join.originals)
 
 
 def check_suffix(path: Path) -> None:
+    """Raises RococapError unless the path names a format that can be written."""
     if ending(path).removeprefix(".") not in FORMATS:
         known = [f".{format}" for format in FORMATS]
-        raise RococapError(f"{path} ends in none of {', '.join(known)}: name it so with --output.")
+        raise RococapError(f"{path} does not end in one of {', '.join(known)}: choose another name with --output.")
 
 
 def _quoted(names: Sequence[str]) -> str:
@@ -129,7 +138,7 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def _schema(runs: Sequence[Run]) -> pa.Schema:
-    of_runs = [(f"{column}_{run.name}", type) for column, type in OF_RUN.items() for run in runs]
+    of_runs = [(f"{column}_{run.name}", type) for column, type in RUN_COLUMNS.items() for run in runs]
     return pa.schema([*((name, pa.string()) for name in SHARED), *of_runs])
 
 
@@ -137,7 +146,7 @@ def _schema(runs: Sequence[Run]) -> pa.Schema:
 
 
 class _Measure:
-    """Sums over one run's captions."""
+    """Accumulates the totals of one run's captions."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -174,7 +183,7 @@ class _Measure:
 
 @dataclass(slots=True)
 class _Mean:
-    """Of the numbers that are known."""
+    """The mean of the known numbers among those added."""
 
     n: int = 0
     total: float = 0.0
@@ -195,7 +204,7 @@ def _share(part: float, whole: int) -> float | None:
 
 @dataclass(slots=True)
 class _Join:
-    """The rows of the file, measured as they pass."""
+    """Joins the captions of several runs by picture, and updates the totals of each run on the way."""
 
     runs: Sequence[Run]
     measures: Sequence[_Measure]
@@ -213,33 +222,33 @@ class _Join:
                 )
                 for run in self.runs
             ]
-            images, passed = _by_image(streams), 0
+            images, n_read = _by_image(streams), 0
             while page := list(islice(images, PAGE)):
-                passed += sum(map(len, page))
-                progress(f"{split}: comparing", passed, done[split])
-                rows = [self._row(split, of_run) for of_run in page if self._is_wanted(of_run)]
+                n_read += sum(map(len, page))
+                progress(f"{split}: comparing", n_read, done[split])
+                rows = [self._row(split, captions) for captions in page if self._is_wanted(captions)]
                 if not rows:
                     continue
-                # Objects, since pandas would turn every text into its own string type and back.
+                # dtype object: otherwise pandas would convert every text to its own string type and back.
                 yield pd.DataFrame(rows, columns=columns, dtype=object)
 
-    def _is_wanted(self, of_run: Captions) -> bool:
-        is_shared = len(of_run) == len(self.runs)
+    def _is_wanted(self, captions: Captions) -> bool:
+        is_shared = len(captions) == len(self.runs)
         self.shared += is_shared
         return is_shared or not self.all_done
 
-    def _row(self, split: str, of_run: Captions) -> list[Any]:
-        cells: list[tuple[Any, ...]] = [(None,) * len(OF_RUN)] * len(self.runs)
-        _, image_id, original, *_ = next(iter(of_run.values()))
+    def _row(self, split: str, captions: Captions) -> list[Any]:
+        cells: list[tuple[Any, ...]] = [(None,) * len(RUN_COLUMNS)] * len(self.runs)
+        _, image_id, original, *_ = next(iter(captions.values()))
         self.originals += bool(original)
-        for n, row in of_run.items():
+        for n, row in captions.items():
             cells[n] = _cells(*row[3:])
             self.measures[n].add(*cells[n])
         return [image_id, split, original, *chain.from_iterable(zip(*cells, strict=True))]
 
 
 def _by_image(streams: Sequence[Iterator[Sequence[Any]]]) -> Iterator[Captions]:
-    """Merges streams that are each in order of the image's id, which a row begins with."""
+    """Merges the runs' streams of rows, each in order of the image's database key, which is a row's first column."""
     tagged = [zip(rows, repeat(n), strict=False) for n, rows in enumerate(streams)]
     for _, group in groupby(merge(*tagged, key=_image), key=_image):
         yield {n: row for row, n in group}
@@ -249,6 +258,8 @@ def _image(tagged: tuple[Sequence[Any], int]) -> int:
     return int(tagged[0][0])
 
 
-def _cells(text: str, flags: str, tokens: int | None, processing_ms: float | None, end: str | None) -> tuple[Any, ...]:
-    """In the order of OF_RUN."""
-    return text, flags, tokens, None if processing_ms is None else round(processing_ms / 1000, 6), end
+def _cells(
+    text: str, flags: str, tokens: int | None, processing_ms: float | None, finish_reason: str | None
+) -> tuple[Any, ...]:
+    """In the order of RUN_COLUMNS."""
+    return text, flags, tokens, None if processing_ms is None else round(processing_ms / 1000, 6), finish_reason

@@ -1,6 +1,6 @@
-"""Concepts that a caption names: the manually curated ones of ROCOv2, found by the terms in concepts.toml.
+"""Finds the concepts that a caption names: the manually curated concepts of ROCOv2, by the terms in concepts.toml.
 
-It knows no pictures and no models: text in, UMLS CUIs out.
+Text in, UMLS CUIs out: knows nothing of pictures, models or the database.
 """
 
 import hashlib
@@ -20,11 +20,12 @@ _SOURCE: Final = (Path(__file__).parent / "concepts.toml").read_bytes()
 _XRAY: Final = "C1306645"
 
 DIGEST: Final = hashlib.sha256(_SOURCE).hexdigest()[:12]
+"""Identifies the version of concepts.toml: any change to the file makes stored concept scores stale."""
 
 
 @dataclass(frozen=True, slots=True)
 class Concept:
-    """A UMLS concept and what names it: terms in any case, abbreviations as they are written."""
+    """A UMLS concept and the words that name it: terms match in any case, abbreviations only as written."""
 
     cui: str
     name: str
@@ -34,9 +35,9 @@ class Concept:
 
 
 def found(text: str) -> frozenset[str]:
-    """The CUIs that a text names: the first modality and, of an X-ray, the first body region and direction.
+    """The CUIs that a text names: the first modality and, for an X-ray, the first body region and the first direction.
 
-    ROCOv2 gives a picture no more than one of each, and the last two to X-rays only.
+    In ROCOv2 a picture has at most one of each, and only X-rays have a body region and a direction.
     """
     folded = fold(text)
     named = _first("modality", folded)
@@ -46,27 +47,29 @@ def found(text: str) -> frozenset[str]:
 
 
 def modality(cuis: Collection[str]) -> str:
-    """The modality's name, or "unknown"; of several, the one that comes first in concepts.toml."""
+    """The name of the modality among the CUIs, or "unknown"; of several, the one that comes first in concepts.toml."""
     return next((concept.name for concept in CONCEPTS if concept.kind == "modality" and concept.cui in cuis), "unknown")
 
 
 def parse(cui: str) -> frozenset[str]:
-    """The CUIs of the `cui` column, which joins them by ";"."""
+    """The CUIs in a value of the `cui` column, which separates them by ";"."""
     return frozenset(cui.replace(";", " ").split())
 
 
 def curated(cuis: Collection[str]) -> frozenset[str]:
-    """Those of a picture's CUIs that `found` can give: its modality and, of an X-ray, region and direction. The rest
-    a program read from the original caption, or is of a kind that ROCOv2 curates of X-rays only.
+    """Those of a picture's CUIs that `found` can return: the modality and, for an X-ray, body region and direction.
+
+    All others were extracted from the original caption by a program, or are of a kind that ROCOv2 curates for X-rays
+    only.
     """
     kinds = ("modality", "region", "direction") if _XRAY in cuis else ("modality",)
     return frozenset(one.cui for one in CONCEPTS if one.kind in kinds and one.cui in cuis)
 
 
 def f1(found: Collection[str], reference: Collection[str]) -> float:
-    """Binary F1 over the union of both, as ImageCLEF scores the concepts of a picture; 1.0 if both are empty.
+    """F1 of two sets of CUIs, 0 to 1, as ImageCLEF scores the concepts of one picture; 1 if both are empty.
 
-    A picture whose reference is empty has no part in ImageCLEF's mean over manual concepts.
+    ImageCLEF's mean over manual concepts leaves out pictures whose reference is empty.
     """
     ours, theirs = set(found), set(reference)
     if not ours and not theirs:
@@ -75,7 +78,7 @@ def f1(found: Collection[str], reference: Collection[str]) -> float:
 
 
 def recall(found: Collection[str], reference: Collection[str]) -> float | None:
-    """The part of the reference that was found, or None if the reference is empty."""
+    """The share of the reference that was found, 0 to 1, or None if the reference is empty."""
     theirs = set(reference)
     return len(theirs.intersection(found)) / len(theirs) if theirs else None
 
@@ -87,7 +90,7 @@ def _first(kind: str, folded: str) -> frozenset[str]:
 
 @cache
 def _matcher(kind: str) -> re.Pattern[str]:
-    """A group for each concept, named by its CUI; traps come first and have none."""
+    """A pattern with one group per concept, named by its CUI. Traps come first and have no group."""
     traps = [_alternatives(*_terms(table)) for table in _TABLES["trap"] if table["kind"] == kind]
     concepts = [f"(?P<{one.cui}>{_alternatives(one.terms, one.abbreviations)})" for one in CONCEPTS if one.kind == kind]
     return re.compile(rf"(?<!\w)(?:{'|'.join(traps + concepts)})(?!\w)")
@@ -98,7 +101,7 @@ def _alternatives(terms: tuple[str, ...], abbreviations: tuple[str, ...]) -> str
 
 
 def _by_first(terms: tuple[str, ...], cased: Callable[[str], str]) -> Iterator[str]:
-    """Those of one first character together, which a regular expression tries at once."""
+    """Patterns of terms, grouped by first character, so that the regular expression tests that character only once."""
     for first, same in groupby(sorted(terms), itemgetter(0)):
         yield f"{cased(first)}(?:{'|'.join(_pattern(term[1:], cased) for term in same)})s?"
 
@@ -108,8 +111,8 @@ def _pattern(term: str, cased: Callable[[str], str]) -> str:
 
 
 def _any_case(text: str) -> str:
-    """Letter by letter, for the flag for it costs twice the time."""
-    return "".join(f"[{one}{one.upper()}]" if one.isalpha() else re.escape(one) for one in text)
+    """A pattern for the text in any case, spelled out letter by letter: re.IGNORECASE takes twice as long."""
+    return "".join(f"[{char}{char.upper()}]" if char.isalpha() else re.escape(char) for char in text)
 
 
 def _terms(table: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -1,7 +1,8 @@
-"""Scores of captions against the original ones, by run, split and modality.
+"""Scores generated captions against the originals, by run, split and modality.
 
-A score is computed once and kept beside its caption, with a digest of all that it hangs on; what is absent or stale is
-computed anew. Corpus scores, intervals and tests are made of sums over captions, and so of what is kept.
+Each score is computed once and stored with its caption, together with a digest of everything that it depends on; a
+missing or stale score is computed again. Corpus scores, confidence intervals and significance tests are computed from
+sums over captions, and thus from the stored values. The scores themselves are in `metrics` and `concepts`.
 """
 
 import hashlib
@@ -37,26 +38,26 @@ from rococap.scores.metrics import ORDERS, Vector
 
 BLEUS = tuple(f"bleu_{order}" for order in range(1, ORDERS + 1))
 BY_MODALITY = ("bleu_4", "rouge_l", "meteor_nltk", "cider_d", "concept_f1")
-"""What is shown of each modality."""
+"""Scores that are shown for each modality."""
 RESAMPLES = 1_000
-SEED = 20_411  # intervals and tests are the same whenever they are computed
-STORE = 500  # captions whose scores are stored at once, and lost at most where evaluating is killed
-LONGEST_NAME = 150  # bytes of the runs' names in a file's, which file systems hold to 255
-NO_ORIGINALS = "There are no originals: the data set has no captions of its own for these pictures."
-NO_CONCEPTS = "There are no originals and no concepts: the data set has none for these pictures."
+SEED = 20_411  # fixed, so that intervals and tests are reproducible
+STORE = 500  # captions whose scores are stored in one transaction: no more are lost if the process is killed
+LONGEST_NAME = 150  # bytes of a file name that run names may take; file systems limit the whole name to 255
+NO_ORIGINALS = "There are no originals: the data set has no captions for these pictures."
+NO_CONCEPTS = "There are no originals and no concepts: the data set has neither for these pictures."
 TRAINING = "rococap_training.json"
-"""Beside an adapter or model that rococap trained: {"dataset": name, "splits": [what it was trained on]}."""
+"""A file in the folder of a trained adapter or model: {"dataset": name, "splits": [splits that it was trained on]}."""
 
 Matrix = npt.NDArray[np.float64]
 
 
 class NotComputed(RococapError):
-    """A score cannot be had here; the message says why, and what to do."""
+    """A score cannot be computed here; the message says why, and what to do about it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A caption and the original one."""
+    """A generated caption (`text`, `flags`) and its reference: the original caption and the picture's concepts."""
 
     job_id: int
     image_id: str
@@ -69,7 +70,7 @@ class Pair:
 # --- Kinds of scores -------------------------------------------------------------------------------------------
 
 Scores = dict[str, Any]
-"""Of one caption: name -> number, None where it is not defined; what is in COUNTED, a list of counts."""
+"""The scores of one caption: name -> number, None if undefined; for a name in COUNTED, a list of counts."""
 
 
 def _bleus_and_length_ratio(counts: Matrix) -> Matrix:
@@ -85,11 +86,13 @@ COUNTED: dict[str, tuple[tuple[str, ...], Callable[[Matrix], Matrix]]] = {
     "bleu": ((*BLEUS, "length_ratio"), _bleus_and_length_ratio),
     "meteor_1_5": (("meteor_1_5",), metrics.meteor_1_5),
 }
-"""Scores of a corpus that are no means of its captions': their names, and what makes them of summed counts."""
+"""Corpus scores that are not means over captions: kind -> their names, and the function that computes them from summed
+counts.
+"""
 
 
 def _of_counts(kind: str, counts: Matrix) -> Matrix:
-    """NaN where nothing was counted: there is no original."""
+    """The scores of this kind, shape (..., names); NaN where all counts are 0, since there is no original."""
     _, score = COUNTED[kind]
     scores: Matrix = np.where(np.any(counts, axis=-1, keepdims=True), score(counts), np.nan)
     return scores
@@ -97,10 +100,12 @@ def _of_counts(kind: str, counts: Matrix) -> Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """`score` takes all pairs and the places of those that are wanted, and yields a Scores for each of these, or raises
-    NotComputed. `packages`: whose versions decide the numbers; `edition` changes with our own code. A metric
-    `of_corpus` hangs on all references of the evaluation; an `extra` one takes long, or a package that rococap does not
-    bring, and is computed where it is asked for. Of scores, those `of_concepts` need no original.
+    """A way of computing one or several scores.
+
+    `score` takes all pairs and the indices of those to be scored, and yields a Scores for each, or raises NotComputed.
+    The numbers depend on the versions of `packages` and on `edition`, which changes with rococap's own code. An
+    `of_corpus` metric also depends on all references of the evaluation. An `extra` metric takes long or needs a package
+    that rococap does not install, and is computed only on request. The scores `of_concepts` need no original.
     """
 
     name: str
@@ -113,11 +118,11 @@ class Metric:
     of_concepts: tuple[str, ...] = ()
 
     def digests(self, pairs: Sequence[Pair]) -> list[str]:
-        """What the score of each pair hangs on."""
-        made_by = " ".join([self.name, self.edition, *(f"{name} {_version(name)}" for name in self.packages)])
+        """For each pair, a digest of everything that its score depends on."""
+        shared = " ".join([self.name, self.edition, *(f"{name} {_version(name)}" for name in self.packages)])
         if self.of_corpus:
-            made_by += _digest(*sorted(pair.reference for pair in pairs))
-        return [_digest(made_by, pair.text, pair.reference, pair.cui) for pair in pairs]
+            shared += _digest(*sorted(pair.reference for pair in pairs))
+        return [_digest(shared, pair.text, pair.reference, pair.cui) for pair in pairs]
 
 
 def _version(package: str) -> str:
@@ -154,7 +159,7 @@ def _meteor(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
 
 def _cider_d(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
     if len(pairs) < 2:
-        raise NotComputed("It weighs words by how rare they are, and there is one caption.")
+        raise NotComputed("It weights words by their rarity, which needs at least two captions.")
     references = [[metrics.tokens(pair.reference)] for pair in pairs]
     scores = metrics.cider_d([metrics.tokens(pair.text) for pair in pairs], references)
     for at in wanted:
@@ -162,7 +167,7 @@ def _cider_d(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
 
 
 def _concepts(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
-    """Against the curated ones, which are those that the matcher knows; and the same of the original caption."""
+    """Scores the caption's concepts, and those of the original caption, against the picture's curated concepts."""
     for at in wanted:
         found, reference = concepts.found(pairs[at].text), concepts.curated(concepts.parse(pairs[at].cui))
         yield {
@@ -181,7 +186,7 @@ def _bertscore(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]
     except ImportError as error:
         raise NotComputed(f"It needs bert-score ({error}): pip install 'rococap[bertscore]'") from error
     except OSError as error:
-        raise NotComputed(f"Its model {metrics.BERT} is not here, and cannot be fetched: {error}") from error
+        raise NotComputed(f"Its model {metrics.BERT} is not in the cache and cannot be downloaded: {error}") from error
 
 
 def _meteor_1_5(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
@@ -192,7 +197,7 @@ def _meteor_1_5(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores
     except ImportError as error:
         raise NotComputed(f"It needs pycocoevalcap ({error}): pip install 'rococap[coco]'") from error
     except OSError as error:
-        raise NotComputed(f"It needs Java that runs ({error}): apt-get install default-jre-headless") from error
+        raise NotComputed(f"It needs a working Java ({error}): apt-get install default-jre-headless") from error
 
 
 METRICS = (
@@ -223,10 +228,10 @@ METRICS = (
     Metric("meteor_1_5", ("meteor_1_5",), _meteor_1_5, ("pycocoevalcap",), extra=True),
 )
 
-# --- What is kept ----------------------------------------------------------------------------------------------
+# --- Stored scores ---------------------------------------------------------------------------------------------
 
 Kept = dict[tuple[int, str], tuple[str, str]]
-"""(job, metric) -> digest and scores, as JSON."""
+"""(job id, name of the metric) -> digest, and scores as JSON."""
 
 
 _PAIR = "j.image_id, j.id, i.image_id, i.caption, i.cui, c.text, c.flags"
@@ -246,31 +251,33 @@ def _read(read: Read, run: Run, split: str, cutoff: int, *, strip_reasoning: boo
 
 
 def _scores(
-    database: Database, metric: Metric, pairs: Sequence[Pair], kept: Kept, asked: bool, progress: Progress
+    database: Database, metric: Metric, pairs: Sequence[Pair], kept: Kept, requested: bool, progress: Progress
 ) -> list[Scores]:
-    """Of each pair, computed now or before. Raises NotComputed."""
+    """The scores of each pair: stored ones where they are up to date, else computed and stored. Raises NotComputed."""
     digests = metric.digests(pairs)
     found = [kept.get((pair.job_id, metric.name), ("", "")) for pair in pairs]
     is_fresh = [known == digest for (known, _), digest in zip(found, digests, strict=True)]
-    # Parsed together, which takes half the time.
+    # Parsed as one JSON list, which takes half the time.
     values = ",".join(value if fresh else "{}" for (_, value), fresh in zip(found, is_fresh, strict=True))
     scores: list[Scores] = json.loads(f"[{values}]")
     stale = [at for at, fresh in enumerate(is_fresh) if not fresh]
-    if metric.extra and stale and not asked:
-        raise NotComputed(f"Not for all captions yet: --also {metric.name}")
-    made = zip(stale, metric.score(pairs, stale), strict=True) if stale else iter(())
+    if metric.extra and stale and not requested:
+        raise NotComputed(f"Not all captions are scored yet: --also {metric.name}")
+    computed = zip(stale, metric.score(pairs, stale), strict=True) if stale else iter(())
     done = 0
-    while some := list(islice(made, STORE)):
-        _keep(database, metric, [(pairs[at].job_id, digests[at], one) for at, one in some])
-        for at, one in some:
-            scores[at] = one
-        done += len(some)
+    while batch := list(islice(computed, STORE)):
+        _keep(database, metric, [(pairs[at].job_id, digests[at], score) for at, score in batch])
+        for at, score in batch:
+            scores[at] = score
+        done += len(batch)
         progress(metric.name, done, len(stale))
     return scores
 
 
 def _keep(database: Database, metric: Metric, rows: Sequence[tuple[int, str, Scores]]) -> None:
-    """In order of the image, as all who evaluate do: two at once wait for each other, and never in a circle."""
+    """Stores scores, in the order of the images: every evaluation locks rows in this order, so that two at once cannot
+    deadlock.
+    """
     sql = (
         "INSERT INTO scores (job_id, metric, digest, value) VALUES (?, ?, ?, ?) ON CONFLICT (job_id, metric) "
         "DO UPDATE SET digest = excluded.digest, value = excluded.value"
@@ -286,8 +293,9 @@ def _keep(database: Database, metric: Metric, rows: Sequence[tuple[int, str, Sco
 class Scored:
     """The captions of one run and split, with their scores.
 
-    `counts` are those of COUNTED, shape (n, how many it counts); `values` each other score's, shape (n,), NaN where it
-    is not defined. `missing` counts the jobs of the split that are not done.
+    `counts` maps each kind in COUNTED to its counts, shape (captions, counts); `values` every other score to its
+    values, shape (captions,), NaN where undefined. `not_computed` maps a score to the reason why there is none.
+    `missing` counts the jobs of the split that are not done.
     """
 
     run: Run
@@ -301,14 +309,14 @@ class Scored:
     warnings: list[str] = field(default_factory=list)
 
     def statistics(self) -> Matrix:
-        """One row a caption: counts, and for each other score its value and whether it has one. Their sums, over any
-        captions, give the scores of these: see `totals`.
+        """One row per caption, shape (captions, columns): all counts, and for every other score its value and whether
+        it is defined. `totals` turns the sums over any set of captions into the scores of that set.
         """
         values = [column for value in self.values.values() for column in (np.nan_to_num(value), ~np.isnan(value))]
         return np.column_stack([*self.counts.values(), *values]).astype(np.float64)
 
     def totals(self, sums: Matrix) -> dict[str, Vector]:
-        """Scores from sums of `statistics`, shape (..., columns) -> (...); NaN where nothing has a score."""
+        """Scores from sums of `statistics`, shape (..., columns) -> (...); NaN where no caption has the score."""
         found: dict[str, Vector] = {}
         at = 0
         for kind, counts in self.counts.items():
@@ -323,7 +331,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Scores of n captions: overall values, and the 95 % intervals that the bootstrap gives them."""
+    """Scores of n captions: overall values and their 95 % bootstrap intervals, None where undefined."""
 
     n: int
     metrics: dict[str, float | None]
@@ -331,10 +339,9 @@ class Summary:
 
 
 def summarise(scored: Scored, modality: str | None = None) -> Summary:
-    """Of all captions, or of one modality's.
+    """Summarises the scores of all captions, or of those of one modality.
 
-    The interval is the percentile bootstrap's (Efron and Tibshirani, 1993): captions are drawn with replacement. One
-    caption has none.
+    Intervals are from the percentile bootstrap over captions (Efron and Tibshirani, 1993). A single caption has none.
     """
     statistics = scored.statistics()
     if modality is not None:
@@ -362,8 +369,10 @@ def _number(value: Any) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """Two runs on the pictures that both captioned. `differences` are the second's score less the first's; `p` is how
-    often captions that are swapped at random between the runs differ as much.
+    """Two runs compared on the `n` pictures that both captioned.
+
+    `differences` are the scores of the second run minus those of the first. `p` is the probability of a difference at
+    least as large if captions are swapped between the runs at random.
     """
 
     split: str
@@ -374,8 +383,10 @@ class Paired:
 
 
 def pair_up(one: Scored, other: Scored) -> Paired:
-    """Approximate randomisation (Noreen, 1989; Riezler and Maxwell, 2005), two-sided, of the scores that both have.
-    Scores that hang on all originals are computed over those of the shared pictures, or else left out.
+    """Compares two runs by a two-sided approximate randomisation test (Noreen, 1989; Riezler and Maxwell, 2005).
+
+    Only scores that both runs have are compared. A score that depends on all references is computed again over the
+    shared pictures, or left out where that would take long.
     """
     places = {pair.image_id: at for at, pair in enumerate(other.pairs)}
     shared = [(at, places[pair.image_id]) for at, pair in enumerate(one.pairs) if pair.image_id in places]
@@ -396,7 +407,7 @@ def pair_up(one: Scored, other: Scored) -> Paired:
 
 
 def _only(scored: Scored, rows: npt.NDArray[np.int64], like: Scored, is_part: bool) -> Scored:
-    """Of these captions, the scores that the other has too."""
+    """The captions in these rows, with the scores that `like` also has."""
     counts = {name: value[rows] for name, value in scored.counts.items() if name in like.counts}
     values = {name: value[rows] for name, value in scored.values.items() if name in like.values}
     part = Scored(scored.run, scored.split, [scored.pairs[at] for at in rows], [], counts, values, {})
@@ -412,7 +423,7 @@ def _only(scored: Scored, rows: npt.NDArray[np.int64], like: Scored, is_part: bo
 def _p(difference: float | None, trials: Vector) -> float | None:
     if difference is None:
         return None
-    # Less a rounding error: the sums of a trial that swaps everything come in another order.
+    # The tolerance is for rounding: a trial that swaps everything adds the same numbers in another order.
     as_large = np.count_nonzero(np.abs(trials) >= abs(difference) - 1e-12)
     return float(as_large + 1) / (len(trials) + 1)
 
@@ -422,7 +433,7 @@ def _p(difference: float | None, trials: Vector) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Runs side by side on each split, and each further run against the first."""
+    """The scored runs, split by split, and the comparison of every further run with the first."""
 
     scored: list[Scored]
     paired: list[Paired]
@@ -438,10 +449,11 @@ def evaluate(
     strip_reasoning: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Scores what the runs have captioned of the splits up to now; without names, the default run or the only one.
-    `also` names the extra metrics to compute; `strip_reasoning` leaves out what a model thought aloud.
+    """Scores what the runs have captioned of the splits so far. Without `names`, scores the default or the only run.
 
-    Raises RunError for runs that do not exist, are of different data sets, or captioned nothing of any of the splits.
+    `also` names the extra metrics to compute; `strip_reasoning` removes a model's reasoning from the captions first.
+
+    Raises RunError for runs that do not exist, are of different data sets, or have captioned nothing of the splits.
     """
     with transaction(database) as conn:
         runs = find_runs(conn, names or [queue.find_run(conn, None).name])
@@ -457,17 +469,17 @@ def evaluate(
                 f"Caption pictures: rococap worker --run {run.name}"
             )
         for split in captioned:
-            one = _evaluate(database, run, split, cutoff, also, strip_reasoning, progress)
-            one.missing = counts[run.name, split].total - len(one.pairs)
-            one.warnings = list(_warnings(one, n_images[split]))
-            scored.append(one)
-    by_split = [[one for one in scored if one.split == split] for split in splits]
-    paired = [pair_up(several[0], other) for several in by_split for other in several[1:]]
+            result = _evaluate(database, run, split, cutoff, also, strip_reasoning, progress)
+            result.missing = counts[run.name, split].total - len(result.pairs)
+            result.warnings = list(_warnings(result, n_images[split]))
+            scored.append(result)
+    by_split = [[result for result in scored if result.split == split] for split in splits]
+    paired = [pair_up(results[0], other) for results in by_split for other in results[1:]]
     return Evaluation(list(chain.from_iterable(by_split)), paired, strip_reasoning)
 
 
 def _images(conn: Connection, run: Run) -> dict[str, int]:
-    """How many pictures of each split the run's data set has."""
+    """The number of pictures in each split of the run's data set."""
     sql = "SELECT split, count(*) FROM images WHERE dataset_id = ? GROUP BY split"
     return dict(map(tuple, execute(conn, sql, (run.dataset_id,))))
 
@@ -486,7 +498,7 @@ def _evaluate(
     modalities = [concepts.modality(concepts.parse(pair.cui)) for pair in pairs]
     scored = Scored(run, split, pairs, modalities, {}, {}, {})
 
-    def told(what: str, done: int, total: int) -> None:
+    def labelled_progress(what: str, done: int, total: int) -> None:
         progress(f"{run.name}, {split}: {what}", done, total)
 
     was_computed = {name for _, name in kept}
@@ -495,13 +507,13 @@ def _evaluate(
         if metric.extra and metric.name not in {*also, *was_computed}:
             continue
         rows = range(len(pairs)) if metric.of_concepts else labelled
-        scored.not_computed |= _not_to_be_had(metric, pairs, labelled)
+        scored.not_computed |= _unavailable(metric, pairs, labelled)
         if scored.not_computed.keys() >= set(metric.scores):
             continue
         try:
-            scores = _scores(database, metric, [pairs[at] for at in rows], kept, metric.name in also, told)
-        except NotComputed as why:
-            scored.not_computed |= dict.fromkeys(metric.scores, str(why))
+            scores = _scores(database, metric, [pairs[at] for at in rows], kept, metric.name in also, labelled_progress)
+        except NotComputed as reason:
+            scored.not_computed |= dict.fromkeys(metric.scores, str(reason))
         else:
             _add(scored, scores, rows)
     _drop_unlabelled(scored, labelled)
@@ -510,12 +522,12 @@ def _evaluate(
 
 
 def _labelled(pairs: Sequence[Pair]) -> list[int]:
-    """The places of those that have an original."""
+    """The indices of the pairs that have an original caption."""
     return [at for at, pair in enumerate(pairs) if pair.reference.strip()]
 
 
-def _not_to_be_had(metric: Metric, pairs: Sequence[Pair], labelled: Sequence[int]) -> dict[str, str]:
-    """The scores that need originals where there are none, and why."""
+def _unavailable(metric: Metric, pairs: Sequence[Pair], labelled: Sequence[int]) -> dict[str, str]:
+    """The scores of a metric that cannot be computed for lack of originals or concepts, with the reason."""
     if labelled:
         return {}
     if metric.of_concepts and not any(pair.cui for pair in pairs):
@@ -524,7 +536,7 @@ def _not_to_be_had(metric: Metric, pairs: Sequence[Pair], labelled: Sequence[int
 
 
 def _drop_unlabelled(scored: Scored, labelled: Sequence[int]) -> None:
-    """Takes away what a metric of concepts says of originals that are not there."""
+    """Removes the scores of original captions where there are none: metrics of concepts run on all captions."""
     for metric in METRICS:
         for name in metric.scores if metric.of_concepts else ():
             if name in scored.not_computed:
@@ -534,11 +546,11 @@ def _drop_unlabelled(scored: Scored, labelled: Sequence[int]) -> None:
 
 
 def _add(scored: Scored, scores: Sequence[Scores], rows: Sequence[int]) -> None:
-    """Enters the scores of some captions; the others have none."""
+    """Adds the scores of the captions in these rows; the other captions have none."""
     for name in scores[0]:
-        told = np.array([one[name] for one in scores], dtype=np.float64)
-        column = np.full((len(scored.pairs), *told.shape[1:]), 0.0 if name in COUNTED else np.nan)
-        column[list(rows)] = told
+        known = np.array([score[name] for score in scores], dtype=np.float64)
+        column = np.full((len(scored.pairs), *known.shape[1:]), 0.0 if name in COUNTED else np.nan)
+        column[list(rows)] = known
         if name in COUNTED:
             scored.counts[name] = column
         else:
@@ -550,34 +562,34 @@ def _warnings(scored: Scored, n_images: int) -> Iterator[str]:
     n = len(scored.pairs)
     if n_labelled := len(_labelled(scored.pairs)):
         if n_labelled < n:
-            yield f"{n - n_labelled} captions of {split} have no original: scores against originals are of the others."
+            yield f"{n - n_labelled} captions of {split} have no original: scores against originals leave them out."
     else:
-        yield f"{run.name} has no originals for {split}: scores against them are not computed."
+        yield f"{run.name} has no originals for {split}: scores against originals are not computed."
     if scored.missing:
-        yield f"{scored.missing} pictures of {split} are not captioned by {run.name}: these scores are of the others."
+        yield f"{run.name} has not captioned {scored.missing} pictures of {split}: the scores leave them out."
     if n + scored.missing < n_images:
-        yield f"{run.name} was enqueued with {n + scored.missing} of the {n_images} pictures of {split}."
+        yield f"{run.name} was enqueued with only {n + scored.missing} of the {n_images} pictures of {split}."
     for name in filter(None, (run.recipe.adapter, run.recipe.model)):
         trained = _training(Path(name) / TRAINING)
         if trained.get("dataset") == run.dataset and split in (trained.get("splits") or ()):
             yield (
-                f"{name} was trained on {split} of this data set: the scores of {run.name} there say how well "
-                "it remembers. Evaluate a split that it has not seen."
+                f"{name} was trained on {split} of this data set: the scores of {run.name} on it measure memorisation. "
+                "Evaluate a split that it was not trained on."
             )
 
 
 def _training(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # absent, or not ours
+    except (OSError, ValueError, TypeError):  # absent, or written by another program
         return {}
 
 
-# --- What is written -------------------------------------------------------------------------------------------
+# --- Output ----------------------------------------------------------------------------------------------------
 
 
 def default_path(evaluation: Evaluation, kind: str, suffix: str) -> Path:
-    """`results_medical/scores_test_a+b.parquet`: what was evaluated stands in the name, but for many runs."""
+    """A path like `results_medical/scores_test_a+b.parquet`; a digest replaces run names that are too long together."""
     splits = dict.fromkeys(one.split for one in evaluation.scored)
     runs = list(dict.fromkeys(one.run.name for one in evaluation.scored))
     named = "+".join(runs)
@@ -587,7 +599,7 @@ def default_path(evaluation: Evaluation, kind: str, suffix: str) -> Path:
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything but the captions, and what made the numbers: what --json prints."""
+    """The object that --json prints: all results except those of single captions, and what they were computed with."""
     computed = {name for one in evaluation.scored for name in _by_caption(one)}
     packages = dict.fromkeys(
         name for metric in METRICS if computed.intersection(metric.scores) for name in metric.packages
@@ -608,7 +620,7 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _run_json(scored: Scored) -> dict[str, Any]:
-    of = {name: summarise(scored, name) for name, _ in Counter(scored.modalities).most_common()}
+    by_modality = {name: summarise(scored, name) for name, _ in Counter(scored.modalities).most_common()}
     overall = summarise(scored)
     return {
         "run": scored.run.name,
@@ -622,7 +634,8 @@ def _run_json(scored: Scored) -> dict[str, Any]:
         "intervals": overall.intervals,
         "not_computed": scored.not_computed,
         "by_modality": {
-            name: {"n": one.n, "metrics": one.metrics, "intervals": one.intervals} for name, one in of.items()
+            name: {"n": summary.n, "metrics": summary.metrics, "intervals": summary.intervals}
+            for name, summary in by_modality.items()
         },
         "warnings": scored.warnings,
     }
@@ -631,9 +644,11 @@ def _run_json(scored: Scored) -> dict[str, Any]:
 TEXTS = ("run", "split", "image_id", "modality", "original_caption", "generated_caption", "flags")
 
 
-def write(evaluation: Evaluation, path: Path, told: dict[str, Any]) -> int:
-    """One row a run and picture, to a .parquet, .csv or .jsonl file; returns how many. What `to_json` told goes beside
-    it. BLEU of one caption has no smoothing: it is 0 unless n-grams of each length match.
+def write(evaluation: Evaluation, path: Path, results: dict[str, Any]) -> int:
+    """Writes one row per run and picture to a .parquet, .csv or .jsonl file; returns the number of rows.
+
+    `results`, the object from `to_json`, is written beside it as the manifest. The BLEU score of a single caption is
+    not smoothed: it is 0 unless n-grams of every length match.
     """
     scored = evaluation.scored
     names = dict.fromkeys(name for one in scored for name in _by_caption(one))
@@ -641,15 +656,14 @@ def write(evaluation: Evaluation, path: Path, told: dict[str, Any]) -> int:
     with replacing(path) as partial:
         pages = chain.from_iterable(_frames(one) for one in scored)
         rows = write_frames((page.reindex(columns=schema.names) for page in pages), partial, ending(path), schema)
-        manifest_path(path).unlink(
-            missing_ok=True
-        )  # killed before the next line, the file has none rather than another's
-    write_json(manifest_path(path), told)
+        # If the process is killed before the new manifest is written, no manifest is better than the old file's.
+        manifest_path(path).unlink(missing_ok=True)
+    write_json(manifest_path(path), results)
     return rows
 
 
 def _frames(scored: Scored) -> Iterator[pd.DataFrame]:
-    """A row a caption, a page at a time: TEXTS and the scores."""
+    """Frames of one page of captions each, with the columns TEXTS and the scores."""
     scores = _by_caption(scored)
     for start in range(0, len(scored.pairs), PAGE):
         page = slice(start, start + PAGE)
@@ -662,6 +676,7 @@ def _frames(scored: Scored) -> Iterator[pd.DataFrame]:
 
 
 def _by_caption(scored: Scored) -> dict[str, Vector]:
+    """The scores of single captions, name -> shape (captions,)."""
     counted: dict[str, Vector] = {}
     for kind, counts in scored.counts.items():
         names, _ = COUNTED[kind]

@@ -1,4 +1,4 @@
-"""What each score means, in the words of a report."""
+"""Titles, scales and explanations of the scores, as a report shows them. Computes nothing."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -6,49 +6,68 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Explained:
+    """A score for the reader of a report; `top` is the upper end of its axis in plots."""
+
     title: str
     scale: str
-    says: str
+    meaning: str
     top: float = 1.0
 
 
-_BLEU = "Runs of up to {} words in common with the original, over all captions; shorter captions than originals cost."
+_BLEU = "Sequences of up to {} words shared with the originals, over all captions; captions that are too short lose."
 EXPLAINED: Final = {
-    "bleu_1": Explained("BLEU-1", "0 to 1", "Words in common with the original, over all captions; short ones cost."),
+    "bleu_1": Explained(
+        "BLEU-1", "0 to 1", "Words shared with the originals, over all captions; captions that are too short lose."
+    ),
     **{f"bleu_{n}": Explained(f"BLEU-{n}", "0 to 1", _BLEU.format(n)) for n in (2, 3, 4)},
-    "rouge_1": Explained("ROUGE-1", "0 to 1", "F of the words in common with the original, mean of captions."),
-    "rouge_l": Explained("ROUGE-L", "0 to 1", "F of the longest sequence of words in common, mean of captions."),
+    "rouge_1": Explained("ROUGE-1", "0 to 1", "F-score of the words shared with the original, averaged over captions."),
+    "rouge_l": Explained(
+        "ROUGE-L", "0 to 1", "F-score of the longest common subsequence of words, averaged over captions."
+    ),
     "rouge_l_coco": Explained(
-        "ROUGE-L (COCO)", "0 to 1", "The same as the COCO caption evaluation has it, where recall weighs more."
+        "ROUGE-L (COCO)", "0 to 1", "ROUGE-L as the COCO caption evaluation computes it, with more weight on recall."
     ),
     "rouge1_imageclef": Explained(
-        "ROUGE-1 (ImageCLEF)", "0 to 1", "ROUGE-1 of texts prepared as ImageCLEFmedical Caption does it."
+        "ROUGE-1 (ImageCLEF)", "0 to 1", "ROUGE-1 of texts preprocessed as in ImageCLEFmedical Caption."
     ),
     "meteor_nltk": Explained(
-        "METEOR (nltk)", "0 to 1", "Words in common by form, stem or synonym, and whether they stand in order."
+        "METEOR (nltk)", "0 to 1", "Words shared by form, stem or synonym, and how far they are in the same order."
     ),
     "cider_d": Explained(
-        "CIDEr-D", "0 to 10", "Runs of words in common, weighted by how rare they are in all originals.", 10.0
+        "CIDEr-D",
+        "0 to 10",
+        "Word sequences shared with the original, weighted by their rarity in all originals.",
+        10.0,
     ),
     "concept_f1": Explained(
-        "Concept F1", "0 to 1", "Modality, and of X-rays region and direction: what the caption names and what is true."
+        "Concept F1",
+        "0 to 1",
+        "Agreement between the concepts that the caption names and the true ones: the modality and, for X-rays, the "
+        "body region and direction.",
     ),
-    "concept_recall": Explained("Concept recall", "0 to 1", "The part of the true concepts that the caption names."),
+    "concept_recall": Explained("Concept recall", "0 to 1", "Share of the true concepts that the caption names."),
     "concept_f1_ref": Explained(
         "Concept F1 of the originals",
         "0 to 1",
-        "The same of the original captions themselves: what to compare it with.",
+        "Concept F1 of the original captions themselves: the level to compare with.",
     ),
     "flagged": Explained(
-        "Flagged", "0 to 1", "Share of captions that say nothing or are otherwise odd: lower is better."
+        "Flagged", "0 to 1", "Share of captions that are empty, repetitive or otherwise flagged: lower is better."
     ),
-    "bertscore_f1": Explained("BERTScore F1", "up to 1", "Words of like meaning, by a language model."),
-    "meteor_1_5": Explained("METEOR 1.5", "0 to 1", "As METEOR, by its own program, which also knows paraphrases."),
-    "length_ratio": Explained("Length ratio", "around 1", "Words of the captions by words of the originals.", 2.0),
+    "bertscore_f1": Explained("BERTScore F1", "up to 1", "Similarity in meaning, according to a language model."),
+    "meteor_1_5": Explained(
+        "METEOR 1.5", "0 to 1", "METEOR as its authors' own program computes it, which also matches paraphrases."
+    ),
+    "length_ratio": Explained(
+        "Length ratio", "around 1", "Words in the captions divided by words in the originals.", 2.0
+    ),
 }
 SUMMARY: Final = ("bleu_4", "rouge_l", "cider_d", "concept_f1")
-OF_A_CARD: Final = ("rouge_l", "cider_d", "concept_f1")
+"""Scores in the summary of each run."""
+CARD_SCORES: Final = ("rouge_l", "cider_d", "concept_f1")
+"""Scores on the card of each picture."""
 
 
 def explained(name: str) -> Explained:
+    """The explanation of a score; of an unknown one, only its name."""
     return EXPLAINED.get(name, Explained(name, "", ""))

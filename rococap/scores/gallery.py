@@ -1,4 +1,7 @@
-"""Which pictures a report shows, and the card of each: a thumbnail, the original, and what each run said."""
+"""Chooses the pictures that a report shows, and makes a card for each: a thumbnail, the original, each run's caption.
+
+Knows nothing of HTML.
+"""
 
 import random
 from base64 import b64encode
@@ -21,16 +24,17 @@ from rococap.progress import Progress
 from rococap.queue import PLACE, Failed, Run, place_of
 from rococap.scores import concepts
 from rococap.scores.evaluate import SEED, Evaluation, Scored
-from rococap.scores.explained import OF_A_CARD, explained
+from rococap.scores.explained import CARD_SCORES, explained
 from rococap.scores.shown import folders_of, rounded, short_within
 
 EDGE: Final = 256
-"""Longest side of a picture in the report, in pixels."""
+"""Longest side of a thumbnail, in pixels."""
 QUALITIES: Final = (75, 60, 45, 30, 15, 5)
-MOST_BYTES: Final = 24_000
-"""Of a picture in the report, as JPEG: noise, which no radiology picture is, comes in a lower quality."""
-MOST_TEXT: Final = 2_000
-"""Characters of a text that a card shows."""
+"""JPEG qualities, tried in this order until a thumbnail fits into MAX_BYTES."""
+MAX_BYTES: Final = 24_000
+"""Size limit of a thumbnail. Only noise exceeds it at the first quality; radiology pictures do not."""
+MAX_CHARACTERS: Final = 2_000
+"""Longer captions are cut on a card."""
 SECTIONS: Final = ("best", "worst", "random", "flagged", "failed")
 _ROWS_AT_ONCE: Final = 500
 
@@ -40,32 +44,34 @@ _ROWS_AT_ONCE: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """image_id -> the sections that it is in; and how many pictures there are that belong to each section."""
+    """The chosen pictures: `tags` maps image_id to the sections that it is shown in, `of` each section to the number of
+    pictures that belong to it, shown or not.
+    """
 
     tags: dict[str, list[str]]
     of: dict[str, int]
 
 
-def choose(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]], most: int) -> Gallery:
-    """A fifth of the pictures at random, at most a fifth for each other section, and what is left at random again.
+def choose(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]], limit: int) -> Gallery:
+    """Chooses at most `limit` pictures: a fifth at random, up to a fifth for each other section, the rest at random.
 
-    Best and worst go by the first run's CIDEr-D, and among equals by the image's id; each is at most a quarter of that
-    run's captions, so that they never overlap. Those at random are drawn without regard to the other sections.
+    Best and worst are by CIDEr-D of the first run, ties by image id; each takes at most a quarter of that run's
+    captions, so that they never overlap. The random sample is drawn independently of the other sections.
     """
     candidates = _candidates(evaluated, failures)
-    fifth = max(1, most // len(SECTIONS))
+    fifth = max(1, limit // len(SECTIONS))
     n_ranked = len(candidates["best"])
-    of_ranked = min(fifth, max(1, n_ranked // 4) if n_ranked > 1 else 0)
+    n_extreme = min(fifth, max(1, n_ranked // 4) if n_ranked > 1 else 0)
     sections = {
         "random": candidates["random"][:fifth],
         "failed": candidates["failed"][:fifth],
         "flagged": candidates["flagged"][:fifth],
-        "worst": candidates["worst"][:of_ranked],
-        "best": candidates["best"][:of_ranked],
+        "worst": candidates["worst"][:n_extreme],
+        "best": candidates["best"][:n_extreme],
     }
-    chosen = list(dict.fromkeys(chain.from_iterable(sections.values())))[:most]
-    sections["random"] = _fitting(candidates["random"], chosen, most)
-    # A picture that was chosen for another section may be flagged or failed too.
+    chosen = list(dict.fromkeys(chain.from_iterable(sections.values())))[:limit]
+    sections["random"] = _fitting(candidates["random"], chosen, limit)
+    # A picture chosen for another section may also be flagged or have failed.
     sections |= {name: candidates[name] for name in ("flagged", "failed")}
     members = {section: set(sections[section]) for section in SECTIONS}
     tags = {
@@ -75,20 +81,22 @@ def choose(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]], most
     return Gallery(tags, {section: len(candidates[section]) for section in SECTIONS})
 
 
-def _fitting(drawn: Sequence[str], chosen: Sequence[str], most: int) -> Sequence[str]:
-    """The first of those drawn, as many as fit beside the chosen ones. None is left out: it stays a fair sample."""
+def _fitting(drawn: Sequence[str], chosen: Sequence[str], limit: int) -> Sequence[str]:
+    """The longest prefix of those drawn that fits beside the chosen ones. None is skipped, so that the sample stays
+    unbiased.
+    """
     shown = set(chosen)
-    for at, image_id in enumerate(drawn):
-        if image_id not in shown and len(shown) == most:
-            return drawn[:at]
+    for n, image_id in enumerate(drawn):
+        if image_id not in shown and len(shown) == limit:
+            return drawn[:n]
         shown.add(image_id)
     return drawn
 
 
 def _candidates(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]]) -> dict[str, Sequence[str]]:
-    """Of each section, the first to be taken first."""
+    """All pictures that belong to each section, in the order in which they are to be chosen."""
     first = evaluated.scored[0]
-    # One caption has no CIDEr-D, and one without an original no score at all.
+    # CIDEr-D is undefined for a single caption, and there is no score at all without originals.
     values: Iterable[float] = next((first.values[name] for name in ("cider_d", "rouge_l") if name in first.values), [])
     scores = [(value, pair.image_id) for value, pair in zip(values, first.pairs, strict=False) if not np.isnan(value)]
     ranked = [image_id for _, image_id in sorted(scores, key=lambda one: (-one[0], one[1]))]
@@ -105,7 +113,7 @@ def _candidates(evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]])
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A picture of the data set."""
+    """A picture of the data set, with its original caption and the name of its modality."""
 
     place: Place
     original: str
@@ -113,17 +121,17 @@ class Row:
 
 
 def rows_of(database: Database, run: Run, split: str, image_ids: Sequence[str]) -> list[Row]:
-    """In data set order."""
+    """The pictures with these ids, in data set order."""
     found: list[tuple[int, Row]] = []
     for start in range(0, len(image_ids), _ROWS_AT_ONCE):
-        some = image_ids[start : start + _ROWS_AT_ONCE]
+        batch = image_ids[start : start + _ROWS_AT_ONCE]
         sql = (
             f"SELECT {PLACE}, i.id, i.caption, i.cui FROM images i "
             "JOIN shards s ON s.id = i.shard_id WHERE i.dataset_id = ? AND i.split = ? "
-            f"AND i.image_id IN ({', '.join('?' * len(some))})"
+            f"AND i.image_id IN ({', '.join('?' * len(batch))})"
         )
         with transaction(database) as conn:
-            rows = execute(conn, sql, (run.dataset_id, split, *some)).fetchall()
+            rows = execute(conn, sql, (run.dataset_id, split, *batch)).fetchall()
         found += [
             (id, Row(place_of(place, run.columns), caption, concepts.modality(concepts.parse(cui))))
             for *place, id, caption, cui in rows
@@ -136,7 +144,10 @@ def rows_of(database: Database, run: Run, split: str, image_ids: Sequence[str]) 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a run said of a picture: a caption with its scores, or why there is none."""
+    """What a run has for a picture: a caption with its scores, or in `why` the reason why there is none.
+
+    `number` is the index of the run, and `scores` are titles with formatted values.
+    """
 
     run: str
     number: int
@@ -149,7 +160,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Thumbnail:
-    """A data URI and its size in pixels; or why there is none."""
+    """A picture as a data URI, with its size in pixels; or in `why` the reason why there is none."""
 
     source: str = ""
     width: int = 0
@@ -159,7 +170,7 @@ class Thumbnail:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """`number` counts in data set order; `mean` is the mean of the runs' ROUGE-L."""
+    """One picture of the report. `number` counts in data set order; `mean` is the mean ROUGE-L of the runs."""
 
     number: int
     image_id: str
@@ -172,7 +183,7 @@ class Card:
 
 
 class Captions:
-    """What each run said, by image."""
+    """Looks up what each run has for an image: its caption, or its failure."""
 
     def __init__(self, evaluated: Evaluation, failures: Mapping[str, Sequence[Failed]]) -> None:
         self._scored = evaluated.scored
@@ -188,33 +199,36 @@ class Captions:
         known = [value for value in values if not np.isnan(value)]
         return sum(known) / len(known) if known else None
 
-    def _said(self, place: int, scored: Scored, image_id: str) -> Said:
-        at = self._at[place].get(image_id)
+    def _said(self, number: int, scored: Scored, image_id: str) -> Said:
+        at = self._at[number].get(image_id)
         if at is not None:
             pair = scored.pairs[at]
-            names = [name for name in OF_A_CARD if name in scored.values]
+            names = [name for name in CARD_SCORES if name in scored.values]
             scores = [(explained(name).title, rounded(scored.values[name][at], 2)) for name in names]
             flags = [flag for flag in pair.flags.split(",") if flag]
             is_equal = bool(pair.reference) and pair.text == pair.reference
-            return Said(scored.run.name, place, _cut(pair.text), is_equal, scores, flags)
-        if failed := self._failed[place].get(image_id):
+            return Said(scored.run.name, number, _cut(pair.text), is_equal, scores, flags)
+        if failed := self._failed[number].get(image_id):
             return Said(
                 scored.run.name,
-                place,
+                number,
                 why=f"Failed: {failed.code}. {short_within(failed.message, folders_of(scored.run))}",
             )
-        return Said(scored.run.name, place, why="Not captioned yet.")
+        return Said(scored.run.name, number, why="Not captioned yet.")
 
 
 def _cut(text: str) -> str:
-    left = len(text) - MOST_TEXT
-    return text if left <= 0 else f"{text[:MOST_TEXT]} … ({left} more characters)"
+    left = len(text) - MAX_CHARACTERS
+    return text if left <= 0 else f"{text[:MAX_CHARACTERS]} … ({left} more characters)"
 
 
 def cards_of(
     gallery: Gallery, captions: Captions, rows: Sequence[Row], run: Run, unreadable: list[str], progress: Progress
 ) -> Iterator[Card]:
-    """Made as they are asked for. Pictures that cannot be read are noted in `unreadable`."""
+    """Yields the cards in the order of `rows`; pictures are read as the iterator advances.
+
+    The ids of pictures that cannot be read are appended to `unreadable`.
+    """
     root, absent = _root(run, [row.place.shard for row in rows])
     with PictureReader(root) as reader:
         for number, row in enumerate(rows):
@@ -231,7 +245,7 @@ def cards_of(
 
 
 def _root(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
-    """Where the data set is, or why it is not here. Nothing is downloaded: a look at captions is no reason to."""
+    """The folder of the data set, and a message if it is not available. Nothing is downloaded for a report."""
     name, _ = parse_name(run.dataset)
     if not run.dataset_revision:
         return Path(name), ""
@@ -239,7 +253,7 @@ def _root(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
         if file := cached(name, shard, run.dataset_revision, "dataset"):
             return Path(file.removesuffix(shard)), ""
     command = f"hf download --repo-type dataset --revision {run.dataset_revision} {name}"
-    return Path(), f"The data set is not in the hub's cache here. To have it: {command}"
+    return Path(), f"The data set is not in this machine's hub cache. Download it: {command}"
 
 
 def _thumbnail(reader: PictureReader, place: Place, root: Path, frame: int) -> Thumbnail:
@@ -253,7 +267,7 @@ def _reduced(picture: Image.Image) -> Thumbnail:
     picture.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS, reducing_gap=3.0)
     for quality in QUALITIES:
         data = _jpeg(picture, quality)
-        if len(data) <= MOST_BYTES:
+        if len(data) <= MAX_BYTES:
             break
     return Thumbnail(f"data:image/jpeg;base64,{b64encode(data).decode()}", *picture.size)
 

@@ -1,7 +1,8 @@
-"""Scores of a caption against its reference. Pure: text in, numbers out; nothing here knows the database.
+"""Scores a caption against its reference. Text in, numbers out: knows nothing of the database, runs or pictures.
 
-Each score is on the scale of its paper: 0 to 1, CIDEr-D 0 to 10. Variants that give other numbers have other names:
-`rouge_l` is rouge-score's, `rouge_l_coco` that of the COCO caption evaluation; `meteor_nltk` is not METEOR 1.5.
+Each score has the scale of its paper: 0 to 1, for CIDEr-D 0 to 10. Variants of a score that give different numbers have
+different names: `rouge_l` is that of rouge-score, `rouge_l_coco` that of the COCO caption evaluation, and `meteor_nltk`
+is not METEOR 1.5.
 """
 
 import re
@@ -25,13 +26,13 @@ Vector = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 ORDERS = 4
-"""The longest n-grams of BLEU and CIDEr-D."""
+"""Length of the longest n-grams in BLEU and CIDEr-D."""
 WORDNET_COMMAND = "apt-get install wordnet-base wordnet-sense-index, or: python -m nltk.downloader wordnet omw-1.4"
 
 
 _TOKEN = re.compile(
     r"""
-      (?!cannot\b)[^\W\d_]+(?=[\s;)]|$)                      # most words, which the rest would find too, in more time
+      (?!cannot\b)[^\W\d_]+(?=[\s;)]|$)                      # most words; the rest matches them too, but more slowly
     | https?://\S+[\w/]
     | (?:[^\W\d_]\.){2,}                                    # e.g. u.s.
     | (?:dr|mr|mrs|ms|st|vs|no|al|figs?)\.(?=\ )
@@ -39,7 +40,7 @@ _TOKEN = re.compile(
     | \d+[.,]\d+(?=(?:cm|hu|t)\b)                           # 1.5 t
     | (?<!\S)-\d+(?:[.,]\d+)*\b | \d+:\d+
     | \w+(?:[-/.,_@&\u2010]+\w+|'(?!(?:s|re|ve|ll|d|m|t)\b)\w+)*
-    | [^\s'`.?!,:;"“”‘„–—…-]                                # any other character, but punctuation
+    | [^\s'`.?!,:;"“”‘„–—…-]                                # any other character except punctuation
     """,
     re.VERBOSE,
 )
@@ -47,9 +48,10 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-
 
 
 def tokens(text: str) -> list[str]:
-    """Lower-case words in the manner of the Penn Treebank, without punctuation, as the COCO caption evaluation scores
-    them (Chen et al., 2015, arXiv:1504.00325), whose brackets stay, as `-lrb-`. docs/scores.md says how often they
-    are those of its tokeniser, Stanford's.
+    """Lower-case Penn Treebank tokens without punctuation, as in the COCO caption evaluation (Chen et al., 2015,
+    arXiv:1504.00325), which keeps brackets as `-lrb-` and the like.
+
+    docs/scores.md reports how often they equal those of the Stanford tokeniser that the COCO evaluation uses.
     """
     return [_BRACKETS.get(word, word) for word in _TOKEN.findall(fold(text).lower().replace("’", "'"))]
 
@@ -58,8 +60,8 @@ def tokens(text: str) -> list[str]:
 
 
 def bleu_statistics(hypothesis: Tokens, references: Sequence[Tokens]) -> list[int]:
-    """N-grams that match, n = 1 to 4, n-grams that there are, and the lengths of hypothesis and closest reference: ten
-    counts, whose sums over captions are a corpus's.
+    """Ten counts, whose sums over captions are those of the corpus: matching n-grams for n = 1 to 4, all n-grams of the
+    hypothesis for n = 1 to 4, the length of the hypothesis and that of the closest reference.
     """
     scored = _bleu().corpus_score([" ".join(hypothesis)], [[" ".join(reference)] for reference in references])
     return [*scored.counts, *scored.totals, scored.sys_len, scored.ref_len]
@@ -69,7 +71,7 @@ def bleu_statistics(hypothesis: Tokens, references: Sequence[Tokens]) -> list[in
 def _bleu() -> Any:
     from sacrebleu.metrics.bleu import BLEU
 
-    # force: or it warns that the text looks tokenised.
+    # force: suppresses the warning that the text looks tokenised, which it is.
     return BLEU(tokenize="none", smooth_method="none", force=True)
 
 
@@ -87,7 +89,7 @@ def bleu(statistics: npt.NDArray[Any]) -> Vector:
 
 
 def rouge(hypothesis: str, reference: str) -> dict[str, float]:
-    """F of ROUGE-1 and ROUGE-L (Lin, 2004) by rouge-score, without stemming."""
+    """F1 of ROUGE-1 and ROUGE-L (Lin, 2004), 0 to 1, computed by rouge-score without stemming."""
     scores = _rouge("rouge1", "rougeL").score(reference, hypothesis)
     return {"rouge_1": scores["rouge1"].fmeasure, "rouge_l": scores["rougeL"].fmeasure}
 
@@ -104,14 +106,14 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def imageclef_text(text: str) -> str:
-    """As ImageCLEFmedical Caption prepares both texts: lower case, each run of digits the word `number`, no ASCII
-    punctuation.
+    """The text as ImageCLEFmedical Caption preprocesses it for scoring: in lower case, with the word `number` for each
+    run of digits, without ASCII punctuation.
     """
     return _DIGITS.sub("number", text.lower()).translate(_PUNCTUATION)
 
 
 def rouge1_imageclef(hypothesis: str, reference: str) -> float:
-    """F of ROUGE-1 as ImageCLEFmedical Caption ranks by it; 1 if both texts are empty."""
+    """F1 of ROUGE-1, 0 to 1, as ImageCLEFmedical Caption computes it; 1 if both texts are empty."""
     if not hypothesis and not reference:
         return 1.0
     scored = _rouge("rouge1").score(imageclef_text(reference), imageclef_text(hypothesis))
@@ -119,8 +121,8 @@ def rouge1_imageclef(hypothesis: str, reference: str) -> float:
 
 
 def rouge_l_coco(hypothesis: Tokens, references: Sequence[Tokens], beta: float = 1.2) -> float:
-    """ROUGE-L of the COCO caption evaluation (Lin, 2004): the best precision and the best recall of any reference,
-    recall weighted by `beta`.
+    """ROUGE-L (Lin, 2004), 0 to 1, as the COCO caption evaluation computes it: from the best precision and the best
+    recall over the references, with recall weighted by `beta`.
     """
     common = [_longest_common_subsequence(hypothesis, reference) for reference in references]
     if not any(common):
@@ -131,7 +133,9 @@ def rouge_l_coco(hypothesis: Tokens, references: Sequence[Tokens], beta: float =
 
 
 def _longest_common_subsequence(one: Tokens, other: Tokens) -> int:
-    """Its length: one bit a token, as in Hyyrö (2004), Bit-Parallel LCS-length Computation Revisited."""
+    """The length of the longest common subsequence, by the algorithm of Hyyrö (2004), Bit-Parallel LCS-length
+    Computation Revisited, with one bit per token.
+    """
     places: dict[str, int] = {}
     for at, token in enumerate(one):
         places[token] = places.get(token, 0) | 1 << at
@@ -147,8 +151,9 @@ def _longest_common_subsequence(one: Tokens, other: Tokens) -> int:
 
 
 def meteor(wordnet: Any) -> Callable[[Tokens, Tokens], float]:
-    """nltk's METEOR (Banerjee and Lavie, 2005), 0 to 1, of hypothesis and reference; stems and synonyms are looked up
-    once a word.
+    """A function that computes nltk's METEOR (Banerjee and Lavie, 2005), 0 to 1, of a hypothesis and a reference.
+
+    It caches stems and synonyms, so that each word is looked up only once.
     """
     from nltk.translate.meteor_score import single_meteor_score
 
@@ -168,7 +173,7 @@ class _Stems:
 
 
 class _Synonyms:
-    """What METEOR asks WordNet: the lemmas of a word's synsets, here of one synset that holds them all."""
+    """The part of WordNet's interface that METEOR uses, with a cache: all lemmas of a word are in a single synset."""
 
     def __init__(self, wordnet: Any) -> None:
         self._wordnet = wordnet
@@ -196,23 +201,25 @@ class _Lemmas:
 
 @cache
 def open_wordnet(folder: Path = Path("/usr/share/wordnet")) -> Any:
-    """WordNet 3.0 as Debian installs it, else as nltk's downloader does. None if it is neither here nor there."""
+    """WordNet 3.0 as installed by Debian, else by nltk's downloader, else None."""
     import nltk
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
     class Reader(WordNetCorpusReader):  # type: ignore[misc]
         def open(self, file: str) -> Any:
-            """Debian leaves out `lexnames`, the 45 files that words were edited in, which no score asks for."""
+            """Opens a file of WordNet. Debian omits `lexnames`, the names of the 45 lexicographer files, which the
+            reader requires but no score uses: it is made up.
+            """
             if file == "lexnames" and not (folder / file).exists():
                 return StringIO("".join(f"{at:02}\tunknown\t0\n" for at in range(45)))
             return super().open(file)
 
         def map_wn(self, version: str = "wordnet") -> None:
-            """To the synsets of other languages' WordNets, which it would look for in nltk's own folders."""
+            """Does nothing: the original maps synsets to WordNets of other languages, which it seeks in nltk's data."""
 
     if all((folder / f"data.{kind}").exists() for kind in ("noun", "verb", "adj", "adv")):
-        nltk.data.path.append(str(folder))  # it reads nothing that is not under these
-        return Reader(str(folder), omw_reader=False)  # None instead of False: it warns that other languages lack
+        nltk.data.path.append(str(folder))  # nltk reads only files under these paths
+        return Reader(str(folder), omw_reader=False)  # with None, it warns that other languages are not available
     try:
         nltk.corpus.wordnet.ensure_loaded()
     except LookupError:
@@ -228,11 +235,12 @@ BERT = "microsoft/deberta-xlarge-mnli"
 def bertscore(
     pairs: Sequence[tuple[str, str]], references: Sequence[str], model: str = BERT, n_layers: int | None = None
 ) -> Iterator[float]:
-    """Of each hypothesis and reference, F1 of BERTScore (Zhang et al., 2020, arXiv:1904.09675) as ImageCLEFmedical
-    Caption sets it: words weighted by how rare they are in all `references`, texts as in `imageclef_text`, not
-    rescaled; 0 if one is empty, 1 if both are.
+    """F1 of BERTScore (Zhang et al., 2020, arXiv:1904.09675), up to 1, for each (hypothesis, reference).
 
-    Raises ImportError without the package bert-score, OSError without the model.
+    The settings are those of ImageCLEFmedical Caption: texts as in `imageclef_text`, words weighted by their inverse
+    document frequency in all `references`, no rescaling. The score is 0 if one text is empty, and 1 if both are.
+
+    Raises ImportError if the package bert-score is not installed, OSError if the model cannot be loaded.
     """
     from bert_score import BERTScorer
 
@@ -240,18 +248,20 @@ def bertscore(
     idf_texts = [text for text in map(imageclef_text, references) if text.strip()]
     scorer = BERTScorer(model_type=model, num_layers=n_layers, idf=True, idf_sents=idf_texts)
     for start in range(0, len(texts), scorer.batch_size):
-        some = texts[start : start + scorer.batch_size]
-        # bert-score cannot take an empty text with transformers 5.
-        full = [pair for pair in some if pair[0].strip() and pair[1].strip()]
+        batch = texts[start : start + scorer.batch_size]
+        # With transformers 5, bert-score fails on an empty text.
+        full = [pair for pair in batch if pair[0].strip() and pair[1].strip()]
         scores = iter(scorer.score(*map(list, zip(*full, strict=True)))[2].tolist() if full else ())
-        for one, other in some:
+        for one, other in batch:
             yield next(scores) if one.strip() and other.strip() else float(not one and not other)
 
 
 def meteor_1_5_statistics(pairs: Iterable[tuple[Tokens, Tokens]]) -> Iterator[list[float]]:
-    """What METEOR 1.5 counts in each hypothesis and reference: 23 numbers, whose sums over captions are a corpus's.
+    """The 23 statistics of METEOR 1.5 for each (hypothesis, reference); their sums over captions are those of the
+    corpus.
 
-    Raises ImportError without the package pycocoevalcap, which brings its program, OSError without Java.
+    Raises ImportError if the package pycocoevalcap, which contains METEOR's program, is not installed; OSError if there
+    is no Java or the program ends early.
     """
     jar = files("pycocoevalcap") / "meteor" / "meteor-1.5.jar"
     command = ["java", "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
@@ -266,19 +276,21 @@ def meteor_1_5_statistics(pairs: Iterable[tuple[Tokens, Tokens]]) -> Iterator[li
             counts = java.stdout.readline().split()
             if not counts:
                 raise OSError("METEOR's program ended")
-            yield _without_a_whole_chunk([float(count) for count in counts])
+            yield _without_single_chunk([float(count) for count in counts])
         java.stdin.close()
 
 
-def _without_a_whole_chunk(counts: list[float]) -> list[float]:
-    """A hypothesis that is its reference, word for word, is in no pieces, as its program has it, also in a corpus."""
+def _without_single_chunk(counts: list[float]) -> list[float]:
+    """The statistics with 0 chunks for a hypothesis that equals its reference: METEOR's program does the same for a
+    single caption, and here it holds in corpus sums too.
+    """
     ours, theirs = counts[:2]
     chunks, *matches = counts[20:]
     return [*counts[:20], 0, *matches] if (chunks, matches) == (1, [ours, theirs]) else counts
 
 
 def meteor_1_5(statistics: npt.NDArray[Any]) -> Vector:
-    """METEOR 1.5 (Denkowski and Lavie, 2014) with its weights for English, 0 to 1, from sums of
+    """METEOR 1.5 (Denkowski and Lavie, 2014), 0 to 1, with its weights for English, from sums of
     `meteor_1_5_statistics`: shape (..., 23) -> (..., 1).
     """
     alpha, beta, gamma, delta = 0.85, 0.2, 0.6, 0.75
@@ -302,8 +314,8 @@ def meteor_1_5(statistics: npt.NDArray[Any]) -> Vector:
 
 def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], sigma: float = 6.0) -> Vector:
     """CIDEr-D of each hypothesis, 0 to 10 (Vedantam, Zitnick and Parikh, 2015, arXiv:1411.5726, section 5), as the COCO
-    caption evaluation computes it: document frequencies are those of the references given here, one document a
-    picture, and the lengths that `sigma` compares are counted in bigrams.
+    caption evaluation computes it: document frequencies are taken from the references given here, with the references
+    of one picture as one document, and the length penalty of width `sigma` compares lengths in bigrams.
     """
     n, owner = len(hypotheses), np.repeat(np.arange(len(references)), [len(several) for several in references])
     texts = [*hypotheses, *(reference for several in references for reference in several)]
@@ -317,7 +329,9 @@ def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 
 
 def _n_grams(texts: Sequence[Tokens]) -> Iterator[tuple[Integers, Integers]]:
-    """For n = 1 to 4: the text and the number of each n-gram, in order; equal n-grams have one number."""
+    """For n = 1 to 4, two arrays with one entry per n-gram, in order: the index of its text, and a number that is the
+    same for equal n-grams.
+    """
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
     text = np.repeat(np.arange(len(texts)), lengths)
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(text))
@@ -334,16 +348,19 @@ def _n_grams(texts: Sequence[Tokens]) -> Iterator[tuple[Integers, Integers]]:
 
 
 def _cosine(text: Integers, gram: Integers, owner: Integers, n: int) -> Vector:
-    """Of each reference with its hypothesis, the hypothesis' weights clipped to the reference's."""
+    """The cosine of each reference with its hypothesis, whose weights are clipped to those of the reference.
+
+    `text` and `gram` are arrays from `_n_grams`; `owner` is the hypothesis of each reference, `n` their number.
+    """
     n_grams = int(gram.max(initial=-1)) + 1
     if not n_grams:
         return np.zeros(len(owner))
     codes, counts = np.unique(text * n_grams + gram, return_counts=True)
     text, gram = codes // n_grams, codes % n_grams
-    first = int(np.searchsorted(text, n))  # what follows are the references'
+    first = int(np.searchsorted(text, n))  # from here on, texts are references
     picture, reference = owner[text[first:] - n], text[first:] - n
     wanted = picture * n_grams + gram[first:]  # the code of the same n-gram in the picture's hypothesis
-    in_order = np.sort(wanted)  # and not np.unique, which takes ten times as long for what is nearly in order
+    in_order = np.sort(wanted)  # np.unique takes ten times as long on nearly sorted values
     frequency = np.bincount(in_order[np.diff(in_order, prepend=-1) > 0] % n_grams, minlength=n_grams)
     weights = counts * (np.log(n) - np.log(np.maximum(1, frequency)))[gram]
     norms = np.sqrt(np.bincount(text, weights**2, minlength=n + len(owner)))

@@ -1,6 +1,7 @@
-"""Plots of captions and their scores, as SVG to stand inside a page, in the page's own colours.
+"""Plots of captions and their scores as SVG for embedding in a page, in the page's own colours.
 
-They hold numbers, axes and no names of runs: these stand in the page, beside the colours.
+Numbers in, SVG out: knows nothing of runs or the database. A plot has no legend; the page shows the names of the runs
+beside their colours.
 """
 
 import re
@@ -15,45 +16,50 @@ import numpy.typing as npt
 Values = npt.NDArray[np.float64]
 
 COLOURS: Final = 6
-"""The page has --run-0 to --run-5; a seventh run has the first one's colour again."""
+"""The page defines --run-0 to --run-5; a seventh run gets the colour of the first again."""
 DASHES: Final = ("solid", "dashed", "dotted")
 
 _INCHES: Final = (4.0, 2.5)
 _BINS: Final = 40
 _TICKS: Final = 4
 
-# Stand-ins, which become the page's colours once matplotlib has written them.
+# Placeholder colours: `_svg` replaces them with the page's colours in matplotlib's output.
 _INK: Final = "#010203"
 _SOFT: Final = "#010204"
 _FIRST_RUN: Final = 16
-_STAND_IN: Final = re.compile(r"#0102([0-9a-f]{2})")
+_PLACEHOLDER: Final = re.compile(r"#0102([0-9a-f]{2})")
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """`says` has the main numbers, for those who do not see it. `runs` are those drawn; without any, `svg` is empty."""
+    """`description` gives the main numbers in words, for readers who cannot see the plot. `runs` are the indices of the
+    runs that are drawn; if there are none, `svg` is empty.
+    """
 
     name: str
     title: str
-    says: str
+    description: str
     svg: str = ""
     runs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Numbers of one run, or of the originals: then `run` is None."""
+    """Values of one run, whose index is `run`, or of the originals, for which it is None."""
 
     name: str
     run: int | None
     values: Values
 
 
-# --- What is drawn ---------------------------------------------------------------------------------------------
+# --- Plots -----------------------------------------------------------------------------------------------------
 
 
 def by_modality(score: str, title: str, top: float, runs: Sequence[Mapping[str, Any]]) -> Plot:
-    """A dot and its 95 % interval for each run and modality, from what `evaluate.to_json` says of each run."""
+    """A score by run and modality, as dots with 95 % intervals on an axis from 0 to `top`.
+
+    `runs` are the entries of `runs` in `evaluate.to_json`.
+    """
     modalities = list(dict.fromkeys(name for run in runs for name in run["by_modality"]))
     name = f"modality-{score.replace('_', '-')}"
     axes, figure = _axes((_INCHES[0], 0.75 + len(modalities) * (0.16 + 0.16 * len(runs))))
@@ -67,27 +73,27 @@ def by_modality(score: str, title: str, top: float, runs: Sequence[Mapping[str, 
     axes.spines["left"].set_visible(False)
     for edge in range(1, len(modalities)):
         axes.axhline(edge - 0.5, color=_SOFT, linewidth=0.4, alpha=0.6)
-    said = (f"{run['run']}: {_scores_said(run, score, modalities)}" for run in runs)
-    says = f"{'; '.join(said)}. Lines are 95 % intervals."
-    return Plot(name, f"{title} by modality", says, _svg(figure, name), tuple(range(len(runs))))
+    scores = (f"{run['run']}: {_described(run, score, modalities)}" for run in runs)
+    description = f"{'; '.join(scores)}. Lines are 95 % intervals."
+    return Plot(name, f"{title} by modality", description, _svg(figure, name), tuple(range(len(runs))))
 
 
-def _dot(axes: Any, of: Mapping[str, Any] | None, score: str, y: float, run: int) -> None:
-    value = of["metrics"].get(score) if of else None
-    if of is None or value is None:
+def _dot(axes: Any, summary: Mapping[str, Any] | None, score: str, y: float, run: int) -> None:
+    value = summary["metrics"].get(score) if summary else None
+    if summary is None or value is None:
         return
-    low, high = of["intervals"].get(score) or (value, value)
+    low, high = summary["intervals"].get(score) or (value, value)
     axes.plot([low, high], [y, y], color=_colour(run), linewidth=1.6, solid_capstyle="round")
     axes.plot([value], [y], marker="osD"[run % 3], color=_colour(run), markersize=5.5)
 
 
-def _scores_said(run: Mapping[str, Any], score: str, modalities: Sequence[str]) -> str:
+def _described(run: Mapping[str, Any], score: str, modalities: Sequence[str]) -> str:
     scored = ((name, run["by_modality"].get(name, {}).get("metrics", {}).get(score)) for name in modalities)
     return ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in scored)
 
 
 def lengths(series: Sequence[Series]) -> Plot:
-    """Share of captions by their words."""
+    """A histogram of captions by their number of words."""
     from matplotlib.ticker import MaxNLocator
 
     longest = max(float(np.percentile(one.values, 99.5)) for one in series)
@@ -100,44 +106,44 @@ def lengths(series: Sequence[Series]) -> Plot:
 
 
 def durations(series: Sequence[Series]) -> Plot:
-    """Share of captions by the model's time that each took, in milliseconds, on a logarithmic axis."""
+    """A histogram of captions by the model's time for each, on a logarithmic axis; the values are milliseconds."""
     known = [Series(one.name, one.run, one.values[one.values > 0]) for one in series]
     known = [one for one in known if len(one.values)]
-    title = "Model time of a caption"
-    absent = _absent(series, known, "the time is not known")
+    title = "Model time per caption"
+    absent = _absent(series, known, "their times are unknown")
     if not known:
         return Plot("durations", title, absent)
     unit, ms = _unit(float(np.median(np.concatenate([one.values for one in known]))))
     known = [Series(one.name, one.run, one.values / ms) for one in known]
-    together = np.concatenate([one.values for one in known])
-    edges = np.geomspace(*_apart(*np.percentile(together, [0.2, 99.8])), _bins(len(together)) + 1)
+    pooled = np.concatenate([one.values for one in known])
+    edges = np.geomspace(*_apart(*np.percentile(pooled, [0.2, 99.8])), _bins(len(pooled)) + 1)
     axes, figure = _axes()
     _histogram(axes, known, edges, unit)
     _logarithmic(axes, edges)
-    says = f"{_medians(known, unit)} {absent}".strip()
-    return Plot("durations", title, says, _svg(figure, "durations"), _runs(known))
+    description = f"{_medians(known, unit)} {absent}".strip()
+    return Plot("durations", title, description, _svg(figure, "durations"), _runs(known))
 
 
 def throughput(series: Sequence[Series]) -> Plot:
-    """Captions per minute over the time since a run's first; the values are milliseconds of a clock."""
+    """Captions per minute against the time since the run's first caption; the values are timestamps in milliseconds."""
     over_time = [one for one in series if np.ptp(one.values) > 0]
     title = "Captions per minute"
-    absent = _absent(series, over_time, "all captions bear one time")
+    absent = _absent(series, over_time, "all captions have the same time")
     if not over_time:
         return Plot("throughput", title, absent)
     unit, ms = _unit(max(float(np.ptp(one.values)) for one in over_time))
     axes, figure = _axes()
-    told = [_rate(axes, one, ms) for one in over_time]
+    rates = [_rate(axes, one, ms) for one in over_time]
     axes.set(xlabel=f"{unit} since the run's first caption", ylabel="captions per minute")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    says = f"{'; '.join(told)}. {absent}".strip()
-    return Plot("throughput", title, says, _svg(figure, "throughput"), _runs(over_time))
+    description = f"{'; '.join(rates)}. {absent}".strip()
+    return Plot("throughput", title, description, _svg(figure, "throughput"), _runs(over_time))
 
 
 def _rate(axes: Any, one: Series, unit_ms: float) -> str:
     since = one.values - one.values.min()
-    # Captions are stored a batch at a time: narrower bins would show that, and not the rate.
+    # Captions are stored in batches: narrower bins would show the batches rather than the rate.
     counts, edges = np.histogram(since, bins=_bins(len(since)))
     per_minute = counts / (np.diff(edges) / 60_000)
     axes.stairs(per_minute, edges / unit_ms, **_line(one))
@@ -146,12 +152,12 @@ def _rate(axes: Any, one: Series, unit_ms: float) -> str:
 
 
 def _bins(n: int) -> int:
-    """As many as n numbers fill."""
+    """The number of bins for n values: about the square root of n."""
     return int(np.clip(np.sqrt(n), 4, _BINS))
 
 
 def _unit(span_ms: float) -> tuple[str, float]:
-    """The largest of which there are three, and its milliseconds."""
+    """The largest unit that fits at least three times into the span, and its length in milliseconds."""
     units = (("days", 86_400_000.0), ("hours", 3_600_000.0), ("minutes", 60_000.0), ("seconds", 1_000.0))
     return next((one for one in units if span_ms >= 3 * one[1]), ("milliseconds", 1.0))
 
@@ -160,7 +166,7 @@ def _unit(span_ms: float) -> tuple[str, float]:
 
 
 def _histogram(axes: Any, series: Sequence[Series], edges: Values, what: str) -> None:
-    """What lies beyond the edges is in the last bin on its side."""
+    """Draws each series as a share of its captions. Values beyond the edges are counted in the outermost bins."""
     for one in series:
         counts, _ = np.histogram(np.clip(one.values, edges[0], np.nextafter(edges[-1], 0)), edges)
         shares = 100 * counts / max(1, len(one.values))
@@ -183,12 +189,12 @@ def _colour(run: int) -> str:
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:
-    """Two ends that a logarithmic axis can lie between, also of numbers that are all alike."""
+    """The ends of a logarithmic axis, moved apart if the values between are nearly equal."""
     return (low, high) if high > 1.2 * low else (low / 1.5, high * 1.5)
 
 
 def _logarithmic(axes: Any, edges: Values) -> None:
-    """With a few plain numbers beneath."""
+    """Makes the x axis logarithmic, with a few ticks labelled in plain numbers."""
     from matplotlib.ticker import MaxNLocator, NullLocator
 
     axes.set_xscale("log")
@@ -198,7 +204,7 @@ def _logarithmic(axes: Any, edges: Values) -> None:
     inside = [[tick for tick in several if edges[0] <= tick <= edges[-1]] for several in ticks]
     shown = next((several for several in inside if len(set(several)) >= _TICKS), inside[-1])
     if len(set(shown)) < 2:
-        # The ends are close to each other: there the axis is as good as a linear one.
+        # The ends are so close that the axis is nearly linear.
         found = MaxNLocator(_TICKS).tick_values(edges[0], edges[-1])
         shown = [float(tick) for tick in found if edges[0] <= tick <= edges[-1]]
     axes.set_xticks(shown, labels=[f"{tick:,g}" for tick in shown])
@@ -210,12 +216,12 @@ def _runs(series: Sequence[Series]) -> tuple[int, ...]:
 
 
 def _medians(series: Sequence[Series], what: str) -> str:
-    told = (
-        f"{one.name}: median {_plain(np.median(one.values))}, 95 % within {_plain(low)} to {_plain(high)}"
+    medians = (
+        f"{one.name}: median {_plain(np.median(one.values))}, 95 % between {_plain(low)} and {_plain(high)}"
         for one in series
         for low, high in [np.percentile(one.values, [2.5, 97.5])]
     )
-    return f"{what.capitalize()}. {'; '.join(told)}."
+    return f"{what.capitalize()}. {'; '.join(medians)}."
 
 
 def _plain(number: Any) -> str:
@@ -246,7 +252,9 @@ def _axes(inches: tuple[float, float] = _INCHES) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, name: str) -> str:
-    """Without what only a file of its own needs; ids are the plot's own, since a page has several."""
+    """The figure as an SVG element, without what only a standalone file needs. Its ids begin with the name of the plot,
+    so that they are unique in a page with several plots.
+    """
     from matplotlib import rc_context
 
     file = StringIO()
@@ -259,7 +267,7 @@ def _svg(figure: Any, name: str) -> str:
     text = re.sub(r' (?:xmlns(?::xlink)?|version)="[^"]*"', "", text)
     text = re.sub(r'((?<= id=")|(?<=href="#)|(?<=url\(#))', f"{name}-", text)
     text = re.sub(r"\s*\n\s*", "\n", text)
-    return _STAND_IN.sub(lambda match: _page_colour(int(match[1], 16)), text)
+    return _PLACEHOLDER.sub(lambda match: _page_colour(int(match[1], 16)), text)
 
 
 def _page_colour(number: int) -> str:

@@ -1,9 +1,9 @@
 "use strict";
-// Without this script every card is shown, in data set order.
+// Filters and sorts the cards. If scripts are disabled, the page shows all cards in data set order.
 (() => {
   const filters = document.getElementById("filters");
   const list = document.getElementById("cards");
-  const told = document.getElementById("told");
+  const count = document.getElementById("count");
   const cards = [...list.children];
 
   const isWanted = (card, section, modality) =>
@@ -27,7 +27,7 @@
     const { section, modality } = filters.elements;
     for (const card of cards) card.hidden = !isWanted(card, section.value, modality.value);
     const n = cards.filter((card) => !card.hidden).length;
-    told.textContent = `${n} of ${cards.length} pictures`;
+    count.textContent = `${n} of ${cards.length} pictures`;
   };
 
   filters.hidden = false;

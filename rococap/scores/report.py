@@ -1,7 +1,7 @@
-"""One HTML file that shows runs beside the originals: scores, plots and pictures with their captions.
+"""Writes one HTML file that compares runs with the originals: scores, plots, and pictures with their captions.
 
-It needs no server and no network. Scores are evaluate's, as they are; pictures are read in data set order, one at a
-time, and only those that are shown.
+The file needs neither a server nor a network. Scores come from `evaluate` unchanged. Pictures are read in data set
+order, one at a time, and only those that are shown.
 """
 
 import hashlib
@@ -43,7 +43,10 @@ NOTICE: Final = "Machine-generated captions, not reviewed by clinicians. Not for
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """`pictures` are those shown, of which `unreadable` could not be."""
+    """A written report: the numbers of captions and pictures in it, and the size of the file in bytes.
+
+    `unreadable` counts the pictures that are shown without a thumbnail, because they cannot be read.
+    """
 
     path: Path
     captions: int
@@ -64,17 +67,19 @@ def report(
     strip_reasoning: bool = False,
     progress: Progress = silent,
 ) -> Reported:
-    """Writes what the runs captioned of a split to `path`, with at most so many pictures, and a note at the top.
+    """Writes a report on the runs' captions of a split to `path`, with at most `pictures` pictures and a note on top.
 
-    Raises RunError as `evaluate` does, RococapError if the file cannot be written; then an older file stays as it was.
-    A picture that cannot be read has a card that says why.
+    The card of a picture that cannot be read says why.
+
+    Raises RunError as `evaluate` does, RococapError if the file cannot be written. On failure an older file stays as it
+    was.
     """
     if path is not None and path.is_dir():
         raise RococapError(f"{path} is a folder: name a file with --output, such as {path / 'report.html'}")
     evaluated = evaluation.evaluate(database, names, [split], strip_reasoning=strip_reasoning, progress=progress)
     path = path or evaluation.default_path(evaluated, "report", ".html")
     progress("resampling", 0, 1)
-    told = evaluation.to_json(evaluated)
+    results = evaluation.to_json(evaluated)
     progress("resampling", 1, 1)
     with transaction(database) as conn:
         failures = {one.run.name: queue.list_failures(conn, one.run.name, [split]) for one in evaluated.scored}
@@ -82,19 +87,19 @@ def report(
     rows = rows_of(database, evaluated.scored[0].run, split, list(gallery.tags))
     unreadable: list[str] = []
     cards = cards_of(gallery, Captions(evaluated, failures), rows, evaluated.scored[0].run, unreadable, progress)
-    page = _page(told, evaluated, _plots(database, evaluated, told), gallery, rows, cards, note)
-    with replacing(path) as hidden, hidden.open("w", encoding="utf-8") as file:
+    page = _page(results, evaluated, _plots(database, evaluated, results), gallery, rows, cards, note)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(page)
-    captions = sum(run["n"] for run in told["runs"])
-    return Reported(path, captions, len(rows), len(unreadable), path.stat().st_size, _warnings(told))
+    captions = sum(run["n"] for run in results["runs"])
+    return Reported(path, captions, len(rows), len(unreadable), path.stat().st_size, _warnings(results))
 
 
 # --- Plots -----------------------------------------------------------------------------------------------------
 
 
-def _plots(database: Database, evaluated: Evaluation, told: Mapping[str, Any]) -> list[Plot]:
+def _plots(database: Database, evaluated: Evaluation, results: Mapping[str, Any]) -> list[Plot]:
     scored = evaluated.scored
-    names = [name for name in BY_MODALITY if any(run["metrics"].get(name) is not None for run in told["runs"])]
+    names = [name for name in BY_MODALITY if any(run["metrics"].get(name) is not None for run in results["runs"])]
     times = [_times(database, one) for one in scored]
     originals = {pair.image_id: _words(pair.reference) for one in scored for pair in one.pairs if pair.reference}
     lengths = [
@@ -102,7 +107,7 @@ def _plots(database: Database, evaluated: Evaluation, told: Mapping[str, Any]) -
         *_series(scored, [np.array([_words(pair.text) for pair in one.pairs]) for one in scored]),
     ]
     return [
-        *(plots.by_modality(name, explained(name).title, explained(name).top, told["runs"]) for name in names),
+        *(plots.by_modality(name, explained(name).title, explained(name).top, results["runs"]) for name in names),
         plots.lengths(lengths),
         plots.durations(_series(scored, [took for took, _ in times])),
         plots.throughput(_series(scored, [made_at for _, made_at in times])),
@@ -118,7 +123,7 @@ def _words(text: str) -> float:
 
 
 def _times(database: Database, scored: Scored) -> tuple[plots.Values, plots.Values]:
-    """Of the captions that were scored, in ms: how long each took, NaN if unknown, and when it was made."""
+    """For the captions that were scored, in ms: the processing time, NaN if unknown, and the time of generation."""
     wanted = {pair.job_id for pair in scored.pairs}
     with transaction(database) as conn:
         cutoff = finished_until(conn, [scored.run], [scored.split])
@@ -133,7 +138,7 @@ def _times(database: Database, scored: Scored) -> tuple[plots.Values, plots.Valu
 
 
 def _page(
-    told: Mapping[str, Any],
+    results: Mapping[str, Any],
     evaluated: Evaluation,
     drawn: Sequence[Plot],
     gallery: Gallery,
@@ -141,34 +146,34 @@ def _page(
     cards: Iterator[Card],
     note: str,
 ) -> Iterator[str]:
-    here = Path(__file__).parent
-    style, script = ((here / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    folder = Path(__file__).parent
+    style, script = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here),
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    folders = [folder for one in evaluated.scored for folder in folders_of(one.run)]
+    paths = [path for scored in evaluated.scored for path in folders_of(scored.run)]
     counts = Counter(tag for tags in gallery.tags.values() for tag in tags)
     return environment.get_template("report.html.jinja").generate(
-        runs=told["runs"],
-        split=told["runs"][0]["split"],
+        runs=results["runs"],
+        split=results["runs"][0]["split"],
         version=__version__,
         made_at=datetime.now(UTC),
         notice=NOTICE,
         scored_by=", ".join(
-            [*(f"{name} {of}" for name, of in told["packages"].items()), f"concepts {told['concepts']}"]
+            [*(f"{name} {version}" for name, version in results["packages"].items()), f"concepts {results['concepts']}"]
         ),
         note=note,
-        warnings=[short_within(text, folders) for text in _warnings(told)],
+        warnings=[short_within(text, paths) for text in _warnings(results)],
         facts=_facts(evaluated),
         made_by=[_made_by(one) for one in evaluated.scored],
         summary=[(explained(name), name) for name in SUMMARY],
-        scores=_score_rows(told),
-        paired=told["paired"],
-        by_modality=_modality_rows(told),
+        scores=_score_rows(results),
+        paired=results["paired"],
+        by_modality=_modality_rows(results),
         modality_scores=[explained(name) for name in BY_MODALITY],
         plots=[(plot, Markup(plot.svg)) for plot in drawn],
         dashes=plots.DASHES,
@@ -185,13 +190,13 @@ def _page(
     )
 
 
-def _warnings(told: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(text for run in told["runs"] for text in run["warnings"]))
+def _warnings(results: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(text for run in results["runs"] for text in run["warnings"]))
 
 
 def _facts(evaluated: Evaluation) -> list[tuple[str, list[str]]]:
-    """What made each run's captions: a row for each fact, a cell for each run."""
-    stripped = {"Reasoning": "left out of the captions"} if evaluated.strip_reasoning else {}
+    """How each run's captions were made: a row for each fact, with a cell for each run."""
+    stripped = {"Reasoning": "removed from the captions"} if evaluated.strip_reasoning else {}
     of_runs = [_facts_of(one) | stripped for one in evaluated.scored]
     return [(name, [facts[name] for facts in of_runs]) for name in of_runs[0]]
 
@@ -202,13 +207,13 @@ def _facts_of(scored: Scored) -> dict[str, str]:
     return {
         "Model": short(recipe.model),
         "Revision": " = ".join(filter(None, (recipe.revision, resolved.get("revision", "")))),
-        "Digest of its files": resolved.get("digest", "")[:16] or "not known",
+        "Digest of its files": resolved.get("digest", "")[:16] or "unknown",
         "Adapter": short(recipe.adapter) if recipe.adapter else "none",
         "Prompt": recipe.prompt,
         "Decoding": _decoding(recipe),
         "Pixels": f"{recipe.min_pixels:,} to {recipe.max_pixels:,}",
         "Precision": " ".join(filter(None, (resolved.get("dtype") or recipe.dtype, recipe.load_in))),
-        "Engine": resolved.get("engine", "not known"),
+        "Engine": resolved.get("engine", "unknown"),
         "Rules": _rules(resolved),
         "Data set": at_revision(short(run.dataset), run.dataset_revision),
         "Split": scored.split,
@@ -218,15 +223,16 @@ def _facts_of(scored: Scored) -> dict[str, str]:
 
 
 def _rules(resolved: Mapping[str, Any]) -> str:
-    """Of opening pictures and ending captions; of a run that accepted new ones, from which caption on."""
+    """The version of the rules for opening pictures and ending captions, and any earlier ones that the run had."""
     accepted = "".join(
-        f" (under {one['from']} up to caption {one['captions_before']:,})" for one in resolved.get("accepted_rules", [])
+        f" ({earlier['from']} for the first {earlier['captions_before']:,} captions)"
+        for earlier in resolved.get("accepted_rules", [])
     )
-    return f"{rules_of(resolved)}{accepted}" if resolved else "not known"
+    return f"{rules_of(resolved)}{accepted}" if resolved else "unknown"
 
 
 def _made_by(scored: Scored) -> list[tuple[str, str]]:
-    """The facts in brief."""
+    """The facts that the summary of a run shows."""
     facts = _facts_of(scored)
     digest = [facts["Digest of its files"]] if scored.run.resolved else []
     model = f"{facts['Model']} ({', '.join([facts['Revision'], *digest])})"
@@ -237,11 +243,11 @@ def _made_by(scored: Scored) -> list[tuple[str, str]]:
 
 def _decoding(recipe: Recipe) -> str:
     how = "sampled" if recipe.do_sample else f"{recipe.num_beams} beams" if recipe.num_beams > 1 else "greedy"
-    told = [how, f"at most {recipe.max_new_tokens} tokens"]
+    parts = [how, f"at most {recipe.max_new_tokens} tokens"]
     if recipe.repetition_penalty != 1:
-        told.append(f"repetition penalty {recipe.repetition_penalty:g}")
+        parts.append(f"repetition penalty {recipe.repetition_penalty:g}")
     fields = (("temperature", recipe.temperature), ("top-p", recipe.top_p), ("top-k", recipe.top_k))
-    return ", ".join([*told, *(f"{name} {value:g}" for name, value in fields if value is not None)])
+    return ", ".join([*parts, *(f"{name} {value:g}" for name, value in fields if value is not None)])
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------
@@ -249,8 +255,8 @@ def _decoding(recipe: Recipe) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """A score, of each run its value and interval, or why there is none, and of each further run its difference from
-    the first and p.
+    """A score: for each run its value and interval, or the reason why there is none, and for each further run the
+    difference from the first run and p.
     """
 
     score: Explained
@@ -258,13 +264,13 @@ class ScoreRow:
     differences: list[tuple[str, str]]
 
 
-def _score_rows(told: Mapping[str, Any]) -> list[ScoreRow]:
-    names = dict.fromkeys(name for run in told["runs"] for name in (*run["metrics"], *run["not_computed"]))
+def _score_rows(results: Mapping[str, Any]) -> list[ScoreRow]:
+    names = dict.fromkeys(name for run in results["runs"] for name in (*run["metrics"], *run["not_computed"]))
     return [
         ScoreRow(
             explained(name),
-            [_cell(run, name) for run in told["runs"]],
-            [(rounded(one["differences"].get(name), 3, "+"), rounded(one["p"].get(name))) for one in told["paired"]],
+            [_cell(run, name) for run in results["runs"]],
+            [(rounded(one["differences"].get(name), 3, "+"), rounded(one["p"].get(name))) for one in results["paired"]],
         )
         for name in names
     ]
@@ -277,15 +283,15 @@ def _cell(run: Mapping[str, Any], name: str) -> tuple[str, str]:
     return rounded(run["metrics"].get(name)), f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
 
 
-def _modality_rows(told: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, int, int, list[str]]]]]:
-    """Of each modality: the runs that have it, with their number, how many captions, and the scores."""
-    names = dict.fromkeys(name for run in told["runs"] for name in run["by_modality"])
+def _modality_rows(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, int, int, list[str]]]]]:
+    """For each modality, the runs that have captions of it: (name, index, number of captions, scores)."""
+    names = dict.fromkeys(name for run in results["runs"] for name in run["by_modality"])
     return [
         (
             modality,
             [
                 (run["run"], at, of["n"], [rounded(of["metrics"].get(name)) for name in BY_MODALITY])
-                for at, run in enumerate(told["runs"])
+                for at, run in enumerate(results["runs"])
                 if (of := run["by_modality"].get(modality))
             ],
         )

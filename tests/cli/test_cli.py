@@ -135,7 +135,7 @@ def test_pictures_alone_are_captioned_and_exported_with_an_empty_original(here):
     assert "There are no originals" in " ".join(said("evaluate", "--split", "train").split())
     said("report", "--split", "train", "--output", "report.html")
     page = (here / "report.html").read_text()
-    assert page.count("no originals: the data set has no caption of this picture") == 12
+    assert page.count("no original: the data set has no caption for this picture") == 12
     assert "equals the original" not in page
 
 

@@ -87,8 +87,8 @@ def test_a_demo_of_another_size_overwrites_no_results(tmp_path):
     rococap("demo", "--images", "5", "--workers", "1", cwd=tmp_path)
     there = files(tmp_path / "demo")
     assert refused("--images", "6", "--dir", str(tmp_path / "demo")) == (
-        f"{tmp_path}/demo holds the results of a demo of 5 pictures, which one of 6 would overwrite. Look at them "
-        "again with --images 5, or name another folder: rococap demo --dir FOLDER"
+        f"{tmp_path}/demo holds the results of a demo of 5 pictures, which one of 6 would overwrite. See them "
+        "again with --images 5, or choose another folder: rococap demo --dir FOLDER"
     )
     assert files(tmp_path / "demo") == there
 
@@ -98,7 +98,7 @@ def test_the_demo_leaves_a_folder_alone_that_holds_something_else(tmp_path, name
     (tmp_path / name).mkdir()
     (tmp_path / name / "mine").write_text("mine")
     assert refused("--dir", str(tmp_path)) == (
-        f"{tmp_path} holds {name}, and no demo's queue: what is there is left as it is. Name another folder: "
+        f"{tmp_path} holds {name} but no queue of a demo, and was left unchanged. Choose another folder: "
         "rococap demo --dir FOLDER"
     )
     assert files(tmp_path) == {f"{name}/mine": b"mine"}
@@ -112,7 +112,7 @@ def test_the_demo_leaves_a_queue_alone_that_is_not_its_own(tmp_path, run):
     database.dispose()
     there = files(tmp_path)
     assert refused("--dir", str(tmp_path)) == (
-        f"{tmp_path} holds a queue that no demo made in this place, and is left as it is. Name another folder: "
+        f"{tmp_path} holds a queue that no demo made in this folder, and was left unchanged. Choose another folder: "
         "rococap demo --dir FOLDER"
     )
     assert files(tmp_path).keys() == there.keys()

@@ -394,7 +394,7 @@ def test_a_folder_with_segments_of_another_run_is_refused(database, run, out, tm
     with pytest.raises(RococapError) as error:
         write_checkpoints(database, other_run, "train", out, 10)
     assert str(error.value) == (
-        f"{out} holds checkpoints of another run (default). Move them away, or write elsewhere with --output."
+        f"{out} holds checkpoints of another run (default). Move them away, or choose another folder with --output."
     )
 
 
@@ -523,11 +523,11 @@ def test_a_file_of_another_recipe_or_model_is_refused(database, other, run, out,
     path = export.export(database, run, "train", out / "x.csv").path
     new = fill(other, tmp_path / "set", 30, recipe=Recipe(model="tests/other"))
     with pytest.raises(
-        RunError, match=r"another recipe than run 'default' has \(model: 'tests/small', not 'tests/other'\)"
+        RunError, match=r"another recipe than that of run 'default' \(model: 'tests/small', not 'tests/other'\)"
     ):
         restore(other, new, path)
     path.with_suffix(".json").unlink()
-    with pytest.raises(RunError, match="holds captions by tests/small, and run 'default' is by tests/other"):
+    with pytest.raises(RunError, match="holds captions by tests/small, but run 'default' uses tests/other"):
         restore(other, new, path)
     with db.transaction(other) as conn:
         assert queue.counts(conn)[0].done == 0
@@ -537,13 +537,13 @@ def test_a_file_that_was_altered_since_or_is_no_export_is_refused(database, run,
     caption(database, run, ["x"])
     path = export.export(database, run, "train", out / "x.csv").path
     path.write_text(path.read_text().replace("x", "y"))
-    with pytest.raises(RococapError, match="was altered since it was exported"):
+    with pytest.raises(RococapError, match="was altered after it was exported"):
         restore(database, run, path)
     (out / "no.csv").write_text("a,b\n1,2\n")
     with pytest.raises(RococapError, match="lacks the columns image_id, original_caption"):
         restore(database, run, out / "no.csv")
     (out / "no.txt").write_text("a,b\n1,2\n")
-    with pytest.raises(RococapError, match=r"is neither \.csv, \.jsonl nor \.parquet"):
+    with pytest.raises(RococapError, match=r"is not a \.csv, \.jsonl or \.parquet file"):
         restore(database, run, out / "no.txt")
     (out / "empty.csv").write_text("")
     with pytest.raises(RococapError, match="cannot be read"):
@@ -569,7 +569,7 @@ def test_the_command_that_restores_segments_names_them_in_any_folder(database, o
     new = fill(other, tmp_path / "set", 30)
     with pytest.raises(RococapError) as error:
         write_checkpoints(other, new, "train", tmp_path / name, 10)
-    files = str(error.value).partition("restore them first: rococap restore ")[2].partition("; else move")[0]
+    files = str(error.value).partition("restore them first: rococap restore ")[2].partition("; otherwise move")[0]
     listed = subprocess.run(["sh", "-c", f"ls {files}"], capture_output=True, text=True)
     assert listed.stdout.splitlines() == [str(segment) for segment in segments]
 
@@ -586,8 +586,8 @@ def test_segments_that_a_new_database_does_not_know_are_refused_until_they_are_r
     with pytest.raises(RococapError) as error:
         write_checkpoints(other, new, "train", out, 10)
     assert str(error.value) == (
-        f"{out} holds checkpoints of train that this database does not know. If it replaces one that was lost, "
-        f"restore them first: rococap restore {out}/checkpoint_train_*.csv; else move them away."
+        f"{out} holds checkpoints of train that are not in this database. If this database replaces a lost one, "
+        f"restore them first: rococap restore {out}/checkpoint_train_*.csv; otherwise move them away."
     )
     assert [restore(other, new, segment).known for segment in segments] == [10, 10]
     caption(other, new, ["new"] * 10)
@@ -606,7 +606,7 @@ def test_captions_of_another_model_state_are_not_restored(database, other, run, 
     new = fill(other, tmp_path / "set", 30)
     with db.transaction(other, write=True) as conn:
         queue.pin(conn, new, EngineInfo("small", {}, "tests/small", "", "float16", "cpu", "other"))
-    with pytest.raises(RunError, match="was made with another model state than run 'default'"):
+    with pytest.raises(RunError, match="was made with another state of the model than run 'default'"):
         restore(other, new, path)
 
 
@@ -638,10 +638,10 @@ def test_a_run_of_which_nothing_is_captioned_is_exported_without_rows(database, 
 @pytest.mark.parametrize(
     ("column", "cell", "message"),
     [
-        ("timestamp", "", "holds a timestamp that is not ISO 8601"),
-        ("timestamp", "yesterday", "holds a timestamp that is not ISO 8601"),
-        ("processing_time_sec", "x", "holds a processing_time_sec that is no number"),
-        ("processing_time_sec", "inf", "holds a processing_time_sec that is no number"),
+        ("timestamp", "", "has a timestamp that is not ISO 8601"),
+        ("timestamp", "yesterday", "has a timestamp that is not ISO 8601"),
+        ("processing_time_sec", "x", "has a processing_time_sec that is not a number"),
+        ("processing_time_sec", "inf", "has a processing_time_sec that is not a number"),
     ],
 )
 def test_a_file_with_a_cell_that_makes_no_sense_is_refused_whole(
@@ -667,7 +667,7 @@ def test_a_caption_that_is_no_text_is_refused(database, run, out):
     manifest_module.manifest_path(path).unlink()
     for value in ("null", "7", "[1]"):
         path.write_text(path.read_text().replace('"generated_caption":"x"', f'"generated_caption":{value}'))
-        with pytest.raises(RococapError, match="holds something that is no text in the column generated_caption"):
+        with pytest.raises(RococapError, match="has a value that is not text in the column generated_caption"):
             restore(database, run, path)
         path.write_text(path.read_text().replace(f'"generated_caption":{value}', '"generated_caption":"x"'))
 

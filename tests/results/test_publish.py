@@ -280,9 +280,9 @@ def test_a_submission_needs_every_picture_of_the_split_also_those_that_the_run_w
     with pytest.raises(IncompleteError) as error:
         imageclef.submit(database, run, "train", path)
     assert str(error.value) == (
-        "5 of 12 pictures of train have no caption, and ImageCLEF refuses a submission that lacks an ID. Caption them: "
-        "rococap enqueue --run default --split train …, then rococap worker --run default (what failed: rococap "
-        "failures); or give them an empty caption: --allow-missing."
+        "5 of 12 pictures of train have no caption, and ImageCLEF rejects a submission that lacks an ID. Caption them: "
+        "rococap enqueue --run default --split train …, then rococap worker --run default (see rococap failures for "
+        "those that failed). Or leave their captions empty with --allow-missing."
     )
     assert [file.name for file in out.iterdir()] == ["submission.csv"]
     assert path.read_text() == "old"
@@ -331,8 +331,8 @@ def test_an_id_that_the_checker_cannot_read_is_refused(database, root, out, imag
     with pytest.raises(RococapError) as error:
         imageclef.submit(database, run, "train", out / "x.csv")
     assert str(error.value) == (
-        f"The ID {image_id!r} cannot be submitted: ImageCLEF's are one line without commas. Use its own data set, or "
-        "another --format."
+        f"The ID {image_id!r} cannot be submitted: an ImageCLEF ID is one line of text without commas. Use ImageCLEF's "
+        "own data set, or another --format."
     )
 
 
@@ -345,7 +345,7 @@ def test_ids_are_stripped_as_those_of_the_ground_truth_are_and_stay_different(da
     register(database, other, ["test"], run="other")
     with db.transaction(database) as conn:
         run = queue.get_run(conn, "other")
-    with pytest.raises(RococapError, match="IDs of test differ by white space alone, which ImageCLEF ignores: mend"):
+    with pytest.raises(RococapError, match="IDs of test differ only in white space, which ImageCLEF ignores: fix"):
         imageclef.submit(database, run, "test", out / "y.csv")
 
 
@@ -471,7 +471,7 @@ def test_a_folder_that_rococap_did_not_write_is_never_touched(database, root, ou
     for path in (out, out.with_name("file")):
         with pytest.raises(RococapError) as error:
             publish.publish(database, run, ["train"], path, "hf")
-        assert str(error.value) == f"{path} is there, and rococap did not write it: name another place with --output."
+        assert str(error.value) == f"{path} exists and was not written by rococap: choose another folder with --output."
     assert content(out) == {"data/train-00000-of-00001.parquet": b"mine"}
     empty = out.with_name("empty")
     empty.mkdir()
@@ -489,8 +489,8 @@ def test_a_folder_with_more_in_it_than_would_come_again_is_not_replaced(database
     with pytest.raises(RococapError) as error:
         publish.publish(database, run, ["train"], out, "kohya")
     assert str(error.value) == (
-        f"{out} also holds test, which would be lost: name every split that it is to hold (--split test --split "
-        "train), or write elsewhere with --output."
+        f"{out} also holds test, which would be lost. Export all of its splits (--split test --split train), or choose "
+        "another folder with --output."
     )
     with pytest.raises(RococapError, match=r"holds another export \(run default, format kohya\)\. Move it away, or"):
         publish.publish(database, run, ["train", "test"], out, "webdataset")
@@ -502,7 +502,7 @@ def test_a_folder_with_more_in_it_than_would_come_again_is_not_replaced(database
         publish.publish(database, other, ["train", "test"], out, "kohya")
     assert content(out) == before
     put(out / "train" / "train_00000.npz")
-    with pytest.raises(RococapError, match="is not as rococap wrote it: files were added, taken away or edited"):
+    with pytest.raises(RococapError, match="was changed since rococap wrote it: files were added, removed or edited"):
         publish.publish(database, run, ["train", "test"], out, "kohya")
     assert content(out) == before | {"train/train_00000.npz": b"mine"}
 
@@ -523,8 +523,8 @@ def test_a_file_that_was_edited_is_kept(database, root, out, format, name, edit)
     with pytest.raises(RococapError) as error:
         publish.publish(database, run, ["train"], out, format)
     assert str(error.value) == (
-        f"{out} is not as rococap wrote it: files were added, taken away or edited. Move it away, or write elsewhere "
-        "with --output."
+        f"{out} was changed since rococap wrote it: files were added, removed or edited. Move it away, or choose "
+        "another folder with --output."
     )
     assert (out / name).read_text() == mine != text
 
@@ -541,11 +541,11 @@ def test_a_folder_that_was_moved_with_its_times_is_replaced(database, root, out)
 def test_what_is_put_into_a_folder_during_the_export_is_kept(database, root, out, name):
     run = filled(database, root, 2)
     publish.publish(database, run, ["train"], out, "kohya")
-    with pytest.raises(RococapError, match="is not as rococap wrote it"):
+    with pytest.raises(RococapError, match="was changed since rococap wrote it"):
         publish.publish(database, run, ["train"], out, "kohya", progress=lambda *_: put(out / name))
     assert (out / name).read_text() == "mine"
     new = out.with_name("new")
-    with pytest.raises(RococapError, match="is there, and rococap did not write it"):
+    with pytest.raises(RococapError, match="exists and was not written by rococap"):
         publish.publish(database, run, ["train"], new, "kohya", progress=lambda *_: put(new / name))
     assert names(new) == [name]
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
@@ -556,7 +556,9 @@ def test_a_manifest_of_something_else_makes_no_folder_ours(database, root, out, 
     run = filled(database, root, 2)
     about = {"run": "default", "recipe_hash": run.recipe.hash, "format": "hf", "splits": splits}
     put(out / "rococap.json", json.dumps({key: value for key, value in about.items() if value != "nothing"}))
-    with pytest.raises(RococapError, match="is there, and rococap did not write it: name another place with --output"):
+    with pytest.raises(
+        RococapError, match="exists and was not written by rococap: choose another folder with --output"
+    ):
         publish.publish(database, run, ["train"], out, "hf")
     assert names(out) == ["rococap.json"]
 
@@ -566,7 +568,7 @@ def test_all_of_the_split_or_nothing_where_that_is_asked(database, root, out):
     run = enqueue(database, root)
     with pytest.raises(RunError) as error:
         publish.publish(database, run, ["train"], out, "hf")
-    assert str(error.value) == "Run 'default' captioned nothing of train yet: rococap worker --run default"
+    assert str(error.value) == "Run 'default' has captioned nothing of train yet: start rococap worker --run default"
     caption(database, run, ["a"])
     with pytest.raises(IncompleteError, match="1 of 2 images of train are not captioned"):
         publish.publish(database, run, ["train"], out, "hf", require_complete=True)
@@ -624,12 +626,12 @@ def test_the_card_says_what_made_the_captions_and_what_they_are_not_for(database
     for said in (
         "not reviewed by clinicians, not for clinical use",
         "| train | 2 | 1 | 1 empty |\n| validation | 0 | 1 | 0 |\n",
-        "- Model: `Qwen/Qwen2-VL-2B-Instruct`, revision `main`, which was commit `c0ffee`, digest of its files "
+        "- Model: `Qwen/Qwen2-VL-2B-Instruct`, revision `main`, resolved to commit `c0ffee`, digest of its files "
         "`d19e57`\n",
         "- Adapter: `a/b`\n",
-        "- Weights: auto, which came to float32\n",
+        "- Weights: auto, resolved to float32\n",
         "- Decoding: greedy, 1 beam, repetition penalty 1.0, at most 99 new tokens\n",
-        "- Pixels: 3136 to 784000 a picture\n",
+        "- Pixels: 3136 to 784000 per picture\n",
         f"\n````\n{prompt}\n````\n",
         'load_dataset("FOLDER")',
         "doi 10.1038/s41597-024-03496-6",
@@ -668,7 +670,7 @@ def test_names_of_folders_stay_one_piece_of_code_in_the_card(tmp_path, name, wri
     put(tmp_path / "README.md", card_module.card(run, [card_module.Written("train", 1, 0, {})], {}))
     front, body = card(tmp_path)
     assert front["pretty_name"] == f"Captions of radiology pictures by {name}"
-    for said in (f"Captions of the pictures of {written}, one", f"- Model: {written}, rev", f"- Adapter: {written}\n"):
+    for said in (f"Captions for the pictures of {written}, one", f"- Model: {written}, rev", f"- Adapter: {written}\n"):
         assert said in body
 
 
@@ -851,11 +853,11 @@ def earlier(run: Run, /, **others: object) -> dict[str, bytes]:
 
 def refused(run: Run) -> dict[str, tuple[Repo, str]]:
     """By name, what a push of the run may not replace, and why."""
-    not_ours = "holds a data set that rococap did not push, and is left as it is: --push a new name."
-    another = "holds another export (run {}, format hf), and is left as it is: --push a new name."
+    not_ours = "holds a data set that rococap did not push, and was left unchanged. Give another name to --push."
+    another = "holds another export (run {}, format hf), and was left unchanged. Give another name to --push."
     lost = (
-        "also holds test, which would be lost: export every split that it is to hold (--split test --split train), or "
-        "--push a new name."
+        "also holds test, which this push would delete. Export all of its splits (--split test --split train), or give "
+        "another name to --push."
     )
     return {
         "me/theirs": (Repo({"README.md": b"theirs", "data/train-00000-of-00001.parquet": b"theirs"}), not_ours),
@@ -894,29 +896,29 @@ def test_a_push_makes_a_private_data_set_and_replaces_what_an_earlier_one_left(d
     assert (old[0], old[1].splitlines()[-1]) == (0, f"{hub.url}/datasets/me/old: public")
     assert hub.repos["me/old"].files == content(folder) | {".gitattributes": b""}
     assert [one[0] for one in results] == [1] * len(left) + [0, 0] + [1] * 7
-    whole = f" The folder is whole: {folder}"
+    kept = f" The exported folder is complete: {folder}"
     for result, (name, (_, why)) in zip(results, left.items(), strict=False):
-        assert result[2].strip() == f"Error: {name} {why}{whole}"
+        assert result[2].strip() == f"Error: {name} {why}{kept}"
     assert all(hub.repos[name] is repo for name, (repo, _) in left.items())
     assert (hub.repos["other/away"].files, hub.repos["me/gated"].files) == (theirs, earlier(run))
     assert gated[2].strip() == (
-        "Error: You may not write to me/gated on the hub: hf auth login with a token that may, or --push another name."
-        f"{whole}"
+        "Error: You have no write access to me/gated on the hub: run hf auth login with a token that has, or give "
+        f"another name to --push.{kept}"
     )
     assert forbidden[2].strip() == (
-        "Error: You may not write to other/new on the hub: hf auth login with a token that may, or --push another name."
-        f"{whole}"
+        "Error: You have no write access to other/new on the hub: run hf auth login with a token that has, or give "
+        f"another name to --push.{kept}"
     )
     assert read_only[2].startswith("Error: other/away holds a data set that rococap did not push")
-    assert no_name[2].strip() == f"Error: 'a//b' names no repository: give --push OWNER/NAME.{whole}"
+    assert no_name[2].strip() == f"Error: 'a//b' is not a valid repository name: give --push OWNER/NAME.{kept}"
     assert unknown[2].strip() == (
-        "Error: The hub does not know this token: hf auth login, or correct HF_TOKEN, then run this again."
+        "Error: The hub rejected the token: run hf auth login or correct HF_TOKEN, then run this again."
     )
     assert anonymous[2].strip() == (
-        "Error: You are not logged in to the hub: hf auth login, with a token that may write, then run this again."
+        "Error: You are not logged in to the hub: run hf auth login with a write token, then run this again."
     )
     assert cut[2].strip() == (
-        f"Error: The hub at {hub.url} cannot be used (Server disconnected without sending a response.): check the "
+        f"Error: The hub at {hub.url} cannot be reached (Server disconnected without sending a response.): check the "
         "network, then run this again."
     )
     assert {"torch", "datasets", "transformers"}.isdisjoint(modules)
@@ -927,7 +929,7 @@ def test_a_push_that_cannot_be_costs_no_export(database, url, root, out, monkeyp
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     result = invoke(url, "--format", "hf", "--output", str(out), "--push", "new")
     assert result.stderr.strip() == (
-        "Error: HF_HUB_OFFLINE is set, and nothing can be pushed: unset it and run this again."
+        "Error: Nothing can be pushed while HF_HUB_OFFLINE is set: unset it and run this again."
     )
     assert not out.exists()
 
@@ -986,8 +988,8 @@ def test_what_was_stripped_is_not_restored_and_the_segments_beside_it_are(databa
     done = CliRunner().invoke(cli, ["--db", url, "restore", str(path)])
     assert done.exit_code == 1
     assert " ".join(done.stderr.split()) == (
-        f"Error: {path} was exported with --strip-reasoning: what the model thought aloud is missing, and a run keeps "
-        "captions as they came. Restore the checkpoint segments, or an export without it."
+        f"Error: {path} was exported with --strip-reasoning, and a run keeps captions with the model's reasoning. "
+        "Restore the checkpoint segments, or an export without --strip-reasoning."
     )
     [segment] = checkpoints.write_checkpoints(database, run, "train", out / "segments", 4)
     assert [row[2] for row in table_rows(segment)] == REASONED

@@ -264,7 +264,8 @@ def test_runs_without_a_picture_in_common_are_refused_where_only_such_count(data
     with pytest.raises(RunError) as error:
         compare(database, ["a", "b"], out, all_done=True)
     assert str(error.value) == (
-        "Runs 'a' and 'b' captioned no picture in common yet. Leave out --all-done, or go on: rococap worker"
+        "Runs 'a' and 'b' have no captioned picture in common yet. Leave out --all-done, or caption more: "
+        "rococap worker"
     )
     assert (out.read_bytes(), list(out.parent.iterdir())) == (before, [out])
 
@@ -352,7 +353,9 @@ def test_a_file_of_another_kind_is_refused_with_those_that_are_known(here):
     for name in ("x.txt", "x"):
         result = invoke("a", "--output", name)
         assert (result.exit_code, result.stdout) == (1, "")
-        assert result.stderr == f"Error: {name} ends in none of .csv, .parquet, .jsonl: name it so with --output.\n"
+        assert result.stderr == (
+            f"Error: {name} does not end in one of .csv, .parquet, .jsonl: choose another name with --output.\n"
+        )
 
 
 def test_an_ending_in_capitals_is_known(here):

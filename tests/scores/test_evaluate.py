@@ -333,7 +333,7 @@ def test_one_caption_has_no_interval_and_no_cider_d(database, run):
     found = of(database)
     assert set(found["intervals"].values()) == {None}
     assert found["metrics"]["bleu_1"] == 1
-    assert found["not_computed"]["cider_d"] == "It weighs words by how rare they are, and there is one caption."
+    assert found["not_computed"]["cider_d"] == "It weights words by their rarity, which needs at least two captions."
 
 
 def test_a_run_that_is_always_worse_is_so_by_more_than_chance(tmp_path, database):
@@ -374,7 +374,7 @@ def test_a_split_that_is_not_done_says_so(database, run):
     caption(database, run, texts(*CAPTIONS[:4]))
     found = of(database)
     assert (found["n"], found["missing"]) == (4, 2)
-    assert found["warnings"] == ["2 pictures of train are not captioned by default: these scores are of the others."]
+    assert found["warnings"] == ["default has not captioned 2 pictures of train: the scores leave them out."]
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,10 @@ def test_a_run_of_a_part_of_the_split_says_so(database, root):
         run = queue.get_run(conn, "default")
     caption(database, run, texts(*CAPTIONS[:2]))
     found = of(database)
-    assert (found["missing"], found["warnings"]) == (0, ["default was enqueued with 2 of the 6 pictures of train."])
+    assert (found["missing"], found["warnings"]) == (
+        0,
+        ["default was enqueued with only 2 of the 6 pictures of train."],
+    )
 
 
 def test_flagged_captions_are_counted(database, run):
@@ -444,7 +447,7 @@ def test_what_takes_an_extra_is_computed_where_it_is_asked_for(database, run, co
     assert computed == []
     caption(database, run, texts(*CAPTIONS[5:]), now=2_000)
     found = of(database)
-    assert found["not_computed"]["meteor_1_5"] == "Not for all captions yet: --also meteor_1_5"
+    assert found["not_computed"]["meteor_1_5"] == "Not all captions are scored yet: --also meteor_1_5"
     assert "meteor_1_5" not in found["metrics"]
 
 
@@ -454,7 +457,7 @@ def test_what_takes_an_extra_is_computed_where_it_is_asked_for(database, run, co
         ("meteor_1_5", "meteor_1_5_statistics", ImportError("x"), "pip install 'rococap[coco]'"),
         ("meteor_1_5", "meteor_1_5_statistics", FileNotFoundError("java"), "apt-get install default-jre-headless"),
         ("bertscore_f1", "bertscore", ImportError("x"), "pip install 'rococap[bertscore]'"),
-        ("bertscore_f1", "bertscore", OSError("offline"), "microsoft/deberta-xlarge-mnli is not here"),
+        ("bertscore_f1", "bertscore", OSError("offline"), "microsoft/deberta-xlarge-mnli is not in the cache"),
     ],
 )
 def test_an_extra_that_is_not_here_says_what_installs_it(database, run, monkeypatch, name, function, error, reason):
@@ -549,7 +552,7 @@ def test_the_command_prints_json_and_writes_the_scores(url, here):
         *("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_1", "rouge_l", "cider_d", "rouge1_imageclef"),
         *("concept_f1", "concept_recall", "length_ratio", "flagged"),
     } <= set(one["metrics"])
-    assert "Warning: 1 pictures of train" in result.stderr
+    assert "Warning: default has not captioned 1 pictures of train" in result.stderr
     assert json.loads(Path("results_medical/scores_train_default.parquet.json").read_text()) == json.loads(
         result.stdout
     )
@@ -607,7 +610,7 @@ def test_the_command_prints_tables_of_80_columns(url, here, names):
 def test_the_command_refuses_a_file_that_it_cannot_write_before_it_scores(url, here, computed):
     result = invoke(url, "--split", "train", "--output", "scores.xlsx")
     assert (result.exit_code, computed) == (1, [])
-    assert "scores.xlsx ends in none of .csv, .parquet, .jsonl" in result.stderr
+    assert "scores.xlsx does not end in one of .csv, .parquet, .jsonl" in result.stderr
 
 
 def test_a_second_call_imports_neither_torch_nor_nltk(url, here, tmp_path):
@@ -645,7 +648,7 @@ def test_without_originals_scores_against_them_are_not_computed_for_that_reason(
     assert set(metrics) == {"concept_f1", "concept_recall", "flagged"}
     assert scored.not_computed == dict.fromkeys(AGAINST_ORIGINALS, evaluate.NO_ORIGINALS)
     assert "no originals" in evaluate.NO_ORIGINALS
-    assert scored.warnings == ["default has no originals for train: scores against them are not computed."]
+    assert scored.warnings == ["default has no originals for train: scores against originals are not computed."]
 
 
 def test_without_originals_and_concepts_only_flags_are_told(database, root):
@@ -657,7 +660,7 @@ def test_without_originals_and_concepts_only_flags_are_told(database, root):
 def test_captions_without_an_original_do_not_weigh_on_the_scores_of_the_others(database, root, tmp_path):
     labelled = dict(enumerate(ORIGINALS))
     scored = scored_of(database, root, labelled | {1: "", 4: ""}, dict(enumerate(CUIS)))
-    assert scored.warnings[0] == "2 captions of train have no original: scores against originals are of the others."
+    assert scored.warnings[0] == "2 captions of train have no original: scores against originals leave them out."
     some = [n for n in range(6) if n not in (1, 4)]
     pairs = [pair for pair in scored.pairs if pair.reference]
     assert len(pairs) == len(some)

@@ -310,7 +310,7 @@ def test_the_page_has_a_language_headings_in_order_and_a_text_for_every_picture(
     assert levels[0] == 1
     assert all(after - before <= 1 for before, after in pairwise(levels))
     alts = [node.attributes["alt"] for node in page.all("img")]
-    assert alts[0] == "Radiology picture train_00000, CT; its original caption stands beside it."
+    assert alts[0] == "Radiology picture train_00000, CT; its original caption is next to it."
     assert len(alts) == 26
     described = {node.attributes["aria-describedby"] for node in page.all(role="img")}
     assert {node.attributes["id"] for node in page.all("figcaption")} >= described
@@ -320,7 +320,7 @@ def test_the_page_has_a_language_headings_in_order_and_a_text_for_every_picture(
 def test_it_says_what_made_the_captions_and_what_they_are_not(page):
     assert page.text.count(NOTICE) == 2
     header = page.one("header").text
-    assert "22 pictures of train are not captioned by b" in header
+    assert "b has not captioned 22 pictures of train" in header
     rows = [row for row in page.one(id="made-by").all("tr") if list(row.all("th", scope="row"))]
     facts = {row.one("th").text: [cell.text for cell in row.all("td")] for row in rows}
     assert facts["Model"] == ["tests/small", "tests/<b>other</b>"]
@@ -375,7 +375,7 @@ def test_a_run_is_reported_on_every_database(database, run, out, no_plots):
     made = report(database, [], "train", out)
     assert (made.path, made.captions, made.pictures, made.unreadable) == (out, 4, 4, 0)
     assert made.size == out.stat().st_size
-    assert made.warnings == ["23 pictures of train are not captioned by a: these scores are of the others."]
+    assert made.warnings == ["a has not captioned 23 pictures of train: the scores leave them out."]
     assert list(cards(parse(out))) == [f"train_{n:05}" for n in range(4)]
 
 
@@ -387,7 +387,7 @@ def test_a_report_of_any_pictures_is_under_10_megabytes(database, out, tmp_path,
     made = report(database, [], "train", out)
     assert made.pictures == 10
     sources = [node.attributes["src"] for node in parse(out).all("img")]
-    assert 20_000 < max(map(len, sources)) <= 4 * gallery_module.MOST_BYTES / 3 + 100
+    assert 20_000 < max(map(len, sources)) <= 4 * gallery_module.MAX_BYTES / 3 + 100
     assert 20 * made.size < 10_000_000
 
 
@@ -409,7 +409,7 @@ def test_reasoning_is_shown_unless_it_is_to_be_stripped_and_then_the_report_says
     page = parse(out)
     [card] = cards(page).values()
     assert captions_of(card)[1:] == ["A scan." if strips else "<think>A lung?</think>\nA scan."]
-    assert ("left out of the captions" in page.text) == strips
+    assert ("removed from the captions" in page.text) == strips
 
 
 def test_a_data_set_that_is_gone_leaves_cards_without_pictures(database, run, out, tmp_path, no_plots):
@@ -458,8 +458,8 @@ def test_captions_whose_time_is_not_known_are_said_not_to_be_drawn(database, run
         db.execute(conn, "UPDATE captions SET processing_ms = NULL")
     report(database, [], "train", out)
     page = parse(out)
-    assert page.one(id="durations-says").text == "Not drawn: a (the time is not known)."
-    assert page.one(id="throughput-says").text == "Not drawn: a (all captions bear one time)."
+    assert page.one(id="durations-description").text == "Not drawn: a (their times are unknown)."
+    assert page.one(id="throughput-description").text == "Not drawn: a (all captions have the same time)."
 
 
 def test_nothing_is_computed_twice(database, run, out, monkeypatch, no_plots):
@@ -605,7 +605,7 @@ def test_plots_take_the_colours_of_the_page_and_share_no_id():
     )
     assert all(id.startswith("lengths-") for id in re.findall(r' id="(.*?)"', drawn.svg))
     assert "xmlns" not in drawn.svg
-    assert drawn.says.startswith("Words. originals: median 5, 95 % within 3.15 to 8.7; r0: median 5")
+    assert drawn.description.startswith("Words. originals: median 5, 95 % between 3.15 and 8.7; r0: median 5")
 
 
 @pytest.mark.parametrize("numbers", [[0.02], [120.0, 120.0], [1.0, 90_000.0], [0.0, np.nan, 4.0], [4_000.0, 5_200.0]])
@@ -623,7 +623,7 @@ def test_the_axis_of_times_has_numbers_however_close_they_are(low, high):
 
 def test_the_rate_is_captions_by_the_minutes_since_the_first():
     drawn = plots.throughput([Series("a", 0, np.array([0.0, 60_000.0, 120_000.0, 240_000.0]) + 1e12)])
-    assert drawn.says == "a: 4 captions, 1 per minute on average."
+    assert drawn.description == "a: 4 captions, 1 per minute on average."
     assert "minutes since the run&#39;s" in drawn.svg or "minutes since the run's" in drawn.svg
 
 
@@ -650,7 +650,7 @@ def test_the_command_says_where_the_report_is_and_what_it_lacks(database, run, h
         f"results_medical/report_train_a.html: 4 captions, 3 pictures shown, {size:.1f} MB\n"
         "  3 of the pictures could not be read: their cards say why\n"
     )
-    assert result.stderr == "Warning: 23 pictures of train are not captioned by a: these scores are of the others.\n"
+    assert result.stderr == "Warning: a has not captioned 23 pictures of train: the scores leave them out.\n"
 
 
 def test_what_cannot_be_reported_is_refused_with_the_next_step(database, run, here, no_plots):
@@ -727,14 +727,14 @@ def test_it_opens_from_disk_with_every_picture_and_a_text_for_each(opened):
     images = page.locator("img").evaluate_all("images => images.map(image => [image.naturalWidth, image.alt])")
     assert len(images) == 26
     assert all(width > 0 and alt for width, alt in images)
-    assert page.locator("#told").inner_text() == "27 of 27 pictures"
+    assert page.locator("#count").inner_text() == "27 of 27 pictures"
 
 
 def test_filters_show_what_they_say_and_give_back_all(opened):
     page = opened
     page.locator("[name=modality]").select_option("X-ray")
     assert shown(page) == [str(n) for n in range(1, 27, 3)]
-    assert page.locator("#told").inner_text() == "9 of 27 pictures"
+    assert page.locator("#count").inner_text() == "9 of 27 pictures"
     page.get_by_label("flagged").check()
     assert shown(page) == ["4", "16"]
     page.locator("[name=modality]").select_option("all")
@@ -742,7 +742,7 @@ def test_filters_show_what_they_say_and_give_back_all(opened):
     assert shown(page) == ["26"]
     page.locator("[name=order]").select_option("worst")
     page.get_by_role("button", name="Show all").click()
-    page.locator("#told", has_text="27 of 27").wait_for()
+    page.locator("#count", has_text="27 of 27").wait_for()
     assert shown(page) == [str(n) for n in range(27)]
 
 
@@ -777,7 +777,7 @@ def test_the_keyboard_reaches_every_control_and_works_the_filters(opened):
     page.keyboard.press("Tab")
     page.keyboard.type("CT")
     assert shown(page) == []
-    assert page.locator("#told").inner_text() == "0 of 27 pictures"
+    assert page.locator("#count").inner_text() == "0 of 27 pictures"
     page.keyboard.press("Shift+Tab")
     page.keyboard.press("ArrowLeft")
     assert shown(page) == []
