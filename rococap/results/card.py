@@ -5,15 +5,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rococap import __version__
 from rococap.data import HUB_ID, parse_name
 from rococap.files import read_json
 from rococap.queue import Run
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -19,9 +19,6 @@ from rococap.queue import Run
 from rococap.results.formats import fold, write_frames
 from rococap.results.manifest import manifest_of, manifest_path, stripped
 from rococap.results.snapshot import PAGE, IncompleteError, done_pages, finished_until, short_reads
-
-if TYPE_CHECKING:
-    pass
 
 _SUBMISSION = pa.schema([("ID", pa.string()), ("Caption", pa.string())])
 

@@ -6,14 +6,11 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 from rococap import __version__
-from rococap.queue import Run
-
-if TYPE_CHECKING:
-    pass
 from rococap.files import ending
+from rococap.queue import Run
 
 MANIFEST = "rococap.json"
 """The manifest of every folder that `publish` writes. A folder without one is never replaced."""

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
@@ -32,8 +32,9 @@ from rococap.files import cannot_write, fsync, read_json, write_json
 from rococap.progress import Progress, silent
 from rococap.queue import Counts, Run, place_of
 from rococap.queue.enqueue import LONGEST_ID
+from rococap.results.card import Written, card
 from rococap.results.formats import SCHEMA, write_frames
-from rococap.results.manifest import MANIFEST, manifest_of, stripped
+from rococap.results.manifest import MANIFEST, as_options, is_another, is_ours, lost_splits, manifest_of, stripped
 from rococap.results.snapshot import (
     PAGE,
     SELECTED,
@@ -44,11 +45,6 @@ from rococap.results.snapshot import (
     frame_of,
     short_reads,
 )
-
-if TYPE_CHECKING:
-    pass
-from rococap.results.card import Written, card
-from rococap.results.manifest import as_options, is_another, is_ours, lost_splits
 
 
 def publish(
