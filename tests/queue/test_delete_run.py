@@ -136,7 +136,7 @@ def test_a_run_whose_pictures_are_held_stays_and_the_command_that_withdraws_them
     claim(database, run)
     refused = rococap("runs", "--delete", "default", "--yes")
     assert refused.exit_code == 1
-    assert "(1 leases are open), so it stays." in refused.stderr
+    assert "(1 leases are open), so it was not deleted." in refused.stderr
     assert select(database, "SELECT name, deleted_at FROM runs") == [("default", None)]
     assert refused.stderr.rstrip().endswith("rococap cancel --run default --all")
     assert rococap("cancel", "--run", "default", "--all").exit_code == 0
@@ -149,7 +149,7 @@ def test_a_deletion_that_was_killed_half_way_is_not_seen_and_vacuum_finishes_it(
     with db.transaction(database, write=True) as conn:
         queue.delete_run(conn, run)
     with db.transaction(database, write=True) as conn:
-        assert queue.clear_deleted(conn, most=1) == 1
+        assert queue.clear_deleted(conn, limit=1) == 1
     with db.transaction(database) as conn:
         assert [one.run for one in queue.counts(conn)] == ["other"]
     assert {check.name: check.verdict for check in examine(database)}["tallies"] == Verdict.OK
