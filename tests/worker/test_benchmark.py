@@ -333,11 +333,11 @@ def test_sizes_are_powers_of_two_and_the_automatic_one(most, automatic, sizes):
         (rates(_1=1.0, _2=1.8, _4=3.0), 4, "Leave --batch-size at auto, which is 4 here."),
         (rates(_1=1.0, _2=2.95, _4=3.0), 4, "Leave --batch-size at auto, which is 4 here."),
         (rates(_1=1.0, _2=3.0, _4=3.1), 2, "Leave --batch-size at auto, which is 2 here."),
-        (rates(_1=1.0, _2=2.9, _4=3.0, _8=2.0), 8, "Use --batch-size 2: the smallest within 5 % of the fastest."),
+        (rates(_1=1.0, _2=2.9, _4=3.0, _8=2.0), 8, "Use --batch-size 2, the smallest within 5 % of the fastest."),
         (
             rates(_1=1.0, _2=2.0),
             8,
-            "Of the batch sizes measured use --batch-size 2; auto is 8, which was not among them.",
+            "Of the batch sizes measured, use --batch-size 2; auto is 8, which was not among them.",
         ),
     ],
 )
