@@ -483,7 +483,7 @@ def _roll_back(conn: Connection) -> None:
 def lock(conn: Connection, table: str, id: int) -> None:
     """Locks a row until the transaction ends, so that one writer at a time changes what depends on it.
 
-    SQLite allows only one writer anyway. On PostgreSQL, rows that refer to this one may still be added meanwhile.
+    SQLite allows only one writer anyway. On PostgreSQL, rows that refer to this one may still be added.
     """
     if conn.dialect.name != "sqlite":
         execute(conn, f"SELECT id FROM {table} WHERE id = ? FOR NO KEY UPDATE", (id,))
@@ -690,7 +690,7 @@ def back_up(database: Database, target: Path, *, overwrite: bool = False) -> Pat
 
 
 def vacuum(database: Database) -> None:
-    """Returns free space to the file system, and updates PostgreSQL's statistics. SQLite is locked meanwhile.
+    """Returns free space to the file system, and updates PostgreSQL's statistics. SQLite is locked while it runs.
 
     Raises DatabaseError if the database cannot do it.
     """

@@ -581,7 +581,7 @@ MUTANTS = (
         "a heartbeat locks the worker first, and meets complete on PostgreSQL",
         "heartbeat",
         "    held, spent = set(lease_ids), store_ms or {}\n",
-        "    see(conn, worker_id, at, None)\n    held, spent = set(lease_ids), store_ms or {}\n",
+        "    mark_seen(conn, worker_id, at, None)\n    held, spent = set(lease_ids), store_ms or {}\n",
         "test_postgresql.py::test_a_heartbeat_and_a_complete_of_one_worker_do_not_wait_for_each_other",
     ),
     mutant(
@@ -595,7 +595,7 @@ MUTANTS = (
     mutant(
         "books-on-anyones-lease",
         "what storing took is added to another worker's lease",
-        "book",
+        "add_store_ms",
         'store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"',
         'store_ms = store_ms + ? WHERE id = ? AND ? > 0"',
         "queue/test_queue.py::test_what_storing_took_is_added_to_no_lease_of_another_worker",
@@ -603,7 +603,7 @@ MUTANTS = (
     mutant(
         "books-on-open-leases-only",
         "what storing the last part of a lease took is lost",
-        "book",
+        "add_store_ms",
         'store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"',
         "store_ms = store_ms + ? WHERE id = ? AND worker_id = ? AND state = 'open'\"",
         "queue/test_queue.py::test_what_storing_took_is_added_to_leases_also_when_they_have_ended",
@@ -611,7 +611,7 @@ MUTANTS = (
     mutant(
         "a-silent-beat-forgets",
         "a heartbeat without telemetry deletes what the last one told",
-        "see",
+        "mark_seen",
         "telemetry = COALESCE(?, telemetry)",
         "telemetry = ?",
         "queue/test_queue.py::test_a_heartbeat_and_a_goodbye_tell_what_a_worker_measured",
@@ -620,7 +620,7 @@ MUTANTS = (
         "booked-twice",
         "what a heartbeat told of storing is told again by the next",
         "_beat_once",
-        "    meter.booked(store_ms)\n",
+        "    meter.mark_recorded(store_ms)\n",
         "",
         "worker/test_worker.py::test_the_wait_for_the_lock_is_time_of_storing_and_is_booked_once",
     ),

@@ -33,7 +33,7 @@ from rococap.queue.records import (
     time_of,
 )
 from rococap.queue.runs import Run
-from rococap.queue.workers import book, see
+from rococap.queue.workers import add_store_ms, mark_seen
 from rococap.tables import JobState
 
 MAX_MESSAGE = 2_000
@@ -130,9 +130,9 @@ def heartbeat(
         if lease_id in held and _extend(conn, worker_id, lease_id, at, ttl_ms):
             kept.add(lease_id)
         if lease_id in spent:
-            book(conn, worker_id, lease_id, spent[lease_id])
+            add_store_ms(conn, worker_id, lease_id, spent[lease_id])
     # After the leases, as in `complete`: in another order the two could deadlock on PostgreSQL.
-    see(conn, worker_id, at, telemetry)
+    mark_seen(conn, worker_id, at, telemetry)
     return kept
 
 
@@ -289,7 +289,7 @@ def record(conn: Connection, lease_id: int, at: int, failed: Mapping[int, Failur
 def release(conn: Connection, lease: Lease, job_ids: Iterable[int], *, now: int | None = None) -> int:
     """Makes jobs pending again without counting the attempt; returns how many.
 
-    Jobs that have left the lease meanwhile stay as they are. Raises LeaseLost if the worker no longer holds the lease.
+    Jobs that have left the lease since stay as they are. Raises LeaseLost if the worker no longer holds the lease.
     """
     at = time_of(conn, now)
     _hold(conn, lease)

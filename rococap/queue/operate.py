@@ -102,7 +102,7 @@ def cancel(
         "SELECT id FROM leases WHERE state = 'open' AND run_id = ? ORDER BY id" + db.for_update(conn, "leases"),
         (run.id,),
     ).fetchall()
-    # Some of the leased jobs may have been released meanwhile.
+    # Includes free jobs, because some may have been released since.
     held = _selected(conn, run, "'pending', 'waiting', 'leased'", splits, image_ids, ())
     if held:
         execute(conn, sql, [(at, id) for id, _, _ in held])

@@ -100,7 +100,7 @@ def release_forgotten(conn: Connection, worker_id: int, held: Set[int], *, now: 
     """Releases jobs that this worker leased without learning of it, because the answer to its claim was lost; returns
     how many.
 
-    `held` are the leases that the worker knew of before this transaction began; its store may close some meanwhile.
+    `held` are the leases that the worker knew of before this transaction began; its store thread may close some later.
     """
     open_leases = execute(
         conn,
@@ -165,7 +165,7 @@ def crash(conn: Connection, lease_id: int, *, now: int | None = None, expired_by
     counted.
 
     A job that was alone in two such leases fails. Returns False, changing nothing, if the lease was not open or was
-    extended beyond `expired_by` meanwhile.
+    extended beyond `expired_by` in the meantime.
     """
     at = time_of(conn, now)
     row = execute(

@@ -87,7 +87,7 @@ def refuse_deleted(conn: Connection, run: Run) -> None:
     cannot be deleted.
     """
     if execute(conn, "SELECT deleted_at FROM runs WHERE id = ?", (run.id,)).scalar_one() is not None:
-        raise RunError(f"Run {run.name!r} was deleted meanwhile. See: rococap runs")
+        raise RunError(f"Run {run.name!r} has been deleted. See: rococap runs")
 
 
 def create_run(conn: Connection, name: str, dataset_id: int, recipe: Recipe, now: int | None = None) -> Run:

@@ -68,18 +68,18 @@ def stop_worker(
     """Records that a worker has stopped, with its last measurements. `store_ms` is milliseconds of storing by lease."""
     at = time_of(conn, now)
     for lease_id, ms in sorted((store_ms or {}).items()):
-        book(conn, worker_id, lease_id, ms)
+        add_store_ms(conn, worker_id, lease_id, ms)
     execute(conn, "UPDATE workers SET stopped_at = ? WHERE id = ?", (at, worker_id))
-    see(conn, worker_id, at, telemetry)
+    mark_seen(conn, worker_id, at, telemetry)
 
 
-def see(conn: Connection, worker_id: int, at: int, telemetry: Telemetry | None) -> None:
+def mark_seen(conn: Connection, worker_id: int, at: int, telemetry: Telemetry | None) -> None:
     """Records that a worker was seen at a time, with new telemetry if there is any."""
     sql = "UPDATE workers SET seen_at = ?, telemetry = COALESCE(?, telemetry) WHERE id = ?"
     execute(conn, sql, (at, telemetry.to_json() if telemetry else None, worker_id))
 
 
-def book(conn: Connection, worker_id: int, lease_id: int, store_ms: float) -> None:
+def add_store_ms(conn: Connection, worker_id: int, lease_id: int, store_ms: float) -> None:
     """Adds milliseconds of storing to a lease of this worker, whatever its state."""
     sql = "UPDATE leases SET store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"
     execute(conn, sql, (store_ms, lease_id, worker_id))

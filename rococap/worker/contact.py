@@ -43,7 +43,7 @@ class Contact:
         self._since = clock.now()
         if not self._is_lost:
             self._is_lost = True
-            log.warning("waiting for the database, and keeping new captions meanwhile: %s", error)
+            log.warning("waiting for the database, and keeping new captions until it is back: %s", error)
 
     def unbroken_sec(self) -> float:
         """Seconds of unbroken contact; 0 if that is less than a lease time."""

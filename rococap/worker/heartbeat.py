@@ -46,7 +46,7 @@ def _leave_if_stalled(context: Context, holdings: Holdings) -> None:
 def _beat_once(context: Context, holdings: Holdings, meter: Meter) -> None:
     settings, contact = context.settings, context.contact
     leases = [lease.id for lease in holdings.open_leases()]
-    store_ms, telemetry = meter.unbooked(), meter.recent()
+    store_ms, telemetry = meter.unrecorded(), meter.recent()
     expires_at = clock.now() + settings.lease_ttl
     patience = min(settings.lease_ttl / 4, STORE_PATIENCE_SEC)
     try:
@@ -57,7 +57,7 @@ def _beat_once(context: Context, holdings: Holdings, meter: Meter) -> None:
     except (RococapError, DriverError) as error:
         contact.lost(error)
         return
-    meter.booked(store_ms)
+    meter.mark_recorded(store_ms)
     contact.made()
     holdings.extend(kept, expires_at)
     still_held = {lease.id for lease in holdings.open_leases()}

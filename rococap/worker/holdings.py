@@ -266,7 +266,7 @@ class Holdings:
             self._state.blank -= job_ids
 
     def offer(self, job: Job, prepared: Prepared, load_sec: float, prepare_sec: float, *, is_blank: bool) -> None:
-        """Makes a picture available to the engine, unless its lease was lost meanwhile."""
+        """Makes a picture available to the engine, unless its lease has been lost."""
         with self._changed:
             held = self._state.held.get(job.lease_id)
             if held is not None:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 def register(context: Context) -> Context | None:
     """Registers the worker, runs its self-check and pins the model; returns the context with the worker's id, or None
-    if it was asked to stop meanwhile.
+    if it was asked to stop before that was done.
 
     Raises ModelError if the self-check fails, RunError if the run was started with another model state.
     """
@@ -111,7 +111,7 @@ def _kept_alive(context: Context) -> Iterator[None]:
 
 
 def _check(context: Context, places: Sequence[Place]) -> None:
-    """Raises ModelError if the self-check fails. Records its outcome unless the worker was asked to stop meanwhile."""
+    """Raises ModelError if the self-check fails. Records its outcome unless a request to stop interrupted it."""
     log.info("self-check: captioning a few pictures of the run")
     run, stop = context.run, context.stop
     checked = selfcheck.check(
@@ -140,7 +140,7 @@ def say_goodbye(context: Context, holdings: Holdings, meter: Meter) -> None:
     without learning of it. Captions in the spool keep their leases.
     """
     held = {lease.id for lease in holdings.open_leases()}
-    store_ms, telemetry = meter.unbooked(), meter.overall()
+    store_ms, telemetry = meter.unrecorded(), meter.overall()
     with goodbye(), transaction(context.database, write=True, patience=STOP_PATIENCE_SEC) as conn:
         queue.lock_leases(conn, context.worker_id, store_ms)
         queue.release_forgotten(conn, context.worker_id, held)

@@ -75,7 +75,7 @@ UNDER_WAY = "under way"
 
 
 def under_way(run: str, engine_mode: str) -> SelfCheck:
-    """What is recorded until the outcome is known; it stays if a picture kills the worker meanwhile."""
+    """What is recorded until the outcome is known; it stays if a picture kills the worker before that."""
     return SelfCheck(run, engine_mode, False, 0, 0, 0, UNDER_WAY, process_started=_started(os.getpid()))
 
 

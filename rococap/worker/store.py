@@ -97,7 +97,7 @@ class Store:
 
     def close(self, *, is_patient: bool) -> None:
         """Returns when everything that was put is stored: in the database, or in the spool if that is unavailable and
-        the store is not `is_patient` or is asked to stop meanwhile.
+        the store is not `is_patient` or the worker is asked to stop.
         """
         self._is_patient = is_patient
         self._completions.put(None)
@@ -278,7 +278,7 @@ class Store:
             return [entry]
         with self._writing(entry.lease) as conn:
             result = queue.recover(conn, self._context.worker_id, entry.lease, entry.completions)
-            with suppress(LeaseLost):  # it has expired meanwhile
+            with suppress(LeaseLost):  # it has expired since
                 queue.release(conn, entry.lease, entry.released)
         captions = {completion.job_id for completion in entry.completions if completion.failure is None}
         self.outcome.done += len(captions & result.stored)

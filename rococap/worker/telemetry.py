@@ -76,7 +76,7 @@ class Meter:
             captioning_sec=round(now.at - self._start.at, 1),
             pictures_per_sec=round((now.pictures - then.pictures) / sec, 3),
             new_tokens_per_sec=round((now.tokens - then.tokens) / sec, 1),
-            # It would exceed 1 if the batch size was halved meanwhile, or if captions had been started before.
+            # It would exceed 1 if the batch size was halved in this time, or if captions had been started before.
             fill=round(min(1.0, (now.rows - then.rows) / room), 3) if room else None,
             busy=round(min(1.0, (now.model_ms - then.model_ms) / 1000 / sec), 3),
             waited_sec=round(self._usage.waited_sec, 1),
@@ -92,12 +92,12 @@ class Meter:
         with self._lock:
             self._store_ms[lease_id] = self._store_ms.get(lease_id, 0.0) + ms
 
-    def unbooked(self) -> dict[int, float]:
+    def unrecorded(self) -> dict[int, float]:
         """Milliseconds of storing, by lease, that are not recorded in the database yet."""
         with self._lock:
             return dict(self._store_ms)
 
-    def booked(self, store_ms: Mapping[int, float]) -> None:
+    def mark_recorded(self, store_ms: Mapping[int, float]) -> None:
         """Records that these milliseconds of storing, by lease, are in the database now."""
         with self._lock:
             left = {lease_id: ms - store_ms.get(lease_id, 0.0) for lease_id, ms in self._store_ms.items()}

@@ -177,7 +177,7 @@ class Deleting(SmallEngine):
 @pytest.mark.every_database
 def test_a_worker_whose_run_is_deleted_ends_and_says_so_also_if_it_waits_for_work(database, run):
     settings = Settings.of(batch_size=2, lease_ttl=60.0, self_check=False, wait=True)
-    with pytest.raises(RunError, match=r"Run 'default' was deleted meanwhile\."):
+    with pytest.raises(RunError, match=r"Run 'default' has been deleted\."):
         work(database, settings, load=lambda *_: Deleting(database, run))
     assert select(database, "SELECT count(*) FROM captions") == [(0,)]
 
@@ -192,9 +192,9 @@ def test_an_enqueue_under_way_ends_when_its_run_is_deleted(database, run, tmp_pa
                 queue.delete_run(conn, queue.get_run(conn, "new"))
 
     located = enqueue.datasets.locate(str(tmp_path / "set"), ["train"])
-    with pytest.raises(RunError, match=r"Run 'new' was deleted meanwhile\."):
+    with pytest.raises(RunError, match=r"Run 'new' has been deleted\."):
         enqueue.enqueue(database, located, ["train"], run="new", recipe=OTHER, progress=progress)
-    with pytest.raises(RunError, match=r"Run 'newer' was deleted meanwhile\."):
+    with pytest.raises(RunError, match=r"Run 'newer' has been deleted\."):
         _from(database, run, "newer", tmp_path)
     assert select(database, "SELECT count(*) FROM jobs") == [(6 + 2 + 2,)]
 
