@@ -107,7 +107,7 @@ def take_over(engine: Engine) -> set[int]:
             overdue = queue.overdue(conn)
         if overdue:
             with db.transaction(engine, write=True) as conn:
-                queue.reap(conn, but=worker_id)
+                queue.reap(conn, exclude_worker=worker_id)
         if claimed := claim_suspects(engine, worker_id):
             return claimed
         time.sleep(POLL_SEC * random.uniform(0.5, 1.0))

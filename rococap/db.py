@@ -1,7 +1,8 @@
-"""Engines from URLs, transactions that wait their turn, and the schema's version.
+"""Connections, transactions that wait for locks, and migrations of the schema, on SQLite and PostgreSQL.
 
-Transactions are begun and committed by name on an autocommit connection: SQLite's drivers otherwise begin deferred
-ones, which ignore the busy timeout when they turn into writers. Both dialects run the same statements.
+Transactions are begun and committed explicitly on an autocommit connection: SQLite's driver would otherwise begin
+deferred ones, which ignore the busy timeout when they are upgraded to writers. Both dialects run the same statements.
+Knows the tables, but not what a job or a lease means.
 """
 
 import os
@@ -30,36 +31,37 @@ from rococap.urls import shown, sqlite_url
 
 DEFAULT_URL = "sqlite:///rococap.db"
 PATIENCE_SEC = 60.0
-"""How long a transaction waits for a lock before it gives up."""
-COURTESY_SEC = 0.0005
-"""A writer that has just committed lets those who wait go first: at once it would win nearly every time."""
+"""How long a transaction waits for a lock before it fails."""
+YIELD_SEC = 0.0005
+"""Pause after a commit, so that waiting writers get the lock: without it the same writer would win nearly every time.
+"""
 
 POSTGRESQL_SETTINGS = {
-    # Said by `libpq`: a server that is silently gone must not hold a thread for the kernel's fifteen minutes.
+    # libpq's options: a server that vanished silently must not block a thread for the kernel's fifteen minutes.
     "connect_timeout": 10,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }
-"""Unless the URL says otherwise: `?connect_timeout=3`."""
+"""Defaults; the URL may override them, as in `?connect_timeout=3`."""
 
 IDLE_SEC = 60
-"""A worker that is frozen inside a transaction must not hold others' rows for longer."""
+"""A worker that freezes inside a transaction must not hold other workers' rows for longer than this."""
 
-_WHATEVER_THE_URL_SAYS = {
-    # Captions are Unicode, and the driver hands out bytes where the server's locale chose the encoding.
+_FIXED_SETTINGS = {
+    # Captions are Unicode, and the driver would return bytes if the server's locale chose the encoding.
     "client_encoding": "UTF8",
-    # PgBouncer gives each transaction another connection, which knows no statement that an earlier one prepared.
+    # PgBouncer may give each transaction another server connection, which lacks the statements prepared on an earlier.
     "prepare_threshold": None,
 }
 
-_PREPARED_AFTER = 5
-"""So often is a statement executed, as by the driver's default, before a server without a pooler prepares it, which
-saves a third of the time that claiming and completing take.
+_PREPARE_AFTER = 5
+"""Executions after which a statement is prepared on a server without a pooler, as is the driver's default. Preparing
+saves a third of the time of claiming and completing.
 """
 
-_AWAY = frozenset(
+_UNAVAILABLE_CODES = frozenset(
     [
         sqlite3.SQLITE_BUSY,
         sqlite3.SQLITE_CANTOPEN,
@@ -68,17 +70,19 @@ _AWAY = frozenset(
         sqlite3.SQLITE_LOCKED,
         sqlite3.SQLITE_NOMEM,
         sqlite3.SQLITE_PROTOCOL,
-        sqlite3.SQLITE_READONLY,  # also of a file that was moved under us
+        sqlite3.SQLITE_READONLY,  # also reported for a file that was moved while open
     ]
 )
 
-_AWAY_SQLSTATES = frozenset(["25006", "25P03", "40P01"])
-"""A server that fell back to reading, a transaction that idled too long, a deadlock: of no class that says so."""
+_UNAVAILABLE_SQLSTATES = frozenset(["25006", "25P03", "40P01"])
+"""A server that became read-only, a transaction that idled too long, a deadlock: the driver's exception classes do not
+tell these from mistakes in SQL.
+"""
 
 _NO_SUCH_TABLE = "42P01"
 
 _FIRST_USE_LOCK = 0x726F636F
-"""The key of PostgreSQL's advisory lock on changes of the schema."""
+"""Key of the PostgreSQL advisory lock that serialises schema changes."""
 
 NETWORK_FILE_SYSTEMS = frozenset(
     [
@@ -107,25 +111,26 @@ T = TypeVar("T")
 
 
 def default_url() -> str:
+    """ROCOCAP_DB from the environment, or a file in the working directory."""
     return os.environ.get("ROCOCAP_DB", DEFAULT_URL)
 
 
 # --- Opening ---------------------------------------------------------------------------------------------------
 
 
-def connect(url: str, *, create: bool = True, is_there: bool = False, force: bool = False) -> Database:
-    """The database at `url`, with the schema checked; an empty or absent database is given its tables.
+def connect(url: str, *, create: bool = True, must_exist: bool = False, force: bool = False) -> Database:
+    """Opens the database at `url` and checks its schema; an empty or missing database gets its tables.
 
-    With `is_there` an SQLite file that is absent is not made. With `create=False` the database is opened as it is,
-    whatever its schema; with `force` also on a file system that SQLite cannot lock on. Raises DatabaseError for a URL
-    that cannot be understood, such a file system, a file that is to be there and is not, a database that is not ours or
-    has another schema.
+    With `must_exist`, a missing SQLite file is an error instead of being created. With `create=False` the database is
+    opened as it is, whatever its schema. With `force` it may be on a file system where SQLite's locks do not work.
+    Raises DatabaseError for an invalid URL, a network file system without `force`, a missing file with `must_exist`, a
+    database that is not rococap's, and one with another schema version.
     """
     database = _create(_parse(url), force)
-    if is_there and database.dialect.name == "sqlite" and not os.path.exists(database.url.database or ""):
+    if must_exist and database.dialect.name == "sqlite" and not os.path.exists(database.url.database or ""):
         raise DatabaseError(
-            f"There is no database {database.url.database}. Name yours with --db, or make it by registering pictures: "
-            "rococap enqueue --split train"
+            f"There is no database {database.url.database}. Name yours with --db, or create it by registering "
+            "pictures: rococap enqueue --split train"
         )
     if create:
         try:
@@ -134,7 +139,7 @@ def connect(url: str, *, create: bool = True, is_there: bool = False, force: boo
             database.dispose()
             if isinstance(error, DriverError):
                 raise DatabaseError(explain(error, database.url)) from error
-            if isinstance(error, TypeError | ValueError):  # options of the URL that the driver does not take
+            if isinstance(error, TypeError | ValueError):  # the URL has options that the driver does not accept
                 raise _cannot_open(url, error) from error
             raise
         if database.dialect.name == "sqlite":
@@ -145,7 +150,7 @@ def connect(url: str, *, create: bool = True, is_there: bool = False, force: boo
 def _parse(url: str) -> URL:
     try:
         parsed = sqlite_url(url) or make_url(_with_hosts_as_options(url))
-        if parsed.drivername in ("postgres", "postgresql"):  # as libpq writes it
+        if parsed.drivername in ("postgres", "postgresql"):  # libpq's spelling
             parsed = parsed.set(drivername="postgresql+psycopg")
         parsed.get_dialect()
     except (ArgumentError, NoSuchModuleError, ValueError) as error:
@@ -157,22 +162,24 @@ def _parse(url: str) -> URL:
             f"The driver of {parsed.drivername} is not supported. Use sqlite:// or postgresql+psycopg://"
         )
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:", "file::memory:"):
-        raise DatabaseError("A queue in memory would be lost with its process. Name a file: sqlite:///rococap.db")
+        raise DatabaseError("A queue in memory is lost when its process ends. Name a file: sqlite:///rococap.db")
     return parsed
 
 
 def _with_hosts_as_options(url: str) -> str:
-    """`//a:1,b:2/x` as `///x?host=a,b&port=1,2`: several hosts, or a socket, that SQLAlchemy reads only like this."""
+    """Rewrites `//a:1,b:2/x` as `///x?host=a,b&port=1,2`, the only form in which SQLAlchemy accepts several hosts or a
+    socket.
+    """
     parts = re.fullmatch(r"(postgres[a-z+]*://(?:[^/?]*@)?)([^/?@]*)([^?]*)\??(.*)", url, re.DOTALL)
     if parts is None or not re.search(",|%2F", parts[2], re.IGNORECASE):
         return url
     hosts, ports = [], []
-    for place in parts[2].split(","):
-        found = re.fullmatch(r"(?:\[(.*)\]|([^:]*))(?::(\d*))?", place)
-        if found is None:
+    for address in parts[2].split(","):
+        match = re.fullmatch(r"(?:\[(.*)\]|([^:]*))(?::(\d*))?", address)
+        if match is None:
             return url
-        hosts.append(found[1] or found[2])
-        ports.append(found[3] or "")
+        hosts.append(match[1] or match[2])
+        ports.append(match[3] or "")
     options = [f"host={','.join(hosts)}", f"port={','.join(ports)}" if any(ports) else "", parts[4]]
     return f"{parts[1]}{parts[3]}?{'&'.join(filter(None, options))}"
 
@@ -187,7 +194,7 @@ def _cannot_open(url: str, error: Exception) -> DatabaseError:
 
 def _create(url: URL, force: bool) -> Database:
     if url.get_backend_name() == "sqlite":
-        _check_place(Path(url.database or ""), force)
+        _check_folder(Path(url.database or ""), force)
         database = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": 0})
         event.listen(database, "connect", _set_pragmas)
         return database
@@ -197,49 +204,51 @@ def _create(url: URL, force: bool) -> Database:
             url,
             isolation_level="AUTOCOMMIT",
             pool_pre_ping=True,
-            connect_args=settings | _WHATEVER_THE_URL_SAYS,
+            connect_args=settings | _FIXED_SETTINGS,
         )
     except ModuleNotFoundError as error:
         raise DatabaseError(
             f"PostgreSQL's driver is not installed ({error}). Install it: pip install 'rococap[postgres]'"
         ) from error
-    _look_at_each_connection(database)
+    _check_new_connections(database)
     return database
 
 
-def _look_at_each_connection(database: Database) -> None:
-    """A new one to a database that cannot hold every caption raises DatabaseError."""
+def _check_new_connections(database: Database) -> None:
+    """Makes a new connection raise DatabaseError if the database's encoding cannot hold every caption, and prepare
+    statements if there is no pooler in between.
+    """
 
-    def look(connection: Any, _record: object) -> None:
+    def check(connection: Any, _record: object) -> None:
         sql = "SELECT current_setting('server_encoding'), pg_backend_pid()"
         encoding, pid = connection.execute(sql).fetchone()
         if encoding != "UTF8":
             connection.close()
             raise _wrong_encoding(database.url, encoding)
-        # A pooler hands out numbers of its own: where they agree, the server itself is at the other end.
+        # A pooler reports process ids of its own: equal ids mean that the server itself is at the other end.
         if pid == connection.info.backend_pid:
-            connection.prepare_threshold = _PREPARED_AFTER
+            connection.prepare_threshold = _PREPARE_AFTER
 
-    event.listen(database, "connect", look)
+    event.listen(database, "connect", check)
 
 
 def _wrong_encoding(url: URL, encoding: str) -> DatabaseError:
-    locale = "" if encoding == "SQL_ASCII" else " --locale=C"  # one that was chosen may allow no other encoding
+    locale = "" if encoding == "SQL_ASCII" else " --locale=C"  # the server's locale may allow no other encoding
     return DatabaseError(
-        f"{url.render_as_string()} has the encoding {encoding}, which cannot hold captions. Create one of UTF8 and "
+        f"{url.render_as_string()} has the encoding {encoding}, which cannot hold captions. Create one in UTF8 and "
         f"name it with --db: createdb --encoding=UTF8 --template=template0{locale} NAME"
     )
 
 
 def refuse_absent(_dialect: object, _record: object, args: Sequence[Any], _options: object) -> None:
-    """A file that was there and is gone must not be made anew, empty, by whoever connects next."""
+    """Keeps a new connection from recreating, empty, a database file that has disappeared since it was opened."""
     if not os.path.exists(args[0]):
         error = sqlite3.OperationalError("unable to open database file: it is gone")
         error.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
         raise error
 
 
-def _check_place(path: Path, force: bool) -> None:
+def _check_folder(path: Path, force: bool) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise DatabaseError(
@@ -248,24 +257,27 @@ def _check_place(path: Path, force: bool) -> None:
     kind = file_system(path.resolve().parent, mounts())
     if kind in NETWORK_FILE_SYSTEMS and not force:
         raise DatabaseError(
-            f"{path} is on a network file system ({kind}), where SQLite's locks do not hold and captions could be "
+            f"{path} is on a network file system ({kind}), where SQLite's locks are unreliable and captions could be "
             "lost. Put the database on a local disk, or use PostgreSQL: --db postgresql+psycopg://USER@HOST/NAME "
             "(or, at your own risk and with one process at a time: rococap --force …)"
         )
 
 
 def mounts() -> str:
+    """The content of /proc/mounts; empty on systems without it."""
     try:
         return Path("/proc/mounts").read_text(errors="surrogateescape")
-    except OSError:  # not Linux: nothing to go by
+    except OSError:
         return ""
 
 
 def file_system(folder: Path, mounts: str) -> str | None:
-    """The type of the file system that `folder` is on, by the longest matching line of `mounts` (/proc/mounts)."""
+    """The type of the file system that holds `folder`, from the longest mount point in `mounts` (/proc/mounts) that
+    contains it; None if none does.
+    """
     kinds = {_unescape(point): kind for _, point, kind, *_ in (line.split() for line in mounts.splitlines())}
     resolved = folder.resolve()
-    return next((kinds[str(at)] for at in (resolved, *resolved.parents) if str(at) in kinds), None)
+    return next((kinds[str(path)] for path in (resolved, *resolved.parents) if str(path) in kinds), None)
 
 
 def _unescape(mount_point: str) -> str:
@@ -273,43 +285,46 @@ def _unescape(mount_point: str) -> str:
 
 
 def wal_is_safe(version: tuple[int, ...]) -> bool:
-    """Whether this SQLite has the fix for the WAL corruption of 3.7.0 to 3.51.2 (several writers, checkpointing)."""
+    """Whether this version of SQLite has the fix for the WAL corruption of 3.7.0 to 3.51.2, which several writers and a
+    checkpoint at once can cause (https://www.sqlite.org/wal.html).
+    """
     return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
 
 
 def _set_pragmas(connection: sqlite3.Connection, _record: object) -> None:
     is_new = connection.execute("PRAGMA page_count").fetchone()[0] == 0
     if is_new and wal_is_safe(sqlite3.sqlite_version_info):
-        connection.execute("PRAGMA journal_mode = WAL")  # may be refused: any journal is safe with FULL
+        connection.execute("PRAGMA journal_mode = WAL")  # if refused, any other journal is as safe with FULL
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
 
 
 def stay(database: Database, sql: str, params: Row) -> None:
-    """From now on a new connection must find a row by this query, or it raises DatabaseError; behind a pooler any one.
+    """From now on, a new connection raises DatabaseError unless this query finds a row; behind a pooler, every
+    checkout does.
 
-    For who goes on for long: should the file be replaced or the server restored, ids mean other rows there.
+    For long-running processes: if the file is replaced or the server restored from a backup, ids refer to other rows.
     """
     sql = sql if database.dialect.name == "sqlite" else sql.replace("?", "%s")
 
     def check(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
         try:
-            is_there = cursor.execute(sql, tuple(params)).fetchone() is not None
+            is_same = cursor.execute(sql, tuple(params)).fetchone() is not None
         except database.dialect.loaded_dbapi.Error as error:
             if "no such table" not in str(error) and getattr(error, "sqlstate", None) != _NO_SUCH_TABLE:
                 raise
-            is_there = False  # a new one that is being given its tables
+            is_same = False  # a new database whose tables are being created
         finally:
             cursor.close()
-        if not is_there:
+        if not is_same:
             raise DatabaseError(
-                f"{shown(database.url)} is another database than when this process began: it was "
-                "replaced. Start anew, with the one that you want."
+                f"{shown(database.url)} is not the database that this process started with: it was "
+                "replaced. Start again, with the one that you want."
             )
 
     def check_behind_a_pooler(connection: Any, record: object, _proxy: object) -> None:
-        if connection.prepare_threshold is None:  # its own connections to the server come and go unseen
+        if connection.prepare_threshold is None:  # a pooler may reconnect to the server without our noticing
             check(connection, record)
 
     event.listen(database, "connect", check)
@@ -318,7 +333,7 @@ def stay(database: Database, sql: str, params: Row) -> None:
 
 
 def explain(error: DBAPIError, url: URL | None = None) -> str:
-    """A driver's error as one line that names the next step."""
+    """A driver's error as a one-line message that names the next step."""
     reason = str(error.orig).partition("\n")[0]
     where = shown(url) if url else "The database"
     if "not a database" in reason or "malformed" in reason:
@@ -331,8 +346,8 @@ def explain(error: DBAPIError, url: URL | None = None) -> str:
         return f"{where}: the disk is full. Free some space, then run the command again."
     if "unsupported startup parameter" in reason:
         return (
-            f"{where} is behind PgBouncer, which refuses options at the start ({reason}). Leave them out of the URL "
-            "and of PGOPTIONS, or set them for the role: ALTER ROLE NAME SET …"
+            f"{where} is behind PgBouncer, which refuses startup options ({reason}). Remove them from the URL "
+            "and from PGOPTIONS, or set them for the role: ALTER ROLE NAME SET …"
         )
     if url is not None and url.get_backend_name() == "postgresql" and "connect" in reason:
         return f"{where} cannot be reached ({reason}). Start the server, or check the URL's host, port, user and name."
@@ -346,10 +361,10 @@ def explain(error: DBAPIError, url: URL | None = None) -> str:
 def transaction(database: Database, *, write: bool = False, patience: float | None = None) -> Iterator[Connection]:
     """One transaction, committed when the block ends and rolled back when it raises.
 
-    A writer holds SQLite's write lock from the start (BEGIN IMMEDIATE). Both kinds wait for a busy database in our
-    code: SQLite's own waiting starves the unlucky. Raises DatabaseUnavailable after `patience` seconds
-    (PATIENCE_SEC), or if the database is full or away: a commit may have happened all the same. Raises DatabaseError
-    where it cannot be used.
+    A writer holds SQLite's write lock from the start (BEGIN IMMEDIATE). Readers and writers both wait for a busy
+    database in our own code, because SQLite's busy handler starves some of them. Raises DatabaseUnavailable after
+    `patience` seconds (PATIENCE_SEC by default), or if the database is full or unreachable; a commit may have happened
+    nevertheless. Raises DatabaseError if the database cannot be used.
     """
     try:
         with _patiently(database.connect, database.url.database, patience) as conn:
@@ -358,26 +373,26 @@ def transaction(database: Database, *, write: bool = False, patience: float | No
                 yield conn
                 _commit(conn, patience)
                 if write and database.dialect.name == "sqlite":
-                    time.sleep(COURTESY_SEC)
+                    time.sleep(YIELD_SEC)
             except BaseException as error:
                 _roll_back(conn)
-                if isinstance(error, DBAPIError) and _is_away(error):
-                    conn.invalidate()  # a file that was moved or a server that went: the next one opens it anew
+                if isinstance(error, DBAPIError) and _is_unavailable(error):
+                    conn.invalidate()  # the file was moved or the server went down: the next connection opens it again
                 raise
     except DBAPIError as error:
-        if _is_away(error):
+        if _is_unavailable(error):
             raise DatabaseUnavailable(explain(error, database.url)) from error
         if isinstance(error, OperationalError):
             raise DatabaseError(explain(error, database.url)) from error
         raise
 
 
-def _is_away(error: DBAPIError) -> bool:
-    """Whether the same may succeed later: nobody's mistake in SQL."""
+def _is_unavailable(error: DBAPIError) -> bool:
+    """Whether the same statement may succeed later, as opposed to a mistake in the SQL."""
     if isinstance(error.orig, sqlite3.Error):
-        return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _AWAY
+        return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _UNAVAILABLE_CODES
     is_broken = error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
-    return is_broken or getattr(error.orig, "sqlstate", None) in _AWAY_SQLSTATES
+    return is_broken or getattr(error.orig, "sqlstate", None) in _UNAVAILABLE_SQLSTATES
 
 
 def _begin(conn: Connection, write: bool, patience: float | None = None) -> None:
@@ -389,8 +404,8 @@ def _begin(conn: Connection, write: bool, patience: float | None = None) -> None
             execution_options={"no_parameters": True},
         )
         return
-    # A reader that writes would turn into a deferred writer. Its SELECT takes the read lock now, while it may wait,
-    # rather than in the caller's first query.
+    # query_only: a reader that wrote would be upgraded to a deferred writer. The SELECT takes the read lock here, where
+    # waiting is possible, rather than in the caller's first query.
     first = ("BEGIN IMMEDIATE",) if write else ("BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1")
 
     def begin() -> None:
@@ -399,7 +414,7 @@ def _begin(conn: Connection, write: bool, patience: float | None = None) -> None
                 conn.exec_driver_sql(statement)
         except OperationalError as error:
             _roll_back(conn)
-            if conn.invalidated:  # busy, and then not even that: trying again would need another connection
+            if conn.invalidated:  # the rollback failed as well: another attempt would need another connection
                 raise DatabaseUnavailable(explain(error, conn.engine.url)) from error
             raise
 
@@ -407,9 +422,10 @@ def _begin(conn: Connection, write: bool, patience: float | None = None) -> None
 
 
 def _set_idle(url: URL) -> str:
-    """What limits how long this transaction may idle, unless the user's options do.
+    """The statement that limits how long this transaction may idle; empty if the user's options set the limit.
 
-    Not an option of ours when the connection starts: PgBouncer refuses those, and gives it to others after this.
+    It is set per transaction rather than as a startup option, because PgBouncer refuses those and hands the connection
+    to other clients afterwards.
     """
     options = url.query.get("options", os.environ.get("PGOPTIONS", ""))
     name = "idle_in_transaction_session_timeout"
@@ -421,7 +437,10 @@ def _commit(conn: Connection, patience: float | None = None) -> None:
 
 
 def _patiently(action: Callable[[], T], database: str | None, patience: float | None = None) -> T:
-    """Does it again, with jitter, while another process has the database locked."""
+    """Retries `action`, with jitter, while another process has the database locked.
+
+    Raises DatabaseUnavailable after `patience` seconds (PATIENCE_SEC by default).
+    """
     patience = PATIENCE_SEC if patience is None else patience
     started = time.monotonic()
     while True:
@@ -434,14 +453,14 @@ def _patiently(action: Callable[[], T], database: str | None, patience: float | 
             if waited > patience:
                 raise DatabaseUnavailable(
                     f"{database} has been locked by another process for {patience:.0f} s. "
-                    "Close what holds it (a database browser, a backup), then run the command again."
+                    "Close whatever holds it (a database browser, a backup), then run the command again."
                 ) from error
             time.sleep(random.uniform(0.5, 1.0) * _pause_sec(waited))
 
 
 def _pause_sec(waited: float) -> float:
-    """How long until it asks again. The longer it has waited the sooner, so that the lock goes round among workers;
-    after a second it is another program's.
+    """Seconds until the next attempt. The longer a process has waited the sooner it tries again, so that workers take
+    turns; after a second, the lock is probably held by another program and the pause is constant.
     """
     return max(0.0003, 0.005 / (1 + waited / 0.05)) if waited < 1 else 0.02
 
@@ -452,34 +471,34 @@ def _is_busy(error: Exception) -> bool:
 
 
 def _roll_back(conn: Connection) -> None:
-    # SQLite rolls back by itself after some errors (a full disk), PostgreSQL when the connection breaks.
+    # SQLite rolls back on its own after some errors (a full disk), PostgreSQL when the connection breaks.
     driver = None if conn.invalidated else conn.connection.driver_connection
     if driver is not None and getattr(driver, "in_transaction", True):
         try:
             conn.exec_driver_sql("ROLLBACK")
-        except OperationalError:  # nothing is left to roll back on
+        except OperationalError:  # the connection is broken
             conn.invalidate()
 
 
 def lock(conn: Connection, table: str, id: int) -> None:
-    """Lets one writer at a time go on with what hangs on this row, until its transaction ends.
+    """Locks a row until the transaction ends, so that one writer at a time changes what depends on it.
 
-    On SQLite a writer is alone anyway. On PostgreSQL rows that refer to this one may be added meanwhile.
+    SQLite allows only one writer anyway. On PostgreSQL, rows that refer to this one may still be added.
     """
     if conn.dialect.name != "sqlite":
         execute(conn, f"SELECT id FROM {table} WHERE id = ? FOR NO KEY UPDATE", (id,))
 
 
 def for_update(conn: Connection, alias: str) -> str:
-    """The clause that locks the rows of a SELECT for the transaction; SQLite's writers need none."""
+    """The clause that locks the rows of a SELECT until the transaction ends; empty on SQLite, which has one writer."""
     return "" if conn.dialect.name == "sqlite" else f" FOR UPDATE OF {alias}"
 
 
 def execute(conn: Connection, sql: str, params: Row | list[Row] = ()) -> "CursorResult[*tuple[Any, ...]]":
-    """Runs one statement with `?` placeholders; a list of rows runs it for each.
+    """Runs one statement with `?` placeholders; if `params` is a list of rows, once for each.
 
-    Straight to the driver: SQLAlchemy's compiled statements cost three times as much per row, and every row of a
-    run passes here.
+    The statement goes straight to the driver: SQLAlchemy's compiled statements cost three times as much per row, and
+    every row of a run passes through here.
     """
     if conn.dialect.name != "sqlite":
         sql = sql.replace("?", "%s")
@@ -487,9 +506,9 @@ def execute(conn: Connection, sql: str, params: Row | list[Row] = ()) -> "Cursor
 
 
 def now(conn: Connection) -> int:
-    """The database's clock, in milliseconds since 1970 (UTC): workers on several machines share it."""
+    """The database's clock in milliseconds since 1970 (UTC), which workers on several machines share."""
     if conn.dialect.name == "sqlite":
-        # unixepoch('now', 'subsec') is silently NULL before SQLite 3.42.
+        # unixepoch('now', 'subsec') returns NULL, without an error, before SQLite 3.42.
         sql = "SELECT CAST(ROUND((julianday('now') - 2440587.5) * 86400000) AS INTEGER)"
     else:
         sql = "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)"
@@ -500,8 +519,9 @@ def now(conn: Connection) -> int:
 
 
 def migrations_dir() -> Path:
-    packaged = Path(__file__).parent / "migrations"  # installed wheel
-    return packaged if packaged.is_dir() else packaged.parents[1] / "migrations"  # checkout
+    """The folder of alembic's scripts: inside an installed package, or at the root of a checkout."""
+    packaged = Path(__file__).parent / "migrations"
+    return packaged if packaged.is_dir() else packaged.parents[1] / "migrations"
 
 
 def _check_schema(database: Database) -> None:
@@ -514,27 +534,28 @@ def _check_schema(database: Database) -> None:
 
 
 def found_schema(conn: Connection) -> str | None:
-    """The schema's revision; None for an empty database. Raises DatabaseError for somebody else's."""
+    """The schema's revision; None for an empty database. Raises DatabaseError if another program's tables are in it."""
     tables = set(inspect(conn).get_table_names())
     if not tables:
         return None
     if "alembic_version" not in tables or not ({"jobs", "leases"} <= tables or tables == {"alembic_version"}):
         raise DatabaseError(
-            f"{conn.engine.url.database} holds other tables ({', '.join(sorted(tables)[:5])}) and is not a rococap "
-            "database. Name another file with --db."
+            f"{conn.engine.url.database} contains other tables ({', '.join(sorted(tables)[:5])}) and is not a rococap "
+            "database. Name another with --db."
         )
     return execute(conn, "SELECT version_num FROM alembic_version").scalar()
 
 
 def wrong_schema(url: URL, found: str) -> DatabaseError:
+    """The error for a database with the revision `found`: it is older than this version of rococap, or newer."""
     where = shown(url)
     if found in _known_revisions():
         return DatabaseError(
-            f"{where} has schema {found}; this rococap needs {SCHEMA}. Upgrade it (a backup copy is made): "
+            f"{where} has schema {found}; this version of rococap needs {SCHEMA}. Upgrade it (a backup copy is made): "
             f"rococap --db {shlex.quote(where)} migrate"
         )
     return DatabaseError(
-        f"{where} has schema {found}, made by a newer rococap than this one ({SCHEMA}). "
+        f"{where} has schema {found}, from a newer version of rococap than this one ({SCHEMA}). "
         "Upgrade rococap, or name another database with --db."
     )
 
@@ -547,7 +568,8 @@ def _known_revisions() -> set[str]:
 
 @contextmanager
 def migration_connection(database: Database) -> Iterator[Connection]:
-    """A write transaction with foreign keys off: alembic rebuilds tables, and a cascade would empty their children.
+    """A write transaction with SQLite's foreign keys off, because alembic rebuilds tables and a cascade would empty
+    their children.
 
     Raises DatabaseError, and rolls back, if a foreign key is broken at the end.
     """
@@ -572,11 +594,11 @@ def migration_connection(database: Database) -> Iterator[Connection]:
 
 
 _ALEMBIC = threading.Lock()
-"""Alembic's context is one for the process."""
+"""Alembic keeps one context per process, so migrations take turns."""
 
 
 def upgrade(database: Database, revision: str = "head") -> None:
-    """Brings the schema to `revision`, in one transaction; safe when several processes do it at once."""
+    """Upgrades the schema to `revision` in one transaction; several processes may do so at once."""
     from alembic import command
     from alembic.config import Config
 
@@ -589,16 +611,17 @@ def upgrade(database: Database, revision: str = "head") -> None:
 
 @dataclass(frozen=True, slots=True)
 class Migrated:
-    """What `migrate` did. `backup` is the copy made before, of an SQLite file."""
+    """What `migrate` did. `backup` is the copy of an SQLite file that was made first; None if there is none."""
 
     upgraded: bool
     backup: Path | None = None
 
 
 def migrate(url: str, *, force: bool = False) -> Migrated:
-    """Upgrades an older database, after a backup copy of an SQLite file.
+    """Upgrades an older database, after copying it if it is an SQLite file.
 
-    Raises DatabaseError while leases are open: a worker's statements must not meet another schema half-way.
+    Raises DatabaseError while leases are open, because a worker's statements must not meet a new schema half-way, and
+    for a database that cannot be read or is newer than this version of rococap.
     """
     database = connect(url, create=False, force=force)
     try:
@@ -614,7 +637,7 @@ def _migrate(database: Database) -> Migrated:
         found = found_schema(conn)
         n_open = 0
         if found is not None:
-            # An expired one's worker is dead, and no worker of this version could start here to reap it.
+            # The worker of an expired lease is dead, and no worker of this version can start here to reap it.
             sql = "SELECT count(*) FROM leases WHERE state = 'open' AND expires_at > ?"
             n_open = execute(conn, sql, (now(conn),)).scalar_one()
     if found == SCHEMA:
@@ -628,28 +651,28 @@ def _migrate(database: Database) -> Migrated:
     backup = None
     if found is not None and database.dialect.name == "sqlite":
         file = Path(database.url.database or "")
-        # One that is there is of an upgrade that failed, and older than what it would be wanted for.
+        # An existing copy is from an upgrade that failed, and older than the database is now.
         backup = back_up(database, file.with_name(f"{file.name}.before-{SCHEMA}-from-{found}"), overwrite=True)
     upgrade(database)
     return Migrated(True, backup)
 
 
 def back_up(database: Database, target: Path, *, overwrite: bool = False) -> Path:
-    """Copies an SQLite database as it is at one moment to `target`, while workers run; whole or not at all.
+    """Copies a consistent snapshot of an SQLite database to `target` while workers run; whole or not at all.
 
-    Raises DatabaseError where a file is there (but for `overwrite`) or the copy cannot be written, and for PostgreSQL,
-    which has its own tool.
+    Raises DatabaseError if `target` exists (unless `overwrite` is set) or the copy cannot be written, and for
+    PostgreSQL, which has its own tool.
     """
     if database.dialect.name != "sqlite":
         raise DatabaseError("This copies SQLite files. For PostgreSQL: pg_dump --format=custom --file=FILE URL")
     if target.exists() and target.samefile(database.url.database or ""):
         raise DatabaseError(f"{target} is the database itself. Name another file.")
     if os.path.lexists(target) and not overwrite:
-        raise DatabaseError(f"{target} is there already, and is left as it is. Name another file, or move it away.")
+        raise DatabaseError(f"{target} exists already and was left as it is. Name another file, or move it away.")
     partial = target.with_name(f".{target.name}.part")
     try:
-        partial.unlink(missing_ok=True)  # of one that was killed
-        # In one step: copied page by page, it would start anew whenever a worker commits.
+        partial.unlink(missing_ok=True)  # left by a copy that was killed
+        # In one step: a copy page by page would start over whenever a worker commits.
         with closing(sqlite3.connect(database.url.database or "")) as read, closing(sqlite3.connect(partial)) as write:
             _patiently(lambda: read.backup(write), database.url.database)
         with partial.open("rb") as copy:
@@ -667,13 +690,16 @@ def back_up(database: Database, target: Path, *, overwrite: bool = False) -> Pat
 
 
 def vacuum(database: Database) -> None:
-    """Gives free space back, and brings PostgreSQL's statistics up to date. SQLite is locked meanwhile."""
+    """Returns free space to the file system, and updates PostgreSQL's statistics. SQLite is locked while it runs.
+
+    Raises DatabaseError if the database cannot do it.
+    """
     try:
         with database.connect() as conn:
             if database.dialect.name == "postgresql":
                 conn.exec_driver_sql("VACUUM (ANALYZE)")
                 return
-            conn.exec_driver_sql("PRAGMA query_only = OFF")  # the last reader of this connection had it on
+            conn.exec_driver_sql("PRAGMA query_only = OFF")  # a reader may have left it on
             _patiently(lambda: conn.exec_driver_sql("VACUUM"), database.url.database)
             conn.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
     except DBAPIError as error:

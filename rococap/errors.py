@@ -2,18 +2,18 @@
 
 
 class RococapError(Exception):
-    """Something a user can act on; the command line prints it in one line and exits with code 1."""
+    """An error that the user can act on; the command line prints it on one line and exits with code 1."""
 
 
 class DatasetError(RococapError):
-    """A data set, a shard or a download that cannot be used as it is."""
+    """A data set, a shard or a download cannot be used as it is."""
 
 
 class PictureError(RococapError):
-    """One picture that cannot be captioned: it fails alone, with `code`, and never its batch.
+    """One picture cannot be captioned: it fails alone, with `code`, and the rest of its batch goes on.
 
-    For ever, unless it is `transient`: then it is tried again later. Codes are stable, since people group and retry by
-    them: see `rococap failures`.
+    The failure is permanent unless it is `transient`, in which case the picture is retried later. Codes are stable,
+    because users group and retry failures by them: see `rococap failures`.
     """
 
     def __init__(self, code: str, message: str, *, transient: bool = False) -> None:
@@ -23,26 +23,26 @@ class PictureError(RococapError):
 
 
 class DatabaseError(RococapError):
-    """A database that cannot be opened or is locked, is not ours, or has another schema."""
+    """A database cannot be opened, is not a rococap database, or has another schema version."""
 
 
 class DatabaseUnavailable(DatabaseError):
-    """A database that is locked, full or away for now: the same may succeed later.
+    """A database is locked, full or unreachable for now: the same operation may succeed later.
 
-    Raised at a commit, it leaves open whether that happened.
+    If a commit raises it, whether the transaction was committed is unknown.
     """
 
 
 class RunError(RococapError):
-    """A run that does not exist, or that exists with another recipe or data set."""
+    """A run does not exist, exists with another recipe or data set, or has no work of the kind asked for."""
 
 
 class ModelError(RococapError):
-    """A model that cannot be loaded, or that does not caption pictures."""
+    """A model cannot be loaded, or does not caption pictures."""
 
 
 class ServerRefuses(ModelError):
-    """A server that refuses whatever it is asked, which is no picture's fault. `reason` quotes it."""
+    """A server refuses every request, whatever the picture. `reason` quotes the server."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -50,4 +50,4 @@ class ServerRefuses(ModelError):
 
 
 class LeaseLost(RococapError):
-    """The lease is no longer this worker's: nothing was written."""
+    """The worker no longer holds the lease: nothing was written."""

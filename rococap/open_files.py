@@ -1,4 +1,4 @@
-"""How many files and connections this process may have open at once: what `ulimit -n` says."""
+"""The limit on files and connections that this process may have open at once (`ulimit -n`)."""
 
 import errno
 import os
@@ -8,11 +8,12 @@ ADVICE = "Raise the limit (ulimit -n 1024), or give a smaller --batch-size."
 
 
 def limit() -> int:
+    """The current soft limit on open file descriptors."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def room_for(wanted: int) -> int:
-    """How many more may be opened, after the limit has been raised for `wanted` as far as the system allows."""
+    """How many of `wanted` more files can be opened, after raising the soft limit as far as the system allows."""
     n_open = len(os.listdir("/dev/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = n_open + wanted
@@ -23,7 +24,7 @@ def room_for(wanted: int) -> int:
 
 
 def are_used_up() -> bool:
-    """Whether not one more can be opened: what drivers call a file that cannot be opened."""
+    """Whether no further file can be opened, which drivers report as a database file that cannot be opened."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:

@@ -1,10 +1,10 @@
-"""How long work tells how far it is."""
+"""The callback through which long-running work reports its progress."""
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""Called with the name of the current step, how many of its items are done, and how many there are."""
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Tells nobody."""
+    """Reports nothing."""

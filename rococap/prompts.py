@@ -1,4 +1,4 @@
-"""Prompts by name: the package's presets and a user's own. Text is taken as it is; nothing is filled in."""
+"""Named prompts: the presets of the package and those of a user's own file. Their text is used verbatim."""
 
 import tomllib
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ KEYS = ("prompt", "about")
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A prompt with a name; `about` says in one line what it is for."""
+    """A named prompt; `about` describes it in one line."""
 
     name: str
     prompt: str
@@ -22,26 +22,26 @@ class Preset:
 
 
 def presets(extra: Path | None = None) -> dict[str, Preset]:
-    """The package's presets by name, then those of a TOML file, which replace ours of the same name.
+    """The package's presets by name, followed by those of a TOML file, which replace presets of the same name.
 
-    Raises RococapError for a file that cannot be read or holds something else.
+    Raises RococapError for a file that cannot be read or contains anything but presets.
     """
     return _read(OURS) | (_read(extra) if extra else {})
 
 
 def find(name: str, extra: Path | None = None) -> Preset:
-    """The preset of that name. Raises RococapError, naming those that exist."""
+    """The preset called `name`. Raises RococapError, listing the presets that exist, if there is none."""
     known = presets(extra)
     if name not in known:
-        raise RococapError(f"There is no preset {name!r}. Presets here: {', '.join(known)}. See: rococap prompts")
+        raise RococapError(f"There is no preset {name!r}. Presets: {', '.join(known)}. See: rococap prompts")
     return known[name]
 
 
 def read_prompt(path: Path) -> str:
-    """A text file's prompt, without the newline at its end. Raises RococapError if it is not UTF-8 or empty."""
+    """The prompt in a text file, without its final newline. Raises RococapError if it is not UTF-8 or is empty."""
     text = _text(path).removesuffix("\n").removesuffix("\r")
     if not text.strip():
-        raise RococapError(f"{path} holds no prompt: write one into it.")
+        raise RococapError(f"{path} contains no prompt: write one into it.")
     return text
 
 
@@ -56,7 +56,7 @@ def _read(path: Path) -> dict[str, Preset]:
 
 
 def _text(path: Path) -> str:
-    """Its newlines as they are; a byte order mark is none of the text."""
+    """The file's text with its newlines unchanged and without a byte order mark."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -66,20 +66,20 @@ def _text(path: Path) -> str:
 
 
 def _preset(path: Path, name: str, table: Any) -> Preset:
-    whose = f"{path}: preset {name!r}"
+    where = f"{path}: preset {name!r}"
     if not isinstance(table, dict):
-        raise RococapError(f'{path}: {name!r} is no preset. Write it as [{name}], and below it: prompt = "…"')
+        raise RococapError(f'{path}: {name!r} is not a preset. Write it as [{name}], and below it: prompt = "…"')
     if unknown := sorted(table.keys() - set(KEYS)):
-        raise RococapError(f"{whose} has what no preset has ({', '.join(unknown)}). Leave only {' and '.join(KEYS)}.")
+        raise RococapError(f"{where} has unknown keys ({', '.join(unknown)}). Keep only {' and '.join(KEYS)}.")
     if "prompt" not in table:
-        raise RococapError(f'{whose} has no prompt. Write below it: prompt = "…"')
+        raise RococapError(f'{where} has no prompt. Write below it: prompt = "…"')
     if not_text := [key for key in KEYS if not isinstance(table.get(key, ""), str)]:
-        raise RococapError(f"{whose}: {not_text[0]} is no text. Put it in quotes.")
+        raise RococapError(f"{where}: {not_text[0]} is not text. Put it in quotes.")
     if "\n" in table.get("about", ""):
-        raise RococapError(f"{whose}: about has several lines. Make it one.")
+        raise RococapError(f"{where}: about spans several lines. Make it one line.")
     try:
         Recipe(prompt=table["prompt"])
         refuse_placeholders(table["prompt"])
     except ValueError as error:
-        raise RococapError(f"{whose}: {error}") from error
+        raise RococapError(f"{where}: {error}") from error
     return Preset(name, **table)

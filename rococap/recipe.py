@@ -1,4 +1,7 @@
-"""What decides a caption's text. A run has one recipe; a worker that would caption otherwise is refused."""
+"""The recipe: everything a user chooses that determines a caption's text.
+
+A run has one recipe, and a worker that would caption differently is refused. Knows no model and no database.
+"""
 
 import hashlib
 import json
@@ -11,11 +14,12 @@ DEFAULT_PROMPT = "Describe this medical image in detail."
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 LOAD_IN = ("8bit", "4bit")
-LATER = ("trust_remote_code", "load_in", "adapter_base", "frame")
-"""Fields that the first release did not know: at their defaults they are left out, so that its runs keep their hash."""
+OMITTED_AT_DEFAULT = ("trust_remote_code", "load_in", "adapter_base", "frame")
+"""Fields added after the first release: left out of the JSON while at their defaults, so that the hashes of older runs
+stay valid."""
 RULES = 2
-"""Of how pictures are opened and where captions end: raised whenever texts change under an unchanged recipe. A run pins
-the rules that it was begun under; one that pinned none was begun under the first."""
+"""Version of the rules for opening pictures and ending captions, incremented whenever texts change under an unchanged
+recipe. A run pins the version it was started under; a run that pinned none was started under version 1."""
 
 _PLACEHOLDER = re.compile(r"\{\s*(caption|original_caption|image_id|split|cui)\s*\}")
 
@@ -25,14 +29,14 @@ LoadIn = Literal["8bit", "4bit"]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Model, prompt, decoding and pixel bounds of a run.
+    """Model, prompt, decoding settings and pixel bounds of a run.
 
-    `min_pixels` and `max_pixels` are areas in pixels; one visual token of Qwen2-VL is 28 x 28 = 784 of them.
-    Every decoding field is stated, since a checkpoint's own generation_config applies wherever one is not.
-    `adapter` is a folder or hub id of a PEFT adapter, for which `adapter_base` "any" accepts a base model of another
-    name; `load_in` quantises the weights by bitsandbytes. `frame` is the one that is captioned of a picture file that
-    holds several, counted from 1.
-    Raises ValueError, naming the field, for values that no model could follow.
+    `min_pixels` and `max_pixels` are areas in pixels; one visual token of Qwen2-VL covers 28 x 28 = 784 of them.
+    Every decoding field has a value here, because a checkpoint's own generation_config would fill in a missing one.
+    `adapter` is the folder or hub id of a PEFT adapter; `adapter_base` "any" accepts one that was trained on a base
+    model of another name. `load_in` quantises the weights with bitsandbytes. `frame` selects which frame of a
+    multi-frame picture file is captioned, counted from 1.
+    Raises ValueError, naming the field, for values that no model could use.
     """
 
     model: str = DEFAULT_MODEL
@@ -75,10 +79,13 @@ class Recipe:
             raise ValueError(f"frame must be at least 1, not {self.frame}")
 
     def to_json(self) -> str:
-        """The recipe as JSON with sorted keys: equal recipes give equal text."""
+        """The recipe as JSON with sorted keys, so that equal recipes give equal text."""
         defaults = {field.name: field.default for field in fields(self)}
-        told = asdict(self).items()
-        stated = {name: value for name, value in told if name not in LATER or value != defaults[name]}
+        stated = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in OMITTED_AT_DEFAULT or value != defaults[name]
+        }
         return json.dumps(stated, sort_keys=True, ensure_ascii=False)
 
     @classmethod
@@ -91,21 +98,22 @@ class Recipe:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
-        """The fields in which the two differ: name -> (mine, the other's)."""
+        """The fields in which the two recipes differ: name -> (this one's value, the other's value)."""
         pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
         return {name: (mine, theirs) for name, mine, theirs in pairs if mine != theirs}
 
 
 def refuse_placeholders(prompt: str) -> None:
-    """Raises ValueError for a prompt that asks for a column of the row, such as {caption}; other braces are text.
+    """Raises ValueError for a prompt with a placeholder for a column, such as {caption}; other braces are plain text.
 
-    Asked where a run is registered, not by Recipe: one stored prompt would keep a whole older database from opening.
+    Called when a run is registered rather than by Recipe: otherwise a single stored prompt would keep a whole older
+    database from opening.
     """
     if found := _PLACEHOLDER.search(prompt):
         name = found[1]
         if name in ("caption", "original_caption"):
-            raise ValueError(f"prompt holds {{{name}}}: that would tell the model the answer. Leave it out.")
+            raise ValueError(f"prompt contains {{{name}}}, which would give the model the answer. Remove it.")
         raise ValueError(
-            f"prompt holds {{{name}}}: a prompt is the same for every picture. "
-            "Leave it out, or write it without braces."
+            f"prompt contains {{{name}}}, but every picture gets the same prompt. "
+            "Remove it, or write it without braces."
         )

@@ -1,6 +1,6 @@
-"""The tables. Times are integer milliseconds since 1970 on the database's clock.
+"""The tables of the database. Times are integer milliseconds since 1970 (UTC) by the database's clock.
 
-Text columns hold no NUL (PostgreSQL refuses it): `queue.clean_text` replaces it at the border.
+Text columns never contain NUL, which PostgreSQL refuses: `queue.clean_text` replaces it before a write.
 """
 
 from enum import StrEnum
@@ -27,23 +27,23 @@ SCHEMA = "0005"
 
 
 class JobState(StrEnum):
-    """Where a job stands. done is final within a run: doing a picture again is another run."""
+    """The state of a job. `done` is final within a run: captioning a picture again takes another run."""
 
-    #: may be claimed
+    #: can be claimed
     PENDING = "pending"
     #: held by an open lease
     LEASED = "leased"
     #: failed for now; pending again at `not_before`
     WAITING = "waiting"
-    #: captioned and stored
+    #: captioned, with the caption stored
     DONE = "done"
-    #: given up, for the reason in `failures`; `retry` makes it pending
+    #: failed for good, for the reason in `failures`; `retry` makes it pending
     FAILED = "failed"
-    #: withdrawn by hand; `retry` makes it pending
+    #: cancelled by the user; `retry` makes it pending
     CANCELLED = "cancelled"
 
 
-# SQLite's STRICT tables know INTEGER, REAL and TEXT only; PostgreSQL needs 64 bits named.
+# SQLite's STRICT tables accept only INTEGER, REAL and TEXT; PostgreSQL needs 64-bit types by name.
 Int64 = BigInteger().with_variant(Integer(), "sqlite")
 Real: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
 
@@ -70,9 +70,9 @@ datasets = Table(
     "datasets",
     metadata,
     _id(),
-    Column("name", Text, nullable=False),  # absolute path of a folder, or a hub id; with `:config` if one was chosen
+    Column("name", Text, nullable=False),  # absolute path of a folder, or a hub id; `:config` is appended if one is set
     Column("revision", Text, nullable=False),  # the hub's commit; empty for a folder
-    Column("columns", Text),  # JSON of places.Columns; NULL: they have their standard names
+    Column("columns", Text),  # JSON of places.Columns; NULL: the columns have their standard names
     UniqueConstraint("name", "revision"),
     sqlite_strict=True,
 )
@@ -103,7 +103,7 @@ images = Table(
     Column("row_group", Int64, nullable=False),
     Column("row_in_group", Int64, nullable=False),
     Column("caption", Text, nullable=False),
-    Column("cui", Text, nullable=False),  # joined by ";" as in ImageCLEF's files
+    Column("cui", Text, nullable=False),  # concepts joined by ";", as in ImageCLEF's files
     UniqueConstraint("dataset_id", "split", "image_id"),
     sqlite_strict=True,
 )
@@ -116,11 +116,11 @@ runs = Table(
     _to("dataset_id", "datasets.id"),
     Column("recipe", Text, nullable=False),
     Column("recipe_hash", Text, nullable=False),
-    Column("resolved", Text),  # what `auto` and a branch name came to: set once, by the run's first worker
+    Column("resolved", Text),  # JSON of what `auto` and a branch name resolved to, pinned by the run's first worker
     Column("max_attempts", Int64, nullable=False, server_default="5"),
     Column("paused", Int64, nullable=False, server_default="0"),
     Column("created_at", Int64, nullable=False),
-    # Of a run that was deleted, which keeps its row: SQLite gives the ids of rows that are gone again.
+    # A deleted run keeps its row, because SQLite would reuse its id.
     Column("deleted_at", Int64),
     sqlite_strict=True,
 )
@@ -129,7 +129,7 @@ workers = Table(
     "workers",
     metadata,
     _id(),
-    Column("uuid", Text, nullable=False, unique=True),  # a new one per process start
+    Column("uuid", Text, nullable=False, unique=True),  # new for every process
     Column("host", Text, nullable=False),
     Column("pid", Int64, nullable=False),
     Column("device", Text, nullable=False),
@@ -146,7 +146,7 @@ workers = Table(
     sqlite_strict=True,
 )
 
-# One row per claim is at once lease, fencing token and timing record; an id is never used twice.
+# One row per claim: it is the lease, its fencing token and the timing record. Ids are never reused.
 leases = Table(
     "leases",
     metadata,
@@ -180,8 +180,8 @@ def _partial(name: str, *columns: str, where: str) -> Index:
     return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
 
 
-# Narrow and hot. The partial indexes are what keeps a claim at microseconds with ten million rows; they are
-# used only where the status stands in the SQL as a literal.
+# Narrow and hot. The partial indexes keep a claim at microseconds with ten million rows; the planners use them only
+# if the status is a literal in the SQL.
 jobs = Table(
     "jobs",
     metadata,
@@ -216,7 +216,7 @@ captions = Table(
     "captions",
     metadata,
     _to("job_id", "jobs.id", primary_key=True),
-    _to("lease_id", "leases.id", nullable=True),  # none if restored from a file
+    _to("lease_id", "leases.id", nullable=True),  # NULL if restored from a file
     Column("text", Text, nullable=False),
     Column("flags", Text, nullable=False, server_default=""),
     Column("finish_reason", Text),
@@ -229,15 +229,15 @@ captions = Table(
     sqlite_strict=True,
 )
 
-# What `evaluate` computed of a caption. `digest` is of all that it hangs on, texts and versions: if that is another by
-# now, the score is stale.
+# What `evaluate` computed for a caption. `digest` covers everything the score depends on (texts and versions): if it
+# no longer matches, the score is stale.
 scores = Table(
     "scores",
     metadata,
     _to("job_id", "captions.job_id", primary_key=True),
     Column("metric", Text, primary_key=True),
     Column("digest", Text, nullable=False),
-    Column("value", Text, nullable=False),  # JSON: name -> number, or null where it is not defined
+    Column("value", Text, nullable=False),  # JSON: name -> number, or null where the score is undefined
     sqlite_strict=True,
 )
 
@@ -254,9 +254,9 @@ failures = Table(
     sqlite_strict=True,
 )
 
-# How many jobs of a run and split are in a state, and how many captions carry a flag ("flag:loop"), kept in the
-# transaction of every transition, so that status costs the same at any size. Spread over slots, so that workers on
-# PostgreSQL do not wait for one row.
+# How many jobs of a run and split are in each state, and how many captions have each flag ("flag:loop"). Every
+# transition updates them in its own transaction, so that `status` costs the same at any size. They are spread over
+# slots so that workers on PostgreSQL do not wait for one row.
 tallies = Table(
     "tallies",
     metadata,

@@ -1,6 +1,7 @@
-"""URLs of SQLite files: the file that was named, or an error that shows how to write it.
+"""URLs of SQLite files: each is parsed to the file that the user meant, or refused with the way to write it.
 
-SQLAlchemy's own reading depends on its version (2.1 decodes `%20`, 2.0 does not), and drops what it takes for options.
+SQLAlchemy's own parsing depends on its version (2.1 decodes `%20`, 2.0 does not), and drops whatever it takes for
+options. Knows no schema and opens nothing.
 """
 
 import os
@@ -13,65 +14,67 @@ from sqlalchemy.engine import URL
 from rococap.errors import DatabaseError
 
 _SCHEME = re.compile(r"(sqlite(?:\+pysqlite)?):(.*)", re.DOTALL)
-_OF_THE_DRIVER = frozenset(["cached_statements", "check_same_thread", "detect_types", "isolation_level", "timeout"])
-_OF_SQLITE = frozenset(["cache", "immutable", "mode", "nolock", "psow", "uri", "vfs"])
+_DRIVER_OPTIONS = frozenset(["cached_statements", "check_same_thread", "detect_types", "isolation_level", "timeout"])
+_SQLITE_OPTIONS = frozenset(["cache", "immutable", "mode", "nolock", "psow", "uri", "vfs"])
 
 
 def sqlite_url(text: str) -> URL | None:
-    """The URL that a path or an SQLite URL means, with the home folder in the place of `~`; None for other databases.
+    """The URL for a path or an SQLite URL, with `~` expanded to the home folder; None for other databases.
 
-    Raises DatabaseError where another file than the one that is meant would be opened or made.
+    Raises DatabaseError if another file than the one meant would be opened or created.
     """
     match = _SCHEME.fullmatch(text)
     if match is None:
         return None if "://" in text else URL.create("sqlite", database=os.path.expanduser(text))
     scheme, rest = match[1], match[2]
     if rest not in ("", "//") and not rest.startswith("///"):
-        told = f"sqlite:///{rest.lstrip('/')}"
-        raise DatabaseError(f"{text} names no file, which stands behind three slashes: --db {shlex.quote(told)}")
+        corrected = f"sqlite:///{rest.lstrip('/')}"
+        raise DatabaseError(f"{text} names no file: its path goes after three slashes: --db {shlex.quote(corrected)}")
     written, mark, options = rest[3:].partition("?")
     query = _options(text, options) if mark else {}
-    named = os.path.expanduser(unquote(written, errors="surrogateescape"))
-    _check_escapes(text, os.path.expanduser(written), named)
-    return URL.create(scheme, database=named, query=query)
+    decoded = os.path.expanduser(unquote(written, errors="surrogateescape"))
+    _check_escapes(text, os.path.expanduser(written), decoded)
+    return URL.create(scheme, database=decoded, query=query)
 
 
 def shown(url: URL) -> str:
-    """A URL that can be pasted and opens the same; passwords are hidden."""
+    """A URL that opens the same database when pasted, with any password hidden."""
     if url.get_backend_name() != "sqlite":
         return url.render_as_string(hide_password=True)
-    return _of_file(url.database or "")
+    return _file_url(url.database or "")
 
 
 def holds_password(text: str) -> bool:
-    """Whether a database's URL is not to be printed as it was written."""
+    """Whether a database URL contains a password, and so must not be printed as it was written."""
     return re.search(r"://[^/@]*:[^/@]*@|[?&]password=", text) is not None
 
 
-def _of_file(path: str) -> str:
+def _file_url(path: str) -> str:
     for character in "%?#":
         path = path.replace(character, f"%{ord(character):02X}")
     return f"sqlite:///{path}"
 
 
 def _options(text: str, options: str) -> dict[str, str]:
-    told = dict(parse_qsl(options, keep_blank_values=True)) or {"": ""}
-    for name, value in told.items():
-        if name not in _OF_THE_DRIVER | _OF_SQLITE or "/" in value:
+    query = dict(parse_qsl(options, keep_blank_values=True)) or {"": ""}
+    for name, value in query.items():
+        if name not in _DRIVER_OPTIONS | _SQLITE_OPTIONS or "/" in value:
             raise DatabaseError(
-                f"What stands behind the ? of {text} is no option of SQLite. If it is part of the file's name, write "
-                f"%3F for the ?: --db {shlex.quote(text.replace('?', '%3F'))}"
+                f"What follows the ? in {text} is not an SQLite option. If the ? is part of the file's name, write "
+                f"it as %3F: --db {shlex.quote(text.replace('?', '%3F'))}"
             )
-    return told
+    return query
 
 
-def _check_escapes(text: str, written: str, named: str) -> None:
-    """Whoever has a folder `a%20b` and writes it so would be given a file in `a b`."""
-    if named == written or os.path.exists(named):
+def _check_escapes(text: str, written: str, decoded: str) -> None:
+    """Raises DatabaseError if the user seems to mean the path as written: a folder that is really named `a%20b` would
+    otherwise be read as `a b`.
+    """
+    if decoded == written or os.path.exists(decoded):
         return
-    is_meant = os.path.isdir(os.path.dirname(written) or ".") and not os.path.isdir(os.path.dirname(named) or ".")
-    if is_meant or os.path.exists(written):
+    is_literal = os.path.isdir(os.path.dirname(written) or ".") and not os.path.isdir(os.path.dirname(decoded) or ".")
+    if is_literal or os.path.exists(written):
         raise DatabaseError(
-            f"{text} names {named}, since % and two digits are one character of a URL. For {written} write %25 for the "
-            f"%: --db {shlex.quote(_of_file(written))}"
+            f"{text} names {decoded}, because % and two hex digits are one character in a URL. For {written}, write "
+            f"the % as %25: --db {shlex.quote(_file_url(written))}"
         )

@@ -27,8 +27,13 @@ def be_member(engine: str, settings: str) -> None:
     supervisor.leave_with_parent()
     set_constants(QUICK)
     database = db.connect(os.environ["ROCOCAP_DB"])
-    supervisor.tell(
-        work(database, Settings.from_json(settings), supervisor.tell, load=lambda *_: SmallEngine(**json.loads(engine)))
+    supervisor.report_to_parent(
+        work(
+            database,
+            Settings.from_json(settings),
+            supervisor.report_to_parent,
+            load=lambda *_: SmallEngine(**json.loads(engine)),
+        )
     )
 
 

@@ -189,7 +189,7 @@ def test_a_url_that_cannot_be_opened_says_what_can(url, message):
 )
 def test_a_queue_in_memory_is_refused(url):
     assert refusal(db.connect, url) == (
-        "A queue in memory would be lost with its process. Name a file: sqlite:///rococap.db"
+        "A queue in memory is lost when its process ends. Name a file: sqlite:///rococap.db"
     )
 
 
@@ -267,7 +267,7 @@ def test_a_question_mark_in_a_url_is_refused_with_the_way_to_write_it(tmp_path, 
     (tmp_path / "a?timeout=5").mkdir(exist_ok=True)
     there = sorted(tmp_path.rglob("*"))
     message = refusal(db.connect, f"sqlite:///{tmp_path}/{name}")
-    assert message.startswith(f"What stands behind the ? of sqlite:///{tmp_path}/{name} is no option of SQLite. ")
+    assert message.startswith(f"What follows the ? in sqlite:///{tmp_path}/{name} is not an SQLite option. ")
     assert sorted(tmp_path.rglob("*")) == there
     db.connect(shlex.split(message.partition("--db ")[2])[0]).dispose()
     assert tables(tmp_path / name) >= TABLES
@@ -288,7 +288,7 @@ def test_a_folder_or_file_that_is_there_by_the_letters_of_a_url_is_refused_with_
     (tmp_path / "q%41.db").touch()
     for name in ("a%20b/q.db", "q%41.db"):
         message = refusal(db.connect, f"sqlite:///{tmp_path}/{name}")
-        assert "write %25 for the %" in message
+        assert "write the % as %25: --db " in message
         db.connect(shlex.split(message.partition("--db ")[2])[0]).dispose()
         assert tables(tmp_path / name) >= TABLES
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a%20b", "q%41.db"]
@@ -297,7 +297,7 @@ def test_a_folder_or_file_that_is_there_by_the_letters_of_a_url_is_refused_with_
 @pytest.mark.parametrize("url", ["sqlite:x.db", "sqlite:/x.db", "sqlite://x.db", "sqlite+pysqlite://x.db"])
 def test_a_url_without_its_three_slashes_is_refused_with_them(tmp_path, monkeypatch, url):
     monkeypatch.chdir(tmp_path)
-    assert refusal(db.connect, url) == (f"{url} names no file, which stands behind three slashes: --db sqlite:///x.db")
+    assert refusal(db.connect, url) == (f"{url} names no file: its path goes after three slashes: --db sqlite:///x.db")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -334,8 +334,8 @@ def test_a_database_with_other_tables_is_refused_and_left_alone(tmp_path):
             connection.execute(f"CREATE TABLE {name} (id INTEGER)")
     content = path.read_bytes()
     assert refusal(db.connect, f"sqlite:///{path}") == (
-        f"{path} holds other tables (albums, jobs, people, places, tags) and is not a rococap database. "
-        "Name another file with --db."
+        f"{path} contains other tables (albums, jobs, people, places, tags) and is not a rococap database. "
+        "Name another with --db."
     )
     assert path.read_bytes() == content
 
@@ -345,7 +345,7 @@ def test_another_projects_alembic_database_is_refused(tmp_path):
     with raw(path) as connection:
         connection.executescript("CREATE TABLE alembic_version (version_num); CREATE TABLE jobs (id INTEGER)")
     assert refusal(db.connect, f"sqlite:///{path}") == (
-        f"{path} holds other tables (alembic_version, jobs) and is not a rococap database. Name another file with --db."
+        f"{path} contains other tables (alembic_version, jobs) and is not a rococap database. Name another with --db."
     )
 
 
@@ -377,7 +377,7 @@ def test_a_database_opened_as_it_is_gets_no_tables(tmp_path):
 def test_an_older_schema_is_refused_with_the_command_that_upgrades_it(url, monkeypatch):
     monkeypatch.setattr(db, "SCHEMA", "9999")
     assert refusal(db.connect, url) == (
-        f"{url} has schema {SCHEMA}; this rococap needs 9999. Upgrade it (a backup copy is made): "
+        f"{url} has schema {SCHEMA}; this version of rococap needs 9999. Upgrade it (a backup copy is made): "
         f"rococap --db {url} migrate"
     )
 
@@ -397,7 +397,7 @@ def test_a_newer_schema_is_refused(url, path):
     with raw(path) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '0099'")
     assert refusal(db.connect, url) == (
-        f"{url} has schema 0099, made by a newer rococap than this one ({SCHEMA}). "
+        f"{url} has schema 0099, from a newer version of rococap than this one ({SCHEMA}). "
         "Upgrade rococap, or name another database with --db."
     )
 
@@ -521,7 +521,7 @@ def test_a_network_file_system_is_refused(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(db, "mounts", lambda: f"/dev/sda1 / ext4 rw 0 0\nserver:/ {tmp_path.resolve()} {kind} rw 0 0")
     path = tmp_path / "queue.db"
     assert refusal(db.connect, f"sqlite:///{path}") == (
-        f"{path} is on a network file system ({kind}), where SQLite's locks do not hold and captions could be lost. "
+        f"{path} is on a network file system ({kind}), where SQLite's locks are unreliable and captions could be lost. "
         "Put the database on a local disk, or use PostgreSQL: --db postgresql+psycopg://USER@HOST/NAME "
         "(or, at your own risk and with one process at a time: rococap --force …)"
     )
@@ -743,7 +743,7 @@ def test_a_reader_cannot_write(engine):
 def locked_message(path, seconds):
     return (
         f"{path} has been locked by another process for {seconds} s. "
-        "Close what holds it (a database browser, a backup), then run the command again."
+        "Close whatever holds it (a database browser, a backup), then run the command again."
     )
 
 
@@ -830,7 +830,10 @@ def test_a_file_without_tables_in_the_place_of_ours_is_another_database(engine, 
     engine.dispose()
     path.unlink()
     path.touch()
-    with pytest.raises(DatabaseError, match="is another database than when this process began"), db.transaction(engine):
+    with (
+        pytest.raises(DatabaseError, match="is not the database that this process started with"),
+        db.transaction(engine),
+    ):
         pass
 
 

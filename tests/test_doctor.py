@@ -282,7 +282,7 @@ def test_a_disk_without_room_for_a_copy_warns(engine, run, path, monkeypatch):
 def test_a_newer_schema_fails_and_what_needs_the_tables_is_skipped(engine, run):
     damage(engine, "UPDATE alembic_version SET version_num = '0099'")
     verdict, told = found(engine, "schema")
-    assert (verdict, "made by a newer rococap than this one" in told) == (FAIL, True)
+    assert (verdict, "from a newer version of rococap than this one" in told) == (FAIL, True)
     assert {name for name, verdict in verdicts(engine).items() if verdict is SKIP} >= NEED_TABLES
 
 
@@ -311,7 +311,7 @@ def test_somebody_elses_database_fails(tmp_path):
     raw(path, "CREATE TABLE albums (id INTEGER)")
     engine = db.connect(f"sqlite:///{path}", create=False)
     verdict, told = found(engine, "schema")
-    assert (verdict, "holds other tables (albums) and is not a rococap database" in told) == (FAIL, True)
+    assert (verdict, "contains other tables (albums) and is not a rococap database" in told) == (FAIL, True)
     engine.dispose()
 
 

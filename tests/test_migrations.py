@@ -370,7 +370,7 @@ def test_a_newer_database_is_not_migrated(path, url, tmp_path):
     with raw(path) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '0099'")
     assert refusal(db.migrate, url) == (
-        f"{url} has schema 0099, made by a newer rococap than this one ({SCHEMA}). "
+        f"{url} has schema 0099, from a newer version of rococap than this one ({SCHEMA}). "
         "Upgrade rococap, or name another database with --db."
     )
     assert not list(tmp_path.glob("*.before-*"))
@@ -380,7 +380,7 @@ def test_somebody_elses_database_is_not_migrated(tmp_path):
     path = tmp_path / "photos.db"
     query(path, "CREATE TABLE albums (id INTEGER)")
     assert refusal(db.migrate, f"sqlite:///{path}") == (
-        f"{path} holds other tables (albums) and is not a rococap database. Name another file with --db."
+        f"{path} contains other tables (albums) and is not a rococap database. Name another with --db."
     )
 
 

@@ -125,7 +125,7 @@ def test_start_up_options_in_the_url_are_refused_in_one_line_that_says_to_leave_
         db.connect(f"{url}&options=-c statement_timeout=5s")
     told = str(error.value)
     assert "unsupported startup parameter: options" in told
-    assert "Leave them out of the URL" in told
+    assert "Remove them from the URL" in told
     assert len(told.splitlines()) == 1
 
 
@@ -146,7 +146,7 @@ def test_a_database_that_took_the_place_of_ours_behind_it_is_noticed_by_who_stay
     assert select(engine, "SELECT count(*) FROM workers") == [(1,)]
     postgres.drop(direct)
     postgres.create(make_url(direct).database, template=template)
-    with pytest.raises(DatabaseError, match="is another database than when this process began"):
+    with pytest.raises(DatabaseError, match="is not the database that this process started with"):
         until(lambda: is_reached(engine), "a connection to the new one")
     engine.dispose()
 

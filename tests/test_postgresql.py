@@ -138,7 +138,7 @@ def test_an_older_database_is_upgraded_with_its_rows(url, tmp_path, monkeypatch)
 def test_somebody_elses_database_is_refused(url, engine):
     with db.transaction(engine, write=True) as conn:
         db.execute(conn, "CREATE TABLE patients (id integer)")
-    with pytest.raises(DatabaseError, match=r"holds other tables \(patients\) and is not a rococap database"):
+    with pytest.raises(DatabaseError, match=r"contains other tables \(patients\) and is not a rococap database"):
         db.connect(url)
 
 
@@ -148,7 +148,7 @@ def test_the_first_release_is_upgraded_with_its_rows(url, engine):
         sql = "INSERT INTO workers (uuid, host, pid, device, engine, versions, started_at, seen_at) "
         db.execute(conn, sql + "VALUES ('aa', 'host', 1, 'cpu', 'small', '{}', 5, 5)")
     before = select(engine, "SELECT * FROM workers")
-    with pytest.raises(DatabaseError, match=f"has schema 0001; this rococap needs {SCHEMA}"):
+    with pytest.raises(DatabaseError, match=f"has schema 0001; this version of rococap needs {SCHEMA}"):
         db.connect(url)
     assert db.migrate(url) == db.Migrated(True)
     assert select(engine, "SELECT * FROM workers") == [(*row, None) for row in before]

@@ -84,19 +84,19 @@ def test_a_users_presets_are_added_and_replace_ours_of_the_same_name(here):
             "is not TOML (Invalid value (at line 2, column 10)). "
             'Write each preset as [name], and below it: prompt = "…"',
         ),
-        ('prompt = "How?"', ": 'prompt' is no preset. Write it as [prompt], and below it: prompt = \"…\""),
+        ('prompt = "How?"', ": 'prompt' is not a preset. Write it as [prompt], and below it: prompt = \"…\""),
         ('[size]\nabout = "x"', ": preset 'size' has no prompt. Write below it: prompt = \"…\""),
         (
             '[size]\nprompt = "x"\nmodel = "y"\ntext = 1',
-            ": preset 'size' has what no preset has (model, text). Leave only prompt and about.",
+            ": preset 'size' has unknown keys (model, text). Keep only prompt and about.",
         ),
-        ("[size]\nprompt = 7", ": preset 'size': prompt is no text. Put it in quotes."),
-        ('[size]\nprompt = "x"\nabout = ["y"]', ": preset 'size': about is no text. Put it in quotes."),
-        ('[size]\nprompt = "x"\nabout = "y\\nz"', ": preset 'size': about has several lines. Make it one."),
+        ("[size]\nprompt = 7", ": preset 'size': prompt is not text. Put it in quotes."),
+        ('[size]\nprompt = "x"\nabout = ["y"]', ": preset 'size': about is not text. Put it in quotes."),
+        ('[size]\nprompt = "x"\nabout = "y\\nz"', ": preset 'size': about spans several lines. Make it one line."),
         ('[size]\nprompt = " "', ": preset 'size': prompt is empty"),
         (
             '[size]\nprompt = "Better than {caption}?"',
-            ": preset 'size': prompt holds {caption}: that would tell the model the answer. Leave it out.",
+            ": preset 'size': prompt contains {caption}, which would give the model the answer. Remove it.",
         ),
     ],
 )
@@ -119,13 +119,13 @@ def test_a_file_that_cannot_be_read_is_refused(here):
 def test_prompts_are_listed_within_80_columns_and_as_json(here, monkeypatch):
     told = said("prompts")
     assert told.startswith(
-        "detailed: All that is seen; what a run asks by default.\n  Describe this medical image in detail.\n"
+        "detailed: Everything that is visible; the default of a run.\n  Describe this medical image in detail.\n"
     )
     assert max(map(len, told.splitlines())) <= 80
     assert json.loads(said("prompts", "--json"))[0] == {
         "name": "detailed",
         "prompt": "Describe this medical image in detail.",
-        "about": "All that is seen; what a run asks by default.",
+        "about": "Everything that is visible; the default of a run.",
     }
     (here / "mine.toml").write_text('[size]\nprompt = "How large?"\n')
     assert said("prompts", "--prompts", "mine.toml").endswith("size\n  How large?\n")
@@ -152,7 +152,7 @@ def test_a_run_asks_by_a_presets_name(here, monkeypatch):
 
 def test_an_unknown_preset_is_refused_with_those_that_exist(here):
     assert refused(*enqueue("--preset", "size")) == (
-        "There is no preset 'size'. Presets here: detailed, caption, findings, structured, pathology, anatomy, "
+        "There is no preset 'size'. Presets: detailed, caption, findings, structured, pathology, anatomy, "
         "diagnosis. See: rococap prompts"
     )
 
@@ -180,7 +180,7 @@ def test_a_file_without_a_prompt_is_refused(here):
     )
     assert refused(*enqueue("--prompt-file", ".")) == ". cannot be read (Is a directory). Name another file."
     (here / "empty.txt").write_text("\n \n")
-    assert refused(*enqueue("--prompt-file", "empty.txt")) == "empty.txt holds no prompt: write one into it."
+    assert refused(*enqueue("--prompt-file", "empty.txt")) == "empty.txt contains no prompt: write one into it."
     (here / "binary.txt").write_bytes(b"\xff\xfe")
     assert refused(*enqueue("--prompt-file", "binary.txt")) == (
         "binary.txt is not UTF-8 (invalid start byte at byte 0). Save it as UTF-8."
@@ -207,8 +207,8 @@ def test_an_empty_prompt_is_a_usage_error_and_not_the_default():
 
 # --- placeholders ----------------------------------------------------------------------------------------------
 
-ANSWER = "prompt holds {%s}: that would tell the model the answer. Leave it out."
-SAME = "prompt holds {%s}: a prompt is the same for every picture. Leave it out, or write it without braces."
+ANSWER = "prompt contains {%s}, which would give the model the answer. Remove it."
+SAME = "prompt contains {%s}, but every picture gets the same prompt. Remove it, or write it without braces."
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_no_run_is_registered_with_such_a_prompt_by_whatever_way(database, tmp_p
     write_shard(tmp_path / "set", "train", range(2))
     with pytest.raises(RunError) as error:
         register(database, tmp_path / "set", ["train"], run="x", recipe=Recipe(prompt="Improve: {caption}"))
-    assert str(error.value) == f"Run 'x' cannot be: {ANSWER % 'caption'}"
+    assert str(error.value) == f"Run 'x' cannot be created: {ANSWER % 'caption'}"
     with db.transaction(database) as conn:
         assert queue.list_runs(conn) == []
 

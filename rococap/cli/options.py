@@ -156,7 +156,7 @@ class Target:
 
 def open_database(*, may_be_new: bool = False) -> Database:
     target = click.get_current_context().find_root().obj
-    return db.connect(target.url, is_there=not may_be_new, force=target.force)
+    return db.connect(target.url, must_exist=not may_be_new, force=target.force)
 
 
 def echo_json(value: Any) -> None:

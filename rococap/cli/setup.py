@@ -119,7 +119,7 @@ def bench_command(
             Options(**options),
             run_name=run_name,
             split=split,
-            most=pictures,
+            max_pictures=pictures,
             sizes=sizes,
             progress=progress,
         )

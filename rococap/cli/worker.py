@@ -207,7 +207,7 @@ def _be_member(settings: Any) -> None:
     from rococap.worker import process, supervisor
 
     supervisor.leave_with_parent()
-    supervisor.tell(process.work(open_database(), settings, supervisor.tell))
+    supervisor.report_to_parent(process.work(open_database(), settings, supervisor.report_to_parent))
 
 
 def _echo_log_line(line: str) -> None:

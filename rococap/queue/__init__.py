@@ -1,14 +1,14 @@
-"""The state machine: every transition of a job, each a function over a connection inside the caller's transaction.
+"""The state machine of jobs: every transition is a function over a connection, inside the caller's transaction.
 
-    pending -> leased -> done            waiting -> pending when its time has come
+    pending -> leased -> done            waiting -> pending once `not_before` has passed
                leased -> waiting         failed, cancelled -> pending by retry
                leased -> failed          pending, waiting, leased -> cancelled
                leased -> pending         (released, or its worker died)
 
-Knows no torch and reads no picture. Every write of a worker carries lease, worker and state in its WHERE, so that one
-who lost its lease changes nothing. Rows are locked in one order: lease, jobs by id, captions, tallies, worker. `now`
-is the database's clock unless a test passes its own. The status stands in the SQL as a literal: as a bound value it
-would miss the partial indexes (11 microseconds become 32 milliseconds).
+Knows no model and reads no picture. Every write by a worker has lease, worker and state in its WHERE clause, so that a
+worker that has lost its lease changes nothing. Rows are always locked in the same order: leases, jobs by id, captions,
+tallies, worker. `now` is the database's clock unless a test passes its own. The status is a literal in the SQL: as a
+bound parameter it would miss the partial indexes (11 microseconds would become 32 milliseconds).
 """
 
 from rococap.queue.leases import (

@@ -1,7 +1,9 @@
-"""Registers a data set's rows and a run's jobs. Reads captions and concepts, and of a new split a few pictures.
+"""Registers the rows of a data set as images and a selection of them as the jobs of a run. Reads captions and concepts,
+and a few pictures of a new split.
 
-The whole split is entered in `images`, whatever `limit` says, so that ids follow the data set's order; a run's jobs
-are a selection of them. A shard is one transaction and so is a page of jobs: killed half-way, the next enqueue goes on.
+The whole split is registered in `images`, whatever `limit` is, so that ids follow the data set's order; a run's jobs
+select from them. Each shard is one transaction, and so is each page of jobs: if an enqueue is killed half-way, the next
+one continues where it stopped.
 """
 
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -26,13 +28,16 @@ from rococap.tables import JobState
 PAGE = 20_000
 
 LONGEST_ID = 240
-"""Bytes of an image id in UTF-8. Exports name files by it, which hold 255, and PostgreSQL's index holds 2,704."""
+"""Bytes of an image id in UTF-8. Exports use it as a file name, which may have 255, and a key of a PostgreSQL index may
+have 2,704."""
 
 
 @dataclass(slots=True)
 class Enqueued:
-    """What an enqueue did to one split: jobs new and known, rows changed and duplicate, shards altered since, and
-    whether no row of it has an original caption.
+    """What an enqueue did to one split.
+
+    `new` and `known` count jobs, `changed` and `duplicates` rows of the data set. `altered_shards` are the paths of
+    shards that have changed since they were registered. `is_unlabelled`: no row has an original caption.
     """
 
     split: str
@@ -55,11 +60,11 @@ def enqueue(
     offset: int = 0,
     progress: Progress = silent,
 ) -> list[Enqueued]:
-    """Makes the rows `offset` to `offset + limit` of each split pending in a run; what is known stays as it is.
+    """Makes the rows `offset` to `offset + limit` of each split pending jobs of a run; existing jobs stay as they are.
 
-    Raises RunError if the run exists with another recipe or data set, DatasetError for data that cannot be read and
-    for ids that are too long: every shard's footer is read, and of a split that is new or altered the ids and some
-    pictures, before anything is written.
+    Raises RunError if the run exists with another recipe or data set, and DatasetError for data that cannot be read or
+    ids that are too long. All of this is checked before anything is written: the footer of every shard, and the ids
+    and some pictures of a split that is new or has changed.
     """
     with transaction(database) as conn:
         dataset, known = _as_registered(conn, dataset, splits)
@@ -87,9 +92,9 @@ def _check_ids(dataset: Dataset, shards: Sequence[Shard]) -> None:
         for image_id in datasets.image_ids(dataset.root, shard, dataset.columns):
             if (size := len(image_id.encode())) > LONGEST_ID:
                 raise DatasetError(
-                    f"{dataset.root / shard.path} holds the id {image_id[:20]!r}…, which is {size} bytes long "
-                    f"in UTF-8, and {LONGEST_ID} are the most, since files are named by ids. Shorten it, or take the "
-                    "ids from another column: --columns image_id=NAME"
+                    f"{dataset.root / shard.path} contains the id {image_id[:20]!r}…, which is {size} bytes long in "
+                    f"UTF-8; the limit is {LONGEST_ID}, because ids become file names. Shorten it, or take the ids "
+                    "from another column: --columns image_id=NAME"
                 )
 
 
@@ -108,17 +113,19 @@ def enqueue_from(
     flags: Sequence[str] = (),
     progress: Progress = silent,
 ) -> list[Enqueued]:
-    """Makes the pictures of another run pending in a run; with `flags`, those whose caption there has one of them.
+    """Makes the pictures of the run `old` pending jobs of another run; with `flags`, only those whose caption in `old`
+    has one of these flags.
 
-    Raises RunError if the run exists with another recipe or data set, or if the recipe is the other run's.
+    Raises RunError if the run exists with another recipe or data set, if the recipe is that of `old`, and if `old` has
+    no such pictures.
     """
     if recipe == old.recipe and runs.rules_of(old.resolved or {"rules": RULES}) == RULES:
         raise RunError(
-            f"Run {old.name!r} has this recipe, which would say the same again. Change something: --prompt, --model, "
-            "--max-new-tokens, --repetition-penalty …"
+            f"Run {old.name!r} has the same recipe, which would give the same captions again. Change something: "
+            "--prompt, --model, --max-new-tokens, --repetition-penalty …"
         )
     with transaction(database, write=True) as conn:
-        counts = [one for one in status.counts_of(conn, old, splits) if not flags or one.flags.keys() & set(flags)]
+        counts = [c for c in status.counts_of(conn, old, splits) if not flags or c.flags.keys() & set(flags)]
         if not counts:
             raise RunError(f"No caption of run {old.name!r} is flagged {' or '.join(flags)}. See: rococap status")
         target = runs.create_run(conn, run, old.dataset_id, recipe)
@@ -126,6 +133,7 @@ def enqueue_from(
 
 
 def register_dataset(conn: Connection, dataset: Dataset) -> int:
+    """The id of a data set, registered if it is new. Raises DatasetError if it was registered with other columns."""
     execute(
         conn,
         "INSERT INTO datasets (name, revision, columns) VALUES (?, ?, ?) ON CONFLICT (name, revision) DO NOTHING",
@@ -142,7 +150,7 @@ _DATASET = "SELECT id, columns FROM datasets WHERE name = ? AND revision = ?"
 def _as_registered(
     conn: Connection, dataset: Dataset, splits: Sequence[str]
 ) -> tuple[Dataset, dict[str, dict[str, Shard]]]:
-    """A data set with the columns that it was registered with, if it was, and the shards of each split by path."""
+    """The data set with the columns it was registered with, and the registered shards of each split by path."""
     row = execute(conn, _DATASET, (dataset.name, dataset.revision)).one_or_none()
     if row is None:
         return dataset, {split: {} for split in splits}
@@ -154,8 +162,8 @@ def _as_registered(
 def _check_columns(dataset: Dataset, stored: Columns) -> None:
     if dataset.columns.given() and dataset.columns.differs(stored):
         raise DatasetError(
-            f"The data set {dataset.name} was registered with {stored} for its columns, and its pictures are read by "
-            f"these, not by {dataset.columns}: leave --columns out, or register it in another queue with --db."
+            f"The data set {dataset.name} was registered with {stored} for its columns, and its pictures are read with "
+            f"these, not with {dataset.columns}: omit --columns, or register it in another queue with --db."
         )
 
 
@@ -178,7 +186,7 @@ def _register_split(
         gone = known.keys() - {shard.path for shard in shards}
         _check_row_ids(dataset, shards, known)
         if altered or (new and gone):
-            # In one transaction: killed between two of them, nobody would know that the first was altered.
+            # In one transaction: after a kill between two, the next enqueue would not know that the first had changed.
             _merge(conn, dataset, dataset_id, altered + new, {*gone, *(shard.path for shard in altered)}, result)
             return
     done, total = 0, sum(shard.rows for shard in new)
@@ -192,13 +200,15 @@ def _register_split(
 
 
 def _check_row_ids(dataset: Dataset, shards: list[Shard], known: dict[str, Shard]) -> None:
-    """A row that is named by its number is another picture's once a row before it comes or goes."""
+    """Raises DatasetError if shards have changed and their rows are identified by number, which shifts as soon as a row
+    before them is added or removed.
+    """
     is_by_row = any(shard.ids == "row" for shard in shards)
     for shard, old in zip(shards, known.values(), strict=False):
         if is_by_row and shard != old:
             raise DatasetError(
-                f"{dataset.root / shard.path} is not what was registered, and its rows have no ids by which to tell "
-                "them apart: register the data set in another queue with --db, or give it a column image_id."
+                f"{dataset.root / shard.path} has changed since it was registered, and its rows have no ids to match "
+                "them by: register the data set in another queue with --db, or give it a column image_id."
             )
 
 
@@ -213,7 +223,7 @@ def _known_shards(conn: Connection, dataset_id: int, split: str) -> dict[str, Sh
 
 
 def _add_shard(conn: Connection, dataset: Dataset, dataset_id: int, shard: Shard) -> int:
-    """Enters a new shard; returns how many of its rows had an image_id that was not there."""
+    """Registers a new shard; returns how many of its rows have an image_id that is new."""
     shard_id = _save_shard(conn, dataset_id, shard)
     pages = _pages(datasets.samples(dataset.root, shard, dataset.columns))
     return sum(_add_images(conn, dataset_id, shard, shard_id, page) for page in pages)
@@ -249,9 +259,9 @@ def _place_and_texts(shard_id: int, sample: Sample) -> tuple[int, int, int, str,
 def _merge(
     conn: Connection, dataset: Dataset, dataset_id: int, shards: list[Shard], movable: set[str], result: Enqueued
 ) -> None:
-    """Enters shards that were altered, or that take the place of some that are gone.
+    """Registers shards that have changed, or that replace shards that are gone.
 
-    Rows that stood in a `movable` shard get their new place and texts; rows of other shards keep theirs.
+    Rows that were in one of the `movable` shards get their new place and texts; rows of other shards keep theirs.
     """
     known: dict[str, tuple[Any, ...]] = {
         row[0]: tuple(row[1:])
@@ -295,7 +305,7 @@ def _move_images(conn: Connection, rows: list[tuple[Any, ...]]) -> None:
 
 # --- Jobs ------------------------------------------------------------------------------------------------------
 
-# Unary plus keeps SQLite off the index by image_id: the rows are wanted in order of id.
+# The unary plus keeps SQLite from using the index on image_id: the rows are needed in order of id.
 _SPLIT_FROM = "FROM images WHERE id >= ? AND +dataset_id = ? AND split = ? ORDER BY id"
 
 
@@ -309,14 +319,14 @@ def _register_jobs(
         first = execute(
             conn, f"SELECT id {_SPLIT_FROM} LIMIT 1 OFFSET ?", (0, run.dataset_id, split, offset)
         ).scalar_one_or_none()
-        counts = [one.total for one in status.counts(conn) if (one.run, one.split) == (run.name, split)]
+        totals = [c.total for c in status.counts(conn) if (c.run, c.split) == (run.name, split)]
     if first is None:
         raise RunError(
             f"Split {split} has {n_images} rows"
             + (f", so --offset {offset} is past its end: choose a smaller one." if n_images else ": choose another.")
         )
     total = n_images - offset if limit is None else min(limit, n_images - offset)
-    if counts == [n_images]:  # every image has its job
+    if totals == [n_images]:  # every image already has its job
         result.known = total
         return
     while (done := result.new + result.known) < total:
@@ -327,7 +337,7 @@ def _register_jobs(
 
 @contextmanager
 def _writing_to(database: Database, run: runs.Run) -> Iterator[Connection]:
-    """A transaction in which the run is not deleted. Raises RunError if it was."""
+    """A write transaction in which the run cannot be deleted. Raises RunError if it was deleted before."""
     with transaction(database, write=True) as conn:
         lock(conn, "runs", run.id)
         runs.refuse_deleted(conn, run)
@@ -339,8 +349,8 @@ def _register_from(
 ) -> Enqueued:
     result = Enqueued(split)
     with transaction(database) as conn:
-        total = sum(one.total for one in status.counts(conn) if (one.run, one.split) == (old.name, split))
-    seen, last = 0, 0
+        total = sum(c.total for c in status.counts(conn) if (c.run, c.split) == (old.name, split))
+    n_read, last = 0, 0
     while True:
         with _writing_to(database, run) as conn:
             page = execute(conn, _FLAGGED if flags else _JOBS, (old.id, split, last, PAGE)).fetchall()
@@ -352,8 +362,8 @@ def _register_from(
             records.tally(conn, run.id, split, 0, {JobState.PENDING: new})
         result.new += new
         result.known += len(chosen) - new
-        seen, last = seen + len(page), page[-1][0]
-        progress(f"{split}: registering", seen, total)
+        n_read, last = n_read + len(page), page[-1][0]
+        progress(f"{split}: registering", n_read, total)
 
 
 _JOBS = "SELECT id, image_id FROM jobs WHERE run_id = ? AND split = ? AND id > ? ORDER BY id LIMIT ?"
@@ -365,7 +375,7 @@ _ADD_JOB = "INSERT INTO jobs (run_id, image_id, split) VALUES (?, ?, ?) ON CONFL
 
 
 def _register_page(conn: Connection, run: runs.Run, split: str, first: int, size: int, result: Enqueued) -> int:
-    """Makes the `size` images from id `first` on pending; returns the id to go on from."""
+    """Makes `size` images, starting with id `first`, pending jobs; returns the id to continue from."""
     page = (first, run.dataset_id, split, size)
     new = execute(
         conn,

@@ -1,7 +1,7 @@
 """The life of a lease: claim, heartbeat, complete, fail, release.
 
-One claim is one lease, which is at once the fence of every write that its worker makes and the record of what its jobs
-took. The package says what all of these have in common.
+Each claim creates one lease, which fences every write that its worker makes for these jobs and records how long they
+took. The package's docstring states what all transitions have in common.
 """
 
 import random
@@ -33,13 +33,14 @@ from rococap.queue.records import (
     time_of,
 )
 from rococap.queue.runs import Run
-from rococap.queue.workers import book, see
+from rococap.queue.workers import add_store_ms, mark_seen
 from rococap.tables import JobState
 
 MAX_MESSAGE = 2_000
 MAX_BACKOFF_MS = 15 * 60_000
 
 CRASHES = {NORMAL: (0, 0), SUSPECTS: (1, 1), SOLO: (2, 1 << 30)}
+"""The lowest and highest number of crashes of a job that each lane takes."""
 
 _PENDING = (
     f"SELECT j.id, {PLACE} "
@@ -56,19 +57,20 @@ def claim(
     worker_id: int,
     run_id: int,
     split: str,
-    most: int,
+    max_jobs: int,
     *,
     ttl_ms: int,
     lane: int = NORMAL,
     now: int | None = None,
 ) -> Claim | None:
-    """Leases up to `most` pending jobs of one split to a worker, in order of id; None if there are none.
+    """Leases up to `max_jobs` pending jobs of one split to a worker, in order of id; None if there are none.
 
-    Neighbours in a claim are neighbours on disk. The lanes SUSPECTS and SOLO bound the claim by 4 and 1.
+    The order of ids is that of the data set, so that a claim reads neighbouring rows. The lease expires after `ttl_ms`
+    milliseconds without a heartbeat. The lanes SUSPECTS and SOLO take at most 4 jobs and 1.
     """
-    bound = min(most, lane) if lane else most
+    limit = min(max_jobs, lane) if lane else max_jobs
     sql = _PENDING + SKIP_LOCKED[conn.dialect.name]
-    rows = execute(conn, sql, (run_id, split, *CRASHES[lane], bound)).fetchall()
+    rows = execute(conn, sql, (run_id, split, *CRASHES[lane], limit)).fetchall()
     if not rows:
         return None
     lease_id = new_lease(conn, worker_id, run_id, split, lane, [row[0] for row in rows], ttl_ms, time_of(conn, now))
@@ -85,7 +87,7 @@ def _columns(conn: Connection, run_id: int) -> Columns:
 def new_lease(
     conn: Connection, worker_id: int, run_id: int, split: str, lane: int, job_ids: list[int], ttl_ms: int, at: int
 ) -> int:
-    """Puts pending jobs, which the transaction has locked, under a new lease."""
+    """Puts pending jobs, which this transaction has locked, under a new lease; returns its id."""
     lease_id = execute(
         conn,
         "INSERT INTO leases (worker_id, run_id, split, lane, state, n_jobs, claimed_at, beat_at, expires_at) "
@@ -102,7 +104,7 @@ def new_lease(
 
 
 def has_suspects(conn: Connection, run: Run, splits: Sequence[str]) -> bool:
-    """Whether jobs that were in a crash are pending."""
+    """Whether jobs that have been in a crash are pending in these splits."""
     return any(execute(conn, _ANY_SUSPECT, (run.id, split)).one_or_none() for split in splits)
 
 
@@ -116,31 +118,32 @@ def heartbeat(
     telemetry: Telemetry | None = None,
     now: int | None = None,
 ) -> set[int]:
-    """Extends the leases that are still this worker's; returns those. The others are lost: abandon their rows.
+    """Extends the leases that this worker still holds by `ttl_ms` milliseconds from now, and returns their ids.
 
-    `store_ms` is what storing took since the last one, by lease: those may have ended.
+    The other leases are lost: the worker must abandon their jobs. `store_ms` is the time spent on storing since the
+    last heartbeat, in milliseconds by lease; those leases may have ended.
     """
     at = time_of(conn, now)
-    held, took = set(lease_ids), store_ms or {}
+    held, spent = set(lease_ids), store_ms or {}
     kept = set()
-    for lease_id in sorted(held | took.keys()):
+    for lease_id in sorted(held | spent.keys()):
         if lease_id in held and _extend(conn, worker_id, lease_id, at, ttl_ms):
             kept.add(lease_id)
-        if lease_id in took:
-            book(conn, worker_id, lease_id, took[lease_id])
-    # After the leases, as in `complete`: PostgreSQL would find a deadlock between the two.
-    see(conn, worker_id, at, telemetry)
+        if lease_id in spent:
+            add_store_ms(conn, worker_id, lease_id, spent[lease_id])
+    # After the leases, as in `complete`: in another order the two could deadlock on PostgreSQL.
+    mark_seen(conn, worker_id, at, telemetry)
     return kept
 
 
 def _extend(conn: Connection, worker_id: int, lease_id: int, at: int, ttl_ms: int) -> bool:
-    """Whether it is this worker's still."""
+    """Extends a lease; returns False, changing nothing, if this worker no longer holds it."""
     sql = "UPDATE leases SET beat_at = ?, expires_at = ? WHERE id = ? AND worker_id = ? AND state = 'open'"
     return bool(execute(conn, sql, (at, at + ttl_ms, lease_id, worker_id)).rowcount)
 
 
 def lock_leases(conn: Connection, worker_id: int, lease_ids: Iterable[int]) -> None:
-    """Locks a worker's open leases and those named, in order of id, for who goes on to change some of each kind."""
+    """Locks a worker's open leases and those in `lease_ids` in order of id, for a transaction that will change both."""
     ids = tuple(lease_ids)
     if ids and conn.dialect.name != "sqlite":
         sql = f"SELECT id FROM leases WHERE worker_id = ? AND (state = 'open' OR id IN ({', '.join('?' * len(ids))})) "
@@ -148,7 +151,7 @@ def lock_leases(conn: Connection, worker_id: int, lease_ids: Iterable[int]) -> N
 
 
 def _hold(conn: Connection, lease: Lease, n_done: int = 0, timing: Timing = Timing()) -> None:
-    """Locks the lease and proves that it is still ours, adding what its jobs took."""
+    """Locks the lease, adding the time that its jobs took. Raises LeaseLost if the worker no longer holds it."""
     t = timing
     held = execute(
         conn,
@@ -158,16 +161,20 @@ def _hold(conn: Connection, lease: Lease, n_done: int = 0, timing: Timing = Timi
         (n_done, t.load_ms, t.prepare_ms, t.prefill_ms, t.decode_ms, t.store_ms, lease.id, lease.worker_id),
     )
     if held.rowcount != 1:
-        raise LeaseLost(f"Lease {lease.id} is not this worker's any more: nothing was changed.")
+        raise LeaseLost(f"This worker no longer holds lease {lease.id}: nothing was changed.")
 
 
 def _leave(conn: Connection, lease: Lease, sql: str, rows: list[tuple[Any, ...]]) -> None:
-    """Moves jobs out of the lease; every one of them must still be in it. Rows end in job id and lease id."""
+    """Moves jobs out of the lease. `rows` are the parameters of `sql`, ending in job id and lease id.
+
+    Raises LeaseLost unless every job is still in the lease.
+    """
     if rows and execute(conn, sql, rows).rowcount != len(rows):
         raise LeaseLost(f"Lease {lease.id} does not hold all of {[row[-2] for row in rows]}: nothing was changed.")
 
 
 def close_if_empty(conn: Connection, lease_id: int, state: str, at: int) -> None:
+    """Ends an open lease in `state`, "closed" or "released", unless it still holds jobs."""
     execute(
         conn,
         "UPDATE leases SET state = ?, closed_at = ? WHERE id = ? AND state = 'open' "
@@ -184,10 +191,10 @@ def complete(
     timing: Timing = Timing(),
     now: int | None = None,
 ) -> None:
-    """Stores captions and makes their jobs done, all or nothing. Raises LeaseLost if the lease is no longer ours.
+    """Stores captions and makes their jobs done, all or none. Raises LeaseLost if the worker no longer holds the lease.
 
-    A lease may be completed in parts, also after its time ran out as long as nobody reaped it: no GPU work is thrown
-    away. It closes with its last job.
+    A lease may be completed in parts, even after it has expired as long as no other worker has reaped it, so that no
+    GPU work is wasted. It is closed with its last job.
     """
     at = time_of(conn, now)
     done = sorted(completions, key=lambda completion: completion.job_id)
@@ -199,7 +206,7 @@ def complete(
         "WHERE id = ? AND lease_id = ? AND status = 'leased'",
         [(at, c.job_id, lease.id) for c in done],
     )
-    flags = {one.job_id: flags_of(one.text, one.finish_reason, one.flags) for one in done}
+    flags = {c.job_id: flags_of(c.text, c.finish_reason, c.flags) for c in done}
     execute(
         conn,
         "INSERT INTO captions (job_id, lease_id, text, flags, finish_reason, prompt_tokens, new_tokens, processing_ms, "
@@ -227,40 +234,43 @@ def complete(
 
 
 def backoff_ms(attempts: int, jitter: float | None = None) -> int:
-    """How long to wait after the nth attempt failed: min(15 min, 5 s * 4^n), up to a quarter less by jitter."""
+    """Milliseconds to wait after `attempts` failed attempts: min(15 min, 5 s * 4^(attempts - 1)), up to a quarter less.
+
+    `jitter`, from 0 to 1, is random unless given; it spreads the retries of jobs that failed together.
+    """
     full = min(MAX_BACKOFF_MS, 5_000 * 4 ** min(attempts - 1, 10))
     return int(full * (1 - 0.25 * (random.random() if jitter is None else jitter)))
 
 
 def fail(conn: Connection, lease: Lease, failed: Mapping[int, Failure], *, now: int | None = None) -> None:
-    """Ends jobs (id -> failure) without a caption: for good, or, if the failure is transient and attempts are left,
-    to be tried again later. Raises LeaseLost if the lease is no longer ours.
+    """Records failures by job id. A job whose failure is transient waits for another attempt if it has any left; every
+    other job has failed for good. Raises LeaseLost if the worker no longer holds the lease.
     """
     at = time_of(conn, now)
     _hold(conn, lease)
     attempts = {
         row[0]: row[1] for row in execute(conn, "SELECT id, attempts FROM jobs WHERE lease_id = ?", (lease.id,))
     }
-    most = execute(conn, "SELECT max_attempts FROM runs WHERE id = ?", (lease.run_id,)).scalar_one()
-    again = {id for id, failure in failed.items() if failure.transient and attempts.get(id, most) < most}
+    limit = execute(conn, "SELECT max_attempts FROM runs WHERE id = ?", (lease.run_id,)).scalar_one()
+    retried = {id for id, failure in failed.items() if failure.transient and attempts.get(id, limit) < limit}
     _leave(
         conn,
         lease,
         "UPDATE jobs SET status = 'waiting', lease_id = NULL, not_before = ? "
         "WHERE id = ? AND lease_id = ? AND status = 'leased'",
-        [(at + backoff_ms(attempts[id]), id, lease.id) for id in sorted(again)],
+        [(at + backoff_ms(attempts[id]), id, lease.id) for id in sorted(retried)],
     )
     _leave(
         conn,
         lease,
         "UPDATE jobs SET status = 'failed', lease_id = NULL, finished_at = ? "
         "WHERE id = ? AND lease_id = ? AND status = 'leased'",
-        [(at, id, lease.id) for id in sorted(failed.keys() - again)],
+        [(at, id, lease.id) for id in sorted(failed.keys() - retried)],
     )
     record(conn, lease.id, at, failed)
     changes: dict[str, int] = {
-        JobState.WAITING: len(again),
-        JobState.FAILED: len(failed) - len(again),
+        JobState.WAITING: len(retried),
+        JobState.FAILED: len(failed) - len(retried),
         JobState.LEASED: -len(failed),
     }
     tally(conn, lease.run_id, lease.split, lease.id, changes)
@@ -268,6 +278,7 @@ def fail(conn: Connection, lease: Lease, failed: Mapping[int, Failure], *, now: 
 
 
 def record(conn: Connection, lease_id: int, at: int, failed: Mapping[int, Failure]) -> None:
+    """Adds failures, by job id, to the table of failures."""
     execute(
         conn,
         "INSERT INTO failures (job_id, lease_id, code, message, at) VALUES (?, ?, ?, ?, ?)",
@@ -276,9 +287,9 @@ def record(conn: Connection, lease_id: int, at: int, failed: Mapping[int, Failur
 
 
 def release(conn: Connection, lease: Lease, job_ids: Iterable[int], *, now: int | None = None) -> int:
-    """Gives jobs back as they were before the claim, the attempt refunded; returns how many.
+    """Makes jobs pending again without counting the attempt; returns how many.
 
-    Jobs that left the lease meanwhile stay as they are. Raises LeaseLost if the lease is not ours any more.
+    Jobs that have left the lease since stay as they are. Raises LeaseLost if the worker no longer holds the lease.
     """
     at = time_of(conn, now)
     _hold(conn, lease)

@@ -1,4 +1,4 @@
-"""Transitions that a person asks for: retry, cancel, pause, prune, delete."""
+"""Transitions that the user asks for: retry, cancel, pause, prune, delete."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,10 @@ from rococap.tables import JobState
 def _selected(
     conn: Connection, run: Run, statuses: str, splits: Sequence[str], image_ids: Sequence[str], codes: Sequence[str]
 ) -> list[tuple[int, str, str]]:
-    """(id, split, status) of the run's jobs in these statuses (a literal list), narrowed by what is not empty."""
+    """Locks the run's jobs in these statuses, an SQL list of literals; returns (id, split, status) of each.
+
+    Each of `splits`, `image_ids` and `codes` (of the latest failure) narrows the selection unless it is empty.
+    """
 
     def within(column: str, values: Sequence[str]) -> str:
         return f"AND {column} IN ({', '.join('?' * len(values))}) " if values else ""
@@ -36,7 +39,7 @@ def _selected(
 
 
 def _count(conn: Connection, run: Run, jobs: Iterable[tuple[int, str, str]], to: str) -> None:
-    """Tallies the move of jobs (id, split, status) to another state."""
+    """Updates the tallies for jobs, as (id, split, status), that moved to the status `to`."""
     for (split, status), n in sorted(Counter((split, status) for _, split, status in jobs).items()):
         tally(conn, run.id, split, 0, {status: -n, to: n})
 
@@ -50,9 +53,9 @@ def retry(
     codes: Sequence[str] = (),
     cancelled: bool = False,
 ) -> int:
-    """Makes failed (or, if `cancelled`, cancelled) jobs pending with a clean record; returns how many.
+    """Makes failed (or, if `cancelled`, cancelled) jobs pending, their attempts and crashes reset; returns how many.
 
-    Named image_ids are retried in either state.
+    Jobs selected by `image_ids` are retried in either state.
     """
     statuses = "'failed', 'cancelled'" if image_ids else "'cancelled'" if cancelled else "'failed'"
     jobs = _selected(conn, run, statuses, splits, image_ids, codes)
@@ -67,13 +70,13 @@ def retry(
 
 
 def unknown_images(conn: Connection, run: Run, image_ids: Sequence[str]) -> list[str]:
-    """Those that no picture of the run has."""
+    """Those of `image_ids` that no picture of the run has."""
     sql = "SELECT 1 FROM jobs j JOIN images i ON i.id = j.image_id WHERE j.run_id = ? AND i.image_id = ? LIMIT 1"
     return [image_id for image_id in image_ids if execute(conn, sql, (run.id, image_id)).one_or_none() is None]
 
 
 def unknown_codes(conn: Connection, run: Run, codes: Sequence[str]) -> list[str]:
-    """Those that no failure of the run has, also of pictures that were tried again since."""
+    """Those of `codes` that no failure of the run has, including failures of pictures retried since."""
     sql = "SELECT 1 FROM failures f JOIN jobs j ON j.id = f.job_id WHERE j.run_id = ? AND f.code = ? LIMIT 1"
     return [code for code in codes if execute(conn, sql, (run.id, code)).one_or_none() is None]
 
@@ -86,10 +89,11 @@ def cancel(
     image_ids: Sequence[str] = (),
     now: int | None = None,
 ) -> int:
-    """Withdraws jobs that are not finished; returns how many. A worker that holds some drops their captions."""
+    """Cancels jobs that are not finished; returns how many. A worker that holds some of them drops their captions."""
     at = time_of(conn, now)
     sql = "UPDATE jobs SET status = 'cancelled', lease_id = NULL, not_before = NULL, finished_at = ? WHERE id = ?"
-    # First what is free: after that no claim can put any of it under a lease. Then leases before their jobs, as always.
+    # First the jobs that no worker holds, so that no claim can lease any of them; then leases before their jobs, in
+    # the package's lock order.
     free = _selected(conn, run, "'pending', 'waiting'", splits, image_ids, ())
     if free:
         execute(conn, sql, [(at, id) for id, _, _ in free])
@@ -98,7 +102,8 @@ def cancel(
         "SELECT id FROM leases WHERE state = 'open' AND run_id = ? ORDER BY id" + db.for_update(conn, "leases"),
         (run.id,),
     ).fetchall()
-    held = _selected(conn, run, "'pending', 'waiting', 'leased'", splits, image_ids, ())  # some given back meanwhile
+    # Includes free jobs, because some may have been released since.
+    held = _selected(conn, run, "'pending', 'waiting', 'leased'", splits, image_ids, ())
     if held:
         execute(conn, sql, [(at, id) for id, _, _ in held])
     for row in leases:
@@ -108,20 +113,21 @@ def cancel(
 
 
 def pause(conn: Connection, run: Run, paused: bool) -> None:
-    """Stops or allows claims of the run. What is leased goes on."""
+    """Forbids or allows claims from the run. Leased jobs are not affected."""
     execute(conn, "UPDATE runs SET paused = ? WHERE id = ?", (int(paused), run.id))
 
 
-def prune(conn: Connection, *, before: int, most: int = 1_000) -> int:
-    """Deletes up to `most` failures from before a time, each followed by a later one of the same job; returns how many.
+def prune(conn: Connection, *, before: int, limit: int = 1_000) -> int:
+    """Deletes up to `limit` failures from before a time that a later failure of the same job has superseded; returns
+    how many.
 
-    The latest of each job, leases and captions stay: they say what happened and what made it.
+    Each job's latest failure, the leases and the captions stay, as the record of what happened.
     """
     rows = execute(
         conn,
         "SELECT f.id FROM failures f WHERE f.at < ? "
         "AND EXISTS (SELECT 1 FROM failures g WHERE g.job_id = f.job_id AND g.id > f.id) LIMIT ?",
-        (before, most),
+        (before, limit),
     ).fetchall()
     if rows:
         execute(conn, "DELETE FROM failures WHERE id = ?", [(row[0],) for row in rows])
@@ -129,31 +135,31 @@ def prune(conn: Connection, *, before: int, most: int = 1_000) -> int:
 
 
 def delete_run(conn: Connection, run: Run, *, now: int | None = None) -> None:
-    """Takes a run out of the queue: nothing finds it any more, and its name is free. Its rows go by `clear_deleted`.
+    """Removes a run from the queue: no query finds it any more, and its name is free. `clear_deleted` removes its rows.
 
-    Raises RunError while workers hold pictures of it.
+    Raises RunError while workers hold pictures of it, and if it was deleted before.
     """
     db.lock(conn, "runs", run.id)
     refuse_deleted(conn, run)
     sql = "UPDATE runs SET deleted_at = ?, paused = 1, name = ? WHERE id = ?"
     execute(conn, sql, (time_of(conn, now), f"{run.name} (deleted {run.id})", run.id))
-    # Only now: on PostgreSQL the change has waited for claims that were under way, and whoever claims next is refused.
+    # Counted only now: on PostgreSQL the update has waited for claims in progress, and keeps later ones out.
     is_open = "SELECT count(*) FROM leases WHERE state = 'open' AND run_id = ?"
     if n := execute(conn, is_open, (run.id,)).scalar_one():
         raise RunError(
-            f"Workers hold pictures of run {run.name!r} ({n} leases are open), so it stays. Stop them, or withdraw the "
-            f"pictures first: rococap cancel --run {run.name} --all"
+            f"Workers hold pictures of run {run.name!r} ({n} leases are open), so it was not deleted. Stop them, or "
+            f"cancel the pictures first: rococap cancel --run {run.name} --all"
         )
 
 
-def clear_deleted(conn: Connection, *, most: int = 1_000) -> int:
-    """Removes up to `most` jobs of deleted runs, with their captions, scores and failures; returns how many.
+def clear_deleted(conn: Connection, *, limit: int = 1_000) -> int:
+    """Deletes up to `limit` jobs of deleted runs, with their captions, scores and failures; returns how many.
 
-    Leases stay: they say what workers did with their time.
+    Leases stay, as the record of how workers spent their time.
     """
     deleted = "SELECT id FROM runs WHERE deleted_at IS NOT NULL"
     sql = f"SELECT j.id FROM jobs j WHERE j.run_id IN ({deleted}) ORDER BY j.id LIMIT ?" + db.for_update(conn, "j")
-    ids = [(row[0],) for row in execute(conn, sql, (most,)).fetchall()]
+    ids = [(row[0],) for row in execute(conn, sql, (limit,)).fetchall()]
     if not ids:
         execute(conn, f"DELETE FROM tallies WHERE run_id IN ({deleted})")
         return 0

@@ -1,4 +1,4 @@
-"""Jobs, leases and what is recorded about them, and the small functions that every transition needs."""
+"""Jobs, leases, what is recorded about them, and the helpers that every transition needs."""
 
 import json
 from collections import Counter
@@ -14,10 +14,13 @@ from rococap.db import execute
 from rococap.flags import degenerate, of_reasoning, without_reasoning
 
 SLOTS = 16
+"""Rows over which each tally is spread."""
 MAX_TEXT = 65_536
+"""Characters of a stored text."""
 
 NORMAL, SUSPECTS, SOLO = 0, 4, 1
-"""Lanes. A job that was in a crash is claimed by fours, after a second crash alone; the value bounds the claim."""
+"""Lanes. After one crash, a job is claimed with at most three others; after a second, alone. The value of a lane is the
+largest claim in it, unless it is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right of a worker to what one claim took. `lane` is NORMAL, SUSPECTS or SOLO."""
+    """A worker's exclusive right to the jobs of one claim. `lane` is NORMAL, SUSPECTS or SOLO."""
 
     id: int
     worker_id: int
@@ -42,14 +45,14 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Claim(Lease):
-    """A new lease, with its jobs in order of id; there is at least one."""
+    """A new lease with its jobs, at least one, in order of id."""
 
     jobs: tuple[Job, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Milliseconds that a lease's pictures took in each stage."""
+    """Milliseconds that the pictures of a lease spent in each stage."""
 
     load_ms: float = 0.0
     prepare_ms: float = 0.0
@@ -60,12 +63,12 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
-    """What a worker made of its time and memory, as it told last. None: not known. MB are millions of bytes.
+    """How a worker uses its time and memory, as it last reported. None means unknown. MB are millions of bytes.
 
-    While it runs, the rates and shares are over its last minute or so; once it has said goodbye, over its whole time.
-    `fill`: rows decoded a step, as a share of the batch size. `busy`: the share of the time that the model worked.
-    `waited_sec`: how long in all it had no picture to work on. `memory_mb` and `gpu_memory_mb` are the process's peaks;
-    `gpu_utilisation` is the driver's share of a moment, by whatever process.
+    While the worker runs, rates and shares cover about its last minute; once it has stopped, its whole time.
+    `fill`: rows decoded per step, as a share of the batch size. `busy`: the share of time that the model worked.
+    `waited_sec`: total time without a picture to work on. `memory_mb` and `gpu_memory_mb` are the peaks of the process;
+    `gpu_utilisation` is the driver's momentary figure, from 0 to 1, over all processes on the GPU.
     """
 
     captioning_sec: float
@@ -85,31 +88,34 @@ class Telemetry:
 
     @classmethod
     def from_json(cls, text: str) -> "Telemetry":
-        """Without what only a later version knows."""
+        """Parses the JSON, ignoring fields that a later version has added."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
 
 PLACE = "s.path, i.split, i.row_group, i.row_in_group, i.image_id"
-"""The columns of a Place, of images i and shards s."""
+"""The SQL columns of a Place, for the aliases `i` of images and `s` of shards."""
 
 
 def place_of(row: Sequence[Any], columns: Columns) -> Place:
+    """The Place in a row of the columns PLACE, in a data set with these `columns`."""
     return Place(*(*row, columns))
 
 
-def clean_text(text: str, most: int = MAX_TEXT) -> str:
-    """Text as the database can hold it: NUL becomes U+FFFD, lone surrogates too, and the length is bounded."""
+def clean_text(text: str, max_chars: int = MAX_TEXT) -> str:
+    """Text that the database can store: NUL and lone surrogates become U+FFFD, and it is cut to `max_chars`."""
     if not text.isascii():
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")[:most]
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")[:max_chars]
 
 
 def time_of(conn: Connection, now: int | None) -> int:
+    """`now`, or the database's clock if it is None, in milliseconds since 1970."""
     return db.now(conn) if now is None else now
 
 
 def tally(conn: Connection, run_id: int, split: str, slot: int, changes: Mapping[str, int]) -> None:
+    """Adds `changes`, by status, to the tallies of a run and split. `slot` is any number, such as the id of a lease."""
     rows = [(run_id, split, status, slot % SLOTS, n) for status, n in sorted(changes.items()) if n]
     if rows:
         execute(
@@ -120,20 +126,20 @@ def tally(conn: Connection, run_id: int, split: str, slot: int, changes: Mapping
         )
 
 
-def flags_of(text: str, finish_reason: str, told: str = "") -> str:
-    """What is odd about a caption, joined by commas: what its engine told, what it is like, and `replaced` where
-    `clean_text` had to change or cut it.
+def flags_of(text: str, finish_reason: str, engine_flags: str = "") -> str:
+    """A caption's flags, joined by commas: those that its engine and worker set, those found in its text, and
+    `replaced` if `clean_text` has to change or cut it.
     """
-    said = without_reasoning(text) or text
-    odd = (*degenerate(said, finish_reason), *of_reasoning(text))
-    return ",".join(filter(None, (told, *odd, "" if clean_text(text) == text else "replaced")))
+    caption = without_reasoning(text) or text
+    found = (*degenerate(caption, finish_reason), *of_reasoning(text))
+    return ",".join(filter(None, (engine_flags, *found, "" if clean_text(text) == text else "replaced")))
 
 
 def flagged(flag: str) -> str:
-    """The status under which captions with a flag are tallied, beside the states of jobs."""
+    """The status under which captions with a flag are tallied, next to the states of jobs."""
     return f"flag:{flag}"
 
 
 def flag_counts(flags: Iterable[str]) -> dict[str, int]:
-    """How many captions to tally under each flag."""
-    return dict(Counter(flagged(flag) for told in flags for flag in told.split(",") if flag))
+    """How many captions to tally under each flag's status, given the flags of each caption as `flags_of` joins them."""
+    return dict(Counter(flagged(flag) for joined in flags for flag in joined.split(",") if flag))

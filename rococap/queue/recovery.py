@@ -1,4 +1,4 @@
-"""After a crash, an outage or a wait: late completions, expired leases, jobs whose time has come."""
+"""Recovery after a crash, an outage or a wait: late completions, expired leases, waiting jobs that are due."""
 
 from collections import Counter
 from collections.abc import Sequence, Set
@@ -13,12 +13,12 @@ from rococap.queue.leases import MAX_BACKOFF_MS, SKIP_LOCKED, complete, fail, ne
 from rococap.queue.records import SOLO, Lease, tally, time_of
 from rococap.tables import JobState
 
-# --- When the answer did not come ------------------------------------------------------------------------------
+# --- After a lost answer ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """Job ids by what became of their completions. `kept`: another worker holds the picture at the moment."""
+    """Job ids by what became of their completions. `kept`: not stored, because another worker holds the job for now."""
 
     stored: frozenset[int]
     dropped: frozenset[int]
@@ -28,56 +28,57 @@ class Recovered:
 def recover(
     conn: Connection, worker_id: int, lease: Lease, completions: Sequence[Completion], *, now: int | None = None
 ) -> Recovered:
-    """Stores what `complete` and `fail` could not, or could without the answer coming back; none is stored twice.
+    """Stores completions that `complete` and `fail` may or may not have stored before; none is stored twice.
 
-    What the lease still holds is completed, and what it had completed is recognised. Captions of jobs that are free
-    again are completed under a new lease, of `worker_id`; where another result stands they are dropped, as are those of
-    a run that was deleted, whose jobs' ids may be another run's by now.
+    Jobs that the lease still holds are completed, and those that it has completed are recognised. Captions of jobs that
+    are pending or waiting again are stored under a new lease of `worker_id`. Captions of jobs that have another result
+    are dropped, and so are those of a deleted run, whose job ids may have been reused by another run.
     """
     execute(conn, "SELECT id FROM leases WHERE id = ?" + db.for_update(conn, "leases"), (lease.id,))
     at = time_of(conn, now)
     jobs = _jobs_and_captions(conn, lease.run_id, [completion.job_id for completion in completions])
-    mine, free, stored, kept = [], [], set(), set()
-    for one in completions:
-        status, lease_id, caption_lease_id = jobs.get(one.job_id, ("", None, None))
+    held, free, stored, kept = [], [], set(), set()
+    for completion in completions:
+        job_id = completion.job_id
+        status, lease_id, caption_lease_id = jobs.get(job_id, ("", None, None))
         if lease_id == lease.id:
-            mine.append(one)
+            held.append(completion)
         elif status == JobState.DONE and caption_lease_id == lease.id:
-            stored.add(one.job_id)
-        elif one.failure is None and status in (JobState.PENDING, JobState.WAITING):
-            free.append(one)
-        elif one.failure is None and status == JobState.LEASED:
-            kept.add(one.job_id)
-    _store(conn, lease, mine, at)
+            stored.add(job_id)
+        elif completion.failure is None and status in (JobState.PENDING, JobState.WAITING):
+            free.append(completion)
+        elif completion.failure is None and status == JobState.LEASED:
+            kept.add(job_id)
+    _store(conn, lease, held, at)
     if free:
-        _store(conn, _take(conn, worker_id, lease, [(one.job_id, jobs[one.job_id][0]) for one in free], at), free, at)
-    stored |= {one.job_id for one in (*mine, *free)}
-    dropped = {one.job_id for one in completions} - stored - kept
+        _store(conn, _take(conn, worker_id, lease, [(c.job_id, jobs[c.job_id][0]) for c in free], at), free, at)
+    stored |= {completion.job_id for completion in (*held, *free)}
+    dropped = {completion.job_id for completion in completions} - stored - kept
     return Recovered(frozenset(stored), frozenset(dropped), frozenset(kept))
 
 
 def _jobs_and_captions(
     conn: Connection, run_id: int, job_ids: Sequence[int]
 ) -> dict[int, tuple[str, int | None, int | None]]:
-    """id -> (status, lease, the lease of its caption) of those that are the run's, locked in order of id."""
+    """Locks the jobs of the run in order of id; returns id -> (status, lease id, lease id of its caption)."""
     found = {}
     for job_id in sorted(job_ids):
         sql = "SELECT status, lease_id FROM jobs j WHERE id = ? AND run_id = ?" + db.for_update(conn, "j")
         if row := execute(conn, sql, (job_id, run_id)).one_or_none():
-            by = execute(conn, "SELECT lease_id FROM captions WHERE job_id = ?", (job_id,)).scalar()
-            found[job_id] = (row[0], row[1], by)
+            caption_lease_id = execute(conn, "SELECT lease_id FROM captions WHERE job_id = ?", (job_id,)).scalar()
+            found[job_id] = (row[0], row[1], caption_lease_id)
     return found
 
 
 def _store(conn: Connection, lease: Lease, completions: Sequence[Completion], at: int) -> None:
-    if captions := [one for one in completions if one.failure is None]:
+    if captions := [c for c in completions if c.failure is None]:
         complete(conn, lease, captions, now=at)
-    if failed := {one.job_id: one.failure for one in completions if one.failure is not None}:
+    if failed := {c.job_id: c.failure for c in completions if c.failure is not None}:
         fail(conn, lease, failed, now=at)
 
 
 def _take(conn: Connection, worker_id: int, lost: Lease, jobs: Sequence[tuple[int, str]], at: int) -> Lease:
-    """A lease on jobs that are pending or waiting, in place of one that is lost."""
+    """A new lease on pending or waiting jobs, as (id, status), that the lease `lost` no longer holds."""
     waiting = [(id,) for id, status in jobs if status == JobState.WAITING]
     if waiting:
         execute(conn, "UPDATE jobs SET status = 'pending', not_before = NULL WHERE id = ?", waiting)
@@ -88,15 +89,18 @@ def _take(conn: Connection, worker_id: int, lost: Lease, jobs: Sequence[tuple[in
 
 
 def belongs(conn: Connection, lease: Lease, uuid: str) -> bool:
-    """Whether this database gave the lease to that worker: another's ids mean other pictures."""
+    """Whether this database gave the lease to the worker with that uuid: in another database, the ids refer to other
+    pictures.
+    """
     sql = "SELECT 1 FROM leases l JOIN workers w ON w.id = l.worker_id WHERE l.id = ? AND w.uuid = ?"
     return execute(conn, sql, (lease.id, uuid)).one_or_none() is not None
 
 
 def release_forgotten(conn: Connection, worker_id: int, held: Set[int], *, now: int | None = None) -> int:
-    """Gives back what this worker leased without knowing, since the answer to its claim was lost; returns how many.
+    """Releases jobs that this worker leased without learning of it, because the answer to its claim was lost; returns
+    how many.
 
-    `held` are the leases that it knew of before this transaction began: others' stores may close some meanwhile.
+    `held` are the leases that the worker knew of before this transaction began; its store thread may close some later.
     """
     open_leases = execute(
         conn,
@@ -113,10 +117,10 @@ def release_forgotten(conn: Connection, worker_id: int, held: Set[int], *, now: 
     return released
 
 
-# --- Crashes and time ------------------------------------------------------------------------------------------
+# --- Expiry and crashes ----------------------------------------------------------------------------------------
 
 
-# In order of time: asked for in order of id, SQLite walks the table instead of the index.
+# Ordered by time: ordered by id, SQLite would scan the table instead of using the index.
 _EXPIRED = (
     "SELECT id FROM leases WHERE state = 'open' AND expires_at <= ? AND worker_id <> ? AND expires_at - beat_at <= ? "
     "ORDER BY expires_at, id"
@@ -124,37 +128,44 @@ _EXPIRED = (
 
 
 def reap(
-    conn: Connection, *, but: int = 0, contact_ms: int = 1 << 62, most: int | None = None, now: int | None = None
+    conn: Connection,
+    *,
+    exclude_worker: int = 0,
+    contact_ms: int = 1 << 62,
+    limit: int | None = None,
+    now: int | None = None,
 ) -> list[int]:
-    """Frees the jobs of leases whose time ran out; returns the leases. Their workers are taken for dead.
+    """Ends up to `limit` expired leases as `crash` does, treating their workers as dead; returns their ids.
 
-    A worker passes its own id as `but`: it knows better than the clock that it lives. And for how long it has been in
-    touch with the database: a lease that lasts longer may belong to one that was cut off as well.
+    A worker excludes its own leases with `exclude_worker`, since it knows that it is alive. `contact_ms` is how long it
+    has been in contact with the database: leases that last longer are spared, because their workers may have been cut
+    off too.
     """
     at = time_of(conn, now)
-    _bring_back(conn, at)
-    expired = sorted(row[0] for row in execute(conn, _EXPIRED, (at, but, contact_ms)).fetchall()[:most])
+    _cap_future_leases(conn, at)
+    expired = sorted(row[0] for row in execute(conn, _EXPIRED, (at, exclude_worker, contact_ms)).fetchall()[:limit])
     return [lease_id for lease_id in expired if crash(conn, lease_id, now=at, expired_by=at)]
 
 
-def _bring_back(conn: Connection, at: int) -> None:
-    """Lets leases that were extended in what is the future, since the clock was set back, run out one lease time from
-    now: a worker that lives extends its own before, and one that died keeps its pictures no longer.
+def _cap_future_leases(conn: Connection, at: int) -> None:
+    """Makes leases whose last heartbeat lies in the future, because the clock was set back, expire one lease time from
+    now: a living worker extends its lease before, and a dead one does not keep its jobs any longer than usual.
     """
-    found = execute(conn, f"{_OF_THE_FUTURE} ORDER BY id{db.for_update(conn, 'leases')}", (at,)).fetchall()
+    found = execute(conn, f"{_IN_FUTURE} ORDER BY id{db.for_update(conn, 'leases')}", (at,)).fetchall()
     if found:
         sql = "UPDATE leases SET beat_at = ?, expires_at = ? + expires_at - beat_at WHERE id = ? AND beat_at > ?"
         execute(conn, sql, [(at, at, row[0], at) for row in found])
 
 
-_OF_THE_FUTURE = "SELECT id FROM leases WHERE state = 'open' AND beat_at > ?"
+_IN_FUTURE = "SELECT id FROM leases WHERE state = 'open' AND beat_at > ?"
 
 
 def crash(conn: Connection, lease_id: int, *, now: int | None = None, expired_by: int = 1 << 62) -> bool:
-    """Ends a lease whose worker died, or is about to: its jobs are suspects, the attempt refunded.
+    """Ends a lease whose worker has died or is about to: its jobs become pending suspects, and the attempt is not
+    counted.
 
-    A job that was alone in two such leases fails. Returns False, changing nothing, if the lease was not open, or was
-    extended beyond `expired_by` meanwhile.
+    A job that was alone in two such leases fails. Returns False, changing nothing, if the lease was not open or was
+    extended beyond `expired_by` in the meantime.
     """
     at = time_of(conn, now)
     row = execute(
@@ -178,7 +189,7 @@ def crash(conn: Connection, lease_id: int, *, now: int | None = None, expired_by
     if killers:
         failing = "UPDATE jobs SET status = 'failed', finished_at = ? WHERE id = ? AND status = 'pending'"
         execute(conn, failing, [(at, id) for id in killers])
-        reason = Failure("crashed", "Two workers died while they captioned this picture alone.")
+        reason = Failure("crashed", "Two workers died while captioning this picture alone.")
         record(conn, lease_id, at, dict.fromkeys(killers, reason))
     freed = len(jobs) - len(killers)
     tally(
@@ -199,9 +210,9 @@ _WAKE = (
 
 
 def wake(conn: Connection, *, now: int | None = None) -> int:
-    """Makes waiting jobs pending whose time has come; returns how many.
+    """Makes waiting jobs pending once they are due; returns how many.
 
-    So are those that would wait longer than anything does: the clock has been set back since.
+    Jobs due later than the longest backoff are included: the clock has been set back since they failed.
     """
     at = time_of(conn, now)
     sql = _WAKE.format(skip_locked=SKIP_LOCKED[conn.dialect.name])
@@ -212,7 +223,7 @@ def wake(conn: Connection, *, now: int | None = None) -> int:
 
 
 def overdue(conn: Connection, *, now: int | None = None) -> bool:
-    """Whether `reap` or `wake` would do anything: a read, so that idle workers need no write lock."""
+    """Whether `reap` or `wake` may have something to do. Only reads, so that idle workers take no write lock."""
     at = time_of(conn, now)
     row = execute(
         conn,

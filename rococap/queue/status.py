@@ -1,4 +1,4 @@
-"""Views that only read: counts and rates, workers, leases, failures."""
+"""Read-only views of the queue: counts and rates, workers, leases, failures."""
 
 import json
 from collections import Counter
@@ -23,7 +23,10 @@ RATE_WINDOW_MS = 5 * 60_000
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """One run and split. `per_minute` is over the last five minutes at most; `eta_sec` is None while it is 0."""
+    """How many jobs of one run and split are in each state, and how fast they are being captioned.
+
+    `per_minute` is the rate over the last five minutes at most; `eta_sec` is None while that is 0 and jobs are left.
+    """
 
     run: str
     split: str
@@ -37,7 +40,7 @@ class Counts:
     eta_sec: float | None
     paused: bool = False
     flags: Mapping[str, int] = field(default_factory=dict)
-    """Captions by what is odd about them: see `rococap.flags`."""
+    """Number of captions by flag: see `rococap.flags`."""
 
     @property
     def total(self) -> int:
@@ -50,7 +53,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class RunSeen:
-    """A run and where it stands, by split. `counts` is empty if it has no pictures yet."""
+    """A run with its counts by split; `counts` is empty if it has no pictures yet. `created_at` is in milliseconds."""
 
     run: Run
     created_at: int
@@ -59,8 +62,9 @@ class RunSeen:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """A worker process. `state`: running, stopped, or lost (not seen for its own lease time, and never said
-    goodbye)."""
+    """A worker process. `state`: running, stopped, or lost, which is not seen for longer than its lease time without
+    having stopped.
+    """
 
     id: int
     host: str
@@ -72,13 +76,14 @@ class WorkerSeen:
     telemetry: Telemetry | None
     """None before its first heartbeat."""
     self_check: dict[str, Any] | None = None
-    """What it found before its first claim; None if it did not look."""
+    """The outcome of its self-check before the first claim; None if it made none."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseSeen:
-    """A lease. `lane`: normal, suspects or solo; `expires_in_sec` is negative if overdue, None once it has ended.
-    `timing`: of what is stored; the part of storing comes with the worker's next heartbeat.
+    """A lease. `lane`: normal, suspects or solo. `expires_in_sec` is negative if overdue, and None once it has ended.
+
+    `timing` covers the pictures that are stored; its `store_ms` follows with the worker's next heartbeat.
     """
 
     id: int
@@ -99,6 +104,8 @@ class LeaseSeen:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
+    """A failed job, with the code and message of its latest failure."""
+
     run: str
     split: str
     image_id: str
@@ -108,7 +115,9 @@ class Failed:
 
 
 def counts(conn: Connection, *, now: int | None = None) -> list[Counts]:
-    """Every run and split, in constant time: from the tallies, and the rate from the last minutes' leases."""
+    """The counts of every run and split, in order of run and split. The cost does not depend on the number of pictures:
+    the counts come from the tallies, and the rates from recent leases.
+    """
     at = time_of(conn, now)
     per_minute = _rates(conn, at)
     rows = execute(
@@ -125,24 +134,24 @@ def counts(conn: Connection, *, now: int | None = None) -> list[Counts]:
 
 
 def counts_of(conn: Connection, run: Run, splits: Sequence[str] = SPLITS) -> list[Counts]:
-    """Those of one run. Raises RunError if it has nothing of these splits, or was deleted."""
+    """The counts of one run. Raises RunError if it has no pictures of these splits, or was deleted."""
     refuse_deleted(conn, run)
-    mine = [one for one in counts(conn) if one.run == run.name and one.split in splits]
-    if not mine:
+    found = [c for c in counts(conn) if c.run == run.name and c.split in splits]
+    if not found:
         raise RunError(
             f"Run {run.name!r} has no pictures of {', '.join(splits)}. Register them, with the run's own data set and "
             f"recipe: rococap enqueue --run {run.name} --split {splits[0]} …"
         )
-    return mine
+    return found
 
 
 def runs_seen(conn: Connection) -> list[RunSeen]:
     """Every run, at a cost that does not depend on how many pictures it has."""
-    of_run: dict[str, list[Counts]] = {}
-    for one in counts(conn):
-        of_run.setdefault(one.run, []).append(one)
+    by_run: dict[str, list[Counts]] = {}
+    for split_counts in counts(conn):
+        by_run.setdefault(split_counts.run, []).append(split_counts)
     created = {row[0]: row[1] for row in execute(conn, "SELECT id, created_at FROM runs")}
-    return [RunSeen(run, created[run.id], tuple(of_run.get(run.name, ()))) for run in list_runs(conn)]
+    return [RunSeen(run, created[run.id], tuple(by_run.get(run.name, ()))) for run in list_runs(conn)]
 
 
 def _counts(
@@ -156,9 +165,9 @@ def _counts(
 
 
 def _rates(conn: Connection, at: int) -> dict[tuple[int, str], float]:
-    """Captions per minute of each (run, split), over the last five minutes or since the first lease in them.
+    """Captions per minute of each (run id, split), over the last five minutes or since the first claim in them.
 
-    Without leases of the future, which say that the clock was set back since.
+    Leases claimed in the future are ignored: the clock has been set back since.
     """
     start = at - RATE_WINDOW_MS
     rows = execute(
@@ -191,7 +200,9 @@ def unfinished(conn: Connection, run: Run, splits: Sequence[str]) -> dict[str, i
 
 
 def list_workers(conn: Connection, *, everyone: bool = False, now: int | None = None) -> list[WorkerSeen]:
-    """Workers of the last day that have not stopped, and those that stopped in the last five minutes; or `everyone`."""
+    """Workers seen in the last day that are not stopped, and those stopped in the last five minutes; all of them with
+    `everyone`.
+    """
     at = time_of(conn, now)
     since, stopped_since = (0, 0) if everyone else (at - 86_400_000, at - RATE_WINDOW_MS)
     rows = execute(
@@ -205,16 +216,16 @@ def list_workers(conn: Connection, *, everyone: bool = False, now: int | None = 
     def state(stopped_at: int | None, seen_at: int, lease_ttl_ms: int) -> str:
         if stopped_at is not None:
             return "stopped"
-        # One that was seen in the future was not seen since the clock was set back.
+        # A worker seen in the future has not been seen since the clock was set back.
         return "lost" if abs(at - seen_at) > lease_ttl_ms else "running"
 
     return [
         WorkerSeen(
             *(id, host, pid, device, state(stopped, seen, ttl_ms), done, max(0, at - seen) / 1000),
-            telemetry=Telemetry.from_json(told) if told else None,
-            self_check=json.loads(checked) if checked else None,
+            telemetry=Telemetry.from_json(telemetry) if telemetry else None,
+            self_check=json.loads(self_check) if self_check else None,
         )
-        for id, host, pid, device, stopped, done, seen, ttl_ms, told, checked in rows
+        for id, host, pid, device, stopped, done, seen, ttl_ms, telemetry, self_check in rows
     ]
 
 
@@ -222,7 +233,7 @@ _LANES = {NORMAL: "normal", SUSPECTS: "suspects", SOLO: "solo"}
 
 
 def list_leases(conn: Connection, *, closed: int = 0, now: int | None = None) -> list[LeaseSeen]:
-    """The open leases, oldest first, after the last `closed` of those that ended."""
+    """The open leases, oldest first, preceded by the last `closed` leases that have ended."""
     at = time_of(conn, now)
     columns = (
         "SELECT l.id, w.id, w.host, w.pid, r.name, l.split, l.lane, l.state, l.n_jobs, l.n_done, l.claimed_at, "
@@ -245,7 +256,7 @@ def _lease_seen(row: Sequence[Any], at: int) -> LeaseSeen:
     )
 
 
-# One split at a time: only then does SQLite prefer the index of what failed to that of the whole run.
+# One split at a time: only then does SQLite prefer the index of failed jobs to that of the whole run.
 _FAILED = (
     "SELECT j.split, i.image_id, f.code, f.message, j.attempts FROM jobs j JOIN images i ON i.id = j.image_id "
     "JOIN failures f ON f.id = (SELECT max(id) FROM failures WHERE job_id = j.id) "
@@ -254,19 +265,22 @@ _FAILED = (
 
 
 def list_failures(conn: Connection, run: str | None = None, splits: Sequence[str] = ()) -> list[Failed]:
-    """What failed, with its latest reason, by run, split and job."""
+    """The failed jobs of a run, or of every run if it is None, in order of run, split and job id."""
+    runs = [get_run(conn, run)] if run else list_runs(conn)
     return [
-        Failed(one.name, *row)
-        for one in ([get_run(conn, run)] if run else list_runs(conn))
+        Failed(found.name, *row)
+        for found in runs
         for split in splits or SPLITS
-        for row in execute(conn, _FAILED, (one.id, split)).fetchall()
+        for row in execute(conn, _FAILED, (found.id, split)).fetchall()
     ]
 
 
 def choose_run(conn: Connection, name: str | None, splits: Sequence[str], command: str = "worker") -> Run:
-    """The run of that name; without one, `default`, or the only run that has work.
+    """The run called `name`. If it is None: among the runs that have work, or all runs if none has any, the one called
+    `default`; failing that, the only run that has work, or the newest run if none has any.
 
-    Raises RunError, naming them; `command` is the one to choose with.
+    Raises RunError if there is no such run, or if several runs have work and none of them is `default`; `command` is
+    the subcommand that the message suggests.
     """
     if name is not None:
         return runs_module.get_run(conn, name)

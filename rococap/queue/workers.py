@@ -1,4 +1,4 @@
-"""Workers in the database: who started, what it measures, when it was seen last."""
+"""Workers as the database knows them: which have started, what they measure, when they were last seen."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,10 @@ def register_worker(
     lease_ttl_ms: int = 120_000,
     now: int | None = None,
 ) -> int:
-    """`lease_ttl_ms`: unseen for longer, it counts as lost."""
+    """Registers a new worker process and returns its id. It counts as lost once unseen for `lease_ttl_ms` milliseconds.
+
+    `uuid` is unique to the process; `self_check` is the JSON of a self-check, None if it makes none.
+    """
     at = time_of(conn, now)
     row = execute(
         conn,
@@ -36,13 +39,14 @@ def _versions(info: EngineInfo) -> str:
     return json.dumps(info.versions, sort_keys=True)
 
 
-def store_self_check(conn: Connection, worker_id: int, told: str | None) -> None:
-    execute(conn, "UPDATE workers SET self_check = ? WHERE id = ?", (told, worker_id))
+def store_self_check(conn: Connection, worker_id: int, self_check: str | None) -> None:
+    """Records the JSON of a worker's self-check; None if it has no outcome."""
+    execute(conn, "UPDATE workers SET self_check = ? WHERE id = ?", (self_check, worker_id))
 
 
 def last_self_check(conn: Connection, host: str, info: EngineInfo, run: str) -> tuple[int, str] | None:
-    """The pid of the latest worker with this engine on this device of this machine that looked at that run, and what
-    it found; None if none did.
+    """The pid of the latest worker that checked itself on this run, with this engine on this device of this machine,
+    and the JSON of its self-check; None if there is none among the last hundred.
     """
     rows = execute(
         conn,
@@ -50,7 +54,7 @@ def last_self_check(conn: Connection, host: str, info: EngineInfo, run: str) -> 
         "AND self_check IS NOT NULL ORDER BY id DESC LIMIT 100",
         (host, info.device, info.name, _versions(info)),
     )
-    return next(((pid, told) for pid, told in rows.fetchall() if json.loads(told)["run"] == run), None)
+    return next(((pid, check) for pid, check in rows.fetchall() if json.loads(check)["run"] == run), None)
 
 
 def stop_worker(
@@ -61,20 +65,21 @@ def stop_worker(
     telemetry: Telemetry | None = None,
     now: int | None = None,
 ) -> None:
-    """Its goodbye, with what it measured: milliseconds of storing by lease, and the rest."""
+    """Records that a worker has stopped, with its last measurements. `store_ms` is milliseconds of storing by lease."""
     at = time_of(conn, now)
     for lease_id, ms in sorted((store_ms or {}).items()):
-        book(conn, worker_id, lease_id, ms)
+        add_store_ms(conn, worker_id, lease_id, ms)
     execute(conn, "UPDATE workers SET stopped_at = ? WHERE id = ?", (at, worker_id))
-    see(conn, worker_id, at, telemetry)
+    mark_seen(conn, worker_id, at, telemetry)
 
 
-def see(conn: Connection, worker_id: int, at: int, telemetry: Telemetry | None) -> None:
+def mark_seen(conn: Connection, worker_id: int, at: int, telemetry: Telemetry | None) -> None:
+    """Records that a worker was seen at a time, with new telemetry if there is any."""
     sql = "UPDATE workers SET seen_at = ?, telemetry = COALESCE(?, telemetry) WHERE id = ?"
     execute(conn, sql, (at, telemetry.to_json() if telemetry else None, worker_id))
 
 
-def book(conn: Connection, worker_id: int, lease_id: int, store_ms: float) -> None:
-    """Adds what storing took to a lease of this worker, whatever became of it."""
+def add_store_ms(conn: Connection, worker_id: int, lease_id: int, store_ms: float) -> None:
+    """Adds milliseconds of storing to a lease of this worker, whatever its state."""
     sql = "UPDATE leases SET store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"
     execute(conn, sql, (store_ms, lease_id, worker_id))

@@ -1,1 +1,4 @@
-"""A worker process: what it holds, fetches, captions and stores, and what supervises several of them."""
+"""Worker processes: claiming, reading, captioning and storing pictures, and supervising several such processes.
+
+Knows the queue and the interface of the engines, but no model.
+"""

@@ -1,4 +1,5 @@
-"""What this machine does with a run's model and pictures: read, prepare, caption at several batch sizes, all together.
+"""Measures this machine on a run's model and pictures: reading, preparing, captioning at several batch sizes, and the
+whole worker.
 
 Only reads the queue. The whole worker is measured on a queue of its own, in a temporary folder.
 """
@@ -34,17 +35,18 @@ from rococap.worker.store import Outcome
 log = logging.getLogger(__name__)
 
 CLOSE = 0.95
-"""A batch size that reaches this share of the fastest is as good, and takes less memory."""
+"""A batch size that reaches this share of the fastest rate is as good, and takes less memory."""
 EFFICIENT = 0.9
+"""A worker that reaches this share of the model's own rate needs no advice."""
 ENOUGH_BATCHES = 4
-"""On fewer, the model's waiting for the first pictures is much of the whole worker's time."""
+"""With fewer batches, waiting for the first pictures is a large part of the worker's time."""
 SMALL_SHARE = 0.05
-"""Reading and preparing that take less of the model's time than this do not explain a slow worker."""
+"""Reading and preparing explain a slow worker only if they take at least this share of the model's time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """The model alone, from pictures that are prepared: pictures captioned and new tokens a second."""
+    """The speed of the model alone, on pictures that are prepared in advance."""
 
     batch_size: int
     pictures_per_sec: float
@@ -53,7 +55,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Hours at the whole worker's rate: for the split's pictures in the run, and for those not finished."""
+    """Hours at the whole worker's rate, for all of the run's pictures in the split and for the unfinished ones."""
 
     split_hours: float
     unfinished_hours: float
@@ -61,11 +63,11 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What bench.json holds.
+    """The content of bench.json.
 
-    `pictures` were prepared and measured; `failures` could not be. `load_ms` (reading and decoding) and `prepare_ms`
-    are for one picture on one thread. `efficiency` is the worker's rate divided by the model's alone, both at
-    `automatic_batch_size`.
+    `pictures` is how many were measured, and `failures` how many could not be read or prepared. `load_ms` (reading and
+    decoding) and `prepare_ms` are milliseconds per picture on one thread. `efficiency` is the rate of the whole worker
+    divided by that of the model alone, both at `automatic_batch_size`.
     """
 
     rococap: str
@@ -98,23 +100,24 @@ def measure(
     *,
     run_name: str | None = None,
     split: str | None = None,
-    most: int = 64,
+    max_pictures: int = 64,
     sizes: Sequence[int] | None = None,
     progress: Progress = silent,
     load: Callable[[Recipe, Options], Engine] = load_engine,
 ) -> Measured:
-    """Measures with up to `most` pictures of a split of a run; without a split, of the first that the run has.
+    """Measures up to `max_pictures` pictures from one split of a run, by default the first split that the run has.
 
-    `sizes` None: powers of two up to the batch size that `options` come to, and that one. Raises RunError if there is
-    nothing to measure, ModelError or DatasetError if the run's cannot be had, RococapError if no picture is captioned.
+    `sizes` are batch sizes; None measures the powers of two up to the one that `options` resolve to, and that one.
+    Raises RunError if there is nothing to measure, ModelError or DatasetError if the run's model or data set cannot be
+    loaded, and RococapError if no picture is captioned.
     """
     with transaction(database) as conn:
         run = choose_run(conn, run_name, [split] if split else (), command="bench")
         counts = queue.counts_of(conn, run, [split] if split else SPLITS)[0]
-        places = dry_run.places(conn, run, counts.split, most)
+        places = dry_run.places(conn, run, counts.split, max_pictures)
         offset = _offset(conn, run, places[0])
     if sizes is not None:
-        _fitting(sizes, len(places))  # before the model is loaded for nothing
+        _fitting(sizes, len(places))  # raises before the model is loaded in vain
     dataset = datasets.locate(run.dataset, [counts.split], run.dataset_revision or None)
     progress("loading the model", 0, 1)
     engine = load(run.recipe, options)
@@ -127,7 +130,7 @@ def measure(
 
 
 def _offset(conn: Connection, run: Run, first: Place) -> int:
-    """How many pictures of its split the data set has before it."""
+    """How many pictures the data set has before this one in its split."""
     n = execute(
         conn,
         "SELECT count(*) FROM images WHERE dataset_id = ? AND split = ? AND id < "
@@ -148,10 +151,10 @@ def _measure(
     progress: Progress,
 ) -> Measured:
     info, automatic = engine.info, engine.batch_size
-    log.info("%s on %s (%s): %d pictures at a time by itself", info.model, info.device, info.dtype, automatic)
+    log.info("%s on %s (%s): the automatic batch size is %d", info.model, info.device, info.dtype, automatic)
     read = _read(engine, dataset.root, places, run.recipe.frame, progress)
     chosen = sizes_up_to(len(read.prepared), automatic) if sizes is None else _fitting(sizes, len(read.prepared))
-    from_memory(engine, read.prepared[:1])  # what the device does once, it does now
+    from_memory(engine, read.prepared[:1])  # warms up the device before anything is timed
     rates = _rates(engine, read.prepared, chosen, progress)
     alone = next((rate for rate in rates if rate.batch_size == automatic), None)
     if alone is None:
@@ -200,22 +203,23 @@ def _read(engine: Engine, root: Path, places: Sequence[Place], frame: int, progr
 # --- The model alone -------------------------------------------------------------------------------------------
 
 
-def sizes_up_to(most: int, automatic: int) -> list[int]:
-    """Powers of two up to the automatic batch size, and that one; none above `most`."""
+def sizes_up_to(limit: int, automatic: int) -> list[int]:
+    """Powers of two up to the automatic batch size, and that size itself; none above `limit`."""
     powers = (1 << n for n in range(automatic.bit_length()))
-    return [size for size in sorted({*powers, automatic}) if size <= most]
+    return [size for size in sorted({*powers, automatic}) if size <= limit]
 
 
-def _fitting(sizes: Iterable[int], most: int) -> list[int]:
-    if fitting := sorted({size for size in sizes if size <= most}):
+def _fitting(sizes: Iterable[int], n_pictures: int) -> list[int]:
+    """The sizes that the pictures can fill, in order. Raises RococapError if there are none."""
+    if fitting := sorted({size for size in sizes if size <= n_pictures}):
         return fitting
     raise RococapError(
-        f"{most} pictures fill no batch of {min(sizes)}. Give a smaller --batch-size, or more --pictures."
+        f"{n_pictures} pictures do not fill a batch of {min(sizes)}. Give a smaller --batch-size, or more --pictures."
     )
 
 
 def _rates(engine: Engine, prepared: Sequence[Prepared], sizes: Sequence[int], progress: Progress) -> list[Rate]:
-    """Without the sizes that ran out of memory. Raises RococapError if all did."""
+    """The rate at each size that fits into memory. Raises RococapError if none does."""
     rates = [_rate(engine, prepared, size, progress) for size in sizes]
     if fitting := [rate for rate, size in zip(rates, sizes, strict=True) if rate.batch_size == size]:
         return fitting
@@ -223,7 +227,10 @@ def _rates(engine: Engine, prepared: Sequence[Prepared], sizes: Sequence[int], p
 
 
 def _rate(engine: Engine, prepared: Sequence[Prepared], size: int, progress: Progress) -> Rate:
-    """Its batch size is smaller than `size` if the memory did not suffice. Leaves the engine's as it was."""
+    """The rate at a batch size, or at the smaller one that the engine fell back to when memory ran out.
+
+    The engine's own batch size is restored. Raises RococapError if no picture is captioned.
+    """
     before = engine.batch_size
     engine.batch_size = size
     try:
@@ -246,7 +253,7 @@ def _rate(engine: Engine, prepared: Sequence[Prepared], size: int, progress: Pro
 
 
 class Ready:
-    """An engine that is loaded already and stays so."""
+    """Wraps an engine that is loaded already, and keeps it loaded."""
 
     def __init__(self, engine: Engine) -> None:
         self.info, self.batch_size = engine.info, engine.batch_size
@@ -260,9 +267,9 @@ class Ready:
 def _worker_rate(
     engine: Engine, dataset: Dataset, run: Run, split: str, n: int, offset: int, progress: Progress
 ) -> float:
-    """Pictures a second from the first claim to the last stored caption, on a queue that is thrown away."""
+    """Pictures per second from the first claim to the last stored caption, on a temporary queue."""
     with tempfile.TemporaryDirectory(prefix="rococap-bench-") as folder:
-        database = db.connect(f"{folder}/queue.db", force=True)  # nobody else opens it
+        database = db.connect(f"{folder}/queue.db", force=True)  # no other process opens it
         try:
             dataset = replace(dataset, columns=run.columns)
             enqueue(database, dataset, [split], run=run.name, recipe=run.recipe, limit=n, offset=offset)
@@ -282,17 +289,17 @@ def _rate_of(outcome: Outcome) -> float:
     if outcome.drained:
         raise KeyboardInterrupt
     if not outcome.done:
-        raise RococapError("The whole worker captioned no picture. Look for the reason: rococap doctor")
+        raise RococapError("The whole worker captioned no picture. To find the reason: rococap doctor")
     log.info("the whole worker: %.3g pictures/s", outcome.done / outcome.seconds)
     return outcome.done / outcome.seconds
 
 
-# --- What follows from it --------------------------------------------------------------------------------------
+# --- Recommendations -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Milliseconds a picture: reading and preparing by one of `threads`, captioning in full batches."""
+    """Milliseconds per picture: reading and preparing on one of `threads` threads, captioning in full batches."""
 
     load_ms: float
     prepare_ms: float
@@ -301,11 +308,15 @@ class Costs:
 
 
 def estimate(total: int, unfinished: int, pictures_per_sec: float) -> Estimate:
+    """The hours for so many pictures at a rate."""
     return Estimate(total / pictures_per_sec / 3600, unfinished / pictures_per_sec / 3600)
 
 
 def recommend(rates: Sequence[Rate], automatic: int, efficiency: float, costs: Costs, pictures: int) -> str:
-    """A batch size; and what holds the worker back, if something does and `pictures` were enough to tell."""
+    """Which batch size to use; and, if the worker is slower than the model alone, what limits it.
+
+    `pictures` is how many were measured: too few do not show the reason.
+    """
     sentences = [_recommend_size(rates, automatic)]
     if efficiency < EFFICIENT:
         sentences.append(_what_limits(efficiency, costs, pictures, ENOUGH_BATCHES * automatic))
@@ -316,28 +327,28 @@ def _recommend_size(rates: Sequence[Rate], automatic: int) -> str:
     best = max(rates, key=lambda rate: rate.pictures_per_sec)
     close = min(rate.batch_size for rate in rates if rate.pictures_per_sec >= CLOSE * best.pictures_per_sec)
     if automatic in (best.batch_size, close):
-        return f"Leave --batch-size at auto: it is {automatic} here."
+        return f"Leave --batch-size at auto, which is {automatic} here."
     if all(rate.batch_size != automatic for rate in rates):
-        return f"Of the batch sizes measured use --batch-size {close}; auto is {automatic}, which was not among them."
-    return f"Use --batch-size {close}: the smallest within 5 % of the fastest."
+        return f"Of the batch sizes measured, use --batch-size {close}; auto is {automatic}, which was not among them."
+    return f"Use --batch-size {close}, the smallest within 5 % of the fastest."
 
 
 def _what_limits(efficiency: float, costs: Costs, pictures: int, enough: int) -> str:
     reached = f"The whole worker reaches {100 * efficiency:.0f} % of the model's speed"
     if pictures < enough:
-        return f"{reached}, but starting weighs on so few pictures: measure with --pictures {enough}."
+        return f"{reached}, but with so few pictures the start dominates: measure with --pictures {enough}."
     if (costs.load_ms + costs.prepare_ms) / costs.threads < SMALL_SHARE * costs.engine_ms:
-        return f"{reached}, and neither reading nor preparing is why: look at what else is busy here."
-    what, ms = max(("reading", costs.load_ms), ("preparing", costs.prepare_ms), key=lambda one: one[1])
-    threads = f" in each of {costs.threads} threads" if costs.threads > 1 else ""
-    return f"{reached}: {what} limits it, {ms:.1f} ms a picture{threads} beside the model's {costs.engine_ms:.1f} ms."
+        return f"{reached}, and neither reading nor preparing explains it: check what else is busy on this machine."
+    what, ms = max(("reading", costs.load_ms), ("preparing", costs.prepare_ms), key=lambda cost: cost[1])
+    threads = f" on each of {costs.threads} threads" if costs.threads > 1 else ""
+    return f"{reached}: {what} limits it, at {ms:.1f} ms a picture{threads}; the model takes {costs.engine_ms:.1f} ms."
 
 
 # --- A plot ----------------------------------------------------------------------------------------------------
 
 
 def draw(measured: Measured, path: Path) -> None:
-    """Pictures and tokens a second by batch size, as PNG.
+    """Plots pictures and tokens per second by batch size to a PNG file.
 
     Raises RococapError if the file cannot be written.
     """

@@ -1,8 +1,10 @@
-"""A worker's own clock."""
+"""The clock by which a worker judges its own leases, independent of the database's."""
 
 import time
 
 
 def now() -> float:
-    """Seconds that go on while the machine sleeps, where it has such a clock: leases run out meanwhile."""
+    """Monotonic seconds that include time in which the machine was suspended, if the system has such a clock: leases
+    expire during that time too.
+    """
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -1,4 +1,4 @@
-"""How long a worker has been in touch with its database: only then may it judge others."""
+"""How long a worker has been in unbroken contact with its database, which decides whether it may reap other workers."""
 
 import logging
 
@@ -8,11 +8,12 @@ log = logging.getLogger(__name__)
 
 
 class Contact:
-    """How long this process has been in touch with its database, without a break. Any thread may tell.
+    """How long this process has been in contact with its database without a break. Thread-safe.
 
-    Others are judged only after a lease time of it: after an outage, or when this process was frozen or its machine
-    slept, every lease looks expired, and its worker is alive. Workers beat every quarter of a lease time, so half of
-    one without contact is a break. So is a database whose clock was set: it went on by another time than ours.
+    A worker may reap others only after a lease time of unbroken contact: after an outage, or after this process was
+    frozen or its machine suspended, every lease looks expired although its worker is alive. Workers send a heartbeat
+    every quarter of a lease time, so half a lease time without contact is a break. So is a change of the database's
+    clock, which shows as a jump between that clock and ours.
     """
 
     def __init__(self, ttl_sec: float) -> None:
@@ -22,7 +23,7 @@ class Contact:
         self._ahead: float | None = None
 
     def made(self, database_ms: int | None = None) -> None:
-        """`database_ms` is what the database's clock said, if it was asked."""
+        """Records a contact. `database_ms` is the time by the database's clock, None if it was not queried."""
         at = clock.now()
         if at - self._last > self._ttl_sec / 2 or self._was_set(database_ms, at):
             self._since = at
@@ -38,13 +39,14 @@ class Contact:
         return before is not None and abs(self._ahead - before) > self._ttl_sec / 2
 
     def lost(self, error: Exception) -> None:
+        """Records that the database could not be reached because of `error`, which is logged once."""
         self._since = clock.now()
         if not self._is_lost:
             self._is_lost = True
-            log.warning("waiting for the database, and keeping what is captioned meanwhile: %s", error)
+            log.warning("waiting for the database, and keeping new captions until it is back: %s", error)
 
     def unbroken_sec(self) -> float:
-        """For how long; 0 unless it is at least a lease time."""
+        """Seconds of unbroken contact; 0 if that is less than a lease time."""
         at = clock.now()
         is_unbroken = at - self._last <= self._ttl_sec / 2 and at - self._since >= self._ttl_sec
         return at - self._since if is_unbroken else 0.0

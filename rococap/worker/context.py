@@ -1,4 +1,4 @@
-"""What the threads of one worker share and none of them changes."""
+"""The immutable context that the threads of one worker share."""
 
 import threading
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from rococap.worker.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A worker at its run. `worker_id` is 0 until it is registered; `stop` is set once it is asked to stop."""
+    """A worker and its run. `worker_id` is 0 until it is registered; `stop` is set once it is asked to stop."""
 
     database: Database
     settings: Settings

@@ -1,4 +1,4 @@
-"""An engine on a few of a run's pictures, without claiming any: for measuring it, and for trusting it."""
+"""Runs an engine on a few of a run's pictures without claiming them, for benchmarks and self-checks."""
 
 import hashlib
 import time
@@ -16,32 +16,32 @@ from rococap.errors import PictureError
 from rococap.queue import PLACE, Run, place_of
 
 
-def places(conn: Connection, run: Run, split: str, most: int) -> list[Place]:
-    """The run's first pictures of a split in the data set's order."""
-    return list(_from(conn, run, split, 0, most).values())
+def places(conn: Connection, run: Run, split: str, limit: int) -> list[Place]:
+    """The run's first `limit` pictures of a split, in the data set's order."""
+    return list(_from(conn, run, split, 0, limit).values())
 
 
-def spread(conn: Connection, run: Run, split: str, most: int, skip: int) -> list[Place]:
-    """Up to so many pictures of a split, from its beginning to its end, but for its first `skip` ones."""
+def spread(conn: Connection, run: Run, split: str, limit: int, skip: int) -> list[Place]:
+    """Up to `limit` pictures of a split, spread from its beginning to its end, without its first `skip` pictures."""
     first = list(_from(conn, run, split, 0, skip + 1))
     if len(first) <= skip:
         return []
     begin, end = first[-1], _last(conn, run, split)
     found: dict[int, Place] = {}
-    for part in range(most):  # by id: to count them would read them all
-        found |= _from(conn, run, split, begin + (end - begin) * part // max(1, most - 1), 1)
-    # Where a run has only a few of a data set's pictures, several parts meet the same.
-    return list((found | _from(conn, run, split, begin, most)).values())[:most]
+    for part in range(limit):  # by id, since counting would read every row
+        found |= _from(conn, run, split, begin + (end - begin) * part // max(1, limit - 1), 1)
+    # If the run has only some of the data set's pictures, several parts may find the same one: fill up from the start.
+    return list((found | _from(conn, run, split, begin, limit)).values())[:limit]
 
 
-def _from(conn: Connection, run: Run, split: str, image_id: int, most: int) -> dict[int, Place]:
-    """Pictures from this one on, by their ids."""
+def _from(conn: Connection, run: Run, split: str, image_id: int, limit: int) -> dict[int, Place]:
+    """Up to `limit` pictures with this image id or a higher one, by id."""
     rows = execute(
         conn,
         f"SELECT j.image_id, {PLACE} FROM jobs j "
         "JOIN images i ON i.id = j.image_id JOIN shards s ON s.id = i.shard_id "
         "WHERE j.run_id = ? AND j.split = ? AND j.image_id >= ? ORDER BY j.image_id LIMIT ?",
-        (run.id, split, image_id, most),
+        (run.id, split, image_id, limit),
     ).fetchall()
     return {image_id: place_of(place, run.columns) for image_id, *place in rows}
 
@@ -53,9 +53,9 @@ def _last(conn: Connection, run: Run, split: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Pictures ready for the engine, milliseconds that one took, and why others are not.
+    """Pictures that are prepared for the engine, the milliseconds each took on average, and the errors of the others.
 
-    `digests` are of their pixels, and `size` is the width and height of the last one.
+    `digests` are SHA-256 of their pixels by job id; `size` is the width and height of the last one, in pixels.
     """
 
     prepared: list[Prepared]
@@ -67,9 +67,12 @@ class Read:
 
 
 def prepare(
-    engine: Engine, root: Path, places: Sequence[Place], frame: int, tell: Callable[[int], None] = lambda done: None
+    engine: Engine, root: Path, places: Sequence[Place], frame: int, report: Callable[[int], None] = lambda done: None
 ) -> Read:
-    """Reads, decodes and prepares on this thread; a picture's id is its number, from 1. `frame` is the recipe's."""
+    """Reads, decodes and prepares pictures on this thread. Each gets its position, from 1, as its job id.
+
+    `frame` is the recipe's; `report` is called with the number of pictures that are done.
+    """
     prepared: list[Prepared] = []
     errors: list[PictureError] = []
     digests: dict[int, bytes] = {}
@@ -86,7 +89,7 @@ def prepare(
                 load_sec, prepare_sec = load_sec + loaded - started, prepare_sec + time.perf_counter() - loaded
             except PictureError as error:
                 errors.append(error)
-            tell(number)
+            report(number)
             started = time.perf_counter()
     load_ms, prepare_ms = (1000 * seconds / max(1, len(prepared)) for seconds in (load_sec, prepare_sec))
     return Read(prepared, errors, load_ms, prepare_ms, digests, size)
@@ -99,7 +102,7 @@ def _bytes(data: bytes | PictureError) -> bytes:
 
 
 class _Abandoned(Set[int]):
-    """All of some jobs, once it is over. It is live: an engine may ask it while a request hangs."""
+    """A live set: empty until `is_over`, and then all of the jobs. An engine may query it while a request hangs."""
 
     def __init__(self, job_ids: Sequence[int], is_over: Callable[[], bool]) -> None:
         self._job_ids = job_ids
@@ -116,17 +119,17 @@ class _Abandoned(Set[int]):
 
 
 class Memory:
-    """A Source over pictures that are prepared. Once `is_over`, it ends and abandons what runs."""
+    """A Source of pictures that are prepared already. Once `is_over`, it ends and abandons the running ones."""
 
     def __init__(self, prepared: Sequence[Prepared], is_over: Callable[[], bool] = lambda: False) -> None:
         self._left = list(prepared)
         self._is_over = is_over
         self._abandoned = _Abandoned([picture.job_id for picture in prepared], is_over)
 
-    def take(self, most: int, wait: float | None) -> list[Prepared]:
+    def take(self, limit: int, wait: float | None) -> list[Prepared]:
         if self._is_over():
             return []
-        taken, self._left = self._left[:most], self._left[most:]
+        taken, self._left = self._left[:limit], self._left[limit:]
         return taken
 
     def step(self, rows: int) -> Set[int]:
@@ -136,13 +139,16 @@ class Memory:
 def from_memory(
     engine: Engine,
     prepared: Sequence[Prepared],
-    tell: Callable[[int], None] = lambda done: None,
+    report: Callable[[int], None] = lambda done: None,
     is_over: Callable[[], bool] = lambda: False,
 ) -> tuple[float, list[Completion]]:
-    """Seconds, and the completions in order of their jobs; `tell` is told how many there are."""
+    """Captions prepared pictures; returns the seconds it took, and the completions in order of job id.
+
+    `report` is called with the number of completions so far. Once `is_over`, the rest is abandoned.
+    """
     started = time.perf_counter()
     completions = []
     for completion in engine.run(Memory(prepared, is_over)):
         completions.append(completion)
-        tell(len(completions))
+        report(len(completions))
     return time.perf_counter() - started, sorted(completions, key=lambda completion: completion.job_id)

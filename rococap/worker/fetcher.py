@@ -1,8 +1,8 @@
 """Claims, reads, decodes and prepares pictures ahead of the engine.
 
-One thread claims and reads, a few more decode and prepare. What is leased stays bounded: the rows that are running and
-one claim ahead. Jobs that were in a crash are claimed only while nothing else is held, so that one which kills its
-worker takes no other along.
+One thread claims and reads; a few more decode and prepare. The number of leased jobs is bounded by the rows that are
+running plus one claim. Jobs that have been in a crash are claimed only while nothing else is held, so that a picture
+that kills its worker does not charge others with a crash.
 """
 
 import logging
@@ -29,16 +29,18 @@ log = logging.getLogger(__name__)
 POLL_SEC = 1.0
 """How often an idle worker looks for work."""
 SUSPECTS_EVERY = 8
-"""Each so many claims, jobs that were in a crash have their turn, if there are some."""
+"""Every so many claims, jobs that have been in a crash get a turn, if there are any."""
 
 
 def n_preparers(device: str) -> int:
-    """Threads that decode and prepare: beside a GPU as many as keep it busy, on the CPU the model needs the cores."""
+    """How many threads decode and prepare: enough to keep a GPU busy, but one on the CPU, where the model needs the
+    cores.
+    """
     return 1 if device == "cpu" else min(8, max(1, (os.cpu_count() or 1) // 2))
 
 
 class Fetcher:
-    """Fills the holdings of a worker. `report` is given the failures met before the engine."""
+    """Fills the holdings of a worker. `report` gets the failures of pictures that never reached the engine."""
 
     def __init__(self, context: Context, holdings: Holdings, report: Callable[[Completion], None]) -> None:
         self._context = context
@@ -49,7 +51,7 @@ class Fetcher:
         self._left = context.settings.limit
         self._n_claims = 0
         self._is_unsure = False
-        self._told = False
+        self._has_logged = False
         self._thread = threading.Thread(target=self._fetch, name="fetcher", daemon=True)
 
     def start(self) -> None:
@@ -75,7 +77,7 @@ class Fetcher:
     # --- claiming ---
 
     def _next_claim(self) -> Claim | None:
-        """Blocks until there is something to claim. None: stopping, the limit is reached, or all work is done."""
+        """Blocks until it has claimed jobs. None if the worker is stopping or at its limit, or if no work is left."""
         while self._holdings.wait_until_taken() and self._left != 0:
             try:
                 self._tidy()
@@ -89,7 +91,7 @@ class Fetcher:
                     return claim
                 if not (self._context.settings.wait or any(left.values())):
                     return None
-                self._tell(left)
+                self._log_why_idle(left)
             except DatabaseUnavailable as error:
                 self._is_unsure = True  # a claim may have been committed
                 self._context.contact.lost(error)
@@ -103,56 +105,56 @@ class Fetcher:
             return queue.has_suspects(conn, self._context.run, self._context.splits)
 
     def _claim(self, lane: int) -> Claim | None:
-        """A claim of the first split that has work in the lane."""
+        """A claim from the first split that has work in the lane; None if none has."""
         context, ttl_ms = self._context, self._context.settings.ttl_ms
-        most = self._claim_size if self._left is None else min(self._claim_size, self._left)
+        limit = self._claim_size if self._left is None else min(self._claim_size, self._left)
         for split in context.splits:
             if self._holdings.is_stopping:
                 return None
-            runs_out_at = clock.now() + ttl_ms / 1000
+            expires_at = clock.now() + ttl_ms / 1000
             with transaction(self._database, write=True) as conn:
-                claim = queue.claim(conn, context.worker_id, context.run.id, split, most, ttl_ms=ttl_ms, lane=lane)
+                claim = queue.claim(conn, context.worker_id, context.run.id, split, limit, ttl_ms=ttl_ms, lane=lane)
             if claim is not None:
                 self._n_claims += 1
                 if self._left is not None:
                     self._left -= len(claim.jobs)
-                self._holdings.enter(claim, runs_out_at)
+                self._holdings.enter(claim, expires_at)
                 return claim
         return None
 
     def _unfinished(self) -> dict[str, int]:
-        """A read, so that a worker with nothing to claim takes no write lock. Raises RunError if the run was
-        deleted.
+        """How many jobs are pending, leased and waiting. Only reads, so that a worker with nothing to claim takes no
+        write lock. Raises RunError if the run was deleted.
         """
         with transaction(self._database) as conn:
             queue.refuse_deleted(conn, self._context.run)
             return queue.unfinished(conn, self._context.run, self._context.splits)
 
-    def _tell(self, left: dict[str, int]) -> None:
-        """Once: why nothing happens."""
+    def _log_why_idle(self, left: dict[str, int]) -> None:
+        """Logs, once per wait, why there is nothing to claim."""
         run = self._context.run.name
         if left["pending"] and self._is_paused():
-            why = f"run {run} is paused; go on with: rococap resume --run {run}"
+            why = f"run {run} is paused; to continue: rococap resume --run {run}"
         elif left["leased"]:
             why = (
-                f"{left['leased']} pictures are held by other workers: waiting for them, or for their leases to run out"
+                f"{left['leased']} pictures are held by other workers: waiting for them, or for their leases to expire"
             )
         elif left["waiting"]:
-            why = f"{left['waiting']} pictures failed for now and are tried again later"
+            why = f"{left['waiting']} pictures failed for now and will be retried later"
         else:
             why = ""
-        if why and not self._told:
+        if why and not self._has_logged:
             log.info("%s", why)
-        self._told = bool(why)
+        self._has_logged = bool(why)
 
     def _is_paused(self) -> bool:
         with transaction(self._database) as conn:
             return queue.get_run(conn, self._context.run.name).paused
 
-    # --- tidying ---
+    # --- maintenance of the queue ---
 
     def _tidy(self) -> None:
-        """Gives back what was claimed unknowingly, wakes what has waited long enough, reaps dead workers' leases."""
+        """Releases jobs claimed without learning of it, wakes jobs that are due, and reaps dead workers' leases."""
         with transaction(self._database) as conn:
             at = db.now(conn)
             is_overdue = queue.overdue(conn, now=at)
@@ -169,17 +171,21 @@ class Fetcher:
                 pass
 
     def _reap(self) -> bool:
-        """Ends one dead worker's lease, if there is one: several in a transaction would hold up who completes."""
+        """Ends the lease of one dead worker and returns whether there was one: ending several in a transaction would
+        make completions wait.
+        """
         with transaction(self._database, write=True) as conn:
-            at = db.now(conn)  # before the look at our own clock: should the machine sleep in between, nobody is judged
+            at = db.now(conn)  # before our own clock: if the machine is suspended in between, no lease looks expired
             contact_ms = int(self._context.contact.unbroken_sec() * 1000)
-            reaped = queue.reap(conn, but=self._context.worker_id, contact_ms=contact_ms, most=1, now=at)
+            reaped = queue.reap(conn, exclude_worker=self._context.worker_id, contact_ms=contact_ms, limit=1, now=at)
         return bool(reaped)
 
     # --- reading and preparing ---
 
     def _load(self, claim: Claim, reader: PictureReader, pool: Executor) -> None:
-        """Returns when all that is not lost is ready, so that the next claim waits for it."""
+        """Reads and prepares the pictures of a claim. Returns once all that are still held are ready, so that the next
+        claim waits for them.
+        """
         pictures = reader.read([job.place for job in claim.jobs])
         preparing: list[Future[None]] = []
         for job in claim.jobs:

@@ -1,4 +1,4 @@
-"""Extends the open leases of a worker as long as its engine makes steps."""
+"""The heartbeat: extends the open leases of a worker as long as its engine makes progress."""
 
 import logging
 import os
@@ -18,12 +18,14 @@ from rococap.worker.telemetry import Meter
 log = logging.getLogger(__name__)
 
 FIRST_BEAT_SEC = 2.0
-"""When `status` shows what a worker measures first; each wait is twice as long as the one before it."""
+"""Pause before the first heartbeat, so that `status` soon shows what a worker measures; each further pause is twice as
+long, up to the regular interval."""
 EXIT_STALLED = 70
+"""Exit code of a worker whose model or database hangs."""
 
 
 def beat(context: Context, holdings: Holdings, meter: Meter, done: threading.Event) -> None:
-    """Until `done`. A process whose engine hangs must lose its leases, and ends."""
+    """Sends heartbeats until `done` is set. If the engine hangs, the process exits, so that its leases expire."""
     try:
         pause = FIRST_BEAT_SEC
         while not done.wait(min(pause, context.settings.beat_sec)):
@@ -37,15 +39,15 @@ def beat(context: Context, holdings: Holdings, meter: Meter, done: threading.Eve
 def _leave_if_stalled(context: Context, holdings: Holdings) -> None:
     timeout = context.settings.stall_timeout
     if holdings.stalled_sec() > timeout:
-        log.critical("no step for %.0f s: the model hangs. Ending hard, so that others take over.", timeout)
+        log.critical("no step for %.0f s: the model hangs. Exiting, so that other workers take over.", timeout)
         os._exit(EXIT_STALLED)
 
 
 def _beat_once(context: Context, holdings: Holdings, meter: Meter) -> None:
     settings, contact = context.settings, context.contact
     leases = [lease.id for lease in holdings.open_leases()]
-    store_ms, telemetry = meter.unbooked(), meter.recent()
-    runs_out_at = clock.now() + settings.lease_ttl
+    store_ms, telemetry = meter.unrecorded(), meter.recent()
+    expires_at = clock.now() + settings.lease_ttl
     patience = min(settings.lease_ttl / 4, STORE_PATIENCE_SEC)
     try:
         with transaction(context.database, write=True, patience=patience) as conn:
@@ -55,10 +57,10 @@ def _beat_once(context: Context, holdings: Holdings, meter: Meter) -> None:
     except (RococapError, DriverError) as error:
         contact.lost(error)
         return
-    meter.booked(store_ms)
+    meter.mark_recorded(store_ms)
     contact.made()
-    holdings.extend(kept, runs_out_at)
+    holdings.extend(kept, expires_at)
     still_held = {lease.id for lease in holdings.open_leases()}
     if lost := set(leases) & still_held - kept:
-        log.warning("lost leases %s: their pictures were given to other workers, or cancelled", sorted(lost))
+        log.warning("lost leases %s: other workers took over their pictures, or they were cancelled", sorted(lost))
         holdings.lose(lost)

@@ -1,7 +1,7 @@
 """What a worker holds: its leases, the pictures that are ready, and those that are running.
 
-An engine pulls pictures from it, as its `Source`; the fetcher fills it, and the store takes out what is stored. It
-knows no database.
+The fetcher fills it, the engine pulls pictures from it as its `Source`, and the store removes what is stored. It knows
+no database.
 """
 
 import threading
@@ -18,7 +18,7 @@ from rococap.worker import clock
 
 @dataclass(slots=True)
 class Usage:
-    """What the engine did: seconds without a picture to work on, decode steps, and the rows summed over them."""
+    """The engine's activity: seconds without a picture to work on, decode steps, and the sum of rows over all steps."""
 
     waited_sec: float = 0.0
     steps: int = 0
@@ -29,15 +29,15 @@ class Usage:
 class _Held:
     lease: Lease
     outstanding: set[int]
-    runs_out_at: float
-    """By our own clock, from before the database was asked: nothing of it is started later."""
+    expires_at: float
+    """By our own clock, read before the database extended the lease: no job of it is started later."""
     load_ms: float = 0.0
     prepare_ms: float = 0.0
 
 
 @dataclass(slots=True)
 class _State:
-    """What the threads share: changed under the condition; a single look needs no lock."""
+    """State that the threads share. It is changed under the condition; reading a single attribute needs no lock."""
 
     held: dict[int, _Held] = field(default_factory=dict)
     lease_of: dict[int, int] = field(default_factory=dict)
@@ -45,16 +45,16 @@ class _State:
     running: set[int] = field(default_factory=set)
     abandoned: set[int] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
-    """Captioned, or failed: whoever stores it has it."""
+    """Captioned or failed, and waiting to be stored."""
     blank: set[int] = field(default_factory=set)
-    """Their pictures show nothing."""
+    """Their pictures are a single colour."""
     stopping: bool = False
     ended: bool = False
     error: BaseException | None = None
 
 
 class Holdings:
-    """The books of one worker, and the Source of its engine. Any thread may call it."""
+    """The leases and jobs of one worker, and the Source of its engine. Thread-safe."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -66,18 +66,18 @@ class Holdings:
 
     # --- the engine's side: Source ---
 
-    def take(self, most: int, wait: float | None) -> list[Prepared]:
+    def take(self, limit: int, wait: float | None) -> list[Prepared]:
         state = self._state
         with self._changed:
             if wait is None:
-                self._has_rows = False  # an engine that has some never waits for ever
+                self._has_rows = False  # an engine that has rows never waits without a timeout
             while True:
                 self._wait_for_work(wait)
                 if state.error is not None:
                     raise state.error
-                batch = self._pop(most)
+                batch = self._pop(limit)
                 self._has_rows = self._has_rows or bool(batch)
-                if batch or wait is not None or state.ended or state.stopping:  # else its time ran out just now
+                if batch or wait is not None or state.ended or state.stopping:  # else the lease expired just now
                     return batch
 
     def _wait_for_work(self, wait: float | None) -> None:
@@ -89,19 +89,20 @@ class Holdings:
         self.usage.waited_sec += self._stepped_at - started
 
     def _may_start(self) -> bool:
-        """Whether something is ready whose lease has not run out by our own clock."""
+        """Whether a picture is ready whose lease has not expired by our own clock."""
         return any(self._is_live(picture.job_id) for picture in self._state.ready)
 
     def _is_live(self, job_id: int) -> bool:
         held = self._state.held.get(self._state.lease_of.get(job_id, 0))
-        return held is not None and job_id not in self._state.abandoned and clock.now() < held.runs_out_at
+        return held is not None and job_id not in self._state.abandoned and clock.now() < held.expires_at
 
-    def _pop(self, most: int) -> list[Prepared]:
-        """Pictures with a like number of tokens meet: the largest that are ready, all of which have their turn, since
-        nothing is claimed until then."""
+    def _pop(self, limit: int) -> list[Prepared]:
+        """Removes the largest pictures that are ready, so that pictures of similar length share a batch. None is
+        starved, since nothing more is claimed until all are taken.
+        """
         state = self._state
         live = [picture for picture in state.ready if self._is_live(picture.job_id)]
-        batch = sorted(live, key=lambda picture: -picture.n_tokens)[:most]
+        batch = sorted(live, key=lambda picture: -picture.n_tokens)[:limit]
         taken = {picture.job_id for picture in batch}
         state.ready = deque(picture for picture in state.ready if picture.job_id not in taken)
         state.running |= taken
@@ -115,43 +116,43 @@ class Holdings:
         return self._state.abandoned
 
     def stalled_sec(self) -> float:
-        """How long the engine has had rows without a step; 0 while it waits for pictures."""
+        """Seconds since the engine's last step while it has rows; 0 while it waits for pictures."""
         is_busy = self._has_rows and not self._is_waiting
         return time.monotonic() - self._stepped_at if is_busy else 0.0
 
-    # --- the books ---
+    # --- leases and results ---
 
     def open_leases(self) -> list[Lease]:
         with self._changed:
             return [held.lease for held in self._state.held.values()]
 
     def unfinished_leases(self) -> list[Lease]:
-        """Those that hold a picture without a result."""
+        """The leases that hold a job without a result."""
         with self._changed:
             return [held.lease for held in self._state.held.values() if held.outstanding - self._state.finished]
 
     def lease_of(self, job_id: int) -> Lease | None:
-        """The lease that a job is held under; None if it was lost."""
+        """The lease under which a job is held; None if it was lost."""
         with self._changed:
             lease_id = self._state.lease_of.get(job_id)
             return None if lease_id is None else self._state.held[lease_id].lease
 
-    def extend(self, lease_ids: Iterable[int], runs_out_at: float) -> None:
-        """A heartbeat succeeded for these."""
+    def extend(self, lease_ids: Iterable[int], expires_at: float) -> None:
+        """Records a successful heartbeat for these leases: by our own clock they now expire at `expires_at`."""
         with self._changed:
             for lease_id in lease_ids:
                 if lease_id in self._state.held:
-                    self._state.held[lease_id].runs_out_at = runs_out_at
+                    self._state.held[lease_id].expires_at = expires_at
             self._changed.notify_all()
 
     def finish(self, job_id: int) -> None:
-        """It is captioned or failed, and to be stored: its lease goes on, and it is not given back."""
+        """Marks a job as captioned or failed and waiting to be stored: its lease is kept, and it is not released."""
         with self._changed:
             self._state.running.discard(job_id)
             self._state.finished.add(job_id)
 
     def flagged(self, completion: Completion) -> Completion:
-        """The completion with what is odd about its picture, which its engine need not see."""
+        """The completion, flagged BLANK if its picture is a single colour, which the engine does not check."""
         with self._changed:
             was_blank = completion.job_id in self._state.blank
             self._state.blank.discard(completion.job_id)
@@ -160,7 +161,7 @@ class Holdings:
         return replace(completion, flags=",".join(filter(None, (completion.flags, BLANK))))
 
     def take_timing(self, lease: Lease) -> Timing:
-        """What reading and preparing took since the last call."""
+        """The time spent on reading and preparing for this lease since the last call."""
         with self._changed:
             held = self._state.held.get(lease.id)
             if held is None:
@@ -170,7 +171,7 @@ class Holdings:
             return timing
 
     def settle(self, lease: Lease, job_ids: Iterable[int]) -> None:
-        """These jobs left the lease: stored, failed or given back."""
+        """Forgets jobs that have left the lease: stored, failed or released."""
         with self._changed:
             held = self._state.held.get(lease.id)
             for job_id in job_ids:
@@ -184,7 +185,7 @@ class Holdings:
             self._changed.notify_all()
 
     def lose(self, lease_ids: Iterable[int]) -> None:
-        """Another worker has these now, or they were cancelled: their rows are abandoned where they are."""
+        """Forgets leases that the database no longer grants us, and abandons their jobs wherever they are."""
         state = self._state
         with self._changed:
             for lease_id in lease_ids:
@@ -199,7 +200,9 @@ class Holdings:
             self._changed.notify_all()
 
     def withdraw(self, *, running: bool) -> list[tuple[Lease, list[int]]]:
-        """Abandons what is held and not started, and, if `running`, the rows under way; returns it for release."""
+        """Abandons the jobs that have not started and, if `running`, those that have; returns them by lease, to be
+        released. Jobs with a result are not included.
+        """
         state = self._state
         with self._changed:
             found = [
@@ -211,7 +214,7 @@ class Holdings:
             return [(lease, job_ids) for lease, job_ids in found if job_ids]
 
     def stop(self) -> None:
-        """No more claims; the source ends with what is ready."""
+        """Ends claiming; the engine still gets the pictures that are ready."""
         with self._changed:
             self._state.stopping = True
             self._changed.notify_all()
@@ -232,12 +235,15 @@ class Holdings:
         return job_id in self._state.abandoned
 
     def wait_until_taken(self) -> bool:
-        """Until the engine has all that is ready, and nothing is held that was in a crash. False if it is stopping."""
-        held = self._state.held
-        return self._wait(lambda: not self._state.ready and all(one.lease.lane == NORMAL for one in held.values()))
+        """Waits until the engine has taken every ready picture and no job that has been in a crash is held.
+
+        Returns False if the worker is stopping.
+        """
+        leases = self._state.held
+        return self._wait(lambda: not self._state.ready and all(h.lease.lane == NORMAL for h in leases.values()))
 
     def wait_until_empty(self) -> bool:
-        """Until nothing is held. False if it is stopping."""
+        """Waits until nothing is held. Returns False if the worker is stopping."""
         return self._wait(lambda: not self._state.held)
 
     def _wait(self, condition: Callable[[], bool]) -> bool:
@@ -246,21 +252,21 @@ class Holdings:
             return not self._state.stopping
 
     def pause(self, seconds: float) -> None:
-        """Returns early if it is stopping."""
+        """Waits for so long, or until the worker is stopping."""
         with self._changed:
             self._changed.wait_for(lambda: self._state.stopping, timeout=seconds)
 
-    def enter(self, claim: Claim, runs_out_at: float) -> None:
-        """A claim: by our own clock nothing of it is started after `runs_out_at`."""
+    def enter(self, claim: Claim, expires_at: float) -> None:
+        """Adds a claim. No job of it is started after `expires_at` by our own clock."""
         job_ids = {job.id for job in claim.jobs}
         with self._changed:
-            self._state.held[claim.id] = _Held(claim, set(job_ids), runs_out_at)
+            self._state.held[claim.id] = _Held(claim, set(job_ids), expires_at)
             self._state.lease_of.update(dict.fromkeys(job_ids, claim.id))
-            self._state.abandoned -= job_ids  # lost once, and claimed again
+            self._state.abandoned -= job_ids  # they may have been lost before, and claimed again
             self._state.blank -= job_ids
 
     def offer(self, job: Job, prepared: Prepared, load_sec: float, prepare_sec: float, *, is_blank: bool) -> None:
-        """A picture is ready, unless its lease was lost meanwhile."""
+        """Makes a picture available to the engine, unless its lease has been lost."""
         with self._changed:
             held = self._state.held.get(job.lease_id)
             if held is not None:
@@ -272,7 +278,7 @@ class Holdings:
                 self._changed.notify_all()
 
     def end(self) -> None:
-        """Nothing more comes: the source ends with what is ready."""
+        """Ends the source after the pictures that are ready: no more will be claimed."""
         with self._changed:
             self._state.ended = True
             self._changed.notify_all()

@@ -1,7 +1,8 @@
-"""One worker process's life: load the model, register, caption, drain. Claim -> load -> caption -> complete.
+"""The life of one worker process: load the model, register, caption, drain.
 
-Threads: the main one runs the engine; the fetcher works ahead of it; one stores what it finishes; one beats for the
-open leases as long as the engine steps; one waits for a signal and drains. The engine never waits for SQL.
+Threads: the main thread runs the engine, the fetcher works ahead of it, and the store thread stores its completions.
+One thread sends heartbeats as long as the engine makes progress, and one waits for a request to stop and drains. The
+engine never waits for SQL.
 """
 
 import logging
@@ -39,7 +40,7 @@ from rococap.worker.telemetry import Meter
 log = logging.getLogger(__name__)
 
 STOP_SLACK_SEC = 15.0
-"""How long after the drain timeout a worker whose database does not even answer leaves hard."""
+"""How long after the drain timeout a worker exits if its model or its database does not answer."""
 
 
 def work(
@@ -49,10 +50,11 @@ def work(
     load: Callable[[Recipe, Options], Engine] = load_engine,
     spool_folder: Path | None = None,
 ) -> Outcome:
-    """Captions until nothing is left (or for ever, with `wait`), or until SIGTERM, SIGINT or SIGUSR1 asks to stop.
+    """Captions until no work is left (or for ever, with `wait`), or until SIGTERM, SIGINT or SIGUSR1 asks it to stop.
 
-    `spool_folder` None: where the environment says, or beside the database.
-    Raises RunError if there is nothing to work on, ModelError or DatasetError if the run's cannot be had.
+    `report` is called from the store thread after each group of stored captions. `spool_folder` None means the one that
+    `spool.folder_of` chooses. Raises RunError if there is no run to work on or it must not be continued, ModelError or
+    DatasetError if its model or data set cannot be loaded, and whatever ends the engine or the store.
     """
     with transaction(database) as conn:
         run = choose_run(conn, settings.run, settings.splits)
@@ -79,15 +81,15 @@ def work(
 
 @contextmanager
 def _signals(stop: threading.Event) -> Iterator[None]:
-    """The first request to stop drains, the second leaves at once."""
+    """The first request to stop makes the worker drain, the second makes it exit at once."""
 
-    def hear(signum: int) -> None:
+    def on_request(signum: int) -> None:
         if stop.is_set():
             os._exit(128 + signum)
-        log.info("asked to stop; ask again in a second or later to leave at once")
+        log.info("asked to stop; ask again after a second to exit at once")
         stop.set()
 
-    with stop_requests(hear):
+    with stop_requests(on_request):
         yield
 
 
@@ -147,29 +149,33 @@ def _caption(context: Context, holdings: Holdings, store: Store) -> None:
 
 
 def _drain(context: Context, holdings: Holdings, store: Store, done: threading.Event) -> None:
-    """Once asked: gives back what has not started, and what does not finish within the drain timeout."""
+    """Once the worker is asked to stop: releases the jobs that have not started, and after the drain timeout those that
+    have not finished.
+    """
     while not context.stop.wait(0.1):
         if done.is_set():
             return
     timeout = context.settings.drain_timeout
-    log.info("finishing what runs, for at most %.0f s", timeout)
-    threading.Thread(target=_leave_hard, args=(store, timeout, done), name="leave", daemon=True).start()
+    log.info("finishing the pictures in progress, for at most %.0f s", timeout)
+    threading.Thread(target=_exit_if_stuck, args=(store, timeout, done), name="exit", daemon=True).start()
     holdings.stop()
     store.release(running=False)
     if not done.wait(timeout):
         store.release(running=True)
 
 
-def _leave_hard(store: Store, timeout: float, done: threading.Event) -> None:
-    """When a thread hangs in a database that does not even answer, or in the model: nobody waits for ever."""
+def _exit_if_stuck(store: Store, timeout: float, done: threading.Event) -> None:
+    """Exits when a thread is still blocked in the model or the database well after the drain timeout."""
     if not done.wait(timeout + STOP_SLACK_SEC):
         store.save()
-        log.critical("the model or the database does not answer: leaving without them")
+        log.critical("the model or the database does not answer: exiting without it")
         os._exit(EXIT_STALLED)
 
 
 def _give_up(context: Context, holdings: Holdings, store: Store, error: BaseException) -> None:
-    """After an error that ends the worker: what ran is suspect of having broken the engine, the rest is given back."""
+    """After an error that ends the worker: releases its jobs. Running jobs become suspects instead, as the possible
+    cause, unless the error is rococap's own, the database's or the system's.
+    """
     store.release(running=isinstance(error, RococapError | DriverError | OSError))
     with goodbye():
         for lease in holdings.unfinished_leases():

@@ -1,4 +1,4 @@
-"""How a worker works; what it says is the run's recipe."""
+"""The settings of a worker: how it works. What it says is decided by the run's recipe."""
 
 import json
 from collections.abc import Sequence
@@ -9,19 +9,20 @@ from rococap.engines import Options
 
 MIN_LEASE_SEC = 2.0
 MAX_BEAT_SEC = 30.0
+"""Longest pause between heartbeats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a worker works; what it says is the run's recipe. Times in seconds.
+    """How a worker works, independently of the run's recipe. Times are in seconds.
 
-    Raises ValueError for a lease time that a busy machine could not keep up.
+    Raises ValueError for a lease time so short that a busy machine could not send its heartbeats in time.
     """
 
     run: str | None = None
     splits: Sequence[str] = ()
     options: Options = Options()
-    """The engine's."""
+    """The options of the engine."""
     limit: int | None = None
     wait: bool = False
     self_check: bool = True
@@ -31,36 +32,37 @@ class Settings:
     accept_new_rules: bool = False
 
     @classmethod
-    def of(cls, **given: Any) -> Self:
-        """From names as the command line has them, those of the engine's options among them."""
+    def of(cls, **values: Any) -> Self:
+        """Settings from flat values, as the command line has them: those of the engine's options are among them."""
         names = {field.name for field in fields(Options)}
-        options = Options(**{name: value for name, value in given.items() if name in names})
-        return cls(options=options, **{name: value for name, value in given.items() if name not in names})
+        options = Options(**{name: value for name, value in values.items() if name in names})
+        return cls(options=options, **{name: value for name, value in values.items() if name not in names})
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        given = json.loads(text)
-        return cls(**given | {"splits": tuple(given["splits"]), "options": Options(**given["options"])})
+        values = json.loads(text)
+        return cls(**values | {"splits": tuple(values["splits"]), "options": Options(**values["options"])})
 
     def __post_init__(self) -> None:
         if not self.lease_ttl >= MIN_LEASE_SEC:
-            raise ValueError(f"A lease lasts {MIN_LEASE_SEC:.0f} s at least, not {self.lease_ttl} s.")
+            raise ValueError(f"A lease must last at least {MIN_LEASE_SEC:.0f} s, not {self.lease_ttl} s.")
 
     @property
     def beat_sec(self) -> float:
-        """Between heartbeats: four in a lease time, so that a late one loses nothing."""
+        """Seconds between heartbeats: a quarter of the lease time at most, so that a late one loses no lease."""
         return min(self.lease_ttl / 4, MAX_BEAT_SEC)
 
     @property
     def ttl_ms(self) -> int:
+        """The lease time in milliseconds."""
         return int(self.lease_ttl * 1000)
 
     @property
     def engine_mode(self) -> str:
-        """The options that may change what an engine says, and so decide whether an earlier self-check counts."""
+        """The options that may change an engine's captions: a self-check counts only for workers with the same ones."""
         options = self.options
         size = "auto" if options.batch_size is None else options.batch_size
         return f"decode {options.decode}, batch size {size}" + (", spread" if options.device_map else "")

@@ -1,7 +1,7 @@
-"""Captions whose database is away, on disk until they can be stored.
+"""Captions that cannot be stored because the database is unavailable, kept on disk until they can be.
 
-One file per worker process, a JSON object a line, fsynced, and locked (flock) for as long as the process lives. A file
-whose lock is free was left by a worker that is gone: whoever comes next stores what it holds.
+There is one file per worker process, with one JSON object per line; it is fsynced, and locked (flock) while the process
+lives. A file that is not locked belongs to a worker that is gone, and any other worker may store its content.
 """
 
 import fcntl
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Completions of one lease, and jobs that its worker gave back when it stopped.
+    """Completions of one lease, and the ids of jobs that its worker released when it stopped.
 
-    `uuid` is the worker's, by which a database knows whether it gave the lease.
+    `uuid` is that of the worker, by which a database recognises whether it gave the lease.
     """
 
     uuid: str
@@ -38,14 +38,14 @@ class Entry:
 
 
 def folder_of(url: URL) -> Path:
-    """ROCOCAP_SPOOL, else a folder beside the SQLite file, or in the working directory for PostgreSQL."""
+    """ROCOCAP_SPOOL if it is set, else a folder beside the SQLite file, or in the working directory for PostgreSQL."""
     if named := os.environ.get("ROCOCAP_SPOOL"):
         return Path(named)
     return Path(f"{url.database}.spool" if url.get_backend_name() == "sqlite" else "rococap.spool")
 
 
 class Spool:
-    """What one worker could not store, oldest first: in memory, and in a file for those who come after it."""
+    """What one worker could not store, oldest first, in memory and in a file that outlives the worker."""
 
     def __init__(self, folder: Path, uuid: str) -> None:
         self.entries: list[Entry] = []
@@ -56,7 +56,9 @@ class Spool:
         self._file: FileIO | None = None
 
     def add(self, lease: Lease, completions: Sequence[Completion] = (), released: Sequence[int] = ()) -> None:
-        """Keeps them. Raises OSError if they cannot be written: they stay in memory, and the next call tries again."""
+        """Keeps completions and releases. Raises OSError if they cannot be written; they stay in memory nevertheless,
+        and the next call tries to write them again.
+        """
         entry = Entry(self._uuid, lease, tuple(completions), tuple(released))
         self.entries.append(entry)
         self._unwritten.append(entry)
@@ -71,7 +73,7 @@ class Spool:
         return sum(len(entry.completions) for entry in self.entries if entry not in self._unwritten)
 
     def clear(self) -> None:
-        """All is stored: nothing is left on disk."""
+        """Removes everything, after it has been stored."""
         self.entries.clear()
         self._unwritten.clear()
         if self._file is not None:
@@ -79,7 +81,7 @@ class Spool:
         self.close()
 
     def close(self) -> None:
-        """Leaves what is on disk to the next worker."""
+        """Releases the lock, which leaves the file to other workers."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -93,13 +95,13 @@ def _create(path: Path) -> FileIO:
         except FileNotFoundError:  # another worker has just removed the empty folder
             continue
         fcntl.flock(file, fcntl.LOCK_EX)
-        if _is_at(file, path):  # else somebody took the new file for an abandoned one, and removed it
+        if _is_at(file, path):  # else another worker took the new file for an abandoned one, and removed it
             return file
         file.close()
 
 
 def _append(file: FileIO, line: bytes) -> None:
-    """All of the line or nothing: the next one must not be glued to a torn one."""
+    """Writes the whole line or nothing, so that the next line does not follow a torn one. Raises OSError."""
     end = os.fstat(file.fileno()).st_size
     try:
         while line:
@@ -121,18 +123,18 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
     try:
         path.parent.rmdir()
-    except OSError:  # others are in it
+    except OSError:  # other workers have files in it
         return
 
 
 def waiting(folder: Path) -> dict[Path, int]:
-    """How many completions each file holds."""
+    """How many completions each file of the folder contains."""
     return {path: sum(len(entry.completions) for entry in _read(path)[0]) for path in sorted(folder.glob("*.jsonl"))}
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Whether the file was left behind; then it is ours as long as the block runs."""
+    """Yields whether the file belongs to no living worker; if so, it is locked until the block ends."""
     try:
         file = FileIO(path, "r+")
     except OSError:
@@ -148,7 +150,10 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def abandoned(folder: Path) -> Iterator[tuple[list[Entry], Callable[[list[Entry]], None]]]:
-    """What workers that are gone left behind, file by file: its entries, and what to call with those to be kept."""
+    """What workers that are gone have left, file by file: the entries, and a function to call with those to keep.
+
+    A file stays locked until the next one is requested.
+    """
     for path in sorted(folder.glob("*.jsonl")):
         with _locked(path) as is_ours:
             if is_ours:
@@ -169,8 +174,8 @@ def _keep(path: Path, entries: list[Entry]) -> None:
 
 
 def _read(path: Path) -> tuple[list[Entry], bool]:
-    """Its entries, and whether that is all of it: a line of another version is left to that."""
-    *lines, _ = path.read_bytes().split(b"\n")  # what follows the last line was cut off before it was fsynced
+    """The entries of a file, and whether they are all of it: lines of another version are left to that version."""
+    *lines, _ = path.read_bytes().split(b"\n")  # text after the last newline was cut off before it was fsynced
     entries = []
     for line in lines:
         try:
@@ -182,20 +187,19 @@ def _read(path: Path) -> tuple[list[Entry], bool]:
 
 @cache
 def _warn(path: Path) -> None:
-    log.warning("%s holds what this version of rococap cannot read, and is left as it is", path)
+    log.warning("%s contains lines that this version of rococap cannot read, and was left as it is", path)
 
 
 def _line(entry: Entry) -> bytes:
     lease = {name: getattr(entry.lease, name) for name in ("id", "worker_id", "run_id", "split", "lane")}
-    completions = [asdict(one) for one in entry.completions]
+    completions = [asdict(completion) for completion in entry.completions]
     value = {"worker": entry.uuid, "lease": lease, "completions": completions, "released": entry.released}
     return json.dumps(value).encode() + b"\n"
 
 
 def _from_json(value: dict[str, Any]) -> Entry:
     completions = (
-        Completion(**{**one, "failure": Failure(**one["failure"]) if one["failure"] else None})
-        for one in value["completions"]
+        Completion(**{**c, "failure": Failure(**c["failure"]) if c["failure"] else None}) for c in value["completions"]
     )
     lease = Lease(**value["lease"])
     return Entry(value["worker"], lease, tuple(completions), tuple(value["released"]))

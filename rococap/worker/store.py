@@ -1,4 +1,4 @@
-"""Stores completions in a thread of its own; while the database is away they go to the spool."""
+"""The store thread of a worker: writes completions to the database, or to the spool while it is unavailable."""
 
 import logging
 import queue as fifo
@@ -26,18 +26,22 @@ log = logging.getLogger(__name__)
 
 STORE_EVERY_SEC = 1.0
 STORE_PATIENCE_SEC = 5.0
-"""How long captions wait for a database that is locked before they are written to the spool."""
+"""How long captions wait for a locked database before they are written to the spool."""
 STOP_PATIENCE_SEC = 1.0
-"""The same, once it was asked to stop."""
+"""The same, once the worker was asked to stop."""
 REPLAY_EVERY_SEC = 1.0
+"""How often a worker with captions in the spool tries the database again."""
 LOOK_EVERY_SEC = 60.0
-"""How often an idle store looks for what workers that are gone have left in the spool."""
+"""How often a worker looks in the spool for captions that workers that are gone have left."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a worker did. `lost`: captions that came too late, when another worker had the picture or it was cancelled.
-    `recovered`: of them that workers before it had left in the spool. `spooled`: captions that are there now.
+    """What a worker has done; counts are of pictures.
+
+    `lost`: captions that came too late, after another worker had taken over the picture or it was cancelled.
+    `recovered`: those of `done` that earlier workers had left in the spool. `spooled`: captions that are in the folder
+    `spool` now. `seconds`: time spent captioning. `drained`: it stopped because it was asked to.
     """
 
     run: str = ""
@@ -57,9 +61,9 @@ Report = Callable[[Outcome, Sequence[queue.Counts]], None]
 
 
 class Store:
-    """Stores completions in a thread of its own, together: every batch or every second, whichever comes first.
+    """Stores completions in groups, on a thread of its own: every batch or every second, whichever comes first.
 
-    While the database is away they go to the spool, and from there into the database when it is back.
+    While the database is unavailable they go to the spool, and from there to the database when it is back.
     """
 
     def __init__(
@@ -73,10 +77,10 @@ class Store:
         self._spool = spool
         self._report = report
         self._completions: fifo.SimpleQueue[Completion | None] = fifo.SimpleQueue()
-        """What is finished and not stored; None is the end."""
+        """Completions to store; None marks the end."""
         self._group_size = context.engine.batch_size
         self._is_patient = True
-        self._looks_at = 0.0
+        self._next_look = 0.0
         self._group: list[Completion] = []
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run_thread, name="store", daemon=True)
@@ -85,28 +89,31 @@ class Store:
         self._thread.start()
 
     def put(self, completion: Completion) -> None:
+        """Queues a completion to be stored. Thread-safe; never waits for the database."""
         self._holdings.finish(completion.job_id)
         completion = self._holdings.flagged(completion)
         self.meter.count(completion)
         self._completions.put(completion)
 
     def close(self, *, is_patient: bool) -> None:
-        """Returns when all that was put is stored; in the spool, if not `is_patient` or asked to stop meanwhile."""
+        """Returns when everything that was put is stored: in the database, or in the spool if that is unavailable and
+        the store is not `is_patient` or the worker is asked to stop.
+        """
         self._is_patient = is_patient
         self._completions.put(None)
         self._thread.join()
         if self._error is not None:
-            self.save()  # what came after it
+            self.save()  # completions that came after the error
         self.outcome.spooled = self._spool.n_written()
         self.outcome.spool = str(self._spool.folder)
 
     def raise_error(self) -> None:
-        """What ended the thread before its time, if anything did."""
+        """Raises the error that ended the thread early, if there was one."""
         if self._error is not None:
             raise self._error
 
     def save(self) -> None:
-        """Writes to the spool what is not stored, without the database."""
+        """Writes everything that is not stored to the spool, without using the database."""
         while not self._completions.empty():
             if (completion := self._completions.get()) is not None:
                 self._group.append(completion)
@@ -116,18 +123,18 @@ class Store:
 
     def _run_thread(self) -> None:
         try:
-            self._mend()
+            self._empty_spool()
             for group in self._groups():
                 self._group = group
                 self._store(group)
                 self._group = []
-                self._mend()
-            # Until the database has answered once more: what is then left is another worker's for now.
+                self._empty_spool()
+            # Until the database has answered once: entries that are left then belong to jobs that others hold.
             while (
                 self._spool.entries
                 and self._is_patient
                 and not self._context.stop.wait(REPLAY_EVERY_SEC)
-                and not self._mend()
+                and not self._empty_spool()
             ):
                 pass
         except BaseException as error:
@@ -136,7 +143,7 @@ class Store:
             self._holdings.break_off(error)
 
     def _groups(self) -> Iterator[list[Completion]]:
-        """Groups to store; an empty one now and then, when nothing comes."""
+        """The groups to store; an empty one now and then while no completions come, so that the spool is checked."""
         while True:
             idle = REPLAY_EVERY_SEC if self._spool.entries else LOOK_EVERY_SEC
             try:
@@ -160,7 +167,7 @@ class Store:
             yield group
 
     def _by_lease(self, group: list[Completion]) -> list[tuple[Lease, list[Completion]]]:
-        """Those whose leases are still ours."""
+        """The completions by lease, without those whose lease was lost."""
         found: dict[int, tuple[Lease, list[Completion]]] = {}
         for completion in group:
             if (lease := self._holdings.lease_of(completion.job_id)) is not None:
@@ -183,7 +190,7 @@ class Store:
                 self._report(self.outcome, counts)
 
     def _store_lease(self, lease: Lease, completions: list[Completion]) -> bool:
-        """Whether it is stored; else it was put off."""
+        """Stores completions of one lease; returns False if some had to go to the spool instead."""
         captions = [completion for completion in completions if completion.failure is None]
         failed = {c.job_id: c.failure for c in completions if c.failure is not None}
         left = completions
@@ -200,7 +207,7 @@ class Store:
                 self.outcome.failed += len(failed)
                 self._holdings.settle(lease, failed)
         except (LeaseLost, DatabaseUnavailable) as error:
-            # LeaseLost also when a commit succeeded whose answer was lost, or a picture of the lease was cancelled.
+            # LeaseLost is also raised after a commit whose answer was lost, or if a job of the lease was cancelled.
             log.debug("%s", error)
             self._put_off(lease, left)
             return False
@@ -210,10 +217,10 @@ class Store:
         try:
             self._spool.add(lease, completions, released)
         except OSError as error:
-            log.warning("what cannot be stored cannot be written to %s either (%s)", self._spool.folder, error)
+            log.warning("captions cannot be stored, and cannot be written to %s either (%s)", self._spool.folder, error)
 
     def release(self, *, running: bool) -> None:
-        """Gives back what is held and has not started, or, if `running`, all that has no result."""
+        """Releases the jobs that have not started or, if `running`, all jobs without a result."""
         for lease, job_ids in self._holdings.withdraw(running=running):
             try:
                 with transaction(self._database, write=True, patience=STOP_PATIENCE_SEC) as conn:
@@ -225,21 +232,21 @@ class Store:
                 self._put_off(lease, released=job_ids)
             self._holdings.settle(lease, job_ids)
 
-    def _mend(self) -> bool:
-        """Stores what is in the spool: our own as soon as the database is back, now and then what others left.
+    def _empty_spool(self) -> bool:
+        """Stores what is in the spool: this worker's own entries, and now and then those of workers that are gone.
 
-        Returns False while the database is away.
+        Returns False while the database is unavailable.
         """
         try:
             self._replay()
-            if self._looks_at <= clock.now():
-                self._looks_at = clock.now() + LOOK_EVERY_SEC
+            if self._next_look <= clock.now():
+                self._next_look = clock.now() + LOOK_EVERY_SEC
                 self._take_over()
         except DatabaseUnavailable as error:
             self._context.contact.lost(error)
             return False
         except OSError as error:
-            log.warning("the spool %s: %s", self._spool.folder, error)
+            log.warning("the spool %s cannot be read or written: %s", self._spool.folder, error)
         return True
 
     def _replay(self) -> None:
@@ -259,25 +266,27 @@ class Store:
             keep([left for entry in entries for left in self._recover(entry)])
             if n := self.outcome.done - before:
                 self.outcome.recovered += n
-                log.info("stored %d captions that another worker had left in %s", n, self._spool.folder)
+                log.info("stored %d captions that an earlier worker had left in %s", n, self._spool.folder)
 
     def _recover(self, entry: Entry) -> list[Entry]:
-        """What of it must be kept: another worker has the picture, or another database gave the lease."""
+        """Stores an entry of the spool; returns what must stay in it, because another worker holds the job or another
+        database gave the lease.
+        """
         with transaction(self._database, patience=self._patience()) as conn:
             is_ours = queue.belongs(conn, entry.lease, entry.uuid)
         if not is_ours:
             return [entry]
         with self._writing(entry.lease) as conn:
             result = queue.recover(conn, self._context.worker_id, entry.lease, entry.completions)
-            with suppress(LeaseLost):  # it has run out meanwhile
+            with suppress(LeaseLost):  # it has expired since
                 queue.release(conn, entry.lease, entry.released)
-        captions = {one.job_id for one in entry.completions if one.failure is None}
+        captions = {completion.job_id for completion in entry.completions if completion.failure is None}
         self.outcome.done += len(captions & result.stored)
         self.outcome.failed += len(result.stored - captions)
         self.outcome.lost += len(captions & result.dropped)
         if entry.uuid == self._context.uuid:
             self._holdings.settle(entry.lease, result.stored | result.dropped)
-        kept = tuple(one for one in entry.completions if one.job_id in result.kept)
+        kept = tuple(completion for completion in entry.completions if completion.job_id in result.kept)
         return [replace(entry, completions=kept, released=())] if kept else []
 
     def _patience(self) -> float:
@@ -285,7 +294,7 @@ class Store:
 
     @contextmanager
     def _writing(self, lease: Lease) -> Iterator[Connection]:
-        """What it takes is the lease's time of storing, the wait for the lock and the commit included."""
+        """A write transaction that is timed as the lease's storing, including the wait for the lock and the commit."""
         started = time.perf_counter()
         try:
             with transaction(self._database, write=True, patience=self._patience()) as conn:

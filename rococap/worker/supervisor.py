@@ -1,7 +1,7 @@
-"""Several worker processes of one machine: one per GPU, or some on the CPU, started, restarted and stopped together.
+"""Supervises the worker processes of one machine, one per GPU or several on the CPU: starts, restarts and stops them.
 
-The parent captions nothing. Each child is the `worker` command as its `--member`: it tells what it has done as JSON on
-its stdout, logs to its stderr, and stops when its stdin ends, so that none outlives its parent.
+The parent captions nothing itself. Each child is the `worker` command with `--member`: it reports its outcome as JSON
+on stdout, logs to stderr, and stops when its stdin is closed, so that no child outlives its parent.
 """
 
 import json
@@ -34,32 +34,32 @@ from rococap.worker.store import Outcome, Report
 
 log = logging.getLogger(__name__)
 
-MOST_PROCESSES = 256
+MAX_PROCESSES = 256
 POLL_SEC = 0.1
 LOOK_EVERY_SEC = 2.0
-"""How often the database is asked where the run stands."""
+"""How often the progress of the run is read from the database."""
 FIRST_PAUSE_SEC = 1.0
-"""How long a process that died waits for its first successor; doubled each time, up to the longest."""
+"""Pause before a process that died is restarted; doubled after each further death, up to the longest."""
 LONGEST_PAUSE_SEC = 60.0
 SETTLED_SEC = 300.0
-"""One that has lived for so long is not to blame for those before it: the pause is the first again."""
+"""After a process has lived this long, the pause starts over at the first."""
 QUICK_SEC = 60.0
 TRIES = 3
-"""A device whose process fails so often in a row, each time that quickly, is given up."""
+"""A device is given up once its process has failed this often in a row, each time within QUICK_SEC."""
 KILL_AFTER_SEC = 5.0
-"""From the second request to stop until what is still there is killed."""
+"""Time from the second request to stop until the remaining children are killed."""
 
 Command = Callable[[Settings], list[str]]
-"""The command line of a child that works so."""
+"""Returns the command line of a child with these settings."""
 
 Echo = Callable[[str], None]
-"""Takes a line of a child's log, with its device before it; called from threads."""
+"""Called, from threads, with each line of a child's log, prefixed by its device."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What became of all: the sum of what the processes did, what went wrong with some, and how often it was asked to
-    stop by which signal.
+    """The result of all children: the sum of their outcomes, an error for each device that was given up or failed to
+    stop properly, and the signal of each request to stop.
     """
 
     outcome: Outcome
@@ -76,67 +76,70 @@ def work(
     report: Report = lambda outcome, counts: None,
     echo: Echo = lambda line: None,
 ) -> Ended:
-    """Captions on all `devices` until nothing is left (or for ever, with `wait`), or until SIGTERM, SIGINT or SIGUSR1.
+    """Captions on all `devices` until no work is left (or for ever, with `wait`), or until SIGTERM, SIGINT or SIGUSR1
+    asks it to stop; a second request makes the children exit at once.
 
-    `report` is called every few seconds once there are captions, from a thread. A second request makes the children
-    leave at once. Raises RunError if there is nothing to work on.
+    `url` is that of `database`, for the children. `report` is called every few seconds, from a thread, once there are
+    results. Raises RunError if there is nothing to work on.
     """
     with transaction(database) as conn:
         run = choose_run(conn, settings.run, settings.splits)
         splits = settings.splits or SPLITS
-        queue.counts_of(conn, run, splits)  # refuses what the run does not have, once for all
+        queue.counts_of(conn, run, splits)  # raises here, rather than in every child, if the run has no such pictures
         left = queue.unfinished(conn, run, splits)
     if not (settings.wait or any(left.values())):
         return Ended(Outcome(run.name), (), ())
-    around = environment(url, devices)
+    child_env = environment(url, devices)
     shares = share_out(replace(settings, run=run.name), devices)
-    children = [Child(label, share, command, around, echo) for label, share in shares]
+    children = [Child(label, share, command, child_env, echo) for label, share in shares]
     with _reporting(database, run, children, report):
         ended = supervise(children)
     return replace(ended, outcome=replace(ended.outcome, run=run.name))
 
 
-# --- What to start ---------------------------------------------------------------------------------------------
+# --- Devices, settings and command lines -----------------------------------------------------------------------
 
 
 def count_gpus() -> int:
-    """Those that CUDA_VISIBLE_DEVICES leaves to this process."""
+    """How many GPUs this process may use, as limited by CUDA_VISIBLE_DEVICES."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def parse_devices(text: str, count_gpus: Callable[[], int]) -> list[str]:
-    """The `--device` of each process: of all GPUs, of some (`0,1`), or N times the CPU (`cpu:N`).
+    """The `--device` of each process, from `all` (every GPU), numbers of GPUs (`0,1`) or `cpu:N` (N times the CPU).
 
-    `all` without a GPU is one process on the CPU. Raises ValueError that says what would be right.
+    `all` on a machine without a GPU means one process on the CPU. Raises ValueError, with the values that are allowed.
     """
     if text == "all":
         if n := count_gpus():
             return [f"cuda:{number}" for number in range(n)]
-        log.info("there is no GPU here: one process on the CPU")
+        log.info("this machine has no GPU: starting one process on the CPU")
         return ["cpu"]
     if match := re.fullmatch(r"cpu:([0-9]{1,9})", text):
-        if not 1 <= (n := int(match[1])) <= MOST_PROCESSES:
-            raise ValueError(f"{text} is no number of processes: cpu:N starts N of them, 1 to {MOST_PROCESSES}.")
+        if not 1 <= (n := int(match[1])) <= MAX_PROCESSES:
+            raise ValueError(f"{text} is out of range: cpu:N starts N processes, from 1 to {MAX_PROCESSES}.")
         return ["cpu"] * n
     if re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", text):
         return _gpus([int(number) for number in text.split(",")], count_gpus())
     raise ValueError(f"{text!r} names no devices. Use all, the numbers of GPUs as in 0,1, or cpu:N.")
 
 
-def _gpus(numbers: Sequence[int], there_are: int) -> list[str]:
+def _gpus(numbers: Sequence[int], n_gpus: int) -> list[str]:
     for number, n in Counter(numbers).items():
         if n > 1:
-            raise ValueError(f"GPU {number} is named twice: one process for each GPU.")
-        if number >= there_are:
-            have = f"Those here are 0 to {there_are - 1}" if there_are else "There is none here: use cpu:N"
-            raise ValueError(f"There is no GPU {number}. {have}, or all.")
+            raise ValueError(f"GPU {number} is named more than once: each GPU gets one process.")
+        if number >= n_gpus:
+            available = f"It has 0 to {n_gpus - 1}: name one of them" if n_gpus else "It has none: use cpu:N"
+            raise ValueError(f"There is no GPU {number} on this machine. {available}, or all.")
     return [f"cuda:{number}" for number in numbers]
 
 
 def share_out(settings: Settings, devices: Sequence[str]) -> list[tuple[str, Settings]]:
-    """A label and settings for each process; a limit is shared out, and who would get nothing of it is left out."""
+    """A label and settings for each process. A limit is divided among them; processes whose share would be 0 are left
+    out.
+    """
     n = len(devices)
     labels = [f"cpu {number}" for number in range(1, n + 1)] if n > 1 and devices[0] == "cpu" else devices
     shares = [replace(settings, options=replace(settings.options, device=device)) for device in devices]
@@ -147,19 +150,19 @@ def share_out(settings: Settings, devices: Sequence[str]) -> list[tuple[str, Set
 
 
 def environment(url: str, devices: Sequence[str]) -> dict[str, str]:
-    """Ours, and the queue's URL, which may hold a password that `ps` would show on a command line; what is logged
-    comes to us in UTF-8, whatever the terminal takes.
+    """The environment of the children: ours, with the queue's URL, because `ps` would show its password on a command
+    line. They log in UTF-8, whatever the terminal's encoding is.
     """
-    around = os.environ | {"ROCOCAP_DB": url, "PYTHONIOENCODING": "utf-8"}
-    return shared_threads(devices.count("cpu"), around) if "cpu" in devices else around
+    env = os.environ | {"ROCOCAP_DB": url, "PYTHONIOENCODING": "utf-8"}
+    return shared_threads(devices.count("cpu"), env) if "cpu" in devices else env
 
 
-def shared_threads(n: int, around: Mapping[str, str]) -> dict[str, str]:
-    """`around` for one of `n` processes on the CPU: spinning OpenMP threads of several make each other many times
-    slower.
+def shared_threads(n: int, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment `env` for one of `n` processes that share the CPU, with a share of the cores and without spinning
+    OpenMP threads, which would make each process many times slower.
     """
     threads = str(max(1, _n_cores() // n))
-    return {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", **around, "OMP_NUM_THREADS": threads}
+    return {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", **env, "OMP_NUM_THREADS": threads}
 
 
 def _n_cores() -> int:
@@ -169,17 +172,17 @@ def _n_cores() -> int:
 
 
 def program() -> list[str]:
-    """The command line that starts this program once more, and imports what this process did.
+    """The command line that starts rococap again with the same modules as this process.
 
-    `-m` alone would look into the working folder first, where a user's own random.py hides the library's. Only where
-    this package lies there itself, in a checkout, may it be found nowhere else.
+    `-m` alone would search the working folder first, where a user's own random.py would hide the standard library's.
+    `-P` prevents that; it is omitted in a checkout, where the package may be found in the working folder only.
     """
     is_checkout = Path(__file__).parents[2] == Path.cwd()
     return [sys.executable, *([] if is_checkout else ["-P"]), "-m", "rococap"]
 
 
 def worker_command(*, force: bool = False, debug: bool = False) -> Command:
-    """How the `worker` command is started as a member; the database comes by the environment."""
+    """The command line of a child: the `worker` command with `--member`. The environment names the database."""
     before = [flag for flag, is_set in (("--force", force), ("--debug", debug)) if is_set]
 
     def command(settings: Settings) -> list[str]:
@@ -192,7 +195,7 @@ def worker_command(*, force: bool = False, debug: bool = False) -> Command:
 
 
 def leave_with_parent() -> None:
-    """Asks this process to stop, as SIGTERM does, when its stdin ends."""
+    """Sends this process SIGTERM when its stdin is closed, which happens when the parent exits."""
     threading.Thread(target=_wait_for_end, name="parent", daemon=True).start()
 
 
@@ -202,9 +205,9 @@ def _wait_for_end() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def tell(outcome: Outcome, counts: Sequence[Counts] = ()) -> None:
-    """Tells the parent what this process has done so far; a `Report`."""
-    with suppress(BrokenPipeError):  # the parent was killed: what runs is stored all the same
+def report_to_parent(outcome: Outcome, counts: Sequence[Counts] = ()) -> None:
+    """Writes the outcome so far to stdout, for the parent. Serves as a `Report`."""
+    with suppress(BrokenPipeError):  # the parent was killed: pictures in progress are stored nevertheless
         os.write(1, json.dumps(asdict(outcome)).encode() + b"\n")
 
 
@@ -218,7 +221,8 @@ def supervise(children: Sequence["Child"]) -> Ended:
         try:
             while not all(child.is_over for child in children):
                 is_urgent = len(received) > 1
-                if len(received) > n_passed_on or is_urgent:  # again and again: too soon, it would count as the first
+                # An urgent request is repeated: sent too soon, the child would count it as part of the first.
+                if len(received) > n_passed_on or is_urgent:
                     n_passed_on = len(received)
                     for child in children:
                         child.ask_to_stop()
@@ -238,7 +242,7 @@ def supervise(children: Sequence["Child"]) -> Ended:
 
 
 def total(children: Sequence["Child"]) -> Outcome:
-    """What all have told so far. `seconds` is the longest time that one device has worked."""
+    """The sum of the outcomes reported so far. `seconds` is the longest time that one device has worked."""
     outcomes = [child.outcome() for child in children]
     return replace(_sum(outcomes), seconds=max((outcome.seconds for outcome in outcomes), default=0.0))
 
@@ -251,23 +255,26 @@ def _sum(outcomes: Sequence[Outcome]) -> Outcome:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The signals of the requests to stop, in the order in which they came."""
+    """Yields a list to which the signal of each request to stop is appended."""
     received: list[int] = []
 
-    def hear(signum: int) -> None:
+    def on_request(signum: int) -> None:
         received.append(signum)
         if len(received) == 1:
             log.info(
-                "asked to stop: waiting for all to finish what runs; ask again in a second or later to leave at once"
+                "asked to stop: waiting for all workers to finish the pictures in progress; ask again after a second "
+                "to exit at once"
             )
 
-    with stop_requests(hear):
+    with stop_requests(on_request):
         yield received
 
 
 @contextmanager
 def _reporting(database: Database, run: Run, children: Sequence["Child"], report: Report) -> Iterator[None]:
-    """In a thread, so that a database that does not answer keeps nobody from stopping."""
+    """Calls `report` while the block runs. It does so in a thread, so that a database that does not answer cannot delay
+    stopping.
+    """
     done = threading.Event()
 
     def look() -> None:
@@ -279,7 +286,7 @@ def _reporting(database: Database, run: Run, children: Sequence["Child"], report
                 with transaction(database) as conn:
                     counts = queue.counts_of(conn, run)
             except DatabaseError as error:
-                log.debug("%s", error)  # the children say it
+                log.debug("%s", error)  # the children log it as a warning
             else:
                 report(outcome, counts)
 
@@ -293,40 +300,44 @@ def _reporting(database: Database, run: Run, children: Sequence["Child"], report
 
 
 class Child:
-    """One device's process, and its successors when it dies. `error` is why it was given up, if it was."""
+    """The worker of one device: its process, and the processes that replace it when it dies.
 
-    def __init__(self, label: str, settings: Settings, command: Command, around: Mapping[str, str], echo: Echo) -> None:
+    `error` is why the device was given up or its process did not stop properly; empty if neither happened.
+    """
+
+    def __init__(self, label: str, settings: Settings, command: Command, env: Mapping[str, str], echo: Echo) -> None:
         self.is_over = False
         self.error = ""
         self._label = label
         self._settings = settings
         self._command = command
-        self._around = around
+        self._env = env
         self._echo = echo
         self._process: Process | None = None
         self._ended: list[Outcome] = []
-        self._starts_at = 0.0
+        self._next_start = 0.0
         self._pause = FIRST_PAUSE_SEC
         self._n_quick = 0
 
     def outcome(self) -> Outcome:
+        """The sum of what its processes have reported so far."""
         process = self._process
-        return _sum([*self._ended, process.told] if process else self._ended)
+        return _sum([*self._ended, process.reported] if process else self._ended)
 
     def tend(self, *, is_stopping: bool) -> None:
-        """Starts it when its time has come; when it has ended, decides whether it has a successor."""
+        """Starts its process when that is due; if the process has ended, decides whether to start another."""
         if self.is_over:
             return
         if self._process is None:
             if is_stopping:
                 self.is_over = True
-            elif time.monotonic() >= self._starts_at:
+            elif time.monotonic() >= self._next_start:
                 settings = replace(self._settings, limit=self._left())
-                self._process = Process(self._label, self._command(settings), self._around, self._echo)
+                self._process = Process(self._label, self._command(settings), self._env, self._echo)
         elif self._process.has_ended():
             process, self._process = self._process, None
             self._ended.append(process.outcome())
-            self._succeed(process, is_stopping)
+            self._decide_restart(process, is_stopping)
 
     def ask_to_stop(self) -> None:
         if self._process is not None:
@@ -337,24 +348,24 @@ class Child:
             self._process.kill()
 
     def leave(self) -> None:
-        """Asks what is left of it to stop, and waits for that: for when the parent itself fails."""
+        """Asks a process that still runs to stop, and waits for it; needed if the parent itself fails."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
 
     def _left(self) -> int | None:
-        """Of its share of the limit."""
+        """How much of its share of the limit is left; None without a limit."""
         if self._settings.limit is None:
             return None
-        told = self.outcome()
-        return max(0, self._settings.limit - (told.done - told.recovered) - told.failed - told.lost)
+        outcome = self.outcome()
+        return max(0, self._settings.limit - (outcome.done - outcome.recovered) - outcome.failed - outcome.lost)
 
-    def _succeed(self, process: "Process", is_stopping: bool) -> None:
+    def _decide_restart(self, process: "Process", is_stopping: bool) -> None:
         if process.code == 0 or self._left() == 0:
             self.is_over = True
         elif is_stopping:
             self.is_over = True
-            # One that was still starting, and so held nothing, has no handler yet.
+            # A process killed by the signal itself was still starting, and so held nothing.
             if -process.code not in STOP_SIGNALS:
                 self.error = f"{self._label} was asked to stop and {process.ending()}"
         elif self._is_hopeless(process):
@@ -365,7 +376,9 @@ class Child:
             self._put_off(process)
 
     def _is_hopeless(self, process: "Process") -> bool:
-        """A signal may come from outside and a stall may pass; what is configured wrongly fails again."""
+        """Whether the process has failed TRIES times in a row in a way that points to a wrong configuration. A signal
+        may come from outside, and a stall may be temporary.
+        """
         is_quick = process.code in (1, 2) and process.lived() < QUICK_SEC
         self._n_quick = self._n_quick + 1 if is_quick else 0
         return self._n_quick == TRIES
@@ -373,16 +386,16 @@ class Child:
     def _put_off(self, process: "Process") -> None:
         if process.lived() >= SETTLED_SEC:
             self._pause = FIRST_PAUSE_SEC
-        log.warning("%s %s; it is started again in %.0f s", self._label, process.ending(), self._pause)
-        self._starts_at = time.monotonic() + self._pause
+        log.warning("%s %s; restarting it in %.0f s", self._label, process.ending(), self._pause)
+        self._next_start = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, LONGEST_PAUSE_SEC)
 
 
 class Process:
-    """A child that runs, with threads that listen to it; `told` is the last it told of what it has done."""
+    """A child process, with threads that read its output. `reported` is the last outcome that it reported."""
 
-    def __init__(self, label: str, command: Sequence[str], around: Mapping[str, str], echo: Echo) -> None:
-        self.told = Outcome()
+    def __init__(self, label: str, command: Sequence[str], env: Mapping[str, str], echo: Echo) -> None:
+        self.reported = Outcome()
         self._label = label
         self._echo = echo
         self._last_line = ""
@@ -390,20 +403,21 @@ class Process:
         self._ended = math.inf
         self._popen = subprocess.Popen(
             command,
-            env=around,
+            env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
-            start_new_session=True,  # Ctrl-C is for the parent, who passes it on once
+            start_new_session=True,  # Ctrl-C reaches only the parent, which passes it on once
         )
-        listened = ((self._popen.stdout, self._hear), (self._popen.stderr, self._pass_on))
-        self._listeners = [
-            threading.Thread(target=_listen, args=(stream, hear), name=label, daemon=True) for stream, hear in listened
+        streams = ((self._popen.stdout, self._on_stdout), (self._popen.stderr, self._pass_on))
+        self._readers = [
+            threading.Thread(target=_read_lines, args=(stream, on_line), name=label, daemon=True)
+            for stream, on_line in streams
         ]
-        for listener in self._listeners:
-            listener.start()
+        for reader in self._readers:
+            reader.start()
 
     @property
     def code(self) -> int:
@@ -416,11 +430,11 @@ class Process:
         return True
 
     def wait(self) -> None:
-        """Until it has ended, and what it said was heard."""
+        """Waits until the process has ended and its output is read."""
         self._popen.wait()
         self._ended = min(self._ended, time.monotonic())
-        for listener in self._listeners:
-            listener.join(1)  # a process that it started may keep the pipe open
+        for reader in self._readers:
+            reader.join(1)  # a process that the child started may keep the pipe open
         if self._popen.stdin is not None:
             self._popen.stdin.close()
 
@@ -431,25 +445,28 @@ class Process:
         self._popen.kill()
 
     def lived(self) -> float:
-        """Seconds."""
+        """Seconds from its start until it ended, or until now."""
         return min(self._ended, time.monotonic()) - self._started
 
     def outcome(self) -> Outcome:
-        """What it told; one that was killed did not get to telling its time, loading the model included."""
-        told = self.told
-        worked = told.done or told.failed
-        return replace(told, seconds=told.seconds or (self.lived() if worked else 0.0))
+        """The last outcome reported. A process that was killed did not report its time: the seconds that it lived are
+        taken instead, which include loading the model.
+        """
+        outcome = self.reported
+        has_worked = outcome.done or outcome.failed
+        return replace(outcome, seconds=outcome.seconds or (self.lived() if has_worked else 0.0))
 
     def ending(self) -> str:
+        """How the process ended, as a predicate, with the last line of its log."""
         how = f"was killed by {_name(-self.code)}" if self.code < 0 else f"ended with code {self.code}"
         return f"{how} ({self._last_line})" if self._last_line else how
 
-    def _hear(self, line: str) -> None:
-        told = _outcome(line)
-        if told is None:
+    def _on_stdout(self, line: str) -> None:
+        outcome = _parse_outcome(line)
+        if outcome is None:
             self._pass_on(line)
         else:
-            self.told = told
+            self.reported = outcome
 
     def _pass_on(self, line: str) -> None:
         if line.strip():
@@ -457,14 +474,14 @@ class Process:
         self._echo(f"{self._label}  {line.rstrip()}")
 
 
-def _listen(stream: IO[str], hear: Callable[[str], None]) -> None:
+def _read_lines(stream: IO[str], on_line: Callable[[str], None]) -> None:
     with stream:
         for line in stream:
-            hear(line)
+            on_line(line)
 
 
-def _outcome(line: str) -> Outcome | None:
-    """What a child told; None for a line that some library printed."""
+def _parse_outcome(line: str) -> Outcome | None:
+    """The outcome that a child reported; None for any other line, such as one printed by a library."""
     try:
         return Outcome(**json.loads(line))
     except (ValueError, TypeError):

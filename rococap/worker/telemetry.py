@@ -1,4 +1,4 @@
-"""What a worker process measures of itself: its rates, its memory, and what storing took."""
+"""What a worker process measures about itself: its rates, its memory, and the time it spends on storing."""
 
 import resource
 import sys
@@ -20,7 +20,7 @@ MB = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """All since the start, at one moment of the meter's clock."""
+    """Totals since the start, at the time `at` of the meter's clock."""
 
     at: float
     pictures: int = 0
@@ -31,7 +31,7 @@ class _Sums:
 
 
 class Meter:
-    """Counts what the engine finishes and what storing takes, from the moment it is made. Any thread may tell it."""
+    """Counts what the engine finishes and how long storing takes, from its creation on. Thread-safe."""
 
     def __init__(self, engine: Engine, usage: Usage, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
@@ -45,6 +45,7 @@ class Meter:
         self._past = deque([self._start])
 
     def count(self, completion: Completion) -> None:
+        """Adds a completion that the engine has finished; failures are not counted."""
         if completion.failure is None:
             with self._lock:
                 self._pictures += 1
@@ -52,7 +53,7 @@ class Meter:
                 self._model_ms += completion.processing_ms
 
     def recent(self) -> Telemetry:
-        """Rates and shares since the latest call that is a minute ago, or since the start: for each heartbeat."""
+        """Rates and shares since the latest call at least a minute ago, or since the start; for each heartbeat."""
         now = self._sums()
         while len(self._past) > 1 and now.at - self._past[1].at >= RECENT_SEC:
             self._past.popleft()
@@ -75,7 +76,7 @@ class Meter:
             captioning_sec=round(now.at - self._start.at, 1),
             pictures_per_sec=round((now.pictures - then.pictures) / sec, 3),
             new_tokens_per_sec=round((now.tokens - then.tokens) / sec, 1),
-            # Above 1 where the batch size was halved meanwhile, or captions were begun before.
+            # It would exceed 1 if the batch size was halved in this time, or if captions had been started before.
             fill=round(min(1.0, (now.rows - then.rows) / room), 3) if room else None,
             busy=round(min(1.0, (now.model_ms - then.model_ms) / 1000 / sec), 3),
             waited_sec=round(self._usage.waited_sec, 1),
@@ -87,32 +88,33 @@ class Meter:
     # --- storing ---
 
     def stored(self, lease_id: int, ms: float) -> None:
+        """Adds milliseconds of storing for a lease."""
         with self._lock:
             self._store_ms[lease_id] = self._store_ms.get(lease_id, 0.0) + ms
 
-    def unbooked(self) -> dict[int, float]:
-        """Milliseconds of storing, by lease, that the database has not been told."""
+    def unrecorded(self) -> dict[int, float]:
+        """Milliseconds of storing, by lease, that are not recorded in the database yet."""
         with self._lock:
             return dict(self._store_ms)
 
-    def booked(self, store_ms: Mapping[int, float]) -> None:
-        """It has been told these."""
+    def mark_recorded(self, store_ms: Mapping[int, float]) -> None:
+        """Records that these milliseconds of storing, by lease, are in the database now."""
         with self._lock:
             left = {lease_id: ms - store_ms.get(lease_id, 0.0) for lease_id, ms in self._store_ms.items()}
             self._store_ms = {lease_id: ms for lease_id, ms in left.items() if ms > 0}
 
 
 def peak_memory_mb() -> float:
-    """The most that this process has had in memory at once."""
+    """The largest resident set of this process so far, in millions of bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MB
 
 
 def gpu_of(device: str) -> dict[str, Any]:
-    """Telemetry's fields about a CUDA device, as far as they are known; none on the CPU."""
+    """The fields of Telemetry about a CUDA device, as far as they are known; none on the CPU."""
     known: dict[str, Any] = {}
     if device.startswith("cuda"):
-        with suppress(Exception):  # no driver, no library, no permission: telemetry ends no worker
+        with suppress(Exception):  # a missing driver, library or permission must not end a worker
             import torch
 
             properties = torch.cuda.get_device_properties(device)
@@ -123,7 +125,9 @@ def gpu_of(device: str) -> dict[str, Any]:
 
 
 def _utilisation(uuid: str) -> float:
-    """The share of the last moment in which the GPU worked. By UUID: NVML counts also the GPUs hidden from CUDA."""
+    """The driver's momentary utilisation of a GPU, from 0 to 1. The GPU is found by UUID, because NVML's numbering
+    includes GPUs that are hidden from CUDA.
+    """
     import pynvml
 
     pynvml.nvmlInit()

@@ -431,8 +431,8 @@ def test_a_command_that_only_looks_makes_no_database(here, name):
     ]
     for command in commands:
         assert refused("--db", name, *command.split()) == (
-            f"There is no database {name.removeprefix('sqlite:///')}. Name yours with --db, or make it by registering "
-            f"pictures: rococap --db {name} enqueue --split train"
+            f"There is no database {name.removeprefix('sqlite:///')}. Name yours with --db, or create it by "
+            f"registering pictures: rococap --db {name} enqueue --split train"
         ), command
     assert invoke("--db", name, "doctor").exit_code == 1
     assert os.listdir(here) == ["captions.csv"]
@@ -477,8 +477,8 @@ def test_flagged_captions_go_to_a_new_run_with_the_old_recipe_but_for_what_is_sa
         old, new = (queue.get_run(conn, name).recipe for name in ("default", "again"))
     assert old.differences(new) == {"repetition_penalty": (1.0, 1.1)}
     assert refused(*again) == (
-        "Run 'default' has this recipe, which would say the same again. Change something: --prompt, --model, "
-        "--max-new-tokens, --repetition-penalty …"
+        "Run 'default' has the same recipe, which would give the same captions again. Change something: --prompt, "
+        "--model, --max-new-tokens, --repetition-penalty …"
     )
     assert said("enqueue", "--run", "other", "--from", "default", "--prompt", "What?") == (
         "other train: 5 new, 0 known, 0 changed\n"
@@ -600,7 +600,7 @@ def test_a_worker_without_anything_registered_names_enqueue():
 def test_a_run_that_does_not_exist_is_named_with_those_that_do(here):
     write_shard(here / "set", "train", range(5))
     enqueue()
-    assert refused("export", "--split", "train", "--run", "nope") == "There is no run 'nope'. Runs here: default."
+    assert refused("export", "--split", "train", "--run", "nope") == "There is no run 'nope'. Runs: default."
 
 
 def test_an_incomplete_split_is_refused_where_all_of_it_is_required(here):
@@ -647,7 +647,7 @@ def test_a_full_disk_while_exporting_is_one_line_and_leaves_no_half_file(here):
         message = refused("export", "--split", "train", "--output", "disk", "--checkpoint-every", "0")
         assert message == (
             "No space left for disk/medical_captions_train.csv: nothing was changed there. "
-            "Free some, or write elsewhere with --output."
+            "Free some space, or write elsewhere with --output."
         )
         assert list(disk.iterdir()) == []
     finally:
@@ -659,7 +659,7 @@ def test_a_database_that_is_not_ours_is_refused(here):
         conn.execute("CREATE TABLE patients (id)")
     conn.close()
     assert refused("status", "--db", "theirs.db") == (
-        "theirs.db holds other tables (patients) and is not a rococap database. Name another file with --db."
+        "theirs.db contains other tables (patients) and is not a rococap database. Name another with --db."
     )
 
 
@@ -675,15 +675,15 @@ def test_a_newer_and_an_older_database_are_refused_with_what_to_do(here):
         conn.execute("UPDATE alembic_version SET version_num = '9999'")
     conn.close()
     assert refused("status") == (
-        f"sqlite:///rococap.db has schema 9999, made by a newer rococap than this one ({SCHEMA}). "
+        f"sqlite:///rococap.db has schema 9999, from a newer version of rococap than this one ({SCHEMA}). "
         "Upgrade rococap, or name another database with --db."
     )
     with sqlite3.connect("rococap.db") as conn:
         conn.execute("UPDATE alembic_version SET version_num = '0001'")
     conn.close()
     assert refused("status") == (
-        f"sqlite:///rococap.db has schema 0001; this rococap needs {SCHEMA}. Upgrade it (a backup copy is made): "
-        "rococap --db sqlite:///rococap.db migrate"
+        f"sqlite:///rococap.db has schema 0001; this version of rococap needs {SCHEMA}. Upgrade it (a backup copy is "
+        "made): rococap --db sqlite:///rococap.db migrate"
     )
 
 

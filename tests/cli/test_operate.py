@@ -72,7 +72,7 @@ def test_a_paused_run_says_so_until_it_is_resumed(database, run):
     assert json.loads(said("status", "--json"))["runs"][0]["paused"] is True
     assert said("resume") == "default: workers may claim.\n"
     assert "paused" not in said("status")
-    assert refused("pause", "--run", "x") == "There is no run 'x'. Runs here: default."
+    assert refused("pause", "--run", "x") == "There is no run 'x'. Runs: default."
 
 
 def test_cancel_withdraws_also_what_is_held(database, run):
@@ -271,7 +271,7 @@ def test_a_backup_overwrites_nothing(database, run, here):
     claim(database, run)
     for name in ("copy.db", "notes.txt", "link"):
         assert refused("backup", name) == (
-            f"{name} is there already, and is left as it is. Name another file, or move it away."
+            f"{name} exists already and was left as it is. Name another file, or move it away."
         )
     assert [(here / "copy.db").read_bytes(), (here / "notes.txt").read_text()] == [there, "mine"]
     assert (here / "link").is_symlink()

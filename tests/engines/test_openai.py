@@ -964,7 +964,7 @@ def test_a_server_that_refuses_the_whole_self_check_stops_the_worker(server, dat
         caption_with(database, server)
     assert str(error.value) == (
         "The self-check failed, and nothing was claimed: none of 12 pictures was captioned. The first: "
-        "The server refused this picture with status 422: no vision To go on all the same: --no-self-check"
+        "The server refused this picture with status 422: no vision To continue anyway: --no-self-check"
     )
     assert pending_and_done(database) == {("pending", 0, 0): 20}
     assert sorted(set(asked(server))) == sorted(asked(server)), "no picture twice"

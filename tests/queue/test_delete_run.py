@@ -136,7 +136,7 @@ def test_a_run_whose_pictures_are_held_stays_and_the_command_that_withdraws_them
     claim(database, run)
     refused = rococap("runs", "--delete", "default", "--yes")
     assert refused.exit_code == 1
-    assert "(1 leases are open), so it stays." in refused.stderr
+    assert "(1 leases are open), so it was not deleted." in refused.stderr
     assert select(database, "SELECT name, deleted_at FROM runs") == [("default", None)]
     assert refused.stderr.rstrip().endswith("rococap cancel --run default --all")
     assert rococap("cancel", "--run", "default", "--all").exit_code == 0
@@ -149,7 +149,7 @@ def test_a_deletion_that_was_killed_half_way_is_not_seen_and_vacuum_finishes_it(
     with db.transaction(database, write=True) as conn:
         queue.delete_run(conn, run)
     with db.transaction(database, write=True) as conn:
-        assert queue.clear_deleted(conn, most=1) == 1
+        assert queue.clear_deleted(conn, limit=1) == 1
     with db.transaction(database) as conn:
         assert [one.run for one in queue.counts(conn)] == ["other"]
     assert {check.name: check.verdict for check in examine(database)}["tallies"] == Verdict.OK
@@ -177,7 +177,7 @@ class Deleting(SmallEngine):
 @pytest.mark.every_database
 def test_a_worker_whose_run_is_deleted_ends_and_says_so_also_if_it_waits_for_work(database, run):
     settings = Settings.of(batch_size=2, lease_ttl=60.0, self_check=False, wait=True)
-    with pytest.raises(RunError, match=r"Run 'default' was deleted meanwhile\."):
+    with pytest.raises(RunError, match=r"Run 'default' has been deleted\."):
         work(database, settings, load=lambda *_: Deleting(database, run))
     assert select(database, "SELECT count(*) FROM captions") == [(0,)]
 
@@ -192,9 +192,9 @@ def test_an_enqueue_under_way_ends_when_its_run_is_deleted(database, run, tmp_pa
                 queue.delete_run(conn, queue.get_run(conn, "new"))
 
     located = enqueue.datasets.locate(str(tmp_path / "set"), ["train"])
-    with pytest.raises(RunError, match=r"Run 'new' was deleted meanwhile\."):
+    with pytest.raises(RunError, match=r"Run 'new' has been deleted\."):
         enqueue.enqueue(database, located, ["train"], run="new", recipe=OTHER, progress=progress)
-    with pytest.raises(RunError, match=r"Run 'newer' was deleted meanwhile\."):
+    with pytest.raises(RunError, match=r"Run 'newer' has been deleted\."):
         _from(database, run, "newer", tmp_path)
     assert select(database, "SELECT count(*) FROM jobs") == [(6 + 2 + 2,)]
 

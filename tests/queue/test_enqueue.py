@@ -77,8 +77,8 @@ def test_an_id_that_names_no_file_is_refused_before_anything_is_written(database
     with pytest.raises(DatasetError) as caught:
         register(database, root, ["train"])
     assert str(caught.value) == (
-        f"{root}/data/train-00000-of-00001.parquet holds the id {long[:20]!r}…, which is {len(long.encode())} bytes "
-        "long in UTF-8, and 240 are the most, since files are named by ids. Shorten it, or take the ids from another "
+        f"{root}/data/train-00000-of-00001.parquet contains the id {long[:20]!r}…, which is {len(long.encode())} bytes "
+        "long in UTF-8; the limit is 240, because ids become file names. Shorten it, or take the ids from another "
         "column: --columns image_id=NAME"
     )
     assert [rows(database, f"SELECT * FROM {table}") for table in ("datasets", "runs", "images")] == [[], [], []]
@@ -87,7 +87,7 @@ def test_an_id_that_names_no_file_is_refused_before_anything_is_written(database
 def test_a_long_id_in_a_csv_is_refused_too(database, root):
     (root / "train").mkdir(parents=True)
     (root / "train_captions.csv").write_text(f"ID,Caption\n{'a' * 241},x\n")
-    with pytest.raises(DatasetError, match="which is 241 bytes long in UTF-8, and 240 are the most"):
+    with pytest.raises(DatasetError, match="which is 241 bytes long in UTF-8; the limit is 240,"):
         register(database, root, ["train"])
 
 
@@ -295,8 +295,8 @@ def test_a_second_enqueue_uses_the_columns_of_the_first_and_is_refused_with_othe
     with pytest.raises(DatasetError) as caught:
         register_with(database, root, "image=IMG,caption=concepts")
     assert str(caught.value) == (
-        f"The data set {root} was registered with {ASKED} for its columns, and its pictures are read by these, not by "
-        "image=IMG,caption=concepts: leave --columns out, or register it in another queue with --db."
+        f"The data set {root} was registered with {ASKED} for its columns, and its pictures are read with these, not "
+        "with image=IMG,caption=concepts: omit --columns, or register it in another queue with --db."
     )
     assert rows(database, "SELECT count(*) FROM datasets") == [(1,)]
 
@@ -307,7 +307,7 @@ def test_a_data_set_of_standard_columns_is_not_read_by_others_later(database, ro
     assert rows(database, "SELECT columns FROM datasets") == [(None,)]
     assert register_with(database, root, "image=image,caption=caption")[0].known == 4
     with pytest.raises(
-        DatasetError, match=r"was registered with the standard names for its columns, .* not by caption=cui: "
+        DatasetError, match=r"was registered with the standard names for its columns, .* not with caption=cui: "
     ):
         register_with(database, root, "caption=cui")
 
@@ -331,7 +331,7 @@ def test_rows_that_only_their_number_names_are_refused_once_they_are_other_rows(
         register_with(database, root)
     path = root / "data" / "train-00000-of-00001.parquet"
     assert str(caught.value) == (
-        f"{path} is not what was registered, and its rows have no ids by which to tell them apart: register the data "
+        f"{path} has changed since it was registered, and its rows have no ids to match them by: register the data "
         "set in another queue with --db, or give it a column image_id."
     )
     assert image_ids(database) == [f"train_{n:06}" for n in range(4)]
@@ -471,6 +471,6 @@ def test_the_same_recipe_would_say_the_same_again(database, tmp_path):
     with pytest.raises(RunError) as caught:
         enqueue_from(database, old, ["train"], run="again", recipe=old.recipe, flags=["empty"])
     assert str(caught.value) == (
-        "Run 'default' has this recipe, which would say the same again. Change something: --prompt, --model, "
-        "--max-new-tokens, --repetition-penalty …"
+        "Run 'default' has the same recipe, which would give the same captions again. Change something: --prompt, "
+        "--model, --max-new-tokens, --repetition-penalty …"
     )

@@ -329,8 +329,8 @@ def test_a_worker_never_reaps_itself(database, run):
     worker = new_worker(database)
     lease = claimed(database, worker, run)
     with writing(database) as conn:
-        assert queue.reap(conn, but=worker, now=TTL) == []
-        assert queue.reap(conn, but=worker + 1, now=TTL) == [lease.id]
+        assert queue.reap(conn, exclude_worker=worker, now=TTL) == []
+        assert queue.reap(conn, exclude_worker=worker + 1, now=TTL) == [lease.id]
 
 
 def test_a_lease_that_lasts_longer_than_the_contact_is_not_judged(database, run):
@@ -473,7 +473,7 @@ def test_a_picture_that_crashed_two_workers_is_claimed_alone_and_fails_after_two
     with db.transaction(database) as conn:
         (failed,) = queue.list_failures(conn)
     assert (failed.image_id, failed.code) == ("train_00000", "crashed")
-    assert failed.message == "Two workers died while they captioned this picture alone."
+    assert failed.message == "Two workers died while captioning this picture alone."
 
 
 def test_a_worker_that_gives_up_marks_its_own_lease_as_crashed(database, run):
@@ -661,7 +661,7 @@ def test_pruning_keeps_the_latest_failure_of_each_job(database, run):
             queue.wake(conn, now=1 << 50)
     with writing(database) as conn:
         assert queue.prune(conn, before=1) == 1
-        assert queue.prune(conn, before=9, most=1) == 1
+        assert queue.prune(conn, before=9, limit=1) == 1
         assert queue.prune(conn, before=9) == 0
     assert column(database, "SELECT message FROM failures ORDER BY id") == ["attempt 2"]
 
@@ -767,7 +767,7 @@ def test_the_first_worker_pins_what_the_recipe_came_to_and_another_is_refused(da
 
 
 def test_an_unknown_run_is_named_with_those_that_exist(database, run):
-    with pytest.raises(RunError, match=r"There is no run 'x'\. Runs here: default\."), db.transaction(database) as conn:
+    with pytest.raises(RunError, match=r"There is no run 'x'\. Runs: default\."), db.transaction(database) as conn:
         queue.get_run(conn, "x")
 
 

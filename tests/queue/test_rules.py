@@ -61,9 +61,9 @@ def test_a_run_begun_under_older_rules_stops_with_the_next_step(begun):
     with pytest.raises(RunError) as caught:
         work(begun, Settings(self_check=False), load=lambda *_: loaded.append(1) or SmallEngine())
     assert str(caught.value) == (
-        "Run 'default' was begun under older rules of opening pictures and ending captions (1, here 2), and a run "
-        "never mixes. Caption its pictures anew: rococap enqueue --run NEW --from default; or go on, which its "
-        "manifests will tell: rococap worker --run default --accept-new-rules"
+        "Run 'default' was started under older rules for opening pictures and ending captions (1, here 2), and a run "
+        "never mixes two. Caption its pictures again: rococap enqueue --run NEW --from default; or continue, which its "
+        "manifests will record: rococap worker --run default --accept-new-rules"
     )
     assert loaded == [], "the model is not loaded for nothing"
     assert (done(begun), pinned(begun)) == (3, OLDER)
@@ -132,7 +132,7 @@ def test_pictures_of_a_run_under_older_rules_are_captioned_anew_by_the_same_reci
     assert again("default", "again") == [Enqueued("train", new=8)]
     assert run_worker(begun, run="again").done == 8
     assert pinned(begun, "again")["rules"] == RULES
-    with pytest.raises(RunError, match="has this recipe"):
+    with pytest.raises(RunError, match="has the same recipe"):
         again("again", "third")
 
 
@@ -161,7 +161,7 @@ def test_captions_under_older_rules_are_not_restored_beside_newer_ones(begun, tm
     with db.transaction(begun) as conn:
         lost = queue.get_run(conn, "lost")
     assert restore.restore(begun, lost, tmp_path / "captions.csv").restored == 3
-    with pytest.raises(RunError, match="was begun under older rules"):
+    with pytest.raises(RunError, match="was started under older rules"):
         run_worker(begun, run="lost")
 
 

@@ -559,7 +559,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.at += ms
         worker = self.one_worker(data) if spares_itself else 0
         with writing(self.database) as conn:
-            reaped = queue.reap(conn, but=worker, now=self.at)
+            reaped = queue.reap(conn, exclude_worker=worker, now=self.at)
         due = [one for one in self.model.open() if one.expires_at <= self.at and one.lease.worker_id != worker]
         assert reaped == [one.lease.id for one in due]
         for one in due:

@@ -303,7 +303,7 @@ def test_a_full_disk_is_a_clear_error_that_changes_nothing(database, run, out, m
     with pytest.raises(RococapError) as error:
         export.export(database, run, "train", path)
     assert str(error.value) == (
-        f"No space left for {path}: nothing was changed there. Free some, or write elsewhere with --output."
+        f"No space left for {path}: nothing was changed there. Free some space, or write elsewhere with --output."
     )
     assert path.read_bytes() == before
     assert sorted(file.name for file in out.iterdir()) == ["x.csv", "x.json"]
@@ -714,7 +714,7 @@ def test_a_manifest_of_segments_is_none_of_the_export_beside_them(database, tmp_
 def test_a_device_or_folder_is_never_replaced(tmp_path):
     for place in (tmp_path, Path("/dev/full")):
         with (
-            pytest.raises(RococapError, match="a folder or a device, and no file to replace"),
+            pytest.raises(RococapError, match="a folder or a device, not a file to replace"),
             files_module.replacing(place),
         ):
             pytest.fail("it was opened")

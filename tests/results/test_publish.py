@@ -420,7 +420,7 @@ def test_a_folder_is_replaced_by_a_whole_one_or_stays_as_it_was(database, root, 
         with pytest.raises(RococapError) as error:
             publish.publish(database, run, ["train"], out, format)
     assert str(error.value) == (
-        f"No space left for {out}: nothing was changed there. Free some, or write elsewhere with --output."
+        f"No space left for {out}: nothing was changed there. Free some space, or write elsewhere with --output."
     )
     assert content(out) == before
     [written] = publish.publish(database, run, ["train"], out, format)

@@ -235,15 +235,15 @@ def test_runs_of_different_data_sets_are_refused(database, runs, out, tmp_path):
     with pytest.raises(RunError) as error:
         compare(database, ["a", "c"], out)
     assert str(error.value) == (
-        f"Runs 'a' and 'c' are on different data sets ({tmp_path / 'set'}, {tmp_path / 'other'}): their pictures are "
-        "not the same. Compare runs of one: see rococap runs --json"
+        f"Runs 'a' and 'c' are on different data sets ({tmp_path / 'set'}, {tmp_path / 'other'}), so their pictures "
+        "differ. Compare runs on the same one: see rococap runs --json"
     )
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a", "x"], "There is no run 'x'. Runs here: a, b."),
+        (["a", "x"], "There is no run 'x'. Runs: a, b."),
         (["a", "b", "a"], "Run 'a' is named twice: name each run once."),
         (["b"], "Run 'b' captioned nothing of train yet. Caption pictures: rococap worker --run b"),
         (["a", "b"], "Runs 'a' and 'b' captioned nothing of train yet. Caption pictures: rococap worker --run a"),

@@ -210,7 +210,7 @@ def test_the_estimate_is_for_the_whole_split_and_for_what_is_unfinished(database
     run = fill(database, tmp_path / "set", 20)
     with db.transaction(database, write=True) as conn:
         queue.cancel(conn, run, image_ids=[f"train_{n:05}" for n in range(5)])
-    result = measure(database, SmallEngine(), most=8)
+    result = measure(database, SmallEngine(), max_pictures=8)
     assert (result.split_pictures, result.unfinished_pictures, result.pictures) == (20, 15, 8)
     assert result.estimate == estimate(20, 15, result.worker_pictures_per_sec)
 
@@ -275,7 +275,7 @@ def test_without_a_run_it_says_how_to_register_one(tmp_path, empty_queue, monkey
 
 
 def test_a_run_that_does_not_exist_is_refused_with_those_that_do(here):
-    assert refused("--run", "other") == "There is no run 'other'. Runs here: default."
+    assert refused("--run", "other") == "There is no run 'other'. Runs: default."
 
 
 def test_several_runs_are_chosen_from_with_this_command(database, tmp_path):
@@ -291,7 +291,7 @@ def test_a_split_that_the_run_lacks_is_refused(here):
 
 def test_batch_sizes_that_no_picture_fills_are_refused(here):
     assert refused("--pictures", "3", "--batch-size", "8,4") == (
-        "3 pictures fill no batch of 4. Give a smaller --batch-size, or more --pictures."
+        "3 pictures do not fill a batch of 4. Give a smaller --batch-size, or more --pictures."
     )
 
 
@@ -330,14 +330,14 @@ def test_sizes_are_powers_of_two_and_the_automatic_one(most, automatic, sizes):
 @pytest.mark.parametrize(
     ("measured", "automatic", "told"),
     [
-        (rates(_1=1.0, _2=1.8, _4=3.0), 4, "Leave --batch-size at auto: it is 4 here."),
-        (rates(_1=1.0, _2=2.95, _4=3.0), 4, "Leave --batch-size at auto: it is 4 here."),
-        (rates(_1=1.0, _2=3.0, _4=3.1), 2, "Leave --batch-size at auto: it is 2 here."),
-        (rates(_1=1.0, _2=2.9, _4=3.0, _8=2.0), 8, "Use --batch-size 2: the smallest within 5 % of the fastest."),
+        (rates(_1=1.0, _2=1.8, _4=3.0), 4, "Leave --batch-size at auto, which is 4 here."),
+        (rates(_1=1.0, _2=2.95, _4=3.0), 4, "Leave --batch-size at auto, which is 4 here."),
+        (rates(_1=1.0, _2=3.0, _4=3.1), 2, "Leave --batch-size at auto, which is 2 here."),
+        (rates(_1=1.0, _2=2.9, _4=3.0, _8=2.0), 8, "Use --batch-size 2, the smallest within 5 % of the fastest."),
         (
             rates(_1=1.0, _2=2.0),
             8,
-            "Of the batch sizes measured use --batch-size 2; auto is 8, which was not among them.",
+            "Of the batch sizes measured, use --batch-size 2; auto is 8, which was not among them.",
         ),
     ],
 )
@@ -348,26 +348,26 @@ def test_it_recommends_the_smallest_batch_size_that_is_about_the_fastest(measure
 @pytest.mark.parametrize(
     ("costs", "told"),
     [
-        (Costs(1.0, 3.0, 10.0), "preparing limits it, 3.0 ms a picture beside the model's 10.0 ms."),
-        (Costs(4.0, 3.0, 10.0), "reading limits it, 4.0 ms a picture beside the model's 10.0 ms."),
-        (Costs(4.0, 30.0, 3.0, 8), "preparing limits it, 30.0 ms a picture in each of 8 threads beside the model's"),
-        (Costs(0.1, 0.2, 10.0), "neither reading nor preparing is why: look at what else is busy here."),
+        (Costs(1.0, 3.0, 10.0), "preparing limits it, at 3.0 ms a picture; the model takes 10.0 ms."),
+        (Costs(4.0, 3.0, 10.0), "reading limits it, at 4.0 ms a picture; the model takes 10.0 ms."),
+        (Costs(4.0, 30.0, 3.0, 8), "preparing limits it, at 30.0 ms a picture on each of 8 threads; the model takes"),
+        (Costs(0.1, 0.2, 10.0), "neither reading nor preparing explains it: check what else is busy on this machine."),
     ],
 )
 def test_a_worker_that_falls_behind_its_model_is_told_why(costs, told):
     text = recommend(rates(_1=1.0), 1, 0.72, costs, 4)
     assert text.startswith(
-        "Leave --batch-size at auto: it is 1 here. The whole worker reaches 72 % of the model's speed"
+        "Leave --batch-size at auto, which is 1 here. The whole worker reaches 72 % of the model's speed"
     )
     assert told in text
 
 
 def test_of_few_pictures_it_does_not_say_what_limits_a_worker():
     assert recommend(rates(_16=1.0), 16, 0.5, Costs(9.0, 9.0, 10.0), 63) == (
-        "Leave --batch-size at auto: it is 16 here. The whole worker reaches 50 % of the model's speed, "
-        "but starting weighs on so few pictures: measure with --pictures 64."
+        "Leave --batch-size at auto, which is 16 here. The whole worker reaches 50 % of the model's speed, "
+        "but with so few pictures the start dominates: measure with --pictures 64."
     )
 
 
 def test_a_worker_that_keeps_up_is_told_nothing():
-    assert recommend(rates(_1=1.0), 1, 0.9, Costs(5.0, 5.0, 10.0), 64) == "Leave --batch-size at auto: it is 1 here."
+    assert recommend(rates(_1=1.0), 1, 0.9, Costs(5.0, 5.0, 10.0), 64) == "Leave --batch-size at auto, which is 1 here."

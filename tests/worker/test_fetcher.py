@@ -166,7 +166,7 @@ def held(database, tmp_path: Path, clock):
         worker = queue.register_worker(conn, "one", "host", 1, INFO)
         lease = queue.claim(conn, worker, run.id, "train", 2, ttl_ms=60_000)
     made = Holdings()
-    made.enter(lease, runs_out_at=1_060.0)
+    made.enter(lease, expires_at=1_060.0)
     for job in lease.jobs:
         made.offer(job, Prepared(job.id, None, 1), 0.0, 0.0, is_blank=False)
     return made, lease
@@ -184,14 +184,14 @@ def test_a_heartbeat_that_succeeds_lets_it_start_after_all(held, clock):
     source, lease = held
     clock.now = 1_100.0
     assert source.take(2, 0) == []
-    source.extend([lease.id], runs_out_at=1_160.0)
+    source.extend([lease.id], expires_at=1_160.0)
     assert [picture.job_id for picture in source.take(2, 0)] == [job.id for job in lease.jobs]
 
 
 def test_what_another_worker_got_meanwhile_is_never_started(held, clock):
     source, lease = held
     source.lose([lease.id])
-    source.extend([lease.id], runs_out_at=1_160.0)
+    source.extend([lease.id], expires_at=1_160.0)
     assert source.take(2, 0) == []
     assert source.step(1) == {job.id for job in lease.jobs}
 

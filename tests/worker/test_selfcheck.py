@@ -72,7 +72,7 @@ def refusal(database: Engine, engine: SmallEngine, **settings) -> str:
     with db.transaction(database) as conn:
         assert db.execute(conn, "SELECT count(*) FROM leases").scalar_one() == 0
     told = str(caught.value).removeprefix("The self-check failed, and nothing was claimed: ")
-    return told.removesuffix(" To go on all the same: --no-self-check")
+    return told.removesuffix(" To continue anyway: --no-self-check")
 
 
 def workers(database: Engine) -> list[queue.WorkerSeen]:
@@ -123,7 +123,7 @@ def test_one_string_for_all_pictures_stops_the_worker_before_its_first_claim(dat
     assert (worker.state, worker.self_check["passed"], worker.self_check["reason"]) == ("stopped", False, reason)
     with db.transaction(database) as conn:
         assert queue.get_run(conn, "default").resolved is None, "an engine that errs pins nothing"
-    assert refusal(database, OneForAll()) == reason, "the next worker looks again"
+    assert refusal(database, OneForAll()) == reason, "the next worker will repeat it"
     assert run_worker(database, OneForAll(), self_check=False).done == 20
 
 
@@ -147,8 +147,8 @@ def test_captions_that_are_others_in_a_batch_stop_the_worker(database, tmp_path)
     swapped = SwappedInBatches()
     swapped.info = replace(INFO, dtype="float32")
     assert refusal(database, swapped) == (
-        "a picture is captioned '28 by 28, grey 0' alone and '31 by 31, grey 3' in a batch. Start it with "
-        "--batch-size 1."
+        "a picture is captioned '28 by 28, grey 0' alone and '31 by 31, grey 3' in a batch. Start the "
+        "worker with --batch-size 1."
     )
 
 
@@ -220,7 +220,7 @@ def test_a_model_that_refuses_every_picture_as_it_runs_stops_the_worker(database
     fill(database, tmp_path / "set", n)
     reason = f"none of {min(n, 12)} pictures was captioned. The first: The small engine is blind."
     assert refusal(database, Refusing()) == reason
-    assert refusal(database, Refusing()) == reason, "the next worker looks again"
+    assert refusal(database, Refusing()) == reason, "the next worker will repeat it"
     told = workers(database)[0].self_check
     assert (told["passed"], told["reason"]) == (False, reason)
     assert "inconclusive" not in told
@@ -262,7 +262,7 @@ def test_one_caption_for_less_than_four_pictures_proves_nothing_and_is_no_pass(d
     fill(database, tmp_path / "set", n)
     assert run_worker(database, OneForAll(), limit=1).done == 1
     reason = f"too few pictures to compare: {n} were captioned, all 'A chest X-ray.'."
-    assert f"the self-check is inconclusive, and the next worker looks again: {reason}" in caplog.text
+    assert f"the self-check is inconclusive, and the next worker will repeat it: {reason}" in caplog.text
     assert run_worker(database, OneForAll()).done == n - 1
     for told in (worker.self_check for worker in workers(database)):
         assert (told["passed"], told["inconclusive"], told["reason"]) == (False, True, reason)
@@ -455,7 +455,7 @@ def phantoms(tmp_path_factory):
 def check(phantoms, database, engine, **recipe) -> SelfCheck:
     enqueue(database, locate(str(phantoms), ["train"]), ["train"], run="default", recipe=DEMO)
     with db.transaction(database) as conn:
-        places = dry_run.places(conn, queue.get_run(conn, "default"), "train", selfcheck.MOST)
+        places = dry_run.places(conn, queue.get_run(conn, "default"), "train", selfcheck.MAX_PICTURES)
     return selfcheck.check(engine, replace(DEMO, **recipe), "default", "as usual", phantoms, places)
 
 
@@ -480,7 +480,7 @@ def test_padding_on_the_wrong_side_is_noticed(phantoms, database, demo, monkeypa
     checked = check(phantoms, database, demo)
     assert not checked.passed
     assert checked.reason.startswith("a picture is captioned '")
-    assert checked.reason.endswith("Start it with --batch-size 1, or with --decode static.")
+    assert checked.reason.endswith("Start the worker with --batch-size 1, or with --decode static.")
 
 
 def test_a_model_without_its_vision_is_noticed(tmp_path, database, demo):

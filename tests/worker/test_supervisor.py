@@ -112,13 +112,13 @@ NO_DEVICES = "names no devices. Use all, the numbers of GPUs as in 0,1, or cpu:N
 @pytest.mark.parametrize(
     ("text", "gpus", "message"),
     [
-        ("2", 2, "There is no GPU 2. Those here are 0 to 1, or all."),
-        ("0,7", 1, "There is no GPU 7. Those here are 0 to 0, or all."),
-        ("0", 0, "There is no GPU 0. There is none here: use cpu:N, or all."),
-        ("1,1", 2, "GPU 1 is named twice: one process for each GPU."),
-        ("01,1", 2, "GPU 1 is named twice: one process for each GPU."),
-        ("cpu:0", 0, "cpu:0 is no number of processes: cpu:N starts N of them, 1 to 256."),
-        ("cpu:257", 0, "cpu:257 is no number of processes: cpu:N starts N of them, 1 to 256."),
+        ("2", 2, "There is no GPU 2 on this machine. It has 0 to 1: name one of them, or all."),
+        ("0,7", 1, "There is no GPU 7 on this machine. It has 0 to 0: name one of them, or all."),
+        ("0", 0, "There is no GPU 0 on this machine. It has none: use cpu:N, or all."),
+        ("1,1", 2, "GPU 1 is named more than once: each GPU gets one process."),
+        ("01,1", 2, "GPU 1 is named more than once: each GPU gets one process."),
+        ("cpu:0", 0, "cpu:0 is out of range: cpu:N starts N processes, from 1 to 256."),
+        ("cpu:257", 0, "cpu:257 is out of range: cpu:N starts N processes, from 1 to 256."),
         *[(text, 2, f"{text!r} {NO_DEVICES}") for text in ("fast", "cpu", "cpu:", "cpu:two", "cpu:-1", "cpu:1.5")],
         *[(text, 2, f"{text!r} {NO_DEVICES}") for text in ("", ",", "0,", ",1", "0 1", "0;1", "-1", "cuda:0", "ALL")],
         *[(text, 2, f"{text!r} {NO_DEVICES}") for text in ("0,cpu", "all,0", "1.0", "٣", "0x1", "9" * 20)],
@@ -142,8 +142,8 @@ def test_a_crew_is_imported_without_torch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--devices", "cpu:0"], "Invalid value for '--devices': cpu:0 is no number of processes: "),
-        (["--devices", "99"], "Invalid value for '--devices': There is no GPU 99. "),
+        (["--devices", "cpu:0"], "Invalid value for '--devices': cpu:0 is out of range: "),
+        (["--devices", "99"], "Invalid value for '--devices': There is no GPU 99 on this machine. "),
         (["--devices", "cpu:2", "--device", "auto"], "--devices says it for every process: leave --device out."),
     ],
 )
@@ -460,7 +460,7 @@ def test_a_killed_process_is_started_again_and_everything_is_captioned(database,
     assert parent.returncode == 0, err
     assert captions(database) == expected(n)
     assert json.loads(out)["outcome"]["done"] == n
-    assert "was killed by SIGKILL; it is started again in 1 s" in err
+    assert "was killed by SIGKILL; restarting it in 1 s" in err
     assert len(select(database, "SELECT id FROM workers")) == 3
 
 

@@ -84,11 +84,11 @@ def test_what_storing_took_is_told_until_it_is_booked_and_what_came_meanwhile_st
     bench.meter.stored(1, 5.0)
     bench.meter.stored(1, 2.0)
     bench.meter.stored(2, 1.0)
-    told = bench.meter.unbooked()
-    assert told == bench.meter.unbooked() == {1: 7.0, 2: 1.0}
+    told = bench.meter.unrecorded()
+    assert told == bench.meter.unrecorded() == {1: 7.0, 2: 1.0}
     bench.meter.stored(1, 3.0)
-    bench.meter.booked(told)
-    assert bench.meter.unbooked() == {1: 3.0}
+    bench.meter.mark_recorded(told)
+    assert bench.meter.unrecorded() == {1: 3.0}
 
 
 def test_memory_is_the_peak_of_this_process():

@@ -599,7 +599,7 @@ def test_a_worker_stores_nothing_in_a_database_that_took_the_place_of_its_own(da
             queue.claim(conn, worker, 1, "train", 4, ttl_ms=60_000)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "is another database than when this process began" in err
+    assert "is not the database that this process started with" in err
     assert statuses(other) == {"leased": 12, "pending": 28}
     other.dispose()
     path.unlink()
