@@ -130,6 +130,7 @@ def time_ours(read: ReadSplit, root: Path, engine: Engine, _path: Path) -> Took:
     in_memory = SimpleNamespace(
         find_shards=lambda root, split, config, columns: [shard for shard, _ in read],
         samples=lambda root, shard, columns: iter(rows[shard.path]),
+        image_ids=lambda root, shard, columns: (sample.image_id for sample in rows[shard.path]),
     )
     with patch.object(enqueue, "datasets", in_memory):
         return timed(lambda: enqueue_all(engine, root))
