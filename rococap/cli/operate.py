@@ -169,9 +169,9 @@ def _pause(run_name: str | None, paused: bool) -> None:
 def reap_command(lease_ids: tuple[int, ...]) -> None:
     """Release the pictures of dead workers.
 
-    These are the pictures of expired leases, or of those named by --lease. Workers release them by themselves. Name a
-    lease (see: rococap leases) only if its worker is certainly dead, and do not reap right after an outage of the
-    database: every lease has expired by then, although the workers are alive.
+    These are the pictures of expired leases, or of the leases named by --lease. Running workers do this by themselves.
+    Name a lease (see: rococap leases) only if its worker is certainly dead, and do not reap right after an outage of
+    the database: every lease has expired by then, although the workers are alive.
     """
     with db.transaction(open_database(), write=True) as conn:
         reaped = [id for id in lease_ids if queue.crash(conn, id)] if lease_ids else queue.reap(conn)

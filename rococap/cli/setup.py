@@ -190,7 +190,7 @@ def _measured_text(measured: Any) -> str:
 def demo_command(folder: Path, images: int, workers: int) -> None:
     """Run the whole job on drawings with a small model.
 
-    It draws phantoms, starts two workers with the small model in this package, and writes an export and a report.
+    It draws phantoms, captions them with the small model in this package, and writes an export and a report.
     """
     from rococap.demo import run as run_demo
 
