@@ -12,13 +12,18 @@ export HF_HUB_OFFLINE := 1
 .PHONY: demo test test-vllm test-coco torture lint fix bench docs wheel revision clean help
 
 help:
-	@echo "make demo   draw phantoms, caption them with the demo model, show the result in demo/"
-	@echo "make test   every test        make lint   ruff and mypy       make fix    ruff's fixes"
-	@echo "make torture  kills by the hundred, and mutants that the tests must catch: half an hour"
-	@echo "make test-vllm  the vLLM engine, in .venv-vllm: 7 GB"
-	@echo "make test-coco  scores against the COCO caption evaluation's own: needs Java"
-	@echo "make docs   the documentation as a site, in docs/_build/html"
-	@echo "make bench  the numbers       make wheel  build the wheel     make clean  remove .venv and the like"
+	@echo "make demo       run the whole job on drawings; the results are in demo/"
+	@echo "make test       run the tests"
+	@echo "make lint       run ruff and mypy"
+	@echo "make fix        apply ruff's fixes and format the code"
+	@echo "make torture    kill workers by the hundred and break the code on purpose: half an hour"
+	@echo "make test-vllm  test the vLLM engine in .venv-vllm: 7 GB"
+	@echo "make test-coco  compare the scores with those of the COCO caption evaluation: needs Java"
+	@echo "make docs       build the documentation as a site in docs/_build/html"
+	@echo "make bench      measure the queue, enqueue, export and captioning"
+	@echo "make wheel      build the wheel"
+	@echo "make revision   create a schema migration: m=MESSAGE"
+	@echo "make clean      remove the environments and everything that was built"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""`python -m rococap`, for environments whose scripts are not on the PATH."""
+"""Makes `python -m rococap` the `rococap` command, for environments whose scripts are not on the PATH."""
 
 from rococap.cli import main
 

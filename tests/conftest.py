@@ -1,4 +1,4 @@
-"""Fixtures: real databases of three kinds, and the environment that every test runs in."""
+"""Fixtures: real databases of three kinds, and the environment of every test."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def less_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers in this process poll and store more often than users' do, and so end sooner."""
+    """Makes workers in this process poll and store more often than by default, so that they end sooner."""
     for name, seconds in QUICK.items():
         monkeypatch.setattr(name, seconds)
 
@@ -46,7 +46,7 @@ def empty_queue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
-    """A server of this session's own, with a template database that has our tables."""
+    """A server for this session, with a template database that has the schema."""
     server = Server()
     db.connect(server.create("empty_queue")).dispose()
     yield server
@@ -55,9 +55,9 @@ def postgres() -> Iterator[Server]:
 
 @pytest.fixture
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A queue of the test's own.
+    """The URL of an empty queue for one test.
 
-    An SQLite file with DELETE journal; the mark `every_database` asks for one of each kind.
+    It is an SQLite file in DELETE journal mode; a test marked `every_database` runs once for each of DATABASES.
     """
     with new_queue(request, getattr(request, "param", "delete"), tmp_path) as url:
         yield url
@@ -65,7 +65,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @contextmanager
 def new_queue(request: pytest.FixtureRequest, kind: str, folder: Path) -> Iterator[str]:
-    """A queue of this kind; copied, since migrating takes a quarter of a second."""
+    """The URL of an empty queue of this kind. It is a copy, because migrating takes a quarter of a second."""
     if kind == "postgresql":
         server = request.getfixturevalue("postgres")
         url = server.create(template="empty_queue")
@@ -86,7 +86,7 @@ def database(url: str) -> Iterator[Engine]:
 
 @contextmanager
 def sound(url: str) -> Iterator[Engine]:
-    """A queue that is to be sound at the end."""
+    """A queue that must be consistent when the test ends."""
     engine = db.connect(url)
     yield engine
     with db.transaction(engine) as conn:
@@ -108,5 +108,5 @@ def recount(conn) -> dict[tuple[int, str, str], int]:
         conn,
         "SELECT j.run_id, j.split, c.flags FROM captions c JOIN jobs j ON j.id = c.job_id WHERE c.flags <> ''",
     ).fetchall()
-    flags = Counter((run, split, f"flag:{flag}") for run, split, told in flagged for flag in told.split(","))
+    flags = Counter((run, split, f"flag:{flag}") for run, split, names in flagged for flag in names.split(","))
     return {(row[0], row[1], row[2]): row[3] for row in rows} | flags

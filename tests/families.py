@@ -1,6 +1,6 @@
-"""A small model of every family, of the architecture and the file formats of the one on the hub.
+"""A small model of every family, with the architecture and the file formats of the one on the hub.
 
-Their weights are random, but so large that what a picture shows decides what they say.
+The weights are random, but large enough that the captions depend on the picture.
 """
 
 import json
@@ -69,11 +69,11 @@ TEXT = {
     "tie_word_embeddings": False,
 }
 SIDE = 56
-"""Of the tiles of families that cut a picture into them, in pixels; a tile is (56 / 14 / 2)² = 4 visual tokens."""
+"""Side of a tile in pixels, for families that cut pictures into tiles; a tile is (56 / 14 / 2)² = 4 visual tokens."""
 
 
 def _tokenizer(end: str = "<|im_end|>", **names: str) -> Any:
-    """The demo model's byte-level BPE with a family's special tokens by their names."""
+    """The demo model's byte-level BPE with the named special tokens of a family."""
     return AutoTokenizer.from_pretrained(MODEL, extra_special_tokens=names, eos_token=end)
 
 
@@ -89,7 +89,7 @@ def _save(folder: Path, processor: Any, model_class: type, config: Any) -> Path:
     torch.manual_seed(0)
     model = model_class(config)
     for name, parameter in model.named_parameters():
-        if name.endswith("mm_input_projection_weight"):  # Gemma's begin as zeros, so that no picture would matter
+        if name.endswith("mm_input_projection_weight"):  # Gemma's are initialised to zero, which would hide the picture
             torch.nn.init.normal_(parameter, std=0.3)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
@@ -271,7 +271,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 
 
 def as_published_in_2024(folder: Path) -> Path:
-    """The demo model in the files that Qwen published Qwen2-VL in: flat, and with everything by its older name."""
+    """The demo model in the file layout in which Qwen published Qwen2-VL: a flat config with the older names."""
     folder.mkdir()
     config, processor, tokenizer = (
         json.loads((MODEL / name).read_text())

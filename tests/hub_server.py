@@ -1,8 +1,8 @@
 """Enough of the hub's API, on loopback, for snapshot_download and upload_folder of a data set; it can fail on purpose.
 
-With HF_ENDPOINT set to its address, huggingface_hub asks for: the commit of a revision, the tree of that commit,
-and then HEAD and GET of each file, the latter with Range when a connection broke. To upload, without Xet, it asks who
-it is, creates the repository, asks which files go through LFS, puts these, and sends one commit as lines of JSON.
+With HF_ENDPOINT set to its address, huggingface_hub requests the commit of a revision, the tree of that commit, and
+then HEAD and GET of each file, the latter with Range after a broken connection. To upload without Xet, it requests the
+user's name, creates the repository, asks which files go through LFS, PUTs those, and sends one commit as JSON lines.
 """
 
 import base64
@@ -21,9 +21,9 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 TOKEN, USER = "hf_writes", "me"
-"""Who may write, and to which namespace."""
+"""The token that may write, and the namespace that it may write to."""
 CUT = "hf_cut"
-"""The token of one who gets no answer."""
+"""A token whose requests get no response: the connection is closed."""
 UPLOAD = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)/(?P<what>preupload|commit)/main")
 API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>.+))?")
 RESOLVE = re.compile(r"/datasets/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
@@ -51,13 +51,13 @@ class Repo:
 
 
 class Hub:
-    """`with Hub({"owner/name": Repo(files)}) as hub`; `hub.url`, and every request in `hub.requests`."""
+    """`with Hub({"owner/name": Repo(files)}) as hub` serves at `hub.url` and records requests in `hub.requests`."""
 
     def __init__(self, repos: dict[str, Repo]) -> None:
         self.repos = repos
         self.requests: list[Request] = []
         self.stored: dict[str, bytes] = {}
-        # By path, for the GETs to come: after how many bytes the connection ends, or is reset.
+        # By path, for the next GETs: after how many bytes the connection is closed, or reset.
         self.cut: dict[str, list[int]] = {}
         self.reset: dict[str, list[int]] = {}
         # By path: half of the file is sent, `stalled` is set, and the rest comes when `go_on` is set.
@@ -80,7 +80,7 @@ class Hub:
         self._server.server_close()
 
     def fetched(self) -> list[str]:
-        """The files whose bytes were asked for, each once, in order of name."""
+        """The files whose bytes were requested, each once, sorted by name."""
         found = (RESOLVE.fullmatch(request.path) for request in self.requests if request.method == "GET")
         return sorted({match["path"] for match in found if match})
 
@@ -88,7 +88,7 @@ class Hub:
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        # Else each answer waits 40 ms: its body for the acknowledgement of its head.
+        # Otherwise each response takes 40 ms: the body waits for the acknowledgement of the headers.
         disable_nagle_algorithm = True
 
         def log_message(self, format: str, *args: object) -> None:
@@ -178,7 +178,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def repo(self, name: str) -> Repo | None:
             repo = hub.repos.get(name)
             if repo is None:
-                # The hub does not tell a missing repository from one that is private.
+                # The hub does not reveal whether a repository is missing or private.
                 self.refuse(401, "RepoNotFound")
             elif repo.status != 200:
                 self.refuse(repo.status, "")

@@ -1,7 +1,7 @@
-"""Breaks rococap on purpose, one small thing at a time, and asks the tests: python tests/mutants.py [NAME...]
+"""Mutation testing: breaks rococap in one small way at a time and runs the tests: python tests/mutants.py [NAME...]
 
-Works on a copy of the project, with a few quick tests per mutant. Prints who caught what; exits with 1 if a mutant
-survived, or if its text is not in the source exactly once any more.
+Works on a copy of the project, with a few quick tests per mutant. Prints the test that caught each mutant; exits with 1
+if a mutant survived, or if the text that it replaces no longer occurs exactly once in the source.
 """
 
 import ast
@@ -25,9 +25,11 @@ LIMIT_SEC = 240
 
 @dataclass(frozen=True)
 class Mutant:
-    """`edits` are (where, old, new): the text `old` of the function, class or constant `where` becomes `new`. A method
-    is named with its class, and no module is named, so that moving code breaks no mutant. `tests` are node ids below
-    tests/, of which at least one must fail.
+    """A fault, and the tests of which at least one must fail with it.
+
+    `edits` are (where, old, new): in the function, class or constant `where`, the text `old` is replaced by `new`.
+    Methods are named with their class. Modules are not named, so that moving code breaks no mutant. `tests` are node
+    ids relative to tests/.
     """
 
     name: str
@@ -58,7 +60,7 @@ MUTANTS = (
     ),
     Mutant(
         "attempts-as-the-fence",
-        "complete compares the attempts that the claim saw, not the lease",
+        "complete compares the attempts at the time of the claim instead of the lease",
         (
             (
                 "Job",
@@ -101,7 +103,7 @@ MUTANTS = (
     ),
     mutant(
         "lease-of-any-state",
-        "a lease that is closed or expired is as good as an open one",
+        "a closed or expired lease is accepted like an open one",
         "_hold",
         "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
         '"WHERE id = ? AND worker_id = ?",\n        (n_done,',
@@ -109,7 +111,7 @@ MUTANTS = (
     ),
     mutant(
         "lease-of-any-worker",
-        "a lease serves whoever knows its number",
+        "any worker that knows a lease's id can use it",
         "_hold",
         "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
         "\"WHERE id = ? AND ? > 0 AND state = 'open'\",\n        (n_done,",
@@ -117,7 +119,7 @@ MUTANTS = (
     ),
     mutant(
         "no-fence-at-all",
-        "neither lease nor job is compared",
+        "neither the lease nor the job is compared",
         "_hold",
         "    if held.rowcount != 1:\n        raise LeaseLost(",
         "    if held.rowcount > 1:\n        raise LeaseLost(",
@@ -134,7 +136,7 @@ MUTANTS = (
     ),
     mutant(
         "late-is-lost",
-        "a lease whose time ran out cannot complete, though nobody reaped it",
+        "an expired lease cannot complete, although nobody reaped it",
         "_hold",
         "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
         "f\"WHERE expires_at > {at} AND id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
@@ -151,7 +153,7 @@ MUTANTS = (
     ),
     mutant(
         "claim-waits",
-        "PostgreSQL: a claim waits until another's transaction ends",
+        "PostgreSQL: a claim waits for the transaction of another claim to end",
         "SKIP_LOCKED",
         " FOR UPDATE OF j SKIP LOCKED",
         " FOR UPDATE OF j",
@@ -168,7 +170,7 @@ MUTANTS = (
     ),
     mutant(
         "status-by-in",
-        "the claim's status is not one literal",
+        "the claim does not compare the status with a single literal",
         "_PENDING",
         "j.status = 'pending' AND j.crashes BETWEEN",
         "j.status IN ('pending', 'pending') AND j.crashes BETWEEN",
@@ -176,7 +178,7 @@ MUTANTS = (
     ),
     mutant(
         "splits-by-in",
-        "the claim's split is not one value",
+        "the claim does not compare the split with a single value",
         "_PENDING",
         "j.split = ? AND j.status = 'pending' AND j.crashes BETWEEN",
         "j.split IN (?, 'test') AND j.status = 'pending' AND j.crashes BETWEEN",
@@ -200,7 +202,7 @@ MUTANTS = (
     ),
     mutant(
         "suspects-in-the-crowd",
-        "the normal lane takes jobs that were in a crash",
+        "the normal lane takes jobs that were part of a crash",
         "CRASHES",
         "NORMAL: (0, 0)",
         "NORMAL: (0, 1 << 30)",
@@ -208,7 +210,7 @@ MUTANTS = (
     ),
     mutant(
         "suspects-unbounded",
-        "a claim of suspects is as large as any",
+        "a claim of suspects is as large as any other",
         "claim",
         "limit = min(max_jobs, lane) if lane else max_jobs",
         "limit = max_jobs",
@@ -217,7 +219,7 @@ MUTANTS = (
     # --- complete, fail, release ---
     mutant(
         "two-transactions",
-        "done is committed before its caption is written",
+        "the status done is committed before the caption is written",
         "complete",
         '    execute(\n        conn,\n        "INSERT INTO captions (',
         '    execute(conn, "COMMIT")\n    execute(conn, "BEGIN")\n'
@@ -226,7 +228,7 @@ MUTANTS = (
     ),
     mutant(
         "done-uncounted",
-        "complete leaves the tallies as they were",
+        "complete does not update the tallies",
         "complete",
         "{JobState.LEASED: -len(done), JobState.DONE: len(done)}",
         "{}",
@@ -252,7 +254,7 @@ MUTANTS = (
     ),
     mutant(
         "no-backoff",
-        "what failed for now is tried again at once",
+        "a transient failure is retried at once",
         "fail",
         "[(at + backoff_ms(attempts[id]), id, lease.id)",
         "[(at, id, lease.id)",
@@ -260,7 +262,7 @@ MUTANTS = (
     ),
     mutant(
         "release-costs-an-attempt",
-        "an attempt is not refunded on release",
+        "the attempt is not refunded on release",
         "release",
         'lease_id = NULL, attempts = attempts - 1 "\n        "WHERE id = ? AND lease_id = ?',
         'lease_id = NULL "\n        "WHERE id = ? AND lease_id = ?',
@@ -269,7 +271,7 @@ MUTANTS = (
     # --- heartbeats and crashes ---
     mutant(
         "beat-of-any-worker",
-        "a heartbeat extends a lease that is another's",
+        "a heartbeat extends another worker's lease",
         "_extend",
         "expires_at = ? WHERE id = ? AND worker_id = ? AND state = 'open'",
         "expires_at = ? WHERE id = ? AND ? > 0 AND state = 'open'",
@@ -285,7 +287,7 @@ MUTANTS = (
     ),
     mutant(
         "beat-without-progress",
-        "a worker beats though its engine hangs",
+        "a worker sends heartbeats although its engine hangs",
         "_leave_if_stalled",
         "if holdings.stalled_sec() > timeout:",
         "if False:",
@@ -293,7 +295,7 @@ MUTANTS = (
     ),
     mutant(
         "reap-without-state",
-        "reap looks at leases that have ended too",
+        "reap also reads leases that have ended",
         "_EXPIRED",
         "SELECT id FROM leases WHERE state = 'open' AND expires_at <= ? AND worker_id <> ? AND",
         "SELECT id FROM leases WHERE expires_at <= ? AND worker_id <> ? AND",
@@ -309,7 +311,7 @@ MUTANTS = (
     ),
     mutant(
         "crash-though-extended",
-        "a lease that was extended since reap looked is ended all the same",
+        "a lease that was extended after reap read it is ended anyway",
         "crash",
         "AND state = 'open' AND expires_at <= ? \"",
         "AND state = 'open' AND ? > 0 \"",
@@ -325,7 +327,7 @@ MUTANTS = (
     ),
     mutant(
         "crash-costs-an-attempt",
-        "an attempt is not refunded after a crash",
+        "the attempt is not refunded after a crash",
         "crash",
         "lease_id = NULL, attempts = attempts - 1, crashes = crashes + 1",
         "lease_id = NULL, crashes = crashes + 1",
@@ -349,16 +351,16 @@ MUTANTS = (
     ),
     mutant(
         "wake-early",
-        "what waits is pending at once",
+        "a waiting job is pending at once",
         "_WAKE",
         "WHERE j.status = 'waiting' AND (j.not_before <= ? OR",
         "WHERE j.status = 'waiting' AND (? > 0 OR",
         "queue/test_queue.py::test_a_transient_failure_waits_and_is_claimable_when_its_time_has_come",
     ),
-    # --- when the answer did not come ---
+    # --- when the reply is lost ---
     mutant(
         "recover-knows-not-its-own",
-        "what was stored without the answer coming back is taken for another's",
+        "a caption that was stored although the reply was lost is taken for another worker's",
         "recover",
         "status == JobState.DONE and caption_lease_id == lease.id",
         "status == JobState.DONE and caption_lease_id == 0",
@@ -366,7 +368,7 @@ MUTANTS = (
     ),
     mutant(
         "recover-takes-anothers",
-        "a late caption takes a job that another worker has",
+        "a late caption takes a job that another worker holds",
         "recover",
         "completion.failure is None and status in (JobState.PENDING, JobState.WAITING)",
         "completion.failure is None and status in (JobState.PENDING, JobState.WAITING, JobState.LEASED)",
@@ -374,7 +376,7 @@ MUTANTS = (
     ),
     mutant(
         "recover-drops-what-another-has",
-        "a late caption is dropped though the other may die",
+        "a late caption is dropped although the other worker may die",
         "recover",
         "            kept.add(job_id)",
         "            continue",
@@ -382,7 +384,7 @@ MUTANTS = (
     ),
     mutant(
         "recover-drops-what-is-free",
-        "the captions of a reaped lease are made again",
+        "the captions of a reaped lease are dropped and made again",
         "recover",
         "            free.append(completion)",
         "            continue",
@@ -390,7 +392,7 @@ MUTANTS = (
     ),
     mutant(
         "recover-takes-another-runs",
-        "a caption of a deleted run is stored in another that was given its ids",
+        "a caption of a deleted run is stored in another run that reuses its ids",
         "_jobs_and_captions",
         "FROM jobs j WHERE id = ? AND run_id = ?",
         "FROM jobs j WHERE id = ? AND ? > 0",
@@ -398,7 +400,7 @@ MUTANTS = (
     ),
     mutant(
         "deletes-what-is-held",
-        "a run is deleted although workers hold pictures of it",
+        "a run is deleted although workers hold some of its pictures",
         "delete_run",
         "    if n := execute(conn, is_open, (run.id,)).scalar_one():",
         "    if n := 0:",
@@ -406,7 +408,7 @@ MUTANTS = (
     ),
     mutant(
         "late-failure-counts",
-        "a failure that comes late fails what is free again",
+        "a late failure fails a job that is free again",
         "recover",
         "elif completion.failure is None and status in (JobState.PENDING, JobState.WAITING):",
         "elif status in (JobState.PENDING, JobState.WAITING):",
@@ -414,7 +416,7 @@ MUTANTS = (
     ),
     mutant(
         "forgets-what-it-holds",
-        "a worker gives back what it knows that it holds",
+        "a worker gives back leases that it still uses",
         "release_forgotten",
         "        if lease_id not in held:",
         "        if lease_id:",
@@ -422,7 +424,7 @@ MUTANTS = (
     ),
     mutant(
         "forgets-what-others-hold",
-        "a worker gives back what others hold",
+        "a worker gives back the leases of other workers",
         "release_forgotten",
         "WHERE state = 'open' AND worker_id = ? ORDER BY id\"",
         "WHERE state = 'open' AND ? > 0 ORDER BY id\"",
@@ -430,7 +432,7 @@ MUTANTS = (
     ),
     mutant(
         "any-database-will-do",
-        "a spool's captions go into a database that never gave their lease",
+        "the captions of a spool go into a database that never issued their lease",
         "belongs",
         'WHERE l.id = ? AND w.uuid = ?"',
         "WHERE l.id = ? AND ? <> ''\"",
@@ -447,7 +449,7 @@ MUTANTS = (
     ),
     mutant(
         "cancel-spares-what-runs",
-        "what a worker holds is not cancelled",
+        "pictures that a worker holds are not cancelled",
         "cancel",
         "    if held:\n",
         "    held = []\n    if held:\n",
@@ -455,7 +457,7 @@ MUTANTS = (
     ),
     mutant(
         "retry-of-what-is-done",
-        "a picture named to retry is captioned again though it is done",
+        "a picture named to retry is captioned again although it is done",
         "retry",
         "statuses = \"'failed', 'cancelled'\" if image_ids",
         "statuses = \"'failed', 'cancelled', 'done'\" if image_ids",
@@ -463,7 +465,7 @@ MUTANTS = (
     ),
     mutant(
         "retry-keeps-the-record",
-        "retry leaves attempts and crashes as they were",
+        "retry does not reset attempts and crashes",
         "retry",
         "SET status = 'pending', attempts = 0, crashes = 0, solo_crashes = 0, finished_at = NULL",
         "SET status = 'pending', finished_at = NULL",
@@ -488,7 +490,7 @@ MUTANTS = (
     ),
     mutant(
         "suspects-last",
-        "suspects have no turn while others are pending",
+        "suspects get no turn while other pictures are pending",
         "Fetcher._is_suspects_turn",
         "if (self._n_claims + 1) % SUSPECTS_EVERY:",
         "if True:",
@@ -496,7 +498,7 @@ MUTANTS = (
     ),
     mutant(
         "judges-at-once",
-        "a worker reaps others right after an outage",
+        "a worker reaps other workers right after an outage",
         "Contact.unbroken_sec",
         "return at - self._since if is_unbroken else 0.0",
         "return 1e9",
@@ -504,7 +506,7 @@ MUTANTS = (
     ),
     mutant(
         "a-break-is-no-break",
-        "a long silence is taken for contact",
+        "a long gap counts as unbroken contact",
         "Contact.made",
         "        if at - self._last > self._ttl_sec / 2 or self._was_set(database_ms, at):\n",
         "        if self._was_set(database_ms, at):\n",
@@ -512,7 +514,7 @@ MUTANTS = (
     ),
     mutant(
         "no-self-fencing",
-        "a worker starts pictures whose lease has run out by its own clock",
+        "a worker starts pictures whose lease has expired by its own clock",
         "Holdings._is_live",
         " and clock.now() < held.expires_at",
         "",
@@ -520,7 +522,7 @@ MUTANTS = (
     ),
     mutant(
         "lost-is-gone",
-        "captions whose lease was lost are dropped, not recovered",
+        "captions whose lease was lost are dropped instead of recovered",
         "Store._store_lease",
         "self._put_off(lease, left)\n",
         "self._pipeline.settle(lease, [one.job_id for one in completions])\n",
@@ -528,7 +530,7 @@ MUTANTS = (
     ),
     mutant(
         "dead-claim-ahead",
-        "a claim ahead that was lost stays in the way of the next",
+        "a prefetched claim that was lost blocks the next one",
         "Holdings.lose",
         "            state.ready = deque(picture for picture in state.ready if picture.job_id not in state.abandoned)\n"
         "            self._changed.notify_all()\n",
@@ -537,7 +539,7 @@ MUTANTS = (
     ),
     mutant(
         "hung-is-forgotten",
-        "a hung engine whose pictures were lost is not noticed",
+        "a hung engine is not noticed once its pictures are lost",
         "Holdings.stalled_sec",
         "is_busy = self._has_rows and not self._is_waiting",
         "is_busy = self._state.running and not self._is_waiting",
@@ -545,7 +547,7 @@ MUTANTS = (
     ),
     mutant(
         "longer-leases-are-judged",
-        "a lease that lasts longer than the contact is reaped",
+        "a lease that lasts longer than the unbroken contact is reaped",
         "_EXPIRED",
         "AND expires_at - beat_at <= ? ",
         "AND ? >= 0 ",
@@ -553,7 +555,7 @@ MUTANTS = (
     ),
     mutant(
         "any-file-will-do",
-        "a worker goes on in a database that took the place of its own",
+        "a worker continues in a database that replaced its own",
         "_work",
         '    db.stay(context.database, "SELECT 1 FROM workers WHERE id = ? AND uuid = ?", '
         "(context.worker_id, context.uuid))\n",
@@ -570,7 +572,7 @@ MUTANTS = (
     ),
     mutant(
         "stop-charges",
-        "what a stopping worker cannot give back is charged with a crash",
+        "pictures that a stopping worker cannot give back are charged with a crash",
         "Store.release",
         "self._put_off(lease, released=job_ids)",
         "pass",
@@ -578,7 +580,7 @@ MUTANTS = (
     ),
     mutant(
         "worker-before-leases",
-        "a heartbeat locks the worker first, and meets complete on PostgreSQL",
+        "a heartbeat locks the worker row first, and deadlocks with complete on PostgreSQL",
         "heartbeat",
         "    held, spent = set(lease_ids), store_ms or {}\n",
         "    mark_seen(conn, worker_id, at, None)\n    held, spent = set(lease_ids), store_ms or {}\n",
@@ -594,7 +596,7 @@ MUTANTS = (
     ),
     mutant(
         "books-on-anyones-lease",
-        "what storing took is added to another worker's lease",
+        "storing time is added to another worker's lease",
         "add_store_ms",
         'store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"',
         'store_ms = store_ms + ? WHERE id = ? AND ? > 0"',
@@ -602,7 +604,7 @@ MUTANTS = (
     ),
     mutant(
         "books-on-open-leases-only",
-        "what storing the last part of a lease took is lost",
+        "the time of storing the last part of a lease is lost",
         "add_store_ms",
         'store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"',
         "store_ms = store_ms + ? WHERE id = ? AND worker_id = ? AND state = 'open'\"",
@@ -610,7 +612,7 @@ MUTANTS = (
     ),
     mutant(
         "a-silent-beat-forgets",
-        "a heartbeat without telemetry deletes what the last one told",
+        "a heartbeat without telemetry deletes that of the last one",
         "mark_seen",
         "telemetry = COALESCE(?, telemetry)",
         "telemetry = ?",
@@ -618,7 +620,7 @@ MUTANTS = (
     ),
     mutant(
         "booked-twice",
-        "what a heartbeat told of storing is told again by the next",
+        "the storing time of a heartbeat is reported again by the next one",
         "_beat_once",
         "    meter.mark_recorded(store_ms)\n",
         "",
@@ -627,7 +629,7 @@ MUTANTS = (
     # --- the spool ---
     mutant(
         "another-version-is-torn",
-        "lines of another version are deleted with the file",
+        "lines written by another version are deleted with the file",
         "abandoned",
         "yield entries, partial(_keep, path) if is_read else lambda kept: None",
         "yield entries, partial(_keep, path)",
@@ -635,7 +637,7 @@ MUTANTS = (
     ),
     mutant(
         "spool-unlocked",
-        "a living worker's spool may be taken for a dead one's",
+        "a live worker's spool may be taken for a dead worker's",
         "_create",
         "        fcntl.flock(file, fcntl.LOCK_EX)\n",
         "",
@@ -643,7 +645,7 @@ MUTANTS = (
     ),
     mutant(
         "spool-taken-unasked",
-        "a spool is taken over without asking for its lock",
+        "a spool is taken over without acquiring its lock",
         "_locked",
         "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "            pass\n",
@@ -651,7 +653,7 @@ MUTANTS = (
     ),
     mutant(
         "spool-not-synced",
-        "captions in the spool are lost with the power",
+        "captions in the spool are lost in a power failure",
         "_append",
         "        os.fsync(file.fileno())\n    except OSError:",
         "        pass\n    except OSError:",
@@ -660,7 +662,7 @@ MUTANTS = (
     # --- rules ---
     mutant(
         "rules-never-compared",
-        "a run that was begun under older rules goes on under new ones unasked",
+        "a run that began under older rules continues under new ones without consent",
         "check_rules",
         "if rules < RULES and not accept_new_rules",
         "if rules < 0 and not accept_new_rules",
@@ -676,7 +678,7 @@ MUTANTS = (
     ),
     mutant(
         "same-recipe-is-the-same",
-        "pictures of a run under older rules cannot be captioned anew by the same recipe",
+        "pictures of a run under older rules cannot be captioned again with the same recipe",
         "enqueue_from",
         "if recipe == old.recipe and runs.rules_of",
         "if recipe == old.recipe or runs.rules_of",
@@ -693,7 +695,7 @@ MUTANTS = (
     # --- pictures ---
     mutant(
         "padding-decides",
-        "padding and labels decide the window",
+        "padding and labels determine the window",
         "_without",
         "return rest[distances >= nearest - spread] if is_far and is_picture else values",
         "return values",
@@ -709,7 +711,7 @@ MUTANTS = (
     ),
     mutant(
         "full-range-windowed",
-        "16-bit colours of full range are windowed too",
+        "16-bit colours that use the full range are windowed too",
         "colours",
         'elif values.dtype.kind == "u" and',
         'elif values.dtype.kind == "x" and',
@@ -717,7 +719,7 @@ MUTANTS = (
     ),
     mutant(
         "min-is-black",
-        "a deep TIFF's MinIsWhite is not heeded",
+        "MinIsWhite of a deep TIFF is ignored",
         "_of_tiff",
         'min_is_white=_tag(page, "PhotometricInterpretation") == _MIN_IS_WHITE',
         "min_is_white=False",
@@ -733,7 +735,7 @@ MUTANTS = (
     ),
     mutant(
         "always-on-black",
-        "black strokes on a transparent page are laid on black",
+        "black strokes on a transparent page are put on a black background",
         "_flatten",
         "(255,) * 4 if _needs_white(picture)",
         "(255,) * 4 if False",
@@ -741,7 +743,7 @@ MUTANTS = (
     ),
     mutant(
         "cut-is-whole",
-        "a JPEG that lacks pixels passes for one that lacks its end marker",
+        "a JPEG without some of its pixels passes for one without its end marker",
         "_one_for_all",
         "all(picture is not None and picture == first for picture in pictures)",
         "all(picture is not None for picture in pictures)",
@@ -774,7 +776,7 @@ MUTANTS = (
     # --- models and data sets ---
     mutant(
         "ends-of-the-config-alone",
-        "a caption runs on past the ends that only tokenizer and chat template name",
+        "a caption continues past the end tokens that only the tokenizer and the chat template name",
         "end_tokens",
         "tokenizer.eos_token_id, turn_end(processor, name)]",
         "*([] if named else [tokenizer.eos_token_id])]",
@@ -782,7 +784,7 @@ MUTANTS = (
     ),
     mutant(
         "adapter-beside-put-on",
-        "an adapter that lies beside the weights is put on silently",
+        "an adapter beside the weights is applied silently",
         "_load_model",
         "            adapter_kwargs=NO_ADAPTER,\n",
         "",
@@ -790,7 +792,7 @@ MUTANTS = (
     ),
     mutant(
         "blind-to-drawings",
-        "pictures of one scene prove that the model is blind",
+        "alike captions of pictures of one scene count as proof that the model is blind",
         "check",
         "    if not sees and _n_captioned(looks) >= MIN_PICTURES:\n",
         "    if False:\n",
@@ -806,7 +808,7 @@ MUTANTS = (
     ),
     mutant(
         "registered-unseen",
-        "a split of which no picture can be opened is registered",
+        "a split none of whose pictures can be opened is registered",
         "enqueue",
         "            require_pictures(dataset, split, shards[split], recipe)\n",
         "            pass\n",
@@ -839,7 +841,7 @@ MUTANTS = (
     ),
     mutant(
         "mask-shows-the-dead",
-        "a row sees what a longer one before it left in its slot",
+        "a row sees what a longer row left in its slot",
         "ContinuousDecoder._step",
         ") > lengths[:, None]",
         ") > lengths[:, None] + 1",
@@ -847,7 +849,7 @@ MUTANTS = (
     ),
     mutant(
         "moved-without-its-keys",
-        "a row that takes another's slot leaves its keys behind",
+        "a row that moves to another slot leaves its keys behind",
         "Slots.move",
         "            layer.keys[new, :, :tokens] = layer.keys[old, :, :tokens]\n",
         "",
@@ -855,7 +857,7 @@ MUTANTS = (
     ),
     mutant(
         "moved-without-its-latest",
-        "a row that takes another's slot leaves the end of its keys behind",
+        "a row that moves to another slot leaves its latest keys behind",
         "ContinuousDecoder._remove",
         "tokens=max((_length(self._rows[slot]) for slot in last), default=0)",
         "tokens=max((self._rows[slot].picture.n_tokens for slot in last), default=0)",
@@ -863,7 +865,7 @@ MUTANTS = (
     ),
     mutant(
         "grown-without-its-content",
-        "longer buffers forget the rows that run",
+        "longer buffers lose the content of the running rows",
         "_grown",
         "    larger[tuple(slice(size) for size in tensor.shape)] = tensor\n",
         "",
@@ -871,7 +873,7 @@ MUTANTS = (
     ),
     mutant(
         "claims-two-ahead",
-        "the next claim does not wait until what is ready was taken",
+        "the next claim does not wait until the prepared pictures are taken",
         "Holdings.wait_until_taken",
         "not self._state.ready and all(",
         "all(",
@@ -880,7 +882,7 @@ MUTANTS = (
 )
 
 
-# --- Asking the tests ------------------------------------------------------------------------------------------
+# --- Running the tests ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -892,7 +894,7 @@ class Answer:
 
 @contextmanager
 def copy() -> Iterator[Path]:
-    """The project without what it does not need, in a folder whose name is short enough for a socket in it."""
+    """A copy of the files that the tests need, in a folder whose path is short enough for a socket below it."""
     with tempfile.TemporaryDirectory(prefix="mut_") as folder:
         place = Path(folder)
         for part in PARTS:
@@ -904,12 +906,12 @@ def copy() -> Iterator[Path]:
 
 
 def environment(place: Path) -> dict[str, str]:
-    # No bytecode: a mutant of the same size, written within the same second, would not be noticed.
+    # No bytecode: Python would not notice that a source of the same size changed within a second.
     return os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def check_that_the_copy_is_imported(place: Path) -> None:
-    """The environment may have the original installed, in a way that comes first."""
+    """Exits if the environment imports an installed original instead of the copy."""
     told = subprocess.run(
         [sys.executable, "-c", "import rococap.queue; print(rococap.queue.__file__)"],
         cwd=place,
@@ -923,7 +925,7 @@ def check_that_the_copy_is_imported(place: Path) -> None:
 
 
 def ask(place: Path, tests: Sequence[str]) -> Answer:
-    """Runs tests until the first that fails. They end within the time, or count as failed."""
+    """Runs tests up to the first failure. Tests that hang for LIMIT_SEC count as failed."""
     started = time.monotonic()
     options = ("-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(place / "t"))
     process = subprocess.Popen(
@@ -953,7 +955,7 @@ def ask(place: Path, tests: Sequence[str]) -> Answer:
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """Also of the workers that a failed test has left behind."""
+    """Kills the test process and the workers that a failed test left behind."""
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=30)
     with suppress(ProcessLookupError):
@@ -978,7 +980,7 @@ def definitions(source: str) -> Iterator[tuple[str, int, int]]:
 
 
 def find(root: Path, where: str, old: str) -> list[tuple[Path, int, int]]:
-    """Where a text stands in what has this name: the file, and its first and last line."""
+    """The occurrences of `old` in definitions called `where`: the file, and the lines of the definition."""
     found = []
     for path in sorted((root / "rococap").rglob("*.py")):
         source = path.read_text()
@@ -990,7 +992,7 @@ def find(root: Path, where: str, old: str) -> list[tuple[Path, int, int]]:
 
 
 def apply(place: Path, mutant: Mutant) -> str | None:
-    """Breaks the copy; the reason if the mutant no longer fits the source."""
+    """Breaks the copy. Returns a reason if the mutant no longer fits the source, and None if it does."""
     for where, old, new in mutant.edits:
         found = find(place, where, old)
         if len(found) != 1:
@@ -1014,7 +1016,7 @@ def try_out(place: Path, mutant: Mutant) -> Answer:
 
 
 def listed() -> str:
-    """docs/mutants.md."""
+    """The text of docs/mutants.md."""
     head = "# Mutants\n\nFaults that tests must catch: `python tests/mutants.py` tries each in a copy.\n"
     rows = (f"| `{one.name}` | `{one.edits[0][0]}` | {one.what} |" for one in MUTANTS)
     return "\n".join([head, "| mutant | in | fault |", "| --- | --- | --- |", *rows])

@@ -1,4 +1,4 @@
-"""Worker processes with the small engine that start at once: one process, which has imported all, forks them."""
+"""Worker processes with the small engine that start at once, forked by one process that has imported everything."""
 
 import atexit
 import json
@@ -25,7 +25,7 @@ def _nurse() -> subprocess.Popen:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # no thread is to cross a fork
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # a fork copies no threads
     )
     atexit.register(nurse.communicate)
     return nurse
@@ -39,7 +39,7 @@ def _folder() -> Path:
 
 
 def _ask(question: object) -> int | None:
-    """See `small_engine.nurse`."""
+    """Sends one request to `small_engine.nurse`, which describes it, and returns the reply."""
     with _asking:
         nurse = _nurse()
         nurse.stdin.write(json.dumps(question) + "\n")
@@ -48,28 +48,28 @@ def _ask(question: object) -> int | None:
 
 
 class Worker:
-    """A worker process, like a Popen. What it says goes to files."""
+    """A worker process, used like a Popen. Its output goes to files."""
 
     def __init__(self, url: str, options: dict) -> None:
         self._path = _folder() / str(next(_numbers))
         for suffix in (".out", ".err"):
-            self._path.with_suffix(suffix).touch()  # it may be read before the worker has begun
-        if "ROCOCAP_SPOOL" in os.environ:  # the nurse may have begun without
+            self._path.with_suffix(suffix).touch()  # they may be read before the worker has started
+        if "ROCOCAP_SPOOL" in os.environ:  # the nurse may have started without it
             options = {"spool": os.environ["ROCOCAP_SPOOL"]} | options
         self.pid = _ask([url, options, str(self._path)])
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit code, if it has ended."""
+        """The exit code, or None while it runs."""
         if self.returncode is None:
             self.returncode = _ask(self.pid)
         return self.returncode
 
     def communicate(self, timeout: float = 60) -> tuple[str, str]:
-        """What it said, once it has ended."""
+        """Standard output and standard error, once it has ended."""
         deadline = time.monotonic() + timeout
         while self.poll() is None:
-            assert time.monotonic() < deadline, f"not within {timeout} s: it has ended"
+            assert time.monotonic() < deadline, f"still running after {timeout} s"
             time.sleep(0.02)
         return self._path.with_suffix(".out").read_text(), self.told()
 

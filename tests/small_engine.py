@@ -1,7 +1,7 @@
-"""A real engine without a model: its caption is what it measured in the picture, so that a swapped row is noticed.
+"""A real engine without a model. Its caption is what it measures in the picture, so that tests notice swapped rows.
 
-Run as a script it makes worker processes, for `nursery`: each is told the engine's and the worker's settings, and the
-troubles that it is to meet.
+Run as a script, it forks worker processes for `nursery`. Each gets the settings of the engine and the worker, and the
+troubles to inject.
 """
 
 import importlib
@@ -39,21 +39,23 @@ QUICK = {
     "rococap.worker.store.REPLAY_EVERY_SEC": 0.1,
     "rococap.worker.store.STORE_EVERY_SEC": 0.1,
 }
-"""Less waiting, so that more happens in a second."""
+"""Shorter intervals, so that more happens in a second."""
 
 INFO = EngineInfo("small", {"rococap": "0"}, "tests/small", "", "none", "cpu", "small")
 
 
 def caption_of(number: int) -> str:
-    """What the engine says of `samples.picture(number)`."""
+    """The engine's caption of `samples.picture(number)`."""
     return f"{28 + number % 7} by {28 + number % 5}, grey {number % 256}"
 
 
 @dataclass
 class SmallEngine:
-    """Takes `steps` steps of `step_sec` a batch; the greys in the other fields make trouble.
+    """Takes `steps` steps of `step_sec` seconds per batch.
 
-    `kills_on` has numbers of `samples.picture` whose batch kills the process; `adds` is said after every caption.
+    `breaks_on`, `unprepared` and `transient` hold grey levels: pictures on which the engine raises, which it cannot
+    prepare, and which fail transiently. `kills_on` holds numbers of `samples.picture` whose batch kills the process.
+    `adds` is appended to every caption.
     """
 
     batch_size: int = 4
@@ -103,7 +105,7 @@ class SmallEngine:
 
 
 def context_of(database: Engine, run: Run, worker_id: int, engine: SmallEngine, *, lease_ttl: float = 60.0) -> Context:
-    """Of a registered worker on the train split."""
+    """The context of a registered worker on the train split."""
     settings = Settings(lease_ttl=lease_ttl)
     dataset = datasets.locate(run.dataset, ["train"])
     contact = Contact(lease_ttl)
@@ -117,15 +119,15 @@ def _measured(picture: Prepared) -> str:
     return f"{width} by {height}, grey {grey}"
 
 
-# --- Troubles of a worker process ------------------------------------------------------------------------------
+# --- Faults in a worker process ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """What happens at the `nth` statement (BEGIN is 0) of a writing transaction of a thread, before it or `after` it.
+    """A fault before or `after` the `nth` statement (BEGIN is 0) of a writing transaction of a thread.
 
-    `do`: kill or stop this process, an error in the driver's name, or drop: the server ends the connection. `first`:
-    how statement 1 of the transaction begins, where not every one is meant.
+    `do` is kill or stop (this process), error (raised as by the driver) or drop (the server ends the connection).
+    `first` restricts it to transactions whose statement 1 begins so.
     """
 
     thread: str
@@ -136,14 +138,14 @@ class Trouble:
 
 
 class Troubles:
-    """Makes troubles at statements as they are executed, each once, in their order within a thread; each is told.
+    """Injects faults at statements as they are executed: each once, in order within a thread, with a line on stderr.
 
-    `flaky`, a seed and a rate: so many of all statements of the worker's threads raise an error besides.
+    `flaky` is a seed and a rate: that share of all statements of the worker's threads also raises an error.
     """
 
     def __init__(self, database: Engine, troubles: list[dict[str, Any]], flaky: tuple[int, float] | None) -> None:
         self._url = database.url
-        self._begin = "BEGIN IMMEDIATE" if database.dialect.name == "sqlite" else "BEGIN;"  # a writer's
+        self._begin = "BEGIN IMMEDIATE" if database.dialect.name == "sqlite" else "BEGIN;"  # of writing transactions
         self._left = [Trouble(**trouble) for trouble in troubles]
         self._chance = random.Random(flaky[0]) if flaky else None
         self._rate = flaky[1] if flaky else 0.0
@@ -162,14 +164,14 @@ class Troubles:
         return self._around(cursor, statement, lambda: cursor.executemany(statement, parameters))
 
     def _around(self, cursor: Any, statement: str, run: Callable[[], object]) -> bool:
-        """Whether it was executed here."""
+        """Executes a statement after which a fault is due. Returns whether it did, so that the driver does not."""
         trouble = self._due(statement)
         if trouble is None:
             return False
         if trouble.after:
             try:
                 run()
-            except Exception:  # a COMMIT that met a reader is tried again: the trouble comes then
+            except Exception:  # a COMMIT that a reader blocked is retried: the fault belongs after that
                 if self._chance is None:
                     self._left.insert(0, trouble)
                     self._here.nth = trouble.nth - 1
@@ -179,7 +181,7 @@ class Troubles:
         if trouble.do == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif trouble.do == "stop":
-            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # not another thread first: here and now
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread, so that it stops at once
         else:
             self._fail(cursor, trouble)
         return trouble.after
@@ -216,14 +218,14 @@ class Troubles:
         if trouble.do == "drop":
             _terminate(self._url.set(drivername="postgresql").render_as_string(False), cursor)
             if not trouble.after:
-                return  # the statement itself meets it
+                return  # the statement itself will fail
         import psycopg
 
         raise psycopg.OperationalError("server closed the connection unexpectedly")
 
 
 def _terminate(url: str, cursor: Any) -> None:
-    import psycopg  # here, since workers on SQLite start quicker without
+    import psycopg  # imported here, because workers on SQLite start faster without it
 
     pid = cursor.connection.info.backend_pid
     with psycopg.connect(url, autocommit=True) as another:
@@ -231,7 +233,7 @@ def _terminate(url: str, cursor: Any) -> None:
 
 
 def _is_full_while(database: Engine, sign: Path) -> None:
-    """An SQLite file cannot grow as long as the file `sign` exists: what a full disk does, and needs no privilege."""
+    """Keeps an SQLite file from growing while the file `sign` exists: a full disk that needs no privileges."""
 
     def limit(cursor: sqlite3.Cursor, statement: str, parameters: Any, _: object) -> bool:
         cursor.execute(statement, parameters)
@@ -271,9 +273,10 @@ def work_on(url: str, options: dict[str, Any]) -> None:
 
 
 def nurse() -> None:
-    """Forks workers, which start at once since all is imported: each line of stdin is answered by one.
+    """Forks workers, which start at once because everything is imported. Answers each line of stdin with a line.
 
-    [url, options, path] gives the pid of one who says all to path.out and path.err; a pid, its exit code or null.
+    The request [url, options, path] starts a worker that writes to path.out and path.err; the reply is its pid. The
+    request for a pid is answered with its exit code, or null while it runs.
     """
     codes: dict[int, int | None] = {}
     for line in sys.stdin:
@@ -290,7 +293,7 @@ def nurse() -> None:
             answer = codes[asked]
         print(json.dumps(answer), flush=True)
     for pid in (pid for pid, code in codes.items() if code is None):
-        os.kill(pid, signal.SIGKILL)  # of a test that failed, or ended without it
+        os.kill(pid, signal.SIGKILL)  # workers left by a test that failed or did not wait for them
 
 
 def _be_worker(url: str, options: dict[str, Any], path: str) -> NoReturn:

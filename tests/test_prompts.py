@@ -197,7 +197,7 @@ def test_a_file_without_a_prompt_is_refused(here):
 )
 def test_only_one_way_says_the_prompt(ways):
     assert refused(*enqueue(*ways), code=2) == (
-        "--prompt, --preset and --prompt-file each say the prompt: give one of them."
+        "--prompt, --preset and --prompt-file exclude one another: give only one of them."
     )
 
 

@@ -1,6 +1,6 @@
-"""The command line: a module for each group of commands, which read options, call the library and print.
+"""The command line: one module per group of commands, which read options, call the library and print.
 
-torch and pandas are imported inside the commands that need them.
+Nothing of the queue or the models is decided here. torch and pandas are imported inside the commands that need them.
 """
 
 from rococap.cli import enqueue, operate, results, setup, status, worker

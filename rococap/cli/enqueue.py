@@ -1,4 +1,4 @@
-"""`rococap enqueue`, and the prompts that it knows by name."""
+"""`rococap enqueue`, and `rococap prompts`, which lists the prompts that it knows by name."""
 
 import os
 import textwrap
@@ -14,7 +14,7 @@ from sqlalchemy import Engine as Database
 from rococap import db, queue
 from rococap.cli.options import (
     DEFAULT_DATASET,
-    MANY,
+    MAX_ROWS,
     F,
     cli,
     db_option,
@@ -30,7 +30,7 @@ from rococap.errors import RococapError
 from rococap.flags import FLAGS
 from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, LOAD_IN, Recipe, refuse_placeholders
 
-LONGEST_RUN_NAME = 100  # bytes
+LONGEST_RUN_NAME = 100  # bytes in UTF-8
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------
@@ -38,19 +38,23 @@ LONGEST_RUN_NAME = 100  # bytes
 prompts_option = click.option(
     "--prompts",
     envvar="ROCOCAP_PROMPTS",
+    show_envvar=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Presets of your own, as TOML. Also from ROCOCAP_PROMPTS.",
+    help="A TOML file with presets of your own.",
 )
 
 
 def prompt_options(command: F) -> F:
-    """The ways to say the prompt, of which `_prompt` takes one."""
+    """Adds the alternative ways to give the prompt; `_prompt` accepts one of them."""
     options = (
-        click.option("--prompt", help=f"What it is asked of each picture. [default: {DEFAULT_PROMPT}]"),
-        click.option("--preset", metavar="NAME", help="Instead: a prompt by its name. See: rococap prompts"),
+        click.option("--prompt", help=f"Prompt sent with every picture. [default: {DEFAULT_PROMPT}]"),
+        click.option("--preset", metavar="NAME", help="Instead of --prompt: a name from `rococap prompts`."),
         click.option(
-            "--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="Instead: a file that holds it."
+            "--prompt-file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Instead of --prompt: a file that holds it.",
         ),
         prompts_option,
     )
@@ -62,8 +66,8 @@ def prompt_options(command: F) -> F:
 def _prompt(prompt: str | None, preset: str | None, file: Path | None, prompts: Path | None) -> str:
     from rococap import prompts as library
 
-    if sum(way is not None for way in (prompt, preset, file)) > 1:
-        raise click.UsageError("--prompt, --preset and --prompt-file each say the prompt: give one of them.")
+    if sum(source is not None for source in (prompt, preset, file)) > 1:
+        raise click.UsageError("--prompt, --preset and --prompt-file exclude one another: give only one of them.")
     if preset is not None:
         return library.find(preset, prompts).prompt
     if file is not None:
@@ -75,7 +79,10 @@ def _prompt(prompt: str | None, preset: str | None, file: Path | None, prompts: 
 @prompts_option
 @json_option
 def prompts_command(prompts: Path | None, as_json: bool) -> None:
-    """Prompts that `enqueue --preset NAME` knows: rococap's own, and those of your file."""
+    """List the prompts that `enqueue --preset NAME` accepts.
+
+    They are rococap's own and those of your file.
+    """
     from rococap import prompts as library
 
     known = library.presets(prompts).values()
@@ -92,48 +99,54 @@ def prompts_command(prompts: Path | None, as_json: bool) -> None:
 
 
 @cli.command("enqueue")
-@splits_option(help="May be repeated. [required, but with --from: all that it has]")
+@splits_option(
+    help="Split to register. May be repeated. [required; with --from, the default is every split of that run]"
+)
 @click.option(
     "--dataset",
     envvar="ROCOCAP_DATASET",
+    show_envvar=True,
     default=DEFAULT_DATASET,
     show_default=True,
     metavar="FOLDER|HUB_ID",
-    help="Parquet shards as on the hub, or pictures and CSVs as on Zenodo. Also from ROCOCAP_DATASET.",
+    help="The data set: Parquet shards as on the hub, or pictures and CSV files as on Zenodo.",
 )
 @click.option(
     "--dataset-revision", metavar="REV", help="Branch, tag or commit of a data set on the hub. [default: main]"
 )
-@click.option("--config", metavar="NAME", help="Of a data set that has several configurations, this one.")
+@click.option("--config", metavar="NAME", help="The configuration to use of a data set that has several.")
 @click.option(
     "--columns",
     metavar="KEY=NAME,…",
-    help="Columns of other names: image=IMG,image_id=ID,caption=TEXT,cui=CONCEPTS. Kept with the data set.",
+    help="Column names that differ from the keys image, image_id, caption and cui. They are stored with the data set.",
 )
-@click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Only N rows of each split.")
-@click.option("--offset", type=click.IntRange(0, MANY), default=0, metavar="K", help="Leave out the first K rows.")
+@click.option("--limit", type=click.IntRange(1, MAX_ROWS), metavar="N", help="At most N rows of each split.")
+@click.option("--offset", type=click.IntRange(0, MAX_ROWS), default=0, metavar="K", help="Skip the first K rows.")
 @click.option(
     "--run",
     "run_name",
     default="default",
     show_default=True,
     metavar="NAME",
-    help="Captions of one model, prompt and settings; each run has its own.",
+    help="The run to register the pictures in. A run has one model, prompt and settings.",
 )
 @click.option(
     "--from",
     "source",
     metavar="RUN",
-    help="Instead of a data set: that run's pictures, and its recipe but for what is said here.",
+    help="Instead of a data set: the pictures of this run, and its recipe, except for the options given here.",
 )
 @click.option(
     "--flag",
     "flags",
     type=click.Choice(FLAGS),
     multiple=True,
-    help="Of --from only those whose caption is flagged so. May be repeated.",
+    metavar="FLAG",
+    help=f"With --from: only pictures whose caption has this flag. May be repeated. Flags: {', '.join(FLAGS)}.",
 )
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="FOLDER|HUB_ID", help="What captions.")
+@click.option(
+    "--model", default=DEFAULT_MODEL, show_default=True, metavar="FOLDER|HUB_ID", help="The model to caption with."
+)
 @click.option(
     "--revision", default="main", show_default=True, metavar="REV", help="Branch, tag or commit of the model."
 )
@@ -141,32 +154,44 @@ def prompts_command(prompts: Path | None, as_json: bool) -> None:
 @click.option(
     "--adapter-base",
     type=click.Choice(["any"]),
-    help="any: put the adapter on the model although it says that it was trained on one of another name.",
+    help="any: apply the adapter even if it names another base model than --model.",
 )
 @click.option(
-    "--load-in", type=click.Choice(LOAD_IN), help="Quantise the weights by bitsandbytes, for models that do not fit."
+    "--load-in", type=click.Choice(LOAD_IN), help="Quantise the weights with bitsandbytes, for models that do not fit."
 )
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model. Look at it first.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model. Review it first.")
 @prompt_options
 @click.option(
     "--repetition-penalty",
     type=click.FloatRange(0.1, 10),
     default=1.0,
     show_default=True,
-    help="Above 1, what was said is less likely to be said again. Decodes in static batches.",
+    metavar="X",
+    help="Above 1, tokens that have already occurred become less likely. Requires decoding in static batches.",
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(1, 1_000_000), default=256, show_default=True, help="Longest caption."
+    "--max-new-tokens",
+    type=click.IntRange(1, 1_000_000),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Longest caption, in tokens.",
 )
 @click.option(
-    "--min-pixels", type=click.IntRange(min=1), default=3_136, show_default=True, help="Smaller pictures are enlarged."
+    "--min-pixels",
+    type=click.IntRange(min=1),
+    default=3_136,
+    show_default=True,
+    metavar="N",
+    help="Smaller pictures are enlarged to this many pixels.",
 )
 @click.option(
     "--max-pixels",
     type=click.IntRange(min=1),
     default=1_003_520,
     show_default=True,
-    help="Larger pictures are reduced; 784 pixels are one visual token.",
+    metavar="N",
+    help="Larger pictures are reduced to this many pixels; 784 make one visual token.",
 )
 @click.option(
     "--frame",
@@ -174,14 +199,14 @@ def prompts_command(prompts: Path | None, as_json: bool) -> None:
     default=1,
     show_default=True,
     metavar="N",
-    help="Which frame to caption of files that hold several, such as DICOM, counted from 1.",
+    help="The frame to caption in files that hold several, such as DICOM, counted from 1.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     default="auto",
     show_default=True,
-    help="auto: bfloat16 on a GPU that has it, float16 on an older one, float32 on the CPU.",
+    help="auto: bfloat16 on a GPU that supports it, float16 on an older one, float32 on the CPU.",
 )
 @db_option
 @click.pass_context
@@ -206,8 +231,8 @@ def enqueue_command(
 ) -> None:
     """Register every picture of a split as pending in a run.
 
-    Again costs almost nothing and changes nothing. Another model, prompt or setting is another run: --run NAME.
-    Captions that are flagged are done again under another recipe: --run NEW --from OLD --flag loop.
+    Repeating the command is cheap and changes nothing. For another model, prompt or setting, use another run: --run
+    NAME. To caption flagged pictures again with another recipe, use: --run NEW --from OLD --flag loop.
     """
     from rococap.queue import enqueue as registration
 
@@ -219,20 +244,27 @@ def enqueue_command(
     recipe["prompt"] = _prompt(prompt, preset, prompt_file, prompts)
     database = open_database(may_be_new=source is None)
     if source is not None:
-        old, present = _look_at_run(database, source, splits)
-        wanted = _recipe(asdict(old.recipe) | _given(ctx, recipe))
+        old, splits_of_old = _find_source(database, source, splits)
+        new_recipe = _recipe(asdict(old.recipe) | _explicit(ctx, recipe))
         with progress_bar() as progress:
             results = registration.enqueue_from(
-                database, old, present, run=run_name, recipe=wanted, flags=flags, progress=progress
+                database, old, splits_of_old, run=run_name, recipe=new_recipe, flags=flags, progress=progress
             )
     else:
-        wanted = _recipe(recipe)
-        asked = Columns.parse(columns) if columns is not None else STANDARD
+        new_recipe = _recipe(recipe)
+        column_names = Columns.parse(columns) if columns is not None else STANDARD
         revision = dataset_revision or _pinned_revision(database, run_name, dataset, config or "")
-        located = replace(datasets.locate(dataset, splits, revision, config or ""), columns=asked)
+        located = replace(datasets.locate(dataset, splits, revision, config or ""), columns=column_names)
         with progress_bar() as progress:
             results = registration.enqueue(
-                database, located, splits, run=run_name, recipe=wanted, limit=limit, offset=offset, progress=progress
+                database,
+                located,
+                splits,
+                run=run_name,
+                recipe=new_recipe,
+                limit=limit,
+                offset=offset,
+                progress=progress,
             )
     for result in results:
         _echo_enqueued(run_name, result)
@@ -247,7 +279,7 @@ def _recipe(fields: dict[str, Any]) -> Recipe:
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if recipe.adapter_base is not None and recipe.adapter is None:
-        raise click.UsageError("--adapter-base says which models an adapter is put on: name one with --adapter.")
+        raise click.UsageError("--adapter-base goes with an adapter: name one with --adapter.")
     files.check(recipe.model, recipe.revision, recipe.prompt)
     return recipe
 
@@ -255,7 +287,7 @@ def _recipe(fields: dict[str, Any]) -> Recipe:
 def _check_enqueue(ctx: click.Context, source: str | None, has_splits: bool, has_flags: bool) -> None:
     if source is None:
         if has_flags:
-            raise click.UsageError("--flag chooses among another run's captions: name it with --from RUN.")
+            raise click.UsageError("--flag selects from another run's captions: name that run with --from RUN.")
         if not has_splits:
             raise click.UsageError("Missing option '--split'. Choose from: train, validation, test, all.")
         return
@@ -266,15 +298,15 @@ def _check_enqueue(ctx: click.Context, source: str | None, has_splits: bool, has
         raise click.UsageError("--from needs a name for the new run: --run NAME.")
 
 
-def _look_at_run(database: Database, name: str, splits: Sequence[str]) -> tuple[queue.Run, list[str]]:
-    """A run, and what it has of these splits; of all, if none is named."""
+def _find_source(database: Database, name: str, splits: Sequence[str]) -> tuple[queue.Run, list[str]]:
+    """The run of --from, and those of these splits that it has; all of its splits, if none is named."""
     with db.transaction(database) as conn:
         run = queue.get_run(conn, name)
-        return run, [one.split for one in queue.counts_of(conn, run, splits or SPLITS)]
+        return run, [counts.split for counts in queue.counts_of(conn, run, splits or SPLITS)]
 
 
-def _given(ctx: click.Context, recipe: dict[str, Any]) -> dict[str, Any]:
-    """What of a recipe was said on the command line."""
+def _explicit(ctx: click.Context, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the recipe that were set on the command line."""
     names = dict.fromkeys(recipe, ()) | {"prompt": ("prompt", "preset", "prompt_file")}
     return {
         name: recipe[name]
@@ -284,12 +316,18 @@ def _given(ctx: click.Context, recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_run_name(name: str) -> None:
-    """Runs name folders and files, also two runs one file: what else stands in its name has room beside them."""
+    """Raises BadParameter for a name that no folder or file could have.
+
+    Some file names contain the names of two runs, so the length of a name leaves room for both and the rest.
+    """
     if not all(c.isalnum() or c in "._-" for c in name) or name.startswith((".", "-")) or not name:
-        raise click.BadParameter(f"{name!r} is no file name. Use letters, digits, dots, dashes.", param_hint="--run")
+        raise click.BadParameter(
+            f"{name!r} is not a file name. Use letters, digits, '.', '_' and '-', and begin with neither '.' nor '-'.",
+            param_hint="--run",
+        )
     if (size := len(name.encode())) > LONGEST_RUN_NAME:
         raise click.BadParameter(
-            f"{cut(name, 20)!r} is {size} bytes long in UTF-8, and {LONGEST_RUN_NAME} are the most: shorten it.",
+            f"{cut(name, 20)!r} is {size} bytes long in UTF-8, and the limit is {LONGEST_RUN_NAME}: shorten it.",
             param_hint="--run",
         )
 
@@ -309,7 +347,7 @@ def _absolute_if_folder(name: str, what: str) -> str:
 
 
 def _pinned_revision(database: Database, run_name: str, dataset: str, config: str) -> str | None:
-    """A run stays on the commit of its data set, also when the hub's branch has moved on."""
+    """The commit of the data set that the run was registered with, on which it stays although the branch moves on."""
     name = datasets.name_of(dataset, config)
     with db.transaction(database) as conn:
         for run in queue.list_runs(conn):
@@ -321,9 +359,9 @@ def _pinned_revision(database: Database, run_name: str, dataset: str, config: st
 def _echo_enqueued(run_name: str, result: Any) -> None:
     click.echo(f"{run_name} {result.split}: {result.new} new, {result.known} known, {result.changed} changed")
     if result.duplicates:
-        click.echo(f"  {result.duplicates} rows repeat an image_id that is already there and were left out")
+        click.echo(f"  {result.duplicates} rows repeat an image_id that is already registered and were skipped")
     if result.is_unlabelled:
-        click.echo("  no originals: nothing is scored against them. If a column holds them, register it in another")
+        click.echo("  no original captions, so nothing can be scored. If a column holds them, register it in another")
         click.echo("  queue: --db URL --columns caption=NAME")
     for shard in result.altered_shards:
-        click.echo(f"  {shard} was altered since it was registered: places and captions were read anew")
+        click.echo(f"  {shard} has changed since it was registered: its rows and captions were read again")

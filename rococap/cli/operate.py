@@ -1,4 +1,4 @@
-"""Commands that change a queue by hand: retry, cancel, pause, resume, reap, vacuum, backup."""
+"""Commands that operate a queue by hand: retry, cancel, pause, resume, reap, vacuum, backup; and deleting a run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,28 +23,32 @@ from rococap.errors import RococapError
 
 
 def delete_run(database: Database, name: str, yes: bool) -> None:
+    """Deletes a run with its captions, after asking unless `yes`. Raises RococapError if the answer is not yes."""
     with db.transaction(database) as conn:
         run = queue.get_run(conn, name)
-        total = sum(one.total for one in queue.counts(conn) if one.run == name)
-        done = sum(one.done for one in queue.counts(conn) if one.run == name)
+        total = sum(counts.total for counts in queue.counts(conn) if counts.run == name)
+        done = sum(counts.done for counts in queue.counts(conn) if counts.run == name)
     if not yes:
         question = (
-            f"Run {name} has {total} pictures, {done} of them captioned. Its captions, scores and failures go from the "
-            "queue for good; files that were exported stay. Delete it?"
+            f"Run {name} has {total} pictures, {done} of them captioned. Its captions, scores and failures will be "
+            "deleted from the queue for good; exported files stay. Delete it?"
         )
         try:
             click.confirm(question, abort=True)
         except click.Abort as error:
-            raise RococapError("Nothing was deleted. To delete without being asked: --yes") from error
+            raise RococapError("Nothing was deleted. To delete without being asked, add --yes.") from error
     with db.transaction(database, write=True) as conn:
         queue.delete_run(conn, run)
     with progress_bar() as progress:
         clear_deleted(database, lambda n: progress(f"{name}: deleting", n, total))
-    say(f"{name}: deleted, {total} pictures and {done} captions. To give the space back: rococap vacuum")
+    say(f"{name}: deleted, {total} pictures and {done} captions. To reclaim the space: rococap vacuum")
 
 
 def clear_deleted(database: Database, report: Callable[[int], None] = lambda n: None) -> int:
-    """In pages, each a transaction of its own, so that workers on other runs go on meanwhile."""
+    """Deletes what deleted runs left behind, reports the jobs deleted so far, and returns how many there were.
+
+    Each page is a transaction of its own, so that workers on other runs can write in between.
+    """
     cleared = 0
     while True:
         with db.transaction(database, write=True) as conn:
@@ -58,10 +62,14 @@ def clear_deleted(database: Database, report: Callable[[int], None] = lambda n: 
 @cli.command("retry")
 @run_option("The run. [default: `default`, or the only one]")
 @splits_option()
-@click.option("--code", "codes", multiple=True, help="Those that failed with this code. May be repeated.")
-@click.option("--image-id", "image_ids", multiple=True, help="This picture, failed or cancelled. May be repeated.")
-@click.option("--cancelled", is_flag=True, help="Those that were cancelled.")
-@click.option("--all", "everything", is_flag=True, help="Everything that failed.")
+@click.option(
+    "--code", "codes", multiple=True, metavar="CODE", help="Pictures that failed with this code. May be repeated."
+)
+@click.option(
+    "--image-id", "image_ids", multiple=True, metavar="ID", help="This picture, failed or cancelled. May be repeated."
+)
+@click.option("--cancelled", is_flag=True, help="All cancelled pictures.")
+@click.option("--all", "everything", is_flag=True, help="All failed pictures.")
 @db_option
 def retry_command(
     run_name: str | None,
@@ -71,11 +79,16 @@ def retry_command(
     cancelled: bool,
     everything: bool,
 ) -> None:
-    """Make failed pictures pending again, with a clean record."""
+    """Make failed or cancelled pictures pending again.
+
+    Their attempts and crashes are counted from zero again.
+    """
     if not (codes or image_ids or cancelled or everything):
-        raise click.UsageError("Say what to try again: --code CODE, --image-id ID, --cancelled or --all.")
+        raise click.UsageError("Choose what to retry: --code CODE, --image-id ID, --cancelled or --all.")
     if everything and (codes or image_ids or cancelled):
-        raise click.UsageError("--all is everything that failed: leave the other options out, or --all.")
+        raise click.UsageError(
+            "--all already selects every failed picture: leave out either --all or the other options."
+        )
     with db.transaction(open_database(), write=True) as conn:
         run = queue.find_run(conn, run_name)
         n = queue.retry(conn, run, splits=splits, codes=codes, image_ids=image_ids, cancelled=cancelled)
@@ -85,29 +98,32 @@ def retry_command(
 
 
 def _refuse_unknown(conn: Connection, run: queue.Run, image_ids: Sequence[str], codes: Sequence[str] = ()) -> None:
-    """Raises RococapError if a name is why nothing was done."""
+    """Raises RococapError if nothing was changed because the run has no such picture or no such failure."""
     if unknown := queue.unknown_images(conn, run, image_ids):
         raise RococapError(
-            f"Run {run.name!r} has no picture {', '.join(unknown)}: nothing was changed. Check the IDs: they are the "
-            "data set's own."
+            f"Run {run.name!r} has no picture {', '.join(unknown)}: nothing was changed. Check the IDs: they are "
+            "those of the data set."
         )
     if unknown := queue.unknown_codes(conn, run, codes):
         raise RococapError(
-            f"Nothing of run {run.name!r} failed with the code {', '.join(unknown)}: nothing was changed. See the "
-            f"codes: {with_run('failures', run.name)}"
+            f"No picture of run {run.name!r} failed with the code {', '.join(unknown)}: nothing was changed. To see "
+            f"the codes: {with_run('failures', run.name)}"
         )
 
 
 @cli.command("cancel")
 @run_option("The run. [default: `default`, or the only one]")
 @splits_option()
-@click.option("--image-id", "image_ids", multiple=True, help="Only this picture. May be repeated.")
-@click.option("--all", "everything", is_flag=True, help="Everything that is not finished.")
+@click.option("--image-id", "image_ids", multiple=True, metavar="ID", help="Only this picture. May be repeated.")
+@click.option("--all", "everything", is_flag=True, help="Every unfinished picture.")
 @db_option
 def cancel_command(run_name: str | None, splits: tuple[str, ...], image_ids: tuple[str, ...], everything: bool) -> None:
-    """Withdraw pictures that are not finished. A worker that holds some drops their captions."""
+    """Withdraw pictures that are not finished.
+
+    A worker that holds some of them discards their captions.
+    """
     if not (splits or image_ids or everything):
-        raise click.UsageError("Say what to cancel: --split SPLIT, --image-id ID or --all.")
+        raise click.UsageError("Choose what to cancel: --split SPLIT, --image-id ID or --all.")
     with db.transaction(open_database(), write=True) as conn:
         run = queue.find_run(conn, run_name)
         n = queue.cancel(conn, run, splits=splits, image_ids=image_ids)
@@ -120,7 +136,10 @@ def cancel_command(run_name: str | None, splits: tuple[str, ...], image_ids: tup
 @run_option("The run. [default: `default`, or the only one]")
 @db_option
 def pause_command(run_name: str | None) -> None:
-    """Let workers finish what they hold and claim nothing more of a run, until `resume`."""
+    """Stop workers from claiming pictures of a run, until `resume`.
+
+    They finish the pictures that they already hold.
+    """
     _pause(run_name, True)
 
 
@@ -128,7 +147,7 @@ def pause_command(run_name: str | None) -> None:
 @run_option("The run. [default: `default`, or the only one]")
 @db_option
 def resume_command(run_name: str | None) -> None:
-    """Let workers claim of a paused run again."""
+    """Let workers claim pictures of a paused run again."""
     _pause(run_name, False)
 
 
@@ -137,37 +156,47 @@ def _pause(run_name: str | None, paused: bool) -> None:
         run = queue.find_run(conn, run_name)
         queue.pause(conn, run, paused)
     if paused:
-        say(f"{run.name}: paused. Go on with: {with_run('resume', run.name)}")
+        say(f"{run.name}: paused. To resume: {with_run('resume', run.name)}")
     else:
-        click.echo(f"{run.name}: workers may claim.")
+        click.echo(f"{run.name}: resumed. Workers may claim its pictures again.")
 
 
 @cli.command("reap")
-@click.option("--lease", "lease_ids", type=int, multiple=True, help="This lease, though its time has not run out.")
+@click.option(
+    "--lease", "lease_ids", type=int, multiple=True, metavar="ID", help="This lease, expired or not. May be repeated."
+)
 @db_option
 def reap_command(lease_ids: tuple[int, ...]) -> None:
-    """Free the pictures of dead workers: of leases whose time has run out, or of those named.
+    """Release the pictures of dead workers.
 
-    Workers do it by themselves. Name a lease (see: rococap leases) only if its worker is surely dead, and do not reap
-    right after an outage of the database: then every lease has run out, and its worker lives.
+    These are the pictures of expired leases, or of the leases named by --lease. Running workers do this by themselves.
+    Name a lease (see: rococap leases) only if its worker is certainly dead, and do not reap right after an outage of
+    the database: every lease has expired by then, although the workers are alive.
     """
     with db.transaction(open_database(), write=True) as conn:
         reaped = [id for id in lease_ids if queue.crash(conn, id)] if lease_ids else queue.reap(conn)
     if unknown := sorted(set(lease_ids) - set(reaped)):
-        raise RococapError(f"No open leases: {', '.join(map(str, unknown))}. Look at those there are: rococap leases")
-    click.echo(f"Leases freed: {len(reaped)}. Their pictures are pending again." if reaped else "No lease has run out.")
+        raise RococapError(f"Not an open lease: {', '.join(map(str, unknown))}. To list the open ones: rococap leases")
+    click.echo(
+        f"Leases released: {len(reaped)}. Their pictures are pending again." if reaped else "No lease has expired."
+    )
 
 
 @cli.command("vacuum")
 @click.option(
-    "--keep-days", type=click.FloatRange(0, 36_500), default=30.0, show_default=True, help="How much history stays."
+    "--keep-days",
+    type=click.FloatRange(0, 36_500),
+    default=30.0,
+    show_default=True,
+    metavar="DAYS",
+    help="Failures younger than this are kept.",
 )
 @db_option
 def vacuum_command(keep_days: float) -> None:
-    """Delete old failures that a later one of the same picture has replaced and what is left of deleted runs, and give
-    free space back.
+    """Delete old failures and deleted runs, and reclaim their space.
 
-    Captions, leases and each picture's latest failure stay. An SQLite file is made smaller only while no worker runs.
+    A failure is deleted once a later one of the same picture has replaced it. Captions, leases and the latest failure
+    of each picture are kept. An SQLite file shrinks only while no worker runs.
     """
     database = open_database()
     with db.transaction(database) as conn:
@@ -179,7 +208,7 @@ def vacuum_command(keep_days: float) -> None:
         deleted += n
     click.echo(f"Old failures deleted: {deleted}.")
     if is_busy and database.dialect.name == "sqlite":
-        say("Workers hold leases: the file was left as large as it is. Once they have stopped: rococap vacuum")
+        say("Workers hold leases, so the file was not shrunk. Once they have stopped, run: rococap vacuum")
     else:
         db.vacuum(database)
 
@@ -193,5 +222,8 @@ def _prune(database: Database, before: int) -> int:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @db_option
 def backup_command(file: Path) -> None:
-    """Copy the SQLite database as it is at one moment, while workers run. A file that is there is not overwritten."""
+    """Copy the SQLite database to FILE, while workers run.
+
+    The copy is the database as it was at one moment. An existing file is not overwritten.
+    """
     click.echo(f"Copied to {db.back_up(open_database(), file)}")

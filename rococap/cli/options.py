@@ -1,4 +1,4 @@
-"""What commands share: the group, options, the database they open, and how errors are told."""
+"""What the commands share: the group, common options, opening the database, and how errors are reported."""
 
 import codecs
 import errno
@@ -26,15 +26,24 @@ from rococap.errors import RococapError
 from rococap.urls import holds_password
 
 DEFAULT_DATASET = "eltorio/ROCOv2-radiology"
-MANY = 10**12
+MAX_ROWS = 10**12
 DAY_SEC = 86_400.0
 SHOWN_FAILURES = 10
+
+SECTIONS = {
+    "Main job": ("enqueue", "worker", "status", "export"),
+    "Inspect": ("runs", "failures", "leases", "workers", "prompts"),
+    "Operate": ("retry", "cancel", "pause", "resume", "reap", "vacuum", "backup"),
+    "Results": ("compare", "evaluate", "report", "restore"),
+    "Set-up": ("doctor", "migrate", "bench", "demo"),
+}
+"""The headings of `rococap --help` and the commands below each, in the order in which a user needs them."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Seconds(click.FloatRange):
-    """A number within bounds: FloatRange takes nan for one."""
+    """Seconds within bounds. FloatRange alone accepts nan, which no bound excludes."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         seconds = float(super().convert(value, param, ctx))
@@ -42,11 +51,14 @@ class Seconds(click.FloatRange):
 
 
 class Commands(click.Group):
-    """Turns what a user can act on into one line and an exit code: 2 for usage, 1 for the rest."""
+    """Lists the commands by section, and reports an error that a user can fix as one line and an exit code.
+
+    The exit code is 2 for wrong usage and 1 for everything else.
+    """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(sys.stdout, TextIOWrapper):
-            # A locale that is not UTF-8, as on clusters, fails no command: what it cannot show is escaped.
+            # Where the locale is not UTF-8, as on many clusters, characters that it lacks are escaped.
             sys.stdout.reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
 
@@ -56,13 +68,24 @@ class Commands(click.Group):
         except (RococapError, DriverError, OSError, UnicodeEncodeError, KeyboardInterrupt) as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
-            raise click.ClickException(for_this_queue(ctx, _told(error))) from error
+            raise click.ClickException(for_this_queue(ctx, _message(error))) from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        for section, names in SECTIONS.items():
+            with formatter.section(section):
+                formatter.write_dl([(name.ljust(width), _summary(self.commands[name])) for name in names])
+
+
+def _summary(command: click.Command) -> str:
+    """The first sentence of the command's help, which the formatter wraps but never cuts."""
+    return command.get_short_help_str(limit=1_000)
 
 
 def for_this_queue(ctx: click.Context, text: str) -> str:
-    """The text, its commands with the --db that this one was given, so that they work when pasted.
+    """The text, with this invocation's --db added to the commands in it, so that they work when pasted.
 
-    One that holds a password is not repeated.
+    A URL that holds a password is not repeated.
     """
     target = ctx.find_root().obj
     if target is None or not target.is_option or holds_password(target.url):
@@ -72,19 +95,20 @@ def for_this_queue(ctx: click.Context, text: str) -> str:
 
 
 def say(text: str) -> None:
+    """Prints text whose commands may be pasted."""
     click.echo(for_this_queue(click.get_current_context(), text))
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     match error:
         case KeyboardInterrupt():
-            return "Stopped. Nothing is half-written: the same command goes on from here."
+            return "Interrupted. Nothing is half-written: run the same command again to continue."
         case DriverError():
             return db.explain(error)
         case UnicodeEncodeError():
-            return f"{error.object!r} is not valid Unicode. Write it again."
+            return f"{error.object!r} is not valid Unicode. Type it again."
         case OSError(errno=errno.EMFILE):
-            return f"This process may open {open_files.limit()} files, which is too few. {open_files.ADVICE}"
+            return f"This process may open only {open_files.limit()} files, which is too few. {open_files.ADVICE}"
         case OSError():
             return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     return str(error)
@@ -98,10 +122,11 @@ def _told(error: BaseException) -> str:
     envvar="ROCOCAP_DB",
     default=db.DEFAULT_URL,
     show_default=True,
+    show_envvar=True,
     metavar="URL",
-    help="The queue: sqlite:///FILE or its path, or postgresql+psycopg://… Also from ROCOCAP_DB.",
+    help="The queue's database: a file, sqlite:///FILE or postgresql+psycopg://…",
 )
-@click.option("--force", is_flag=True, help="Open SQLite files on network file systems too, at your own risk.")
+@click.option("--force", is_flag=True, help="Open SQLite files even on network file systems, at your own risk.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
 @click.pass_context
 def cli(ctx: click.Context, url: str, force: bool, debug: bool) -> None:
@@ -110,10 +135,10 @@ def cli(ctx: click.Context, url: str, force: bool, debug: bool) -> None:
     \b
     rococap enqueue --split train     register every picture of a split
     rococap worker                    caption them; start as many as you like
-    rococap status                    where it stands
-    rococap export --split train      the captions as CSV
+    rococap status                    show the progress
+    rococap export --split train      write the captions as CSV
 
-    Captions are made by a machine and are not for clinical use.
+    Captions are machine-generated and not for clinical use.
     """
     ctx.obj = Target(url, force, debug, ctx.get_parameter_source("url") is ParameterSource.COMMANDLINE)
     _set_up_logging(debug)
@@ -129,13 +154,13 @@ def _set_up_logging(debug: bool) -> None:
         )
     else:
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
-    for chatty in ("absl", "alembic", "httpx", "httpx2", "urllib3", "filelock", "PIL"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for library in ("absl", "alembic", "httpx", "httpx2", "urllib3", "filelock", "PIL"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 @cache
 def stderr_console() -> Any:
-    """Standard error. One object for logs and live lines, which would else write over each other."""
+    """Standard error. Logs and progress lines share one object, or they would overwrite each other."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -143,9 +168,9 @@ def stderr_console() -> Any:
 
 @dataclass(slots=True)
 class Target:
-    """The database that the options before and after the command name, and how to open it.
+    """The database that the options before or after the command name, and how to open it.
 
-    `is_option`: it was named by --db, not by the environment or for lack of a name.
+    `is_option` is true if --db named it, and false if the environment or the default did.
     """
 
     url: str
@@ -155,6 +180,7 @@ class Target:
 
 
 def open_database(*, may_be_new: bool = False) -> Database:
+    """Opens this invocation's database. Raises DatabaseError if it does not exist, unless `may_be_new`."""
     target = click.get_current_context().find_root().obj
     return db.connect(target.url, must_exist=not may_be_new, force=target.force)
 
@@ -164,14 +190,18 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=not is_utf8))
 
 
-def _use(ctx: click.Context, param: click.Parameter, url: str | None) -> None:
+def _set_url(ctx: click.Context, param: click.Parameter, url: str | None) -> None:
     if url is not None:
         ctx.find_root().obj.url = url
         ctx.find_root().obj.is_option = True
 
 
 db_option = click.option(
-    "--db", metavar="URL", expose_value=False, callback=_use, help="The queue; may stand here or before the command."
+    "--db",
+    metavar="URL",
+    expose_value=False,
+    callback=_set_url,
+    help="The queue's database. May also be given before the command.",
 )
 
 
@@ -190,7 +220,8 @@ def splits_option(required: bool = False, help: str | None = None) -> Callable[[
         multiple=True,
         required=required,
         callback=expand,
-        help=help or ("May be repeated." if required else "May be repeated. [default: all]"),
+        help=help
+        or ("The split. May be repeated." if required else "Only this split. May be repeated. [default: all]"),
     )
 
 
@@ -198,13 +229,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 
 def with_run(command: str, name: str) -> str:
-    """A command to paste, for this run."""
+    """The command line to paste that runs this command on this run."""
     return f"rococap {command}" + ("" if name == "default" else f" --run {shlex.quote(name)}")
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on a terminal; silence elsewhere."""
+    """Yields `progress(step, done, total)`, which draws a bar per step on a terminal and nothing elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -212,10 +243,10 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
+        def progress(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bar.add_task(step, total=total)
+            bar.update(tasks[step], completed=done, total=total)
 
         yield progress
 
@@ -223,7 +254,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 strip_option = click.option(
     "--strip-reasoning",
     is_flag=True,
-    help="Leave out what a model thought aloud: closed <think> blocks, and the white space after them.",
+    help="Leave out the model's reasoning: closed <think> blocks and the white space after them.",
 )
 
 

@@ -1,4 +1,4 @@
-"""Commands that read captions: compare, evaluate, report, export, and restore."""
+"""Commands that read captions, or read them back: compare, evaluate, report, export, restore."""
 
 import re
 import shlex
@@ -39,7 +39,7 @@ from rococap.errors import RococapError
     "--output",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Ends in .csv, .parquet or .jsonl. [default: results_medical/compare_RUN_RUN….csv]",
+    help="A .csv, .parquet or .jsonl file. [default: results_medical/compare_RUN_RUN….csv]",
 )
 @click.option("--all-done", is_flag=True, help="Only pictures that every run has captioned.")
 @strip_option
@@ -53,7 +53,10 @@ def compare_command(
     strip_reasoning: bool,
     as_json: bool,
 ) -> None:
-    """Put runs side by side: a file with a row for each picture, and speed, length and flags of each run."""
+    """Compare runs side by side: captions, speed, length and flags.
+
+    The captions go to a file, with a row for each picture; the rest is printed.
+    """
     from rococap.scores import compare as comparison
 
     path = output or comparison.default_path(names)
@@ -70,9 +73,11 @@ def compare_command(
         echo_json({**asdict(compared), "path": str(compared.path), "strip_reasoning": strip_reasoning})
         return
     header = ["run", "captions", "s/pic", "pic/s", "tokens", "chars", "words", "flag %", "cut %"]
-    click.echo(within_80(header, [_compared_row(one) for one in compared.runs], 0))
+    click.echo(within_80(header, [_compared_row(run) for run in compared.runs], 0))
     shared = f", {compared.shared} of them captioned by every run" if len(names) > 1 else ""
-    click.echo(f"\n{compared.path}: {compared.rows} pictures{shared}{'' if compared.originals else ', no originals'}")
+    click.echo(
+        f"\n{compared.path}: {compared.rows} pictures{shared}{'' if compared.originals else ', no original captions'}"
+    )
 
 
 def _compared_row(run: Any) -> list[str]:
@@ -89,18 +94,19 @@ EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
 
 @cli.command("evaluate")
 @splits_option(required=True)
-@runs_option("May be repeated: runs side by side. [default: `default`, or the only one]")
+@runs_option("The run; repeat it to compare several. [default: `default`, or the only one]")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The scores of each caption: .parquet, .csv or .jsonl. [default: results_medical/scores_SPLIT_RUN….parquet]",
+    help="File for the scores of each caption: .parquet, .csv or .jsonl. "
+    "[default: results_medical/scores_SPLIT_RUN….parquet]",
 )
 @click.option(
     "--also",
     type=click.Choice(EXTRA_METRICS),
     multiple=True,
-    help="Compute this too: it needs an extra of rococap, and BERTScore hours without a GPU. May be repeated.",
+    help="Compute this score too. It needs an extra of rococap; without a GPU, BERTScore takes hours. May be repeated.",
 )
 @strip_option
 @json_option
@@ -113,10 +119,11 @@ def evaluate_command(
     strip_reasoning: bool,
     as_json: bool,
 ) -> None:
-    """Score captions against the original ones: BLEU, ROUGE, METEOR, CIDEr-D and concepts, overall and by modality.
+    """Score captions against the originals, overall and by modality.
 
-    Scores are kept in the database: what was scored costs nothing again. CIDEr-D weighs words by how rare they are in
-    all originals, so that one more caption has it computed anew for all.
+    The scores are BLEU, ROUGE, METEOR, CIDEr-D and the concepts that a caption names. They are stored in the database,
+    so that no caption is scored twice, except by CIDEr-D: it weights words by how rare they are in all originals, so
+    each further caption changes it for every caption.
     """
     from rococap.scores import compare as comparison
     from rococap.scores import evaluate as evaluation
@@ -128,46 +135,47 @@ def evaluate_command(
         found = evaluation.evaluate(
             database, names, splits, also=also, strip_reasoning=strip_reasoning, progress=progress
         )
-    told = evaluation.to_json(found)
+    scores = evaluation.to_json(found)
     path = output or evaluation.default_path(found, "scores", ".parquet")
-    rows = evaluation.write(found, path, told)
+    rows = evaluation.write(found, path, scores)
     if as_json:
-        echo_json(told)
+        echo_json(scores)
     else:
-        shown = [split for split in splits if any(run["split"] == split for run in told["runs"])]
-        click.echo("\n\n".join(_scores_text(told, split) for split in shown))
+        shown = [split for split in splits if any(run["split"] == split for run in scores["runs"])]
+        click.echo("\n\n".join(_scores_text(scores, split) for split in shown))
         click.echo(f"\n{path}: {rows} captions")
-    for warning in dict.fromkeys(text for run in told["runs"] for text in run["warnings"]):
+    for warning in dict.fromkeys(text for run in scores["runs"] for text in run["warnings"]):
         click.echo(f"Warning: {warning}", err=True)
-    scored = {(run["run"], run["split"]) for run in told["runs"]}
-    for run, split in product(dict.fromkeys(run["run"] for run in told["runs"]), splits):
+    scored = {(run["run"], run["split"]) for run in scores["runs"]}
+    for run, split in product(dict.fromkeys(run["run"] for run in scores["runs"]), splits):
         if (run, split) not in scored:
-            click.echo(f"{run} captioned nothing of {split} yet.", err=True)
+            click.echo(f"{run} has captioned nothing of {split} yet.", err=True)
 
 
-def _scores_text(told: dict[str, Any], split: str) -> str:
-    runs = [run for run in told["runs"] if run["split"] == split]
-    paired = [one for one in told["paired"] if one["split"] == split]
+def _scores_text(scores: dict[str, Any], split: str) -> str:
+    runs = [run for run in scores["runs"] if run["split"] == split]
+    paired = [pair for pair in scores["paired"] if pair["split"] == split]
     counts = ", ".join(f"{run['n']} captions of {run['run']}" for run in runs)
     names = dict.fromkeys(name for run in runs for name in run["metrics"])
     if len(runs) > 2:
-        notes = ["Intervals and differences of more than two runs: --json, or rococap report"]
+        notes = ["For intervals and differences of more than two runs: --json, or rococap report"]
     else:
-        notes = ["In brackets 95 % intervals. cider_d goes to 10, and of flagged less is better."]
-    notes += [f"difference and p: of the {one['n']} pictures that both captioned" for one in paired if len(runs) == 2]
+        notes = ["95% intervals are in brackets. cider_d ranges up to 10; for flagged, lower is better."]
+    if len(runs) == 2:
+        notes += [f"difference and p: over the {pair['n']} pictures that both runs captioned" for pair in paired]
     reasons: dict[str, list[str]] = {}
-    for name, why in dict.fromkeys(one for run in runs for one in run["not_computed"].items()):
+    for name, why in dict.fromkeys(item for run in runs for item in run["not_computed"].items()):
         reasons.setdefault(why, []).append(name)
-    reasons_told = [
+    not_computed = [
         textwrap.fill(f"{', '.join(names)}: not computed: {why}", 80, subsequent_indent="  ")
         for why, names in reasons.items()
     ]
     tables = (_overall_table(list(names), runs, paired), _modalities_table(runs))
-    return "\n\n".join([f"{split}: {counts}", tables[0], "\n".join(notes), tables[1], "\n".join(reasons_told)]).rstrip()
+    return "\n\n".join([f"{split}: {counts}", tables[0], "\n".join(notes), tables[1], "\n".join(not_computed)]).rstrip()
 
 
 def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[Any]) -> str:
-    """With 95 % intervals, and the difference and its p, of two runs at most: more do not fit."""
+    """Mean scores; for at most two runs also the 95% intervals, and the difference with its p. More would not fit."""
     with_intervals = len(runs) <= 2
     header = ["score", *(cut(run["run"], WIDEST_SCORE) for run in runs)]
     rows = [
@@ -191,7 +199,7 @@ def _score(value: float | None, interval: Sequence[float] | None = None) -> str:
 
 
 def _digits(value: float) -> str:
-    """As wide for 10, which is CIDEr-D's best, as for less."""
+    """As wide for 10, the best of CIDEr-D, as for a smaller score."""
     return f"{value:.2f}" if value >= 9.9995 else f"{value:.3f}"
 
 
@@ -212,26 +220,31 @@ def _modalities_table(runs: Sequence[Any]) -> str:
 
 
 @cli.command("report")
-@click.option("--split", type=click.Choice(SPLITS), required=True)
-@runs_option("May be repeated: runs side by side. [default: `default`, or the only one]")
+@click.option("--split", type=click.Choice(SPLITS), required=True, help="The split to report on.")
+@runs_option("The run; repeat it to compare several. [default: `default`, or the only one]")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="[default: results_medical/report_SPLIT_RUN….html]",
+    help="The HTML file. [default: results_medical/report_SPLIT_RUN….html]",
 )
 @click.option(
-    "--pictures", type=click.IntRange(0, 100_000), default=200, show_default=True, metavar="N", help="How many to show."
+    "--pictures",
+    type=click.IntRange(0, 100_000),
+    default=200,
+    show_default=True,
+    metavar="N",
+    help="Number of pictures to show.",
 )
 @strip_option
 @db_option
 def report_command(
     split: str, names: tuple[str, ...], output: Path | None, pictures: int, strip_reasoning: bool
 ) -> None:
-    """Write one HTML file to look at: scores, plots, and pictures with their captions beside the originals.
+    """Write an HTML report of scores, plots and captioned pictures.
 
-    It needs no server and no network. Of a run's pictures it shows the best, the worst, some at random, those that are
-    flagged and those that failed.
+    It is one file, which needs neither a server nor a network. The captions stand beside the originals. Of each run it
+    shows the best pictures, the worst, a random sample, flagged ones and those that failed.
     """
     from rococap.scores import report as reporting
 
@@ -244,7 +257,7 @@ def report_command(
         )
     click.echo(f"{made.path}: {made.captions} captions, {made.pictures} pictures shown, {made.size / 1e6:.1f} MB")
     if made.unreadable:
-        click.echo(f"  {made.unreadable} of the pictures could not be read: their cards say why")
+        click.echo(f"  {made.unreadable} of the pictures could not be read: their cards give the reason")
     for warning in made.warnings:
         click.echo(f"Warning: {warning}", err=True)
 
@@ -262,9 +275,9 @@ _ONLY_FOR = {
     "follow": FILES,
     "checkpoint_every": FILES,
 }
-"""Options of `export` that not every format has."""
+"""Options of `export` that only some formats have, and those formats."""
 _FILE_ENDING = re.compile(r"\.(?!v?\d+$)\w{1,8}")
-"""What stands behind the dot of x.xlsx or x.csv.gz, and not of the folders run.2 and run.v2."""
+"""The suffix of a file such as x.xlsx or x.csv.gz, but not of a folder such as run.2 or run.v2."""
 
 
 @cli.command("export")
@@ -273,13 +286,13 @@ _FILE_ENDING = re.compile(r"\.(?!v?\d+$)\w{1,8}")
 @click.option(
     "--format",
     type=click.Choice([*FILES, "imageclef", *FOLDERS]),
-    help="See above. [default: by the name of --output, else csv]",
+    help="One of the formats above. [default: as the ending of --output, else csv]",
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="A folder, or a file (one split only). [default: in results_medical, or in results_medical/RUN]",
+    help="A folder, or a file for a single split. [default: in results_medical or results_medical/RUN]",
 )
 @click.option(
     "--checkpoint-every",
@@ -287,21 +300,26 @@ _FILE_ENDING = re.compile(r"\.(?!v?\d+$)\w{1,8}")
     default=25,
     show_default=True,
     metavar="N",
-    help="Images per checkpoint segment; 0 for none.",
+    help="csv, parquet, jsonl: pictures per checkpoint segment; 0 writes none.",
 )
-@click.option("--follow", is_flag=True, help="Keep writing segments as workers finish them, then export.")
-@click.option("--require-complete", is_flag=True, help="Fail if images of the split are not captioned.")
+@click.option(
+    "--follow", is_flag=True, help="csv, parquet, jsonl: write segments while workers caption, and export at the end."
+)
+@click.option(
+    "--require-complete", is_flag=True, help="Fail if a picture of the split has no caption. Not for imageclef."
+)
 @click.option(
     "--excel-safe",
     is_flag=True,
-    help="csv: an apostrophe before texts that a spreadsheet would run as formulas, and a byte-order mark, by which "
-    "Excel shows accents; `restore` takes both away. "
-    "Checkpoint segments, which are for restoring, stay as they are.",
+    help="csv: put an apostrophe before texts that a spreadsheet would run as formulas, and begin the file with a "
+    "byte-order mark, which Excel needs to show accents. `restore` removes both. Checkpoint segments are not changed.",
 )
 @strip_option
-@click.option("--allow-missing", is_flag=True, help="imageclef: an empty caption for pictures that have none.")
+@click.option("--allow-missing", is_flag=True, help="imageclef: write an empty caption for pictures that have none.")
 @click.option(
-    "--push", metavar="REPO", help="hf: upload the folder to this data set of the hub; a new one is made, and private."
+    "--push",
+    metavar="REPO",
+    help="hf: upload the folder to this data set on the hub. If it does not exist, a private one is created.",
 )
 @db_option
 @click.pass_context
@@ -320,25 +338,31 @@ def export_command(
     allow_missing: bool,
     push: str | None,
 ) -> None:
-    """Write captions next to the originals, and a manifest that says what made them.
+    """Write captions beside the originals, with a manifest.
+
+    The manifest records the model, prompt and settings that made the captions.
 
     \b
-    csv, parquet, jsonl  a file a split, and checkpoint segments beside it
-    imageclef            ID,Caption for ImageCLEFmedical Caption, a file a split, every ID of it
-    hf                   a folder that datasets.load_dataset opens, with its card; --push REPO uploads it
-    webdataset           a folder of tar shards: picture, caption and facts of 1,000 pictures each
-    kohya                a folder a split: each picture and its caption, in two files of one name
+    csv, parquet, jsonl  a file per split, with checkpoint segments beside it
+    imageclef            an ImageCLEFmedical Caption submission per split, with
+                         every ID of it
+    hf                   a folder that datasets.load_dataset opens, with its
+                         card; --push REPO uploads it
+    webdataset           a folder of tar shards: the picture, caption and facts
+                         of 1,000 pictures each
+    kohya                a folder per split: each picture and its caption, in
+                         two files of one name
     """
     format = format or _format_of(output)
     for name, formats in _ONLY_FOR.items():
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE and format not in formats:
             raise click.UsageError(
-                f"--{name.replace('_', '-')} is not for {format}: it goes with {', '.join(formats)}."
+                f"--{name.replace('_', '-')} does not apply to {format}, only to {', '.join(formats)}: leave it out."
             )
     if push is not None and not push.strip():
         raise click.UsageError("--push needs the name of a data set: OWNER/NAME.")
     if follow and not checkpoint_every:
-        raise click.UsageError("--follow writes checkpoints: give it --checkpoint-every N.")
+        raise click.UsageError("--follow writes checkpoints: give --checkpoint-every N, with N above 0.")
     _check_output(output, format, len(splits))
     database = open_database()
     with db.transaction(database) as conn:
@@ -396,7 +420,7 @@ def _export_submissions(
                 strip_reasoning=strip_reasoning,
                 progress=progress,
             )
-        empty = f", {submission.empty} of them empty, which score next to nothing" if submission.empty else ""
+        empty = f", {submission.empty} of them empty, which will score almost nothing" if submission.empty else ""
         click.echo(f"{path}: {submission.rows} captions{empty}. Submit it as submission.csv, alone in a zip.")
 
 
@@ -422,19 +446,19 @@ def _export_folder(
             strip_reasoning=strip_reasoning,
             progress=progress,
         )
-    for one in written:
-        click.echo(f"{folder} {one.split}: {one.captions} captions{_left(one.missing)}")
-        if lost := one.without_picture:
-            click.echo(f"  {len(lost)} more were left out, since their pictures cannot be read:")
-            for image_id, why in list(lost.items())[:SHOWN_FAILURES]:
-                click.echo(f"  {image_id}: {why}")
+    for part in written:
+        click.echo(f"{folder} {part.split}: {part.captions} captions{_left(part.missing)}")
+        if lost := part.without_picture:
+            click.echo(f"  {len(lost)} more were left out, because their pictures cannot be read:")
+            for image_id, reason in list(lost.items())[:SHOWN_FAILURES]:
+                click.echo(f"  {image_id}: {reason}")
     named = (run.dataset, run.recipe.model, run.recipe.adapter)
     if local := [name for name in named if name and Path(name).is_absolute()]:
-        click.echo(f"  It names {' and '.join(local)}: look whether others may read that")
+        click.echo(f"  The files name {' and '.join(local)}: check that others may read that")
     if push:
         pushed = hub.push(folder, push, f"Captions of {', '.join(splits)} by {run.recipe.model}")
-        seen = "private, until you change that in its settings" if pushed.private else "public"
-        click.echo(f"{pushed.url}: {seen}")
+        visibility = "private, until you change that in its settings" if pushed.private else "public"
+        click.echo(f"{pushed.url}: {visibility}")
 
 
 def _left(missing: int) -> str:
@@ -454,19 +478,26 @@ def _is_file_name(output: Path) -> bool:
 
 
 def _check_output(output: Path | None, format: str, n_splits: int) -> None:
-    """Whoever names a file of a kind that is not written here wants no folder of that name."""
+    """Raises UsageError for an output that looks like a file which this format does not write.
+
+    Otherwise a name like captions.xlsx would become a folder.
+    """
     if output is None or output.is_dir() or not _FILE_ENDING.fullmatch(output.suffix):
         return
-    folder = f"if it is to be a folder, make it first: mkdir -p {shlex.quote(str(output))}"
+    folder = f"if it is meant to be a folder, make it first: mkdir -p {shlex.quote(str(output))}"
     if format in FOLDERS:
-        raise click.UsageError(f"{output} looks like a file, and {format} is a folder: name one; {folder}")
+        raise click.UsageError(f"{output} looks like a file, but {format} is written to a folder: name one; {folder}")
     if not _is_file_name(output):
         endings = ", ".join(f".{ending}" for ending in FILES)
-        raise click.UsageError(f"{output} looks like a file, and those written here end in {endings}; {folder}")
+        raise click.UsageError(
+            f"{output} looks like a file, but export only writes files that end in {endings}; {folder}"
+        )
     if n_splits > 1:
-        raise click.UsageError(f"{output} is one file: name a folder for several splits.")
+        raise click.UsageError(f"{output} is a single file: name a folder for several splits.")
     if output.suffix.lower() != f".{_ending_of(format)}":
-        raise click.UsageError(f"{output} is no {format} file: name it .{_ending_of(format)}, or leave out --format.")
+        raise click.UsageError(
+            f"{output} does not end as {format} files do: end it in .{_ending_of(format)}, or leave out --format."
+        )
 
 
 def _ending_of(format: str) -> str:
@@ -482,8 +513,8 @@ def _export_path(run_name: str, split: str, format: str, output: Path | None) ->
 
 def _echo_segments(paths: list[Path]) -> None:
     if paths:
-        what = paths[0].name if len(paths) == 1 else f"{paths[0].name} to {paths[-1].name}"
-        click.echo(f"{paths[0].parent / what}: {len(paths)} new checkpoints")
+        names = paths[0].name if len(paths) == 1 else f"{paths[0].name} to {paths[-1].name}"
+        click.echo(f"{paths[0].parent / names}: {len(paths)} new checkpoints")
 
 
 @cli.command("restore")
@@ -493,7 +524,10 @@ def _echo_segments(paths: list[Path]) -> None:
 @run_option("The run to restore into. [default: `default`, or the only one]")
 @db_option
 def restore_command(paths: tuple[Path, ...], run_name: str | None) -> None:
-    """Read exports or checkpoints back into a run whose split is enqueued, so that a lost database costs nothing."""
+    """Read exports or checkpoints back into a run.
+
+    Enqueue the split first. After the loss of a database, its captions need not be made again.
+    """
     from rococap.results import restore as restore_module
 
     database = open_database()
@@ -501,20 +535,22 @@ def restore_command(paths: tuple[Path, ...], run_name: str | None) -> None:
         run = queue.find_run(conn, run_name)
     results = [restore_module.restore(database, run, path) for path in paths]
     total = {
-        name: sum(getattr(one, name) for one in results)
+        name: sum(getattr(result, name) for result in results)
         for name in ("restored", "known", "leased", "unknown", "different")
     }
-    click.echo(f"{run.name}: {total['restored']} restored, {total['known']} captioned already")
+    click.echo(f"{run.name}: {total['restored']} restored, {total['known']} already captioned")
     if total["leased"]:
-        click.echo(f"  {total['leased']} are being captioned now: restore again when the workers have stopped")
+        click.echo(f"  {total['leased']} are being captioned now: restore again once the workers have stopped")
     if total["unknown"]:
-        click.echo(f"  {total['unknown']} are of images that the run does not have: enqueue all of their split first")
+        click.echo(f"  {total['unknown']} are of pictures that the run does not have: enqueue all of their split first")
     if total["different"]:
-        click.echo(f"  {total['different']} have another original caption here and were left out: another data set?")
-    if unknown := [one.path for one in results if not one.has_manifest]:
         click.echo(
-            f"Warning: {', '.join(map(str, unknown))}: its manifest (.json) is not beside it. What it says of the "
-            "recipe was not compared, and apostrophes that --excel-safe put before texts, if it did, are still there.",
+            f"  {total['different']} have another original caption here and were left out: is it another data set?"
+        )
+    if without := [result.path for result in results if not result.has_manifest]:
+        click.echo(
+            f"Warning: {', '.join(map(str, without))}: the manifest (.json) is missing. The recipe was not compared, "
+            "and apostrophes that --excel-safe may have put before texts were kept.",
             err=True,
         )
     if total["unknown"] + total["different"] and not (total["restored"] or total["known"] or total["leased"]):

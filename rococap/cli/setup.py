@@ -1,4 +1,4 @@
-"""Commands for a machine rather than a run: doctor, migrate, bench, demo."""
+"""Commands that concern the machine or the database rather than one run: doctor, migrate, bench, demo."""
 
 import shlex
 import sys
@@ -30,7 +30,10 @@ from rococap.data import SPLITS
 @json_option
 @db_option
 def doctor_command(as_json: bool) -> None:
-    """Check this machine, the database, the data set and the model; exit code 1 if something is wrong."""
+    """Check this machine, the database, the data set and the model.
+
+    The exit code is 1 if something is wrong.
+    """
     from rococap.doctor import Verdict, examine
 
     target = click.get_current_context().find_root().obj
@@ -48,12 +51,12 @@ def doctor_command(as_json: bool) -> None:
 @cli.command("migrate")
 @db_option
 def migrate_command() -> None:
-    """Upgrade the database to this rococap's schema, after a backup copy."""
+    """Upgrade the database to this version's schema, after a backup."""
     target = click.get_current_context().find_root().obj
-    done = db.migrate(target.url, force=target.force)
-    click.echo("Upgraded." if done.upgraded else "The schema is up to date.")
-    if done.backup:
-        click.echo(f"The database as it was: {done.backup}")
+    migration = db.migrate(target.url, force=target.force)
+    click.echo("Upgraded." if migration.upgraded else "The schema is up to date.")
+    if migration.backup:
+        click.echo(f"Backup of the old database: {migration.backup}")
 
 
 # --- bench -----------------------------------------------------------------------------------------------------
@@ -65,15 +68,20 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     try:
         sizes = [int(size) for size in value.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of numbers. Write it like 1,4,16.") from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers. Write it like 1,4,16.") from None
     return [click.IntRange(1, 4096)(size, param, ctx) for size in sizes]
 
 
 @cli.command("bench")
 @run_option("The run to measure. [default: `default`, or the only one that has work]")
-@click.option("--split", type=click.Choice(SPLITS), help="[default: the first that the run has]")
+@click.option("--split", type=click.Choice(SPLITS), help="The split to measure. [default: the first one of the run]")
 @click.option(
-    "--pictures", type=click.IntRange(1, 100_000), default=64, show_default=True, metavar="N", help="How many to use."
+    "--pictures",
+    type=click.IntRange(1, 100_000),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Number of pictures to caption.",
 )
 @click.option(
     "--batch-size",
@@ -89,7 +97,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     default=Path("results_medical/bench"),
     show_default=True,
     metavar="FOLDER",
-    help="Where bench.json and bench.png go.",
+    help="Folder for bench.json and bench.png.",
 )
 @json_option
 @db_option
@@ -102,10 +110,11 @@ def bench_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure this machine with a run's model and pictures. The queue is only read.
+    """Measure this machine with a run's model and pictures.
 
-    Reading, preparing, captioning by batch size and the whole worker; what the split will take, and what to set. Each
-    batch size captions all N pictures: where the model takes minutes a picture, begin with --pictures 4.
+    It times reading and preparing pictures, captioning at each batch size, and the whole worker, estimates how long the
+    split will take, and recommends settings. The queue is only read. All N pictures are captioned at each batch size:
+    if the model takes minutes per picture, begin with --pictures 4.
     """
     from rococap.engines import Options
     from rococap.files import write_json
@@ -133,19 +142,19 @@ def bench_command(
 
 
 def _measured_text(measured: Any) -> str:
-    """Within 80 columns, whatever the model's folder is."""
-    hours, share = measured.estimate, 100 * measured.efficiency
+    """At most 80 columns wide, however long the model's path is."""
+    estimate, share = measured.estimate, 100 * measured.efficiency
     failures = f", and {measured.failures} that cannot be captioned" if measured.failures else ""
     facts = [
         ["model", shortened(measured.model)],
         ["device", f"{measured.device}, {measured.dtype}, {measured.cpu_count} CPU cores"],
         ["pictures", f"{measured.pictures} of {shortened(measured.run, 24)} {measured.split}{failures}"],
-        ["reading", f"{measured.load_ms:.1f} ms a picture"],
-        ["preparing", f"{measured.prepare_ms:.1f} ms a picture"],
+        ["reading", f"{measured.load_ms:.1f} ms per picture"],
+        ["preparing", f"{measured.prepare_ms:.1f} ms per picture"],
         ["automatic", f"batch size {measured.automatic_batch_size}"],
-        ["worker", f"{significant(measured.worker_pictures_per_sec)} pictures/s, {share:.0f} % of the model alone"],
-        ["estimate", f"{in_hours(hours.split_hours)} for all {measured.split_pictures} pictures of the split"],
-        ["", f"{in_hours(hours.unfinished_hours)} for the {measured.unfinished_pictures} that are not finished"],
+        ["worker", f"{significant(measured.worker_pictures_per_sec)} pictures/s, {share:.0f}% of the model alone"],
+        ["estimate", f"{in_hours(estimate.split_hours)} for all {measured.split_pictures} pictures of the split"],
+        ["", f"{in_hours(estimate.unfinished_hours)} for the {measured.unfinished_pictures} that are unfinished"],
     ]
     rates = [
         [rate.batch_size, significant(rate.pictures_per_sec), significant(rate.tokens_per_sec)]
@@ -170,35 +179,44 @@ def _measured_text(measured: Any) -> str:
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("demo"),
     show_default=True,
-    help="Where everything goes.",
+    help="Folder for everything that the demo writes.",
 )
-@click.option("--images", type=click.IntRange(min=5), default=200, show_default=True, help="How many phantoms to draw.")
-@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Processes that caption.")
+@click.option(
+    "--images", type=click.IntRange(min=5), default=200, show_default=True, metavar="N", help="Phantoms to draw."
+)
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=2, show_default=True, metavar="N", help="Worker processes."
+)
 def demo_command(folder: Path, images: int, workers: int) -> None:
-    """Run the whole job on drawings: phantoms, two workers, the small model in this package, an export, a report."""
+    """Run the whole job on drawings with a small model.
+
+    It draws phantoms, captions them with the small model in this package, and writes an export and a report.
+    """
     from rococap.demo import run as run_demo
 
-    click.echo("Phantoms: drawings made by a program, captioned by a small model that was trained on such drawings.")
+    click.echo(
+        "Phantoms are drawings made by a program; a small model that was trained on such drawings captions them."
+    )
     click.echo("They show how rococap works, not what Qwen2-VL sees. Nothing in rococap is for clinical use.\n")
     with progress_bar() as bar:
         result = run_demo(folder, images, workers, bar if stderr_console().is_terminal else _steps())
-    for shown in result.examples[:4]:
-        click.echo(f"{shown.image_id}\n  original   {shown.original}\n  generated  {shown.generated}")
+    for example in result.examples[:4]:
+        click.echo(f"{example.image_id}\n  original   {example.original}\n  generated  {example.generated}")
     click.echo(f"\n{_captioned_text(result, workers)}")
     click.echo(f"Look at  {result.sheet}")
     click.echo(f"Look at  {result.report}")
     for path in result.exports:
         click.echo(f"Read     {path}")
-    click.echo(f"Ask      rococap --db {shlex.quote(str(folder / 'rococap.db'))} status")
+    click.echo(f"Run      rococap --db {shlex.quote(str(folder / 'rococap.db'))} status")
 
 
 def _captioned_text(result: Any, workers: int) -> str:
-    """Not of captions that were there that they were made now."""
-    exact = f"{result.exact} of them word for word as the original."
+    """Reports the captions of this run apart from those that an earlier demo in the same folder made."""
+    exact = f"{result.exact} of them identical to the original."
     if result.before == result.captioned:
         return (
             f"{result.captioned} pictures were captioned by an earlier demo in this folder, {exact}\n"
-            "Nothing was captioned again; the files below were made anew from its queue."
+            "Nothing was captioned again; the files below were regenerated from its queue."
         )
     now = f"{result.captioned - result.before} pictures captioned by {workers} workers in {result.seconds:.0f} s, "
     if result.before:
@@ -207,12 +225,12 @@ def _captioned_text(result: Any, workers: int) -> str:
 
 
 def _steps() -> Callable[[str, int, int], None]:
-    """Without a terminal: each step once, as it begins."""
-    seen: set[str] = set()
+    """A progress callback that prints each step once, as it begins: for output that is not a terminal."""
+    printed: set[str] = set()
 
-    def step(what: str, done: int, total: int) -> None:
-        if what not in seen:
-            seen.add(what)
-            click.echo(f"{what} …")
+    def progress(step: str, done: int, total: int) -> None:
+        if step not in printed:
+            printed.add(step)
+            click.echo(f"{step} …")
 
-    return step
+    return progress

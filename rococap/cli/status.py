@@ -1,4 +1,4 @@
-"""Commands that only look: status, runs, failures, leases, workers."""
+"""Commands that inspect a queue: status, runs, failures, leases, workers. Only `runs --delete` changes one."""
 
 import time
 from collections import Counter
@@ -40,7 +40,7 @@ SHOWN_PROCESS = 16  # characters
 @json_option
 @db_option
 def status_command(watch: bool, as_json: bool) -> None:
-    """Where every run and split stands, and which workers live."""
+    """Show the progress of every run and split, and the live workers."""
     database = open_database()
     if as_json:
         echo_json(_status_json(database))
@@ -58,58 +58,62 @@ def _look(database: Database) -> tuple[list[queue.Counts], list[queue.WorkerSeen
 
 def _status_json(database: Database) -> dict[str, Any]:
     counts, workers = _look(database)
-    runs = [{**asdict(one), "total": one.total, "per_minute": round(one.per_minute, 2)} for one in counts]
-    return {"runs": runs, "workers": [asdict(one) for one in workers]}
+    runs = [{**asdict(tally), "total": tally.total, "per_minute": round(tally.per_minute, 2)} for tally in counts]
+    return {"runs": runs, "workers": [asdict(worker) for worker in workers]}
 
 
 def _status_text(database: Database) -> str:
     counts, workers = _look(database)
     if not counts:
         return "Nothing is registered here yet. Register pictures first: rococap enqueue --split train"
-    paused = sorted({one.run for one in counts if one.paused})
-    told = [
-        *filter(None, map(_exceptions_of, counts)),
-        *(f"{run} is paused. Go on with: {with_run('resume', run)}" for run in paused),
+    paused = sorted({tally.run for tally in counts if tally.paused})
+    notes = [
+        *filter(None, map(_rare_states, counts)),
+        *(f"{run} is paused. To resume: {with_run('resume', run)}" for run in paused),
     ]
-    return "\n".join([_counts_table(counts), *told, "", _living(workers)])
+    return "\n".join([_counts_table(counts), *notes, "", _workers_text(workers)])
 
 
 def _counts_table(counts: Sequence[queue.Counts]) -> str:
     rows = [
         [
-            *map(str, (one.run, one.split, one.pending, one.leased, one.done, one.total, round(one.per_minute, 1))),
-            duration(one.eta_sec) if one.unfinished else "-",
+            *map(str, (tally.run, tally.split, tally.pending, tally.leased, tally.done, tally.total)),
+            str(round(tally.per_minute, 1)),
+            duration(tally.eta_sec) if tally.unfinished else "-",
         ]
-        for one in counts
+        for tally in counts
     ]
     return within_80(["run", "split", "pending", "leased", "done", "total", "per min", "time left"], rows, 0)
 
 
-def _exceptions_of(counts: queue.Counts) -> str:
-    """On the states that the table leaves out, since they are rare and to be noticed; empty if there are none."""
+def _rare_states(counts: queue.Counts) -> str:
+    """A line for the states that the table leaves out, and one for flagged captions; empty if there are none."""
     n = {"failed": counts.failed, "waiting": counts.waiting, "cancelled": counts.cancelled}
-    told = ", ".join(f"{number} {state}" for state, number in n.items() if number)
-    why = f". Why: {with_run('failures', counts.run)}" if counts.failed else ""
+    states = ", ".join(f"{number} {state}" for state, number in n.items() if number)
+    reason = f". Why: {with_run('failures', counts.run)}" if counts.failed else ""
     flags = ", ".join(f"{number} {flag}" for flag, number in counts.flags.items())
-    lines = [f"{told}{why}"] * bool(told) + [f"flagged captions: {flags}"] * bool(flags)
+    lines = [f"{states}{reason}"] * bool(states) + [f"flagged captions: {flags}"] * bool(flags)
     return "\n".join(f"{counts.run} {counts.split}: {line}" for line in lines)
 
 
-def _living(workers: Sequence[queue.WorkerSeen]) -> str:
-    """The workers in 80 columns, with what they measured; those that are lost told it too long ago."""
+def _workers_text(workers: Sequence[queue.WorkerSeen]) -> str:
+    """The workers in 80 columns, with their telemetry, except that of lost ones, which is out of date."""
     if not workers:
         return "No worker is running. Start one: rococap worker"
     rows = [
-        [_process(one), one.device, one.state, one.done, *_measured(None if one.state == "lost" else one.telemetry)]
-        for one in workers
+        [
+            *(_process(worker), worker.device, worker.state, worker.done),
+            *_measured(None if worker.state == "lost" else worker.telemetry),
+        ]
+        for worker in workers
     ]
     table = as_table(["worker", "device", "state", "done", *_MEASURED], rows)
-    rates = [one.telemetry.pictures_per_sec for one in workers if one.state == "running" and one.telemetry]
+    rates = [worker.telemetry.pictures_per_sec for worker in workers if worker.state == "running" and worker.telemetry]
     return table + (f"\n{len(rates)} workers together: {sum(rates):.2f} pictures/s" if len(rates) > 1 else "")
 
 
 def _process(worker: queue.WorkerSeen) -> str:
-    """host:pid, of a long host its beginning."""
+    """host:pid, with a long host name cut."""
     pid = f":{worker.pid}"
     room = max(SHOWN_PROCESS - len(pid), 1)
     host = worker.host if len(worker.host) <= room else worker.host[: room - 1] + "…"
@@ -134,26 +138,26 @@ def _watch(text: Callable[[], str]) -> None:
 
 
 @cli.command("runs")
-@click.option("--delete", "doomed", metavar="NAME", help="Remove this run with its captions, after asking.")
+@click.option("--delete", "doomed", metavar="NAME", help="Delete this run with its captions, after asking.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @db_option
 def runs_command(doomed: str | None, yes: bool, as_json: bool) -> None:
-    """List the runs: model, recipe, and how far each is. Or remove one: --delete NAME."""
+    """List the runs with model, recipe and progress, or delete one."""
     if doomed is not None:
         if as_json:
-            raise click.UsageError("--delete prints no JSON: leave --json out.")
+            raise click.UsageError("--delete prints no JSON: leave out --json.")
         delete_run(open_database(), doomed, yes)
         return
     if yes:
-        raise click.UsageError("--yes is for --delete NAME.")
+        raise click.UsageError("--yes only goes with --delete NAME.")
     with db.transaction(open_database()) as conn:
         seen = queue.runs_seen(conn)
     if as_json:
-        echo_json([_run_json(one) for one in seen])
+        echo_json([_run_json(run) for run in seen])
     elif seen:
         header = ["run", "model", "recipe", "done", "failed", "state"]
-        click.echo(within_80(header, [_run_row(one) for one in seen], 2, 1, 0))
+        click.echo(within_80(header, [_run_row(run) for run in seen], 2, 1, 0))
     else:
         say("Nothing is registered here yet. Register pictures first: rococap enqueue --split train")
 
@@ -166,13 +170,13 @@ def _run_json(seen: queue.RunSeen) -> dict[str, Any]:
         "recipe_hash": seen.run.recipe.hash,
         "created_at": created_at.replace("+00:00", "Z"),
         "state": _state(seen),
-        "splits": [{**asdict(one), "total": one.total} for one in seen.counts],
+        "splits": [{**asdict(tally), "total": tally.total} for tally in seen.counts],
     }
 
 
 def _run_row(seen: queue.RunSeen) -> list[str]:
-    done, total = sum(one.done for one in seen.counts), sum(one.total for one in seen.counts)
-    failed = sum(one.failed for one in seen.counts)
+    done, total = sum(tally.done for tally in seen.counts), sum(tally.total for tally in seen.counts)
+    failed = sum(tally.failed for tally in seen.counts)
     model = Path(seen.run.recipe.model).name
     return [seen.run.name, model, _recipe_text(seen.run.recipe), f"{done}/{total}", str(failed), _state(seen)]
 
@@ -180,24 +184,24 @@ def _run_row(seen: queue.RunSeen) -> list[str]:
 def _state(seen: queue.RunSeen) -> str:
     if seen.run.paused:
         return "paused"
-    if any(one.leased for one in seen.counts):
+    if any(tally.leased for tally in seen.counts):
         return "running"
-    if any(one.unfinished for one in seen.counts):
+    if any(tally.unfinished for tally in seen.counts):
         return "waiting"
     return "finished" if seen.counts else "empty"
 
 
 def _recipe_text(recipe: Recipe) -> str:
-    """What of it is not the default, but for the model; the prompt first, by its name if it has one."""
+    """The settings other than the model that are not the default. The prompt comes first, by name if it is a preset."""
     from rococap import prompts as library
 
-    others = recipe.differences(Recipe(model=recipe.model))
-    told = []
-    if "prompt" in others:
-        del others["prompt"]
+    changed = recipe.differences(Recipe(model=recipe.model))
+    prompt = []
+    if "prompt" in changed:
+        del changed["prompt"]
         names = [preset.name for preset in library.presets().values() if preset.prompt == recipe.prompt]
-        told = names[:1] or [repr(recipe.prompt)]
-    return ", ".join([*told, *(f"{name} {mine}" for name, (mine, _) in others.items())]) or "default"
+        prompt = names[:1] or [repr(recipe.prompt)]
+    return ", ".join([*prompt, *(f"{name} {value}" for name, (value, _) in changed.items())]) or "default"
 
 
 # --- failures, leases, workers ----------------------------------------------------------------------------------
@@ -209,73 +213,75 @@ def _recipe_text(recipe: Recipe) -> str:
 @json_option
 @db_option
 def failures_command(run_name: str | None, splits: tuple[str, ...], as_json: bool) -> None:
-    """What failed and why, grouped by code."""
+    """List the failed pictures and the reasons, grouped by failure code."""
     with db.transaction(open_database()) as conn:
         failed = queue.list_failures(conn, run_name, splits)
     if as_json:
-        echo_json([asdict(one) for one in failed])
+        echo_json([asdict(failure) for failure in failed])
         return
     if not failed:
         click.echo("Nothing has failed.")
         return
-    for (run, code), n in Counter((one.run, one.code) for one in failed).most_common():
+    for (run, code), n in Counter((failure.run, failure.code) for failure in failed).most_common():
         click.echo(f"{run}: {n} {code}")
-        for one in [one for one in failed if (one.run, one.code) == (run, code)][:SHOWN_FAILURES]:
-            click.echo(f"  {one.split} {one.image_id}: {one.message}")
+        alike = [failure for failure in failed if (failure.run, failure.code) == (run, code)]
+        for failure in alike[:SHOWN_FAILURES]:
+            click.echo(f"  {failure.split} {failure.image_id}: {failure.message}")
         if n > SHOWN_FAILURES:
-            click.echo(f"  … and {n - SHOWN_FAILURES} more: --json lists all")
-    say("Try them again: rococap retry --code CODE, or --image-id ID, or --all")
+            click.echo(f"  … and {n - SHOWN_FAILURES} more: --json lists them all")
+    say("To retry them: rococap retry --code CODE, or --image-id ID, or --all")
 
 
 @cli.command("leases")
-@click.option("--last", type=click.IntRange(0, 10_000), default=0, metavar="N", help="Also the last N that ended.")
+@click.option("--last", type=click.IntRange(0, 10_000), default=0, metavar="N", help="Also list the last N that ended.")
 @json_option
 @db_option
 def leases_command(last: int, as_json: bool) -> None:
-    """Who holds which pictures, and for how long."""
+    """List the open leases with their workers, progress and age."""
     with db.transaction(open_database()) as conn:
-        found = queue.list_leases(conn, closed=last)
+        leases = queue.list_leases(conn, closed=last)
     if as_json:
-        echo_json([asdict(one) for one in found])
+        echo_json([asdict(lease) for lease in leases])
         return
-    if not found:
+    if not leases:
         click.echo("No lease is open.")
         return
     rows = [
         [
-            *(one.id, one.worker, f"{one.host}:{one.pid}", one.run, one.split, one.lane, one.state),
-            *(f"{one.done}/{one.jobs}", duration(one.age_sec), ago(one.beat_sec_ago)),
-            "-" if one.expires_in_sec is None else f"{one.expires_in_sec:.0f} s",
+            *(lease.id, lease.worker, f"{lease.host}:{lease.pid}", lease.run, lease.split, lease.lane, lease.state),
+            *(f"{lease.done}/{lease.jobs}", duration(lease.age_sec), ago(lease.beat_sec_ago)),
+            "-" if lease.expires_in_sec is None else f"{lease.expires_in_sec:.0f} s",
         ]
-        for one in found
+        for lease in leases
     ]
     header = ["lease", "worker", "process", "run", "split", "lane", "state", "done", "age", "beat", "left"]
     click.echo(as_table(header, rows))
 
 
 @cli.command("workers")
-@click.option("--all", "everyone", is_flag=True, help="Also those that stopped long ago.")
+@click.option("--all", "everyone", is_flag=True, help="Also list those that stopped long ago.")
 @json_option
 @db_option
 def workers_command(everyone: bool, as_json: bool) -> None:
-    """Worker processes: running, stopped or lost."""
+    """List the worker processes: running, stopped or lost."""
     with db.transaction(open_database()) as conn:
-        found = queue.list_workers(conn, everyone=everyone)
+        workers = queue.list_workers(conn, everyone=everyone)
     if as_json:
-        echo_json([asdict(one) for one in found])
+        echo_json([asdict(worker) for worker in workers])
         return
-    say(_workers_table(found) if found else "No worker is running. Start one: rococap worker")
+    say(_workers_table(workers) if workers else "No worker is running. Start one: rococap worker")
 
 
-def _workers_table(seen: Sequence[queue.WorkerSeen]) -> str:
-    """Everything; of those that stopped, what they told at the end."""
+def _workers_table(workers: Sequence[queue.WorkerSeen]) -> str:
+    """All telemetry, however wide; of workers that stopped, the last that they reported."""
     rows = [
         [
-            *(one.id, f"{one.host}:{one.pid}", one.device, one.state, one.done, ago(one.seen_sec_ago)),
-            *_measured(one.telemetry),
-            *_further_measured(one.telemetry),
+            *(worker.id, f"{worker.host}:{worker.pid}", worker.device, worker.state, worker.done),
+            ago(worker.seen_sec_ago),
+            *_measured(worker.telemetry),
+            *_further_measured(worker.telemetry),
         ]
-        for one in seen
+        for worker in workers
     ]
     return as_table(["worker", "process", "device", "state", "done", "seen", *_MEASURED, *_FURTHER_MEASURED], rows)
 
@@ -284,23 +290,24 @@ _MEASURED = ("pic/s", "tok/s", "fill %", "wait %", "mem GB")
 _FURTHER_MEASURED = ("busy %", "batch", "of GB", "gpu %")
 
 
-def _measured(told: queue.Telemetry | None) -> list[str]:
-    """The memory is the GPU's where there is one, else the process's."""
-    if told is None:
+def _measured(telemetry: queue.Telemetry | None) -> list[str]:
+    """The cells of `_MEASURED`. Memory is that of the GPU if there is one, and else of the process."""
+    if telemetry is None:
         return ["-"] * len(_MEASURED)
-    memory_mb = told.memory_mb if told.gpu_memory_mb is None else told.gpu_memory_mb
+    memory_mb = telemetry.memory_mb if telemetry.gpu_memory_mb is None else telemetry.gpu_memory_mb
     return [
-        f"{told.pictures_per_sec:.2f}",
-        f"{told.new_tokens_per_sec:.0f}",
-        percent(told.fill),
-        percent(told.waited_sec / told.captioning_sec if told.captioning_sec else None),
+        f"{telemetry.pictures_per_sec:.2f}",
+        f"{telemetry.new_tokens_per_sec:.0f}",
+        percent(telemetry.fill),
+        percent(telemetry.waited_sec / telemetry.captioning_sec if telemetry.captioning_sec else None),
         f"{memory_mb / 1000:.1f}",
     ]
 
 
-def _further_measured(told: queue.Telemetry | None) -> list[str]:
-    if told is None:
+def _further_measured(telemetry: queue.Telemetry | None) -> list[str]:
+    """The cells of `_FURTHER_MEASURED`."""
+    if telemetry is None:
         return ["-"] * len(_FURTHER_MEASURED)
-    total_mb = told.gpu_memory_total_mb
+    total_mb = telemetry.gpu_memory_total_mb
     total = "-" if total_mb is None else f"{total_mb / 1000:.1f}"
-    return [percent(told.busy), str(told.batch_size), total, percent(told.gpu_utilisation)]
+    return [percent(telemetry.busy), str(telemetry.batch_size), total, percent(telemetry.gpu_utilisation)]

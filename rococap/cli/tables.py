@@ -7,7 +7,7 @@ _NUMBER = re.compile(r"-?\d[\d.]*|-")
 
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns aligned with spaces: numbers to the right, words to the left."""
+    """Columns aligned with spaces: those of numbers to the right, those of words to the left."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     right = [all(_NUMBER.fullmatch(row[column]) for row in cells[1:]) for column in range(len(header))]
@@ -20,6 +20,7 @@ def as_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def duration(seconds: float | None) -> str:
+    """Like "2 h 05 min"; "?" if it is not known."""
     if seconds is None:
         return "?"
     minutes, sec = divmod(round(seconds), 60)
@@ -28,7 +29,10 @@ def duration(seconds: float | None) -> str:
 
 
 def within_80(header: Sequence[str], rows: Sequence[list[str]], *shorten: int) -> str:
-    """A table of 80 columns at most: those named by their place give way, one after the other."""
+    """A table at most 80 characters wide.
+
+    Where it would be wider, the columns whose indices are in `shorten` are cut, one after the other, until it fits.
+    """
     for column in shorten:
         excess = max(map(len, as_table(header, rows).splitlines())) - 80
         if excess > 0:
@@ -37,11 +41,13 @@ def within_80(header: Sequence[str], rows: Sequence[list[str]], *shorten: int) -
     return as_table(header, rows)
 
 
-def cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def cut(text: str, limit: int) -> str:
+    """The beginning of the text, at most `limit` characters with the ellipsis."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def percent(share: float | None) -> str:
+    """A share of 1 as a whole number of percent; "-" if it is not known."""
     return "-" if share is None else f"{100 * share:.0f}"
 
 
@@ -50,12 +56,13 @@ def ago(seconds: float) -> str:
 
 
 def aligned(facts: Sequence[Sequence[str]]) -> str:
+    """A line for each (name, value), with the values below one another."""
     return "\n".join(f"{name:<11}{value}" for name, value in facts)
 
 
-def shortened(text: str, most: int = 66) -> str:
-    """Its end, which tells folders apart."""
-    return text if len(text) <= most else "…" + text[1 - most :]
+def shortened(text: str, limit: int = 66) -> str:
+    """The end of the text, by which folders differ, at most `limit` characters with the ellipsis."""
+    return text if len(text) <= limit else "…" + text[1 - limit :]
 
 
 def in_hours(hours: float) -> str:
@@ -63,4 +70,5 @@ def in_hours(hours: float) -> str:
 
 
 def significant(number: float) -> float:
+    """Rounded for display: one decimal from 10 on, three significant digits below."""
     return round(number, 1) if number >= 10 else float(f"{number:.3g}")

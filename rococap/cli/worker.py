@@ -1,4 +1,4 @@
-"""`rococap worker`, and the options that name an engine."""
+"""`rococap worker`, and the options that choose an engine."""
 
 import logging
 import shlex
@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from rococap import queue
 from rococap.cli.options import (
     DAY_SEC,
-    MANY,
+    MAX_ROWS,
     F,
     Seconds,
     cli,
@@ -31,40 +31,44 @@ from rococap.errors import RococapError
 
 
 def engine_options(command: F) -> F:
-    """What Options says of an engine, but for the batch size."""
+    """Adds an option for each field of `engines.Options` but the batch size."""
     options = (
         click.option(
             "--engine",
             type=click.Choice(["transformers", "vllm", "openai"]),
             default="transformers",
             show_default=True,
-            help="What runs the model; openai: any server with that interface, at --base-url.",
+            help="What runs the model. openai: any server with OpenAI's interface, at --base-url.",
         ),
         click.option(
             "--base-url",
             metavar="URL",
-            help="With --engine openai, like http://localhost:8000/v1; key: OPENAI_API_KEY.",
+            help="With --engine openai: the server, such as http://localhost:8000/v1. Key: OPENAI_API_KEY.",
         ),
-        click.option("--served-model", metavar="NAME", help="What that server calls the model. [default: as the run]"),
+        click.option(
+            "--served-model",
+            metavar="NAME",
+            help="With --engine openai: the server's name for the model. [default: the run's]",
+        ),
         click.option(
             "--device",
             default="auto",
             show_default=True,
             metavar="auto|cpu|cuda:N",
-            help="auto: the first GPU, else the CPU.",
+            help="auto: the first GPU, or the CPU if there is none.",
         ),
         click.option(
             "--decode",
             type=click.Choice(["auto", "continuous", "static"]),
             default="auto",
             show_default=True,
-            help="A finished caption makes room for the next picture at once, or batch after batch. "
-            "[auto: as the model can]",
+            help="continuous: a finished caption makes room for the next picture at once. static: one batch after the "
+            "other. auto: continuous if the model supports it.",
         ),
         click.option(
             "--device-map",
             type=click.Choice(["auto"]),
-            help="auto: spread a model that does not fit on one GPU over all of them, by accelerate.",
+            help="auto: spread a model that does not fit on one GPU over all of them, with accelerate.",
         ),
     )
     for option in reversed(options):
@@ -76,7 +80,7 @@ def check_engine(options: dict[str, Any]) -> None:
     for name in ("base_url", "served_model"):
         if options[name] is not None and options["engine"] != "openai":
             flag = "--" + name.replace("_", "-")
-            raise click.UsageError(f"{flag} is the engine openai's: add --engine openai, or leave {flag} out.")
+            raise click.UsageError(f"{flag} is for the engine openai: add --engine openai, or leave out {flag}.")
 
 
 def parse_batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
@@ -106,7 +110,7 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     "--devices",
     callback=_devices,
     metavar="all|0,1,…|cpu:N",
-    help="One process per GPU, or N on the CPU that share its cores: started again when they die, stopped together.",
+    help="Start a process per GPU, or N that share the CPU cores. One that dies is restarted; all stop together.",
 )
 @click.option(
     "--batch-size",
@@ -114,22 +118,22 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     default="auto",
     show_default=True,
     metavar="auto|N",
-    help="Pictures at a time. auto: as many as there is memory for and speed to gain.",
+    help="Pictures at a time. auto: as many as fit in memory and still add speed.",
 )
-@click.option("--limit", type=click.IntRange(1, MANY), metavar="N", help="Stop after N pictures in all.")
-@click.option("--wait", is_flag=True, help="Keep polling for new work instead of ending when all is done.")
+@click.option("--limit", type=click.IntRange(1, MAX_ROWS), metavar="N", help="Stop after N pictures in all.")
+@click.option("--wait", is_flag=True, help="When everything is done, poll for new work instead of ending.")
 @click.option(
     "--self-check/--no-self-check",
     default=True,
     show_default=True,
-    help="Before the first claim: caption a handful of the run's pictures alone and together, and stop if that shows "
-    "an engine that does not look at them.",
+    help="Before the first claim, caption a few of the run's pictures alone and in a batch, and stop if the captions "
+    "show that the engine does not see the pictures.",
 )
 @click.option(
     "--accept-new-rules",
     is_flag=True,
-    help="Go on with a run that was begun when pictures were opened by other rules: its captions are then mixed, which "
-    "every manifest tells.",
+    help="Continue a run that began under older rules for opening pictures and ending captions. It then has captions "
+    "under both, which every manifest records.",
 )
 @click.option(
     "--lease-ttl",
@@ -137,7 +141,7 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     default=120.0,
     show_default=True,
     metavar="SECONDS",
-    help="A worker that was not heard of for so long loses its pictures to others.",
+    help="Time without a heartbeat after which other workers take over a worker's pictures.",
 )
 @click.option(
     "--drain-timeout",
@@ -145,7 +149,7 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     default=25.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long SIGTERM, SIGUSR1 and Ctrl-C let the running batch finish.",
+    help="Time that SIGTERM, SIGUSR1 and Ctrl-C leave the running batch to finish.",
 )
 @click.option(
     "--stall-timeout",
@@ -153,9 +157,9 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="A model that makes no step for so long hangs: the worker ends.",
+    help="Time without a decoding step after which the model counts as hung and the worker exits.",
 )
-@click.option("--member", metavar="JSON", hidden=True, help="The settings of a process that --devices started.")
+@click.option("--member", metavar="JSON", hidden=True, help="The settings of a process that --devices starts.")
 @db_option
 @click.pass_context
 def worker_command(
@@ -167,7 +171,10 @@ def worker_command(
     member: str | None,
     **options: Any,
 ) -> None:
-    """Claim pictures in batches, caption them, store them. Any number may run at once; --devices starts several."""
+    """Claim pictures in batches, caption them and store the captions.
+
+    Any number of workers may run at once; --devices starts several.
+    """
     from rococap.worker import process
     from rococap.worker.settings import Settings
 
@@ -176,7 +183,7 @@ def worker_command(
         return
     check_engine(options)
     if devices and ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
-        raise click.UsageError("--devices says it for every process: leave --device out.")
+        raise click.UsageError("--devices sets the device of every process: leave out --device.")
     settings = Settings.of(run=run_name, splits=splits, **options)
     if devices:
         _work_on(devices, settings)
@@ -216,7 +223,7 @@ def _echo_log_line(line: str) -> None:
 
 def _echo_outcome(outcome: Any, settings: Any) -> None:
     if not (outcome.seconds or outcome.drained):
-        say(f"{outcome.run}: nothing is left to do. See: rococap status")
+        say(f"{outcome.run}: nothing left to do. See: rococap status")
         return
     rate = outcome.done / outcome.seconds if outcome.seconds else 0.0
     click.echo(
@@ -226,35 +233,35 @@ def _echo_outcome(outcome: Any, settings: Any) -> None:
         say(f"Why they failed: {with_run('failures', outcome.run)}")
     if outcome.lost:
         click.echo(
-            f"{outcome.lost} captions came too late: their pictures had gone to another worker, or were cancelled."
+            f"{outcome.lost} captions came too late: their pictures had gone to another worker or had been cancelled."
         )
     if outcome.spooled:
         click.echo(
             f"{outcome.spooled} captions could not be stored and wait in {outcome.spool}: the next worker stores them."
         )
     if outcome.drained:
-        again = _worker_again(outcome.run, settings)
-        say(f"Stopped as asked; what was left was given back. Go on with: {again}")
+        command = _worker_again(outcome.run, settings)
+        say(f"Stopped on request; unfinished pictures were given back. To continue: {command}")
 
 
 def _worker_again(run: str, settings: Any) -> str:
-    """With the engine, which a run does not change."""
-    given = settings.options
-    options = {"--base-url": given.base_url, "--served-model": given.served_model}
-    engine = "" if given.engine == "transformers" else f" --engine {given.engine}"
-    told = "".join(f" {name} {shlex.quote(value)}" for name, value in options.items() if value)
-    return with_run("worker", run) + engine + told
+    """The command line that continues the run on the same engine, which the run does not record."""
+    options = settings.options
+    engine = "" if options.engine == "transformers" else f" --engine {options.engine}"
+    server = {"--base-url": options.base_url, "--served-model": options.served_model}
+    named = "".join(f" {name} {shlex.quote(value)}" for name, value in server.items() if value)
+    return with_run("worker", run) + engine + named
 
 
 @contextmanager
 def _worker_progress() -> Iterator[Callable[[Any, Sequence[queue.Counts]], None]]:
-    """One live line on a terminal, a log line every ten seconds elsewhere."""
+    """Yields `report(outcome, counts)`: a live line on a terminal, and a log line every ten seconds elsewhere."""
     console = stderr_console()
     last = time.monotonic()
 
     def line(outcome: Any, counts: Sequence[queue.Counts]) -> str:
-        left = sum(one.unfinished for one in counts)
-        per_minute = sum(one.per_minute for one in counts if one.unfinished)  # splits follow one another
+        left = sum(tally.unfinished for tally in counts)
+        per_minute = sum(tally.per_minute for tally in counts if tally.unfinished)  # only one split runs at a time
         eta = duration(60 * left / per_minute) if per_minute else "?"
         memory = _gpu_memory(outcome.device)
         return f"{outcome.done} done here, {left} left, {per_minute:.0f}/min, {eta} to go{memory}"

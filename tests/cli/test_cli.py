@@ -122,7 +122,7 @@ def test_pictures_alone_are_captioned_and_exported_with_an_empty_original(here):
     renamed(here / "set", "image")
     assert enqueue() == (
         "default train: 12 new, 0 known, 0 changed\n"
-        "  no originals: nothing is scored against them. If a column holds them, register it in another\n"
+        "  no original captions, so nothing can be scored. If a column holds them, register it in another\n"
         "  queue: --db URL --columns caption=NAME\n"
     )
     assert said("worker", "--device", "cpu", "--batch-size", "8").rstrip().endswith("0 failed")
@@ -183,8 +183,8 @@ def test_a_file_of_a_kind_that_is_not_written_here_is_refused_and_becomes_no_fol
     enqueue()
     there = sorted(here.iterdir())
     assert refused("export", "--split", "train", "--output", name, code=2).endswith(
-        f"{name} looks like a file, and those written here end in .csv, .parquet, .jsonl; if it is to be a folder, "
-        f"make it first: mkdir -p {name}"
+        f"{name} looks like a file, but export only writes files that end in .csv, .parquet, .jsonl; if it is "
+        f"meant to be a folder, make it first: mkdir -p {name}"
     )
     assert sorted(here.iterdir()) == there
     (here / name).mkdir(parents=True)
@@ -201,7 +201,7 @@ def test_a_folder_may_have_a_number_behind_a_dot(here, name):
 @pytest.mark.parametrize("format", ["hf", "webdataset", "kohya"])
 @pytest.mark.parametrize("name", ["x.tar", "x.csv", "x.Parquet"])
 def test_a_format_that_is_a_folder_is_not_written_to_the_name_of_a_file(here, format, name):
-    assert f"{name} looks like a file, and {format} is a folder: name one; if " in refused(
+    assert f"{name} looks like a file, but {format} is written to a folder: name one; if " in refused(
         "export", "--split", "train", "--format", format, "--output", name, code=2
     )
     assert not (here / name).exists()
@@ -212,8 +212,8 @@ def test_a_submission_ends_in_csv_in_any_case(here):
     enqueue()
     options = ("export", "--split", "train", "--format", "imageclef", "--allow-missing", "--output")
     assert said(*options, "S.CSV").startswith("S.CSV: 3 captions")
-    assert "x.jsonl is no imageclef file: name it .csv" in refused(*options, "x.jsonl", code=2)
-    assert "x.xlsx looks like a file, and" in refused(*options, "x.xlsx", code=2)
+    assert "x.jsonl does not end as imageclef files do: end it in .csv" in refused(*options, "x.jsonl", code=2)
+    assert "x.xlsx looks like a file, but" in refused(*options, "x.xlsx", code=2)
 
 
 def test_status_tells_where_it_stands(here):
@@ -272,7 +272,7 @@ def test_failures_are_listed_by_code_and_as_json(here):
     assert said("failures") == (
         "default: 1 truncated\n  train train_00000: It ends early.\n"
         "default: 1 empty\n  train train_00001: No bytes.\n"
-        "Try them again: rococap retry --code CODE, or --image-id ID, or --all\n"
+        "To retry them: rococap retry --code CODE, or --image-id ID, or --all\n"
     )
     assert json.loads(said("failures", "--json"))[1] == {
         "run": "default",
@@ -293,14 +293,14 @@ def test_many_failures_of_one_code_are_cut_short(here):
         lease = queue.claim(conn, worker, 1, "train", 15, ttl_ms=60_000)
         queue.fail(conn, lease, {job.id: Failure("moved", "Gone.") for job in lease.jobs})
     told = said("failures").splitlines()
-    assert (told[0], len(told), told[11]) == ("default: 15 moved", 13, "  … and 5 more: --json lists all")
+    assert (told[0], len(told), told[11]) == ("default: 15 moved", 13, "  … and 5 more: --json lists them all")
 
 
 def test_commands_to_paste_name_the_run(here):
     write_shard(here / "set", "train", range(5))
     enqueue("--run", "other")
     assert said("cancel", "--all") == "other: 5 cancelled. Undo: rococap retry --cancelled --run other\n"
-    assert said("worker") == "other: nothing is left to do. See: rococap status\n"
+    assert said("worker") == "other: nothing left to do. See: rococap status\n"
 
 
 ODD_NAMES = ["with space", "what?", "nr#1", "100%", "it's", 'q"q', "$HOME", "a&b", "semi;colon", "Łódź"]
@@ -346,9 +346,9 @@ def test_retry_and_cancel_say_how_many(here):
     assert said("cancel", "--image-id", "train_00003") == "default: 1 cancelled. Undo: rococap retry --cancelled\n"
     assert said("cancel", "--all") == "default: 4 cancelled. Undo: rococap retry --cancelled\n"
     assert said("retry", "--cancelled") == "default: 5 pending again. Caption them: rococap worker\n"
-    assert "Say what to try again" in refused("retry", code=2)
-    assert "--all is everything that failed" in refused("retry", "--all", "--cancelled", code=2)
-    assert "Say what to cancel" in refused("cancel", code=2)
+    assert "Choose what to retry: --code CODE" in refused("retry", code=2)
+    assert "--all already selects every failed picture" in refused("retry", "--all", "--cancelled", code=2)
+    assert "Choose what to cancel: --split SPLIT" in refused("cancel", code=2)
 
 
 def test_the_database_is_named_before_or_after_the_command_or_by_the_environment(here, monkeypatch):
@@ -371,7 +371,7 @@ def test_restore_reads_exports_back(here):
     enqueue("--max-new-tokens", "8")
     assert said(
         "restore", "results_medical/medical_captions_train.csv", "results_medical/checkpoint_train_000001.csv"
-    ) == ("default: 6 restored, 6 captioned already\n")
+    ) == ("default: 6 restored, 6 already captioned\n")
     said("export", "--split", "train")
     assert Path("results_medical/medical_captions_train.csv").read_bytes() == before
 
@@ -386,8 +386,8 @@ def test_a_file_of_pictures_that_the_run_does_not_have_is_no_success(here):
     result = invoke("restore", "results_medical/medical_captions_train.csv")
     assert result.exit_code == 1
     assert result.stdout == (
-        "default: 0 restored, 0 captioned already\n"
-        "  3 are of images that the run does not have: enqueue all of their split first\n"
+        "default: 0 restored, 0 already captioned\n"
+        "  3 are of pictures that the run does not have: enqueue all of their split first\n"
     )
     assert result.stderr == (
         "Error: Nothing was restored: run 'default' has none of these pictures. Enqueue their split, or name another "
@@ -395,7 +395,9 @@ def test_a_file_of_pictures_that_the_run_does_not_have_is_no_success(here):
     )
     enqueue("--max-new-tokens", "8")
     assert said("restore", "results_medical/medical_captions_train.csv").startswith("default: 3 restored")
-    assert said("restore", "results_medical/medical_captions_train.csv").startswith("default: 0 restored, 3 captioned")
+    assert said("restore", "results_medical/medical_captions_train.csv").startswith(
+        "default: 0 restored, 3 already captioned"
+    )
 
 
 @pytest.mark.parametrize(
@@ -405,7 +407,8 @@ def test_a_file_of_pictures_that_the_run_does_not_have_is_no_success(here):
 def test_pictures_that_a_run_does_not_have_are_no_success(here, command, known, told):
     fail_two(here)
     assert refused(command, "--image-id", "train_999", "--image-id", "nope") == (
-        "Run 'default' has no picture train_999, nope: nothing was changed. Check the IDs: they are the data set's own."
+        "Run 'default' has no picture train_999, nope: nothing was changed. Check the IDs: they are "
+        "those of the data set."
     )
     assert said(command, "--image-id", known, "--image-id", "nope").startswith(told)
 
@@ -413,7 +416,8 @@ def test_pictures_that_a_run_does_not_have_are_no_success(here, command, known, 
 def test_a_code_that_nothing_failed_with_is_no_success(here):
     fail_two(here)
     assert refused("retry", "--code", "truncatd") == (
-        "Nothing of run 'default' failed with the code truncatd: nothing was changed. See the codes: rococap failures"
+        "No picture of run 'default' failed with the code truncatd: nothing was changed. To see the codes: "
+        "rococap failures"
     )
     assert said("retry", "--code", "truncated", "--code", "truncatd").startswith("default: 1 pending again")
     assert said("retry", "--code", "truncated") == "default: 0 pending again\n"
@@ -488,7 +492,7 @@ def test_flagged_captions_go_to_a_new_run_with_the_old_recipe_but_for_what_is_sa
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--flag", "loop"], "--flag chooses among another run's captions: name it with --from RUN."),
+        (["--flag", "loop"], "--flag selects from another run's captions: name that run with --from RUN."),
         (["--from", "default"], "--from needs a name for the new run: --run NAME."),
         (["--from", "a", "--run", "b", "--limit", "5"], "--from takes another run's pictures: leave --limit out."),
         (
@@ -516,13 +520,13 @@ def test_pixel_bounds_that_no_model_could_follow_are_a_usage_error(here):
 
 
 def test_a_run_name_that_is_no_file_name_is_a_usage_error():
-    assert "'../x' is no file name" in refused("enqueue", "--split", "train", "--run", "../x", code=2)
+    assert "'../x' is not a file name" in refused("enqueue", "--split", "train", "--run", "../x", code=2)
 
 
 @pytest.mark.parametrize("name", ["a" * 101, "ł" * 51, "骨" * 34, "骨" * 100])
 def test_a_run_name_of_more_than_100_bytes_is_a_usage_error(here, name):
     message = refused("enqueue", "--split", "train", "--run", name, code=2)
-    assert f"is {len(name.encode())} bytes long in UTF-8, and 100 are the most: shorten it." in message
+    assert f"is {len(name.encode())} bytes long in UTF-8, and the limit is 100: shorten it." in message
 
 
 def test_the_longest_run_names_have_room_in_every_file_name(here):
@@ -613,10 +617,10 @@ def test_an_incomplete_split_is_refused_where_all_of_it_is_required(here):
 def test_several_splits_do_not_fit_into_one_file(here):
     write_shard(here / "set", "train", range(5))
     enqueue()
-    assert "x.csv is one file: name a folder for several splits" in refused(
+    assert "x.csv is a single file: name a folder for several splits" in refused(
         "export", "--split", "all", "--output", "x.csv", code=2
     )
-    assert "x.csv is no jsonl file" in refused(
+    assert "x.csv does not end as jsonl files do" in refused(
         "export", "--split", "train", "--output", "x.csv", "--format", "jsonl", code=2
     )
 
@@ -739,7 +743,7 @@ def test_ctrl_c_is_one_line_in_every_command(here, monkeypatch, command):
     monkeypatch.setattr(prompts, "presets", interrupt)
     result = invoke(*command)
     assert result.exit_code == 1
-    assert result.stderr == "Error: Stopped. Nothing is half-written: the same command goes on from here.\n"
+    assert result.stderr == "Error: Interrupted. Nothing is half-written: run the same command again to continue.\n"
 
 
 def test_every_command_is_tried_with_ctrl_c():
@@ -784,7 +788,7 @@ def test_ctrl_c_while_the_model_loads_ends_the_worker_with_every_picture_pending
     monkeypatch.setattr(hf, "TransformersEngine", Interrupted)
     write_shard(here / "set", "train", range(5))
     enqueue()
-    assert "Stopped as asked" in said("worker", "--device", "cpu")
+    assert "Stopped on request" in said("worker", "--device", "cpu")
     assert lines(said("status"))[1][2] == "5"
 
 

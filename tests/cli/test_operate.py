@@ -67,10 +67,10 @@ def statuses(database: Engine) -> dict[str, int]:
 
 
 def test_a_paused_run_says_so_until_it_is_resumed(database, run):
-    assert said("pause") == "default: paused. Go on with: rococap resume\n"
-    assert "default is paused. Go on with: rococap resume" in said("status")
+    assert said("pause") == "default: paused. To resume: rococap resume\n"
+    assert "default is paused. To resume: rococap resume" in said("status")
     assert json.loads(said("status", "--json"))["runs"][0]["paused"] is True
-    assert said("resume") == "default: workers may claim.\n"
+    assert said("resume") == "default: resumed. Workers may claim its pictures again.\n"
     assert "paused" not in said("status")
     assert refused("pause", "--run", "x") == "There is no run 'x'. Runs: default."
 
@@ -83,17 +83,17 @@ def test_cancel_withdraws_also_what_is_held(database, run):
 
 def test_reap_frees_leases_whose_time_has_run_out(database, run):
     claim(database, run, ttl_ms=60_000)
-    assert said("reap") == "No lease has run out.\n"
+    assert said("reap") == "No lease has expired.\n"
     claim(database, run, ttl_ms=0, name="two")
-    assert said("reap") == "Leases freed: 1. Their pictures are pending again.\n"
+    assert said("reap") == "Leases released: 1. Their pictures are pending again.\n"
     assert statuses(database) == {"leased": 4, "pending": 4}
 
 
 def test_reap_of_a_named_lease_does_not_wait_for_its_time(database, run):
     lease = claim(database, run)
-    assert said("reap", "--lease", str(lease.id)) == "Leases freed: 1. Their pictures are pending again.\n"
+    assert said("reap", "--lease", str(lease.id)) == "Leases released: 1. Their pictures are pending again.\n"
     assert refused("reap", "--lease", str(lease.id)) == (
-        f"No open leases: {lease.id}. Look at those there are: rococap leases"
+        f"Not an open lease: {lease.id}. To list the open ones: rococap leases"
     )
 
 
@@ -248,7 +248,7 @@ def test_vacuum_deletes_history_that_is_old_and_replaced_and_never_a_caption(dat
         assert db.execute(conn, "SELECT message FROM failures").scalars().all() == ["b"]
         assert db.execute(conn, "SELECT text FROM captions").scalars().all() == ["A caption."]
     claim(database, run, name="busy")
-    assert "Workers hold leases: the file was left as large as it is." in said("vacuum")
+    assert "Workers hold leases, so the file was not shrunk." in said("vacuum")
 
 
 def test_a_backup_is_the_database_as_it_is_while_a_worker_holds_leases(database, run, here):
@@ -296,18 +296,18 @@ def test_a_printed_command_names_the_queue_that_this_one_was_given(here, is_firs
         result = CliRunner().invoke(cli, given)
         return result.stdout + result.stderr
 
-    assert "Go on with: rococap --db 'sqlite:///my\\queue.db' resume\n" in told("pause")
-    assert "default is paused. Go on with: rococap --db 'sqlite:///my\\queue.db' resume\n" in told("status")
+    assert "To resume: rococap --db 'sqlite:///my\\queue.db' resume\n" in told("pause")
+    assert "default is paused. To resume: rococap --db 'sqlite:///my\\queue.db' resume\n" in told("status")
     assert told("runs", "--delete", "default", "--yes").endswith(
         " rococap --db 'sqlite:///my\\queue.db' cancel --run default --all\n"
     )
-    command = told("pause").rpartition("Go on with: ")[2]
+    command = told("pause").rpartition("To resume: ")[2]
     done = CliRunner().invoke(cli, shlex.split(command)[1:])
-    assert (done.exit_code, done.stdout) == (0, "default: workers may claim.\n")
+    assert (done.exit_code, done.stdout) == (0, "default: resumed. Workers may claim its pictures again.\n")
 
 
 def test_a_printed_command_repeats_no_password_and_no_environment(database, run):
-    assert "Go on with: rococap resume\n" in said("pause")
+    assert "To resume: rococap resume\n" in said("pause")
     for url in ("postgresql+psycopg://me:secret@host/x", "postgresql://host/x?password=secret"):
         assert urls.holds_password(url)
     for url in ("postgresql+psycopg://me@host/x", "sqlite:///a:b.db", "/work/password=/x.db", "postgresql:///x"):

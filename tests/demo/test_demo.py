@@ -59,13 +59,13 @@ def test_the_demo_captions_phantoms_and_says_what_they_are(tmp_path):
     exact = int((frame["original_caption"] == frame["generated_caption"]).sum())
     assert exact >= 19
     assert "20 pictures captioned by 2 workers in " in told
-    assert f"{exact} of them word for word" in told
+    assert f"{exact} of them identical to the original" in told
     with Image.open(tmp_path / "demo" / "captions.png") as sheet:
         assert min(sheet.size) > 500
     floor = shuffled(tmp_path / "demo")
     again = rococap("demo", "--images", "20", cwd=tmp_path)
     assert "20 pictures were captioned by an earlier demo in this folder, " in again
-    assert "Nothing was captioned again; the files below were made anew from its queue." in again
+    assert "Nothing was captioned again; the files below were regenerated from its queue." in again
     assert " captioned by 2 workers" not in again
     assert exports(tmp_path / "demo" / "results_medical").equals(frame)
     assert "Look at  demo/report.html" in again
@@ -174,7 +174,7 @@ def shuffled(folder: Path) -> dict[str, str]:
 
 
 def test_its_help_names_all_that_it_makes():
-    assert "an export, a report." in " ".join(CliRunner().invoke(cli, ["demo", "--help"]).output.split())
+    assert "and writes an export and a report." in " ".join(CliRunner().invoke(cli, ["demo", "--help"]).output.split())
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def test_a_run_says_that_its_adapter_may_be_of_a_model_by_another_name(dataset, 
 
 def test_the_base_of_no_adapter_is_a_usage_error(dataset):
     message = refusal(dataset, MODEL, "--adapter-base", "any", code=2)
-    assert message.endswith("--adapter-base says which models an adapter is put on: name one with --adapter.")
+    assert message.endswith("--adapter-base goes with an adapter: name one with --adapter.")
 
 
 def test_a_run_from_another_takes_its_adapter_on_a_base_of_any_name(dataset, tmp_path):

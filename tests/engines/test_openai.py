@@ -1061,7 +1061,7 @@ def test_the_servers_options_are_refused_with_another_engine(url, command, flag)
     done = CliRunner().invoke(cli, ["--db", url, command, flag, "x"])
     assert done.exit_code == 2
     words = " ".join(done.stderr.split())
-    assert f"{flag} is the engine openai's: add --engine openai, or leave {flag} out." in words
+    assert f"{flag} is for the engine openai: add --engine openai, or leave out {flag}." in words
 
 
 def test_the_engine_imports_no_torch():

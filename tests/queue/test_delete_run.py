@@ -107,13 +107,16 @@ def test_everything_of_a_run_goes_but_its_leases_and_a_tombstone_and_another_run
 def test_the_command_asks_first_and_frees_the_name(database, run, tmp_path):
     caption(database, run, texts("One.", "Two."))
     asked = rococap("runs", "--delete", "default", input="n\n")
-    assert (asked.exit_code, asked.stderr) == (1, "Error: Nothing was deleted. To delete without being asked: --yes\n")
+    assert (asked.exit_code, asked.stderr) == (
+        1,
+        "Error: Nothing was deleted. To delete without being asked, add --yes.\n",
+    )
     assert "Run default has 6 pictures, 2 of them captioned." in asked.stdout
     assert rococap("runs", "--delete", "default", input="").exit_code == 1
     assert select(database, "SELECT count(*) FROM jobs") == [(6,)]
     done = rococap("runs", "--delete", "default", input="y\n")
     assert done.exit_code == 0
-    assert done.stdout.endswith("default: deleted, 6 pictures and 2 captions. To give the space back: rococap vacuum\n")
+    assert done.stdout.endswith("default: deleted, 6 pictures and 2 captions. To reclaim the space: rococap vacuum\n")
     again = rococap("runs", "--delete", "default", "--yes")
     assert again.exit_code == 1
     assert "There is no run 'default'." in again.stderr

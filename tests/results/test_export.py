@@ -165,7 +165,7 @@ def test_texts_that_a_spreadsheet_would_run_get_an_apostrophe_in_the_csv_alone(d
     [segment] = write_checkpoints(database, run, "train", out, 20)
     assert list(read(segment)["generated_caption"]) == FORMULAS + HARMLESS
     told = " ".join(CliRunner().invoke(cli, ["export", "--help"]).stdout.split())
-    assert "Checkpoint segments, which are for restoring, stay as they are." in told
+    assert "Checkpoint segments are not changed." in told
 
 
 def test_a_csv_for_spreadsheets_begins_with_a_byte_order_mark_and_nothing_else_does(database, run, out):
@@ -697,7 +697,7 @@ def test_a_file_without_its_manifest_is_restored_with_a_warning(tmp_path, monkey
     path.with_suffix(".json").unlink()
     result = CliRunner().invoke(cli, ["--db", f"sqlite:///{tmp_path / 'other.db'}", "restore", str(path)])
     assert result.exit_code == 0, result.output
-    assert "its manifest (.json) is not beside it" in result.stderr
+    assert "the manifest (.json) is missing" in result.stderr
 
 
 def test_a_manifest_of_segments_is_none_of_the_export_beside_them(database, tmp_path):

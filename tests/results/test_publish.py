@@ -761,17 +761,17 @@ def test_the_command_writes_each_format_and_says_what_is_missing(database, url, 
     refused = invoke(url, "--format", "imageclef")
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert invoke(url, "--format", "imageclef", "--allow-missing").stdout == (
-        "results_medical/submission_train.csv: 4 captions, 2 of them empty, which score next to nothing. Submit it as "
-        "submission.csv, alone in a zip.\n"
+        "results_medical/submission_train.csv: 4 captions, 2 of them empty, which will score almost nothing. Submit it "
+        "as submission.csv, alone in a zip.\n"
     )
-    names_local = f"  It names {root}: look whether others may read that\n"
+    names_local = f"  The files name {root}: check that others may read that\n"
     assert invoke(url, "--format", "hf").stdout == (
         f"results_medical/medical_captions_hf train: 3 captions; 1 of the split are not done\n{names_local}"
     )
     for format in ("webdataset", "kohya"):
         assert invoke(url, "--format", format, "--output", f"{format} set").stdout == (
             f"{format} set train: 2 captions; 1 of the split are not done\n"
-            "  1 more were left out, since their pictures cannot be read:\n"
+            "  1 more were left out, because their pictures cannot be read:\n"
             "  train_00001: Not a picture, it begins with b'': replace it at its source, then retry.\n"
             f"{names_local}"
         )
@@ -786,7 +786,7 @@ def test_every_path_that_the_files_name_is_told(database, url, root, out):
     write_data_set(root, ["o"])
     run = enqueue(database, root, recipe=Recipe(model="/models/small", adapter="/adapters/mine"))
     caption(database, run, ["a"])
-    told = f"  It names {root} and /models/small and /adapters/mine: look whether others may read that\n"
+    told = f"  The files name {root} and /models/small and /adapters/mine: check that others may read that\n"
     assert invoke(url, "--format", "hf", "--output", str(out)).stdout.endswith(told)
 
 
@@ -795,14 +795,23 @@ def test_every_path_that_the_files_name_is_told(database, url, root, out):
     [
         (["--format", "hf", "--push", ""], "--push needs the name of a data set: OWNER/NAME."),
         (["--format", "hf", "--push", " "], "--push needs the name of a data set: OWNER/NAME."),
-        (["--format", "hf", "--excel-safe"], "--excel-safe is not for hf: it goes with csv."),
-        (["--output", "x.parquet", "--excel-safe"], "--excel-safe is not for parquet: it goes with csv."),
-        (["--format", "csv", "--push", "a/b"], "--push is not for csv: it goes with hf."),
-        (["--format", "hf", "--follow"], "--follow is not for hf: it goes with csv, parquet, jsonl."),
-        (["--format", "kohya", "--checkpoint-every", "5"], "--checkpoint-every is not for kohya: it goes with csv, "),
-        (["--format", "imageclef", "--require-complete"], "--require-complete is not for imageclef: it goes with csv,"),
-        (["--allow-missing"], "--allow-missing is not for csv: it goes with imageclef."),
-        (["--format", "imageclef", "--output", "x.jsonl"], "x.jsonl is no imageclef file: name it .csv, or leave out "),
+        (["--format", "hf", "--excel-safe"], "--excel-safe does not apply to hf, only to csv: leave it out."),
+        (
+            ["--output", "x.parquet", "--excel-safe"],
+            "--excel-safe does not apply to parquet, only to csv: leave it out.",
+        ),
+        (["--format", "csv", "--push", "a/b"], "--push does not apply to csv, only to hf: leave it out."),
+        (["--format", "hf", "--follow"], "--follow does not apply to hf, only to csv, parquet, jsonl: leave it out."),
+        (["--format", "kohya", "--checkpoint-every", "5"], "--checkpoint-every does not apply to kohya, only to csv, "),
+        (
+            ["--format", "imageclef", "--require-complete"],
+            "--require-complete does not apply to imageclef, only to csv,",
+        ),
+        (["--allow-missing"], "--allow-missing does not apply to csv, only to imageclef: leave it out."),
+        (
+            ["--format", "imageclef", "--output", "x.jsonl"],
+            "x.jsonl does not end as imageclef files do: end it in .csv, or leave out ",
+        ),
     ],
 )
 def test_options_that_a_format_does_not_have_are_refused(database, url, root, tmp_path, monkeypatch, args, message):

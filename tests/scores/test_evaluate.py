@@ -568,15 +568,15 @@ def test_tables_of_long_names_and_of_many_runs_fit_and_say_where_the_rest_is(url
     assert max(map(len, two.stdout.splitlines())) <= 80 + len(long)  # the line that names the runs
     assert "…" not in next(line for line in two.stdout.splitlines() if line.startswith("cider_d "))
     three = invoke(url, "--split", "train", "--run", "default", "--run", long, "--run", "other")
-    assert "Intervals and differences of more than two runs: --json, or rococap report" in three.stdout
+    assert "For intervals and differences of more than two runs: --json, or rococap report" in three.stdout
 
 
 def test_a_split_that_is_not_captioned_is_told_and_the_others_are_scored(url, here):
     result = invoke(url, "--split", "all", "--run", "default")
     assert result.exit_code == 0, result.output
     assert result.stderr.splitlines()[-2:] == [
-        "default captioned nothing of validation yet.",
-        "default captioned nothing of test yet.",
+        "default has captioned nothing of validation yet.",
+        "default has captioned nothing of test yet.",
     ]
     assert "validation" not in result.stdout
 
@@ -699,4 +699,4 @@ def test_evaluate_says_that_there_are_no_originals(database, root, url, tmp_path
     assert "concept_f1_ref: not computed: There are no originals: the data" in " ".join(result.output.split())
     assert "default has no originals for train" in result.stderr
     compared = CliRunner().invoke(cli, ["--db", url, "compare", "default"])
-    assert compared.output.splitlines()[-1].endswith("6 pictures, no originals")
+    assert compared.output.splitlines()[-1].endswith("6 pictures, no original captions")

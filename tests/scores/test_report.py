@@ -648,7 +648,7 @@ def test_the_command_says_where_the_report_is_and_what_it_lacks(database, run, h
     size = (here / "results_medical" / "report_train_a.html").stat().st_size / 1e6
     assert result.stdout == (
         f"results_medical/report_train_a.html: 4 captions, 3 pictures shown, {size:.1f} MB\n"
-        "  3 of the pictures could not be read: their cards say why\n"
+        "  3 of the pictures could not be read: their cards give the reason\n"
     )
     assert result.stderr == "Warning: a has not captioned 23 pictures of train: the scores leave them out.\n"
 

@@ -299,8 +299,8 @@ def test_batch_sizes_that_no_picture_fills_are_refused(here):
     ("options", "told"),
     [
         (("--pictures", "0"), "0 is not in the range"),
-        (("--batch-size", "four"), "'four' is no list of numbers. Write it like 1,4,16."),
-        (("--batch-size", "1,,4"), "'1,,4' is no list of numbers. Write it like 1,4,16."),
+        (("--batch-size", "four"), "'four' is not a list of numbers. Write it like 1,4,16."),
+        (("--batch-size", "1,,4"), "'1,,4' is not a list of numbers. Write it like 1,4,16."),
         (("--batch-size", "0,4"), "0 is not in the range"),
     ],
 )

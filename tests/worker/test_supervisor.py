@@ -144,7 +144,7 @@ def test_a_crew_is_imported_without_torch():
     [
         (["--devices", "cpu:0"], "Invalid value for '--devices': cpu:0 is out of range: "),
         (["--devices", "99"], "Invalid value for '--devices': There is no GPU 99 on this machine. "),
-        (["--devices", "cpu:2", "--device", "auto"], "--devices says it for every process: leave --device out."),
+        (["--devices", "cpu:2", "--device", "auto"], "--devices sets the device of every process: leave out --device."),
     ],
 )
 def test_bad_devices_are_usage_errors(options, message):
@@ -530,7 +530,7 @@ def test_the_command_captions_on_two_processes_and_stops_them_together(database,
     assert parent.returncode == 0, err
     assert out.startswith("default: 24 captioned in ")
     again = f"rococap worker --engine openai --base-url {server.url}"
-    assert out.splitlines()[-1] == f"Stopped as asked; what was left was given back. Go on with: {again}"
+    assert out.splitlines()[-1] == f"Stopped on request; unfinished pictures were given back. To continue: {again}"
     assert len(out.splitlines()) == 2
     assert [Settings.from_json(line[-1]).wait for line in lines] == [True, True]
     assert not any(url in " ".join(line) for line in lines)
