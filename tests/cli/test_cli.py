@@ -542,8 +542,8 @@ def test_the_longest_run_names_have_room_in_every_file_name(here):
 def test_a_folder_without_parquet_or_csv_is_refused(here):
     (here / "empty").mkdir()
     assert refused("enqueue", "--split", "train", "--dataset", "empty") == (
-        f"{here / 'empty'} holds no split 'train', neither train-00000-of-000NN.parquet nor train_captions.csv. "
-        "It holds no split: choose another folder."
+        f"{here / 'empty'} has no split 'train': there is neither train-00000-of-000NN.parquet nor train_captions.csv. "
+        "It has no split at all: choose another folder."
     )
     assert said("status").startswith("Nothing is registered")
 
