@@ -782,7 +782,7 @@ MUTANTS = (
     ),
     mutant(
         "adapter-beside-put-on",
-        "an adapter that lies beside the weights is put on silently",
+        "an adapter beside the weights is applied silently",
         "_load_model",
         "            adapter_kwargs=NO_ADAPTER,\n",
         "",

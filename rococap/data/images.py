@@ -461,7 +461,7 @@ def _turn(picture: Image.Image, orientation: object) -> Image.Image:
 
 
 def reduced(picture: Image.Image, max_pixels: int) -> Image.Image:
-    """Scales a picture down to at max_pixels `max_pixels`, keeping its aspect ratio as far as whole pixels allow."""
+    """Scales a picture down to at most `max_pixels` pixels, keeping its aspect ratio as far as whole pixels allow."""
     width, height = picture.size
     if width * height <= max_pixels:
         return picture

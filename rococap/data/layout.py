@@ -133,14 +133,14 @@ class Layout:
 
     def _choose(self, split: str, config: str) -> tuple[str, ...]:
         found = [file for file in self.files if (file.config, file.split) == (config, split)]
-        whole = [file for file in found if not file.is_partial]
-        if found and not whole:
+        complete = [file for file in found if not file.is_partial]
+        if found and not complete:
             raise DatasetError(
                 f"{self.where} has only a part of the split {split!r} ({found[0].path}): the hub converts only the "
                 "first gigabytes of a data set. Use the data set's own files, which are on its branch main."
             )
-        rank = min((file.rank for file in whole), default=0)
-        first = [file for file in whole if file.rank == rank]
+        rank = min((file.rank for file in complete), default=0)
+        first = [file for file in complete if file.rank == rank]
         sets = sorted({file.set for file in first})
         if len(sets) > 1:
             examples = [next(file.path for file in first if file.set == key) for key in sets]

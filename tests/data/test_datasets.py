@@ -1027,8 +1027,8 @@ def test_a_folder_is_read_as_its_names_and_its_readme_say(tmp_path):
     assert [shard.path for shard in find_shards(tmp_path, "validation")] == ["dev-00000-of-00001.parquet"]
     assert message(find_shards, tmp_path, "train") == (
         f"{tmp_path} has no split 'train': there is neither train-00000-of-000NN.parquet nor train_captions.csv. "
-        "It has: validation. Choose one of these. The name of sub/x.parquet gives no split: to use it as train, rename it to "
-        "sub/train/x.parquet."
+        "It has: validation. Choose one of these. The name of sub/x.parquet gives no split: to use it as train, "
+        "rename it to sub/train/x.parquet."
     )
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: sub/*\n---\n")
     assert [shard.path for shard in find_shards(tmp_path, "train")] == ["sub/x.parquet"]

@@ -382,6 +382,6 @@ def test_files_of_unknown_splits_are_named_with_what_to_rename_them_to(tmp_path)
     with Hub({NAME: repo("data/fold1-00000-of-00001.parquet")}) as hub:
         assert located(hub, tmp_path)["error"] == (
             f"The data set {NAME} at {hub.repos[NAME].commit} has no Parquet files for the split 'train': choose "
-            "another split or revision, or give a folder. The name of data/fold1-00000-of-00001.parquet tells no "
+            "another split or revision, or give a folder. The name of data/fold1-00000-of-00001.parquet gives no "
             "split: to use it as train, rename it to data/train-00000-of-00001.parquet."
         )
