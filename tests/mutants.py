@@ -744,7 +744,7 @@ MUTANTS = (
     mutant(
         "cut-is-whole",
         "a JPEG without some of its pixels passes for one without its end marker",
-        "_one_for_all",
+        "_if_all_equal",
         "all(picture is not None and picture == first for picture in pictures)",
         "all(picture is not None for picture in pictures)",
         "data/test_images.py::test_a_jpeg_that_lacks_one_byte_of_its_pixels_or_more_is_truncated",

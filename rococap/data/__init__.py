@@ -1,8 +1,11 @@
-"""Data sets: their rows, the places of their pictures, and pictures made upright RGB. Knows no database or model.
+"""Data sets: finds their rows, locates and reads their pictures, and decodes them to upright RGB.
 
-Two layouts are read. Parquet, as on the hub: `data/{split}-000NN-of-000MM.parquet` and what else `layout` knows, with a
-column of pictures and, if there, ids, captions and concepts. And folders of pictures, as on Zenodo and in ImageCLEF:
-`{split}/{ID}.jpg`, `{split}_captions.csv` and, if there, `{split}_concepts_manual.csv` or `{split}_concepts.csv`.
+Knows no database and no model. Two layouts are supported:
+
+- Parquet, as on the hub: `data/{split}-000NN-of-000MM.parquet` and the other names that `layout` recognises, with a
+  column of pictures and, optionally, columns of ids, captions and concepts;
+- folders of pictures, as on Zenodo and in ImageCLEF: `{split}/{ID}.jpg`, `{split}_captions.csv` and, optionally,
+  `{split}_concepts_manual.csv` or `{split}_concepts.csv`.
 """
 
 from rococap.data.hub import cached

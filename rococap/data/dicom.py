@@ -1,9 +1,10 @@
-"""Bytes of a DICOM file -> an upright 8-bit RGB picture. Needs the extra `dicom`.
+"""Decodes the bytes of a DICOM file to an upright 8-bit RGB picture. Needs the extra `dicom`.
 
-Only what describes pixels is read; no text of the header is kept, logged, or quoted in a message. What pixels mean
-follows PS3.3 of the standard: stored values go through the modality LUT or rescale slope (C.11.1), then through the
-file's first VOI LUT or window (C.11.2), else through a window of our own (`rococap.window`), from which pixel padding
-(C.7.5.1.1.2) is left out. MONOCHROME1 is inverted. Overlays are not drawn, and no presentation state is applied.
+Only attributes that describe pixels are read; no text in the header is kept, logged, or quoted in a message. Pixel
+values are interpreted according to PS3.3 of the standard: stored values pass through the modality LUT or rescale slope
+(C.11.1), then through the file's first VOI LUT or window (C.11.2) or, without one, through a window of our own
+(`rococap.data.window`), which ignores pixel padding (C.7.5.1.1.2). MONOCHROME1 is inverted. Overlays are not drawn, and
+no presentation state is applied. Knows no data set and no queue.
 """
 
 import importlib.util
@@ -51,26 +52,26 @@ _PLUGINS = {
     "1.2.840.10008.1.2.4.203": "pylibjpeg",
     "1.2.840.10008.1.2.5": "pydicom",
 }
-"""Of those that pydicom may find. GDCM, should it be installed, ends the process on damaged data, and the compiled one
-for RLE panics, which no `except Exception` catches.
+"""Which of pydicom's decoding plugins to use, by transfer syntax. If it is installed, GDCM kills the process on damaged
+data, and the compiled plugin for RLE panics, which no `except Exception` catches.
 """
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
-_MOST_INFLATED = 1 << 29
-"""Bytes: 67 million pixels of 64 bits."""
+_MAX_INFLATED = 1 << 29
+"""In bytes: enough for 67 million pixels of 64 bits."""
 
 EXTRA_IS_MISSING = (
-    "This is DICOM, which is opened with the extra `dicom`: pip install 'rococap[dicom]', or convert it to PNG at its "
-    "source, then retry."
+    "This is a DICOM file, and opening it needs the extra `dicom`: pip install 'rococap[dicom]', or convert it to PNG "
+    "at its source, then retry."
 )
 
-# Once, at import, since it holds for the whole process. What pydicom says of a header may quote it.
+# Set once, at import, because it applies to the whole process. pydicom's warnings may quote the header.
 warnings.filterwarnings("ignore", module=r"pydicom\b")
 
 
 def open_dicom(data: bytes, frame: int, check_size: Callable[[tuple[int, int]], None]) -> Image.Image:
-    """One frame, counted from 1. `check_size` is asked about (width, height) before a pixel is decoded.
+    """Returns one frame, counted from 1. Calls `check_size` with (width, height) before it decodes any pixel.
 
-    Raises PictureError: `unsupported`, `not_an_image`, `no_frame`, `truncated`, `corrupt`.
+    Raises PictureError: `unsupported`, `not_an_image`, `no_frame`, `too_large`, `truncated`, `corrupt`.
     """
     if importlib.util.find_spec("pydicom") is None:
         raise PictureError("unsupported", EXTRA_IS_MISSING)
@@ -80,7 +81,7 @@ def open_dicom(data: bytes, frame: int, check_size: Callable[[tuple[int, int]], 
         return _open(header, frame, check_size)
     except (PictureError, MemoryError):
         raise
-    # A damaged file leads pydicom to whatever exception, and its text may quote the header.
+    # A damaged file can make pydicom raise any exception, whose text may quote the header.
     except Exception:
         raise PictureError(
             "corrupt",
@@ -90,16 +91,16 @@ def open_dicom(data: bytes, frame: int, check_size: Callable[[tuple[int, int]], 
 
 
 def _check_deflated(data: bytes) -> None:
-    """pydicom inflates to whatever size it comes to."""
+    """Raises PictureError for a file that inflates to too many bytes: pydicom itself has no limit."""
     if data[128:132] == b"DICM" and _DEFLATED in data[:1024]:
         meta = int.from_bytes(data[140:144], "little")
         inflating = zlib.decompressobj(-zlib.MAX_WBITS)
-        with suppress(zlib.error):  # is told of when it is read
-            inflating.decompress(data[144 + meta :], _MOST_INFLATED)
+        with suppress(zlib.error):  # reported later, when the file is read
+            inflating.decompress(data[144 + meta :], _MAX_INFLATED)
         if inflating.unconsumed_tail:
             raise PictureError(
                 "too_large",
-                f"The file inflates to over {_MOST_INFLATED:,} bytes: replace it at its source, then retry.",
+                f"The file inflates to more than {_MAX_INFLATED:,} bytes: replace it at its source, then retry.",
             )
 
 
@@ -112,11 +113,12 @@ def _open(header: Any, frame: int, check_size: Callable[[tuple[int, int]], None]
     return Image.fromarray(_shades(header, _stored_values(header, frame))).convert("RGB")
 
 
-def no_frame(there: int, asked: int) -> PictureError:
+def no_frame(n_frames: int, frame: int) -> PictureError:
+    """Returns the error for a frame, counted from 1, after the last of `n_frames`."""
     return PictureError(
         "no_frame",
-        f"The file holds {there} frame{'s' if there > 1 else ''}, and frame {asked} was asked for: leave this picture "
-        "out, or enqueue a run with another --frame, then retry.",
+        f"The file has {n_frames} frame{'s' if n_frames > 1 else ''}, but frame {frame} was requested: leave this "
+        "picture out, or enqueue a run with another --frame, then retry.",
     )
 
 
@@ -129,7 +131,7 @@ def _header(data: bytes) -> Any:
     try:
         header = dcmread(BytesIO(data), specific_tags=_TAGS, force=True)
         if not any(name in header for name in _PIXELS):
-            raise PictureError("not_an_image", "This DICOM file holds no picture: leave it out, then retry.")
+            raise PictureError("not_an_image", "This DICOM file contains no picture: leave it out, then retry.")
         if "TransferSyntaxUID" not in header.file_meta:  # older writers left it out
             is_implicit, is_little = header.original_encoding
             explicit = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
@@ -144,17 +146,17 @@ def _header(data: bytes) -> Any:
 
 
 def _apply_functional_groups(header: Any, frame: int) -> None:
-    """Enhanced objects say rescaling and window for each frame, or once for all: PS3.3, C.7.6.16."""
+    """Copies rescaling and window into the header: enhanced objects keep them per frame or shared (PS3.3, C.7.6.16)."""
     shared = (header.get(_OF_FRAMES[0]) or [])[:1]
-    own = (header.get(_OF_FRAMES[1]) or [])[frame - 1 : frame]
-    for group in (*shared, *own):
+    per_frame = (header.get(_OF_FRAMES[1]) or [])[frame - 1 : frame]
+    for group in (*shared, *per_frame):
         for name in _OF_A_FRAME:
             for item in (group.get(name) or [])[:1]:
                 header.update(item)
 
 
 def _stored_values(header: Any, frame: int) -> NDArray[Any]:
-    """Of shape (rows, columns) or (rows, columns, 3), colours as RGB."""
+    """Returns the stored values in the shape (rows, columns), or (rows, columns, 3) with colours as RGB."""
     from pydicom.pixels.utils import pixel_array
 
     syntax = str(header.file_meta.TransferSyntaxUID)
@@ -168,8 +170,8 @@ def _stored_values(header: Any, frame: int) -> NDArray[Any]:
     except ValueError as error:
         if "less than expected" not in str(error):
             raise
-        told = f"The pixels of this DICOM file ({_coding(header)}) end too early"
-        raise PictureError("truncated", f"{told}: replace it at its source, then retry.") from None
+        problem = f"The pixels of this DICOM file ({_coding(header)}) end too early"
+        raise PictureError("truncated", f"{problem}: replace it at its source, then retry.") from None
     if not surplus:
         return values
     header.BitsStored = int(header.BitsStored) - surplus
@@ -177,14 +179,14 @@ def _stored_values(header: Any, frame: int) -> NDArray[Any]:
 
 
 def _surplus_bits(header: Any) -> int:
-    """Below the stored ones: older writers put 12 bits at the upper end of 16."""
+    """Counts the unused bits below the stored ones: older writers put 12 bits at the upper end of 16."""
     allocated, stored, highest = (int(header.get(name) or 0) for name in ("BitsAllocated", "BitsStored", "HighBit"))
     is_native = not header.file_meta.TransferSyntaxUID.is_encapsulated
     return highest + 1 - stored if is_native and stored <= highest < allocated else 0
 
 
 def _jpeg(header: Any, frame: int) -> NDArray[Any]:
-    """JPEG of 12 bits, and lossless JPEG: Pillow reads neither."""
+    """Decodes 12-bit JPEG and lossless JPEG, neither of which Pillow reads."""
     import imagecodecs
     from pydicom.encaps import get_frame
     from pydicom.pixels.processing import convert_color_space
@@ -206,14 +208,14 @@ def _n_frames(header: Any) -> int:
 
 
 def _coding(header: Any) -> str:
-    """The transfer syntax, in the standard's words."""
+    """The name that the standard gives to the transfer syntax."""
     from pydicom.uid import UID
 
     syntax = UID(str(header.file_meta.get("TransferSyntaxUID", "")))
-    return syntax.name if syntax.is_transfer_syntax else "of an unknown transfer syntax"
+    return syntax.name if syntax.is_transfer_syntax else "unknown transfer syntax"
 
 
-# ---- what the values mean
+# ---- from stored values to shades
 
 
 def _shades(header: Any, stored: NDArray[Any]) -> NDArray[np.uint8]:
@@ -235,19 +237,19 @@ def _grey(header: Any, stored: NDArray[Any]) -> NDArray[np.uint8]:
     from pydicom.pixels.processing import apply_modality_lut
 
     if _number_of(header, "RescaleSlope") == 0:
-        header.RescaleSlope = 1  # 0 would leave nothing of the picture
+        header.RescaleSlope = 1  # a slope of 0 would make all pixels equal
     values = apply_modality_lut(stored, header)
     shades = _through_voi(header, values)
     if shades is not None and shades.min() < shades.max():
         return shades
     bits = int(header.get("BitsStored") or 0)
     if stored.dtype == np.uint8 and 0 < bits <= 8 and stored.min() < stored.max():
-        return scaled(stored.astype(np.float64), 0.0, 2.0**bits - 1)  # without a window, 8 bits are seen as they are
+        return scaled(stored.astype(np.float64), 0.0, 2.0**bits - 1)  # without a window, 8 bits are shown unchanged
     return windowed(values, ~_is_padding(header, stored))
 
 
 def _through_voi(header: Any, values: NDArray[Any]) -> NDArray[np.uint8] | None:
-    """Through the first VOI LUT, else the first window; None if the file has neither, or none that can be used."""
+    """Applies the first VOI LUT, else the first window; None if the file has neither, or none that is usable."""
     from pydicom.pixels.processing import apply_windowing
 
     if (shades := _through_voi_table(header, values)) is not None:
@@ -255,35 +257,35 @@ def _through_voi(header: Any, values: NDArray[Any]) -> NDArray[np.uint8] | None:
     if _number_of(header, "WindowWidth") is None or _number_of(header, "WindowCenter") is None:
         return None
     try:
-        # Its own black and white are what it makes of values far outside.
+        # The window's black and white are its outputs for values far outside it.
         ends = apply_windowing(np.array([-1e12, 1e12]), header, index=0)
-        seen = apply_windowing(values.astype(np.float64), header, index=0)
-    except (ValueError, AttributeError, TypeError):  # a width of 0, say
+        levels = apply_windowing(values.astype(np.float64), header, index=0)
+    except (ValueError, AttributeError, TypeError):  # for example, a width of 0
         return None
-    return scaled(seen.astype(np.float64), float(ends[0]), float(ends[1]))
+    return scaled(levels.astype(np.float64), float(ends[0]), float(ends[1]))
 
 
 def _through_voi_table(header: Any, values: NDArray[Any]) -> NDArray[np.uint8] | None:
-    """None if the file has no VOI LUT, or less of it than its descriptor says.
+    """Applies the first VOI LUT; None if the file has none, or one with fewer entries than its descriptor states.
 
-    Its entries may be bytes, or words whatever their bits; the brightest of them is white.
+    Entries may be bytes or 16-bit words, whatever bit depth the descriptor gives; the brightest entry is white.
     """
     for item in (header.get("VOILUTSequence") or [])[:1]:
         n, first, _ = (int(number) for number in item.LUTDescriptor)
-        n = n or 1 << 16
+        n = n or 1 << 16  # 0 stands for 65,536 entries: PS3.3, C.11.2.1.1
         data = item.LUTData
         if isinstance(data, bytes):
             table = np.frombuffer(data, np.dtype(np.uint8 if len(data) < 2 * n else "<u2"))[:n]
         else:
             table = np.array(data)[:n]
         if len(table) == n and table.max() > table.min():
-            places = (values.astype(np.int64) - first).clip(0, n - 1)
-            return scaled(table[places].astype(np.float64), float(table.min()), float(table.max()))
+            indexes = (values.astype(np.int64) - first).clip(0, n - 1)
+            return scaled(table[indexes].astype(np.float64), float(table.min()), float(table.max()))
     return None
 
 
 def _number_of(header: Any, name: str) -> float | None:
-    """The first of its values, if it is a number."""
+    """The first value of an attribute; None if it is absent or not a number."""
     value = header.get(name)
     try:
         return float(value if isinstance(value, int | float | str) else value[0])

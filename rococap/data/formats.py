@@ -1,13 +1,13 @@
-"""What a file is by its first bytes: DICOM, and, for messages, formats that are not opened."""
+"""Recognises a file by its first bytes: DICOM and, for messages, formats that are not supported. Decodes nothing."""
 
 import re
 
-_JPEG = "a JPEG of 12 bits, lossless or damaged"
+_JPEG = "a 12-bit, lossless or damaged JPEG"
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"%PDF", "a PDF"),
     (b"%!PS", "PostScript"),
     (b"\xc5\xd0\xd3\xc6", "PostScript"),
-    (b"\x1f\x8b", "a gzip archive, maybe NIfTI"),
+    (b"\x1f\x8b", "a gzip archive, possibly NIfTI"),
     (b"PK\x03\x04", "a zip archive"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"),
     (b"Rar!", "a RAR archive"),
@@ -23,13 +23,13 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"SQLite format 3", "an SQLite database"),
     *((bytes([0x80, protocol]), "a Python pickle") for protocol in range(2, 6)),
     (b"\xff\xd8\xff", _JPEG),
-    (b"\xff\x4f\xff\x51", "a JPEG 2000 codestream that is damaged"),
+    (b"\xff\x4f\xff\x51", "a damaged JPEG 2000 codestream"),
     (b"\x76\x2f\x31\x01", "OpenEXR"),
     (b"#?RADIANCE", "Radiance HDR"),
     (b"AT&TFORM", "DjVu"),
     (b"{\\rtf", "RTF"),
     (b"ID3", "an MP3 file"),
-    (b"\xd0\xcf\x11\xe0", "an OLE file, maybe of Word or Excel"),
+    (b"\xd0\xcf\x11\xe0", "an OLE file, possibly from Word or Excel"),
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL ", "JPEG XL"),
     (b"II\xbc\x01", "JPEG XR"),
@@ -44,17 +44,17 @@ _BASE64 = re.compile(rb"(?:data:image/[\w.+-]+;base64,)?(?:iVBORw0KGgo|/9j/|R0lG
 _NEXT_STEPS = {
     "a Git LFS pointer": "fetch the picture itself (git lfs pull)",
     "base64 text": "decode it to bytes at its source",
-    "HTML": "download the picture again, this is a page about it",
+    "HTML": "download the picture itself instead of a web page",
 }
 PICTURES = frozenset(
     {"HEIC", "HEIF", "JPEG XL", "JPEG XR", "MetaImage", "NIfTI", "NRRD", "OpenEXR", "Radiance HDR", "SVG", "DjVu"}
 )
-"""Formats of pictures that are not opened."""
-CONVERT = "which is not opened: convert it to PNG at its source"
+"""Picture formats that are not supported."""
+CONVERT = "which is not supported: convert it to PNG at its source"
 
 
 def name_of(data: bytes) -> str | None:
-    """The format's name, with its article where it takes one; None for what is not known."""
+    """Returns the format's name, with its article if it takes one; None if the format is unknown."""
     if data[344:348] in (b"n+1\0", b"ni1\0") or data[4:8] in (b"n+2\0", b"ni2\0"):
         return "NIfTI"
     for signature, name in _SIGNATURES:
@@ -82,8 +82,8 @@ def _text_format(beginning: bytes) -> str | None:
 
 
 def is_dicom(data: bytes) -> bool:
-    """With its preamble, or as older writers left it out: then it begins with group 0002 or 0008, in either order of
-    bytes.
+    """Whether these bytes are a DICOM file. Older writers omitted the preamble: then the file begins with group 0002 or
+    0008, in either byte order.
     """
     if data[128:132] == b"DICM":
         return True
@@ -94,5 +94,5 @@ def is_dicom(data: bytes) -> bool:
 
 
 def next_step(name: str) -> str:
-    """What to do about a file of a format that holds no picture."""
-    return _NEXT_STEPS.get(name, "replace it by the picture at its source")
+    """What to do about a file in a format that holds no picture."""
+    return _NEXT_STEPS.get(name, "replace it with the picture at its source")

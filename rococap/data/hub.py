@@ -1,4 +1,4 @@
-"""Data sets of the hub, in its own cache."""
+"""Downloads data sets from the Hugging Face hub into the hub's own cache. Reads neither rows nor pictures."""
 
 import errno
 import os
@@ -17,7 +17,10 @@ ANY = "*.parquet"
 
 
 def download(name: str, config: str, splits: Sequence[str], revision: str | None) -> Dataset:
-    """The files of some splits, downloaded where they are not cached, and the README if it says which they are."""
+    """Downloads the Parquet files of some splits unless they are cached, and the README if it lists them.
+
+    Makes do with the cache if the hub cannot be reached. Raises DatasetError with the reason and the next step.
+    """
     try:
         info = _ask(name, revision)
         if isinstance(info, Exception):
@@ -26,24 +29,24 @@ def download(name: str, config: str, splits: Sequence[str], revision: str | None
             root, paths = _from_hub(name, config, splits, revision, info)
     except DatasetError:
         raise
-    # Its errors have no base in common: OSError, ValueError, those of its HTTP client, RuntimeError from Xet.
+    # The hub's errors share no base class: OSError, ValueError, those of its HTTP client, RuntimeError from Xet.
     except Exception as error:
         raise DatasetError(_why(error, name, revision)) from error
-    if lost := [path for path in paths if not (root / path).is_file()]:
-        raise DatasetError(f"{root} lacks {lost[0]}, although it was downloaded: run this again.")
+    if missing := [path for path in paths if not (root / path).is_file()]:
+        raise DatasetError(f"{root} lacks {missing[0]}, although it was downloaded: run this again.")
     return Dataset(full_name(name, config), root, root.name, config)
 
 
 def _ask(name: str, revision: str | None) -> Any:
-    """What the hub tells of a data set; its error, if the cache may do instead."""
-    # Imported here, since it costs 0.3 s and a folder needs none of it.
+    """Returns the hub's description of a data set, or the error if the cache may serve instead."""
+    # Imported here because the import takes 0.3 s, and a local folder does not need it.
     from huggingface_hub import HfApi, errors
 
     try:
         return HfApi().dataset_info(name, revision=revision)
     except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
-    # Those of its HTTP client differ by its version. Where the cache does not do either, the user is told this one.
+    # The HTTP client's errors depend on its version. If the cache cannot serve either, this error is the one reported.
     except Exception as error:
         return error
 
@@ -61,17 +64,17 @@ def _from_hub(name: str, config: str, splits: Sequence[str], revision: str | Non
 def _from_cache(
     name: str, config: str, splits: Sequence[str], revision: str | None, error: Exception
 ) -> tuple[Path, list[str]]:
-    """What a whole cache holds. Raises the error of one that is not."""
+    """Returns the snapshot folder and the paths of splits that are cached. Raises LocalEntryNotFoundError otherwise."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    root = Path(_fetch(name, revision, ["no file, but the folder"]))  # without a cache this tells why
+    root = Path(_fetch(name, revision, ["no file, but the folder"]))  # raises if nothing is cached
     where = f"The data set {name} at {root.name}"
     found = layout.local(root, where)
     try:
         paths = _paths(found, where, config, splits)
-    except DatasetError as lacking:
-        raise LocalEntryNotFoundError(str(lacking)) from error
-    # The files in a split's folder tell no total: the hub's own list of the commit, which is cached too, does.
+    except DatasetError as incomplete:
+        raise LocalEntryNotFoundError(str(incomplete)) from error
+    # Names in a split's folder state no total, but the hub's list of the commit's files, which is cached too, does.
     folders = {path.rpartition("/")[0] for path in paths}
     of_split = [f"{folder}/{ANY}" for folder in folders if layout.split_named(folder.rpartition("/")[2])]
     return Path(_fetch(name, revision, [*of_split, *paths])), paths
@@ -102,8 +105,9 @@ def _fetch(name: str, revision: str | None, paths: Sequence[str]) -> str:
 
 
 def cached(repo: str, path: str, revision: str, kind: str) -> str | None:
-    """The file in the hub's cache, without a word to the hub; a download that broke off is none. `kind` is "dataset"
-    or "model".
+    """Returns the path of a file in the hub's cache, or None unless it was downloaded completely. Makes no request.
+
+    `kind` is "dataset" or "model".
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -112,6 +116,7 @@ def cached(repo: str, path: str, revision: str, kind: str) -> str | None:
 
 
 def _why(error: Exception, name: str, revision: str | None) -> str:
+    """Explains in one line why a download failed, and what to do."""
     from huggingface_hub import constants, errors
 
     match error:
@@ -122,7 +127,7 @@ def _why(error: Exception, name: str, revision: str | None) -> str:
             )
         case errors.RepositoryNotFoundError() | errors.HFValidationError():
             return (
-                f"There is no data set {name} on the hub, nor a folder of that name here, or you have no access: "
+                f"There is no data set {name} on the hub that you have access to, nor a folder of that name here: "
                 "check the name, or log in with `hf auth login`."
             )
         case errors.RevisionNotFoundError():
@@ -132,28 +137,28 @@ def _why(error: Exception, name: str, revision: str | None) -> str:
             )
         case errors.LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
             return (
-                f"HF_HUB_OFFLINE is set, and the data set {name} is not whole in the cache {constants.HF_HUB_CACHE}: "
-                "unset it and run this again, or give a folder."
+                f"HF_HUB_OFFLINE is set, and the data set {name} is not complete in the cache "
+                f"{constants.HF_HUB_CACHE}: unset it and run this again, or give a folder."
             )
         case _ if _refused(error):
             return (
                 f"The hub refuses access to the data set {name} ({reason(error)}): "
-                "log in with `hf auth login`, with a token that may read it."
+                "log in with `hf auth login` and a token that may read it."
             )
         case errors.LocalEntryNotFoundError():
             return (
                 f"The hub at {constants.ENDPOINT} cannot be used ({reason(error)}), and the data set {name} is not "
-                f"whole in the cache {constants.HF_HUB_CACHE}: check the network, then run this again; "
-                "whole files are kept."
+                f"complete in the cache {constants.HF_HUB_CACHE}: check the network, then run this again; "
+                "complete files are kept."
             )
         case OSError(errno=int(number)):
             full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             return (
                 f"The data set {name} cannot be written to the cache {constants.HF_HUB_CACHE} "
                 f"({os.strerror(number)}): {'free some space' if full else 'check the folder'}, or set HF_HOME to "
-                "another disk, then run this again; whole files are kept."
+                "another disk, then run this again; complete files are kept."
             )
-    return f"The download of {name} broke off ({reason(error)}): run this again; whole files are kept."
+    return f"The download of {name} failed ({reason(error)}): run this again; complete files are kept."
 
 
 def _refused(error: Exception) -> bool:
@@ -166,6 +171,6 @@ def _refused(error: Exception) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """One line, from where the trouble began."""
-    origin = error.__cause__ or error
-    return next(iter(str(origin).strip().splitlines()), type(origin).__name__)
+    """The first line of the error's cause, or of the error itself if it has none."""
+    root_cause = error.__cause__ or error
+    return next(iter(str(root_cause).strip().splitlines()), type(root_cause).__name__)

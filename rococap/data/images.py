@@ -1,9 +1,9 @@
-"""Bytes of a picture file -> an upright 8-bit RGB picture ready for a model, or a PictureError.
+"""Decodes the bytes of a picture file to an upright 8-bit RGB picture ready for a model, or raises a PictureError.
 
-Every grey value and colour arrives as it can be seen: deep ones through a window (`rococap.window`), transparency on a
-background that hides nothing, MinIsWhite the right way round. Knows no data set, no queue and no model, holds no state,
-and may be called from any thread. Codes: `empty`, `not_an_image`, `unsupported`, `no_frame`, `zero_size`, `too_large`,
-`extreme_ratio`, `truncated`, `corrupt`.
+Every grey value and colour is kept visible: deep samples pass through a window (`rococap.data.window`), transparency is
+laid on a background that hides nothing, and MinIsWhite is inverted. Knows no data set, no queue and no model, holds no
+state, and may be called from any thread. Error codes: `empty`, `not_an_image`, `unsupported`, `no_frame`, `zero_size`,
+`too_large`, `extreme_ratio`, `truncated`, `corrupt`.
 """
 
 import logging
@@ -23,29 +23,31 @@ from rococap.data import dicom, formats, repair
 from rococap.data.window import colours, scaled, windowed
 from rococap.errors import PictureError
 
-# Checked on the header, before anything is decoded. Below Pillow's own limit, so that ours speaks first.
+# Checked against the header, before anything is decoded. Below Pillow's own limit, so that our message is shown.
 MAX_PIXELS = 8192 * 8192
 
-# Longest to shortest side. Qwen2-VL's resizing raises beyond it, and takes the whole batch with it.
+# Longest side to shortest side. Beyond it, Qwen2-VL's resizing raises an error that fails the whole batch.
 MAX_RATIO = 200
 
 _USUAL = ("PNG", "JPEG", "TIFF", "JPEG2000", "WEBP", "GIF", "BMP", "PPM")
-# The plugin for EPS starts Ghostscript on the bytes it is given; the others tell a format that Pillow cannot decode.
+# The EPS plugin runs Ghostscript on the bytes; the others only identify formats that Pillow cannot decode.
 _NOT_OPENED = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 
-# MPO is what Pillow calls a JPEG that holds several pictures.
-_ENDINGS = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2", "tiff": "tif"}
+# MPO is Pillow's name for a JPEG that holds several pictures.
+_SUFFIXES = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2", "tiff": "tif"}
 
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB = 0, 1, 2
 _ASSOCIATED, _UNASSOCIATED = 1, 2
 _ALPHAS = (_ASSOCIATED, _UNASSOCIATED)
-_MOST_SAMPLES = 8
+_MAX_SAMPLES = 8
 _COMPRESSIONS = (1, 5, 7, 8, 32773, 32946, 34925, 50000)
-"""None, LZW, JPEG, deflate by both numbers, PackBits, LZMA, zstandard: others bring sizes of their own."""
+"""Values of the tag: none, LZW, JPEG, deflate (two numbers), PackBits, LZMA, Zstandard. Other schemes state sizes of
+their own.
+"""
 
 _DEEP_PNG = (b"\x10\x02", b"\x10\x04", b"\x10\x06")
-"""Bits and colour type of what Pillow reads the upper half of: RGB, grey with alpha, RGBA."""
+"""Bit depth and colour type of PNGs whose samples Pillow cuts to 8 bits: RGB, grey with alpha, RGBA."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,14 +60,15 @@ TURNS = {
 }
 
 VANISHING = 8
-"""Levels from its background at which a pixel is as good as gone."""
+"""A pixel within this many levels of its background is practically invisible."""
 DARK, WHITE = 48, 250
+"""Levels up to which a single colour counts as dark, and from which hidden pixels count as white."""
 SPARSE = 0.4
-"""Of a page that holds strokes, at most that much is covered."""
+"""Strokes on a page cover less than this share of it."""
 
-# Once, at import: warnings.catch_warnings around each picture is not thread-safe. MAX_PIXELS refuses these.
+# Set once, at import: warnings.catch_warnings around each picture is not thread-safe. MAX_PIXELS covers these cases.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# What it has to say of a damaged file is in the exception.
+# The exception already says what tifffile logs about a damaged file.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
 
 Image.init()
@@ -73,7 +76,7 @@ FORMATS = (*_USUAL, *sorted(set(Image.ID) - _NOT_OPENED - set(_USUAL)))
 
 
 def open_picture(data: bytes, frame: int = 1) -> Image.Image:
-    """One frame, counted from 1, upright, RGB, without metadata."""
+    """Returns one frame, counted from 1: upright, RGB, without metadata. Raises PictureError."""
     if not data:
         raise PictureError("empty", "The picture has zero bytes: replace it at its source, then retry.")
     try:
@@ -86,24 +89,29 @@ def open_picture(data: bytes, frame: int = 1) -> Image.Image:
 
 
 def is_blank(picture: Image.Image) -> bool:
-    """Whether an RGB picture has one colour alone, so that there is nothing to see."""
+    """Whether an RGB picture consists of a single colour, so that there is nothing to see."""
     return all(_constant(band) for band in picture.split())
 
 
 def suffix_of(data: bytes) -> str:
-    """The usual ending of the file's name, by what its bytes are: `.png`, `.jpg` … Decodes nothing."""
+    """The usual file name suffix for the format of the bytes: `.png`, `.jpg` … Decodes no pixels.
+
+    Raises PictureError if the format is not supported.
+    """
     if formats.is_dicom(data):
         return ".dcm"
-    if data.startswith(_TIFF_STARTS):  # some of which Pillow does not know
+    if data.startswith(_TIFF_STARTS):  # Pillow does not recognise all of these
         return ".tif"
     with _identify(data) as picture:
         kind = str(picture.format).lower()
-    return "." + _ENDINGS.get(kind, kind)
+    return "." + _SUFFIXES.get(kind, kind)
 
 
 def as_file(data: bytes, frame: int = 1) -> tuple[str, bytes]:
-    """(ending, bytes) to publish a picture as: the file itself. Of DICOM, whose header says who the patient is, and of
-    a frame behind the first, it is a PNG of the pixels.
+    """Returns (suffix, bytes) for publishing a picture: the file itself, without stray bytes before it.
+
+    DICOM, whose header identifies the patient, and a frame after the first become a PNG of the pixels. Raises
+    PictureError if the picture cannot be opened.
     """
     if formats.is_dicom(data) or frame > 1:
         file = BytesIO()
@@ -112,14 +120,14 @@ def as_file(data: bytes, frame: int = 1) -> tuple[str, bytes]:
     try:
         return suffix_of(data), data
     except PictureError:
-        whole = None if formats.name_of(data) else repair.from_its_start(data)
-        if whole is None:
+        stripped = None if formats.name_of(data) else repair.without_stray_bytes(data)
+        if stripped is None:
             raise
-        return suffix_of(whole), whole
+        return suffix_of(stripped), stripped
 
 
 def _opened(data: bytes, frame: int) -> Image.Image:
-    if formats.is_dicom(data):  # also where its preamble makes a TIFF of it
+    if formats.is_dicom(data):  # comes first: its preamble may be that of a TIFF
         return _checked(dicom.open_dicom(data, frame, _check_size))
     if data.startswith(_TIFF_STARTS) and (picture := _open_tiff(data, frame, only_deep=True)) is not None:
         return _without_metadata(picture)
@@ -137,7 +145,7 @@ def _opened(data: bytes, frame: int) -> Image.Image:
 
 
 def _without_metadata(picture: Image.Image) -> Image.Image:
-    # What is left here would turn the picture a second time in anyone's exif_transpose.
+    # An orientation left here would make a caller's exif_transpose turn the picture a second time.
     picture.info.clear()
     return picture
 
@@ -148,7 +156,7 @@ def _checked(picture: Image.Image) -> Image.Image:
 
 
 def _opened_repaired(data: bytes, frame: int, code: str) -> Image.Image | None:
-    """What a viewer would show all the same; None if nothing less than pixels is missing."""
+    """The picture as viewers show it in spite of the damage; None if pixels are missing or no repair applies."""
     if code == "unsupported" and data.startswith(_TIFF_STARTS):
         return _open_tiff(data, frame)
     if code not in ("not_an_image", "truncated", "corrupt"):
@@ -157,19 +165,19 @@ def _opened_repaired(data: bytes, frame: int, code: str) -> Image.Image | None:
         plain = repair.without_ancillary(data)
         return None if plain == data else _opened(plain, frame)
     if code == "not_an_image":
-        whole = None if formats.name_of(data) else repair.from_its_start(data)
-        return None if whole is None else open_picture(whole, frame)
-    return _one_for_all([_tried(ended, frame) for ended in repair.ended(data)])
+        stripped = None if formats.name_of(data) else repair.without_stray_bytes(data)
+        return None if stripped is None else open_picture(stripped, frame)
+    return _if_all_equal([_opened_or_none(ended, frame) for ended in repair.with_end_marker(data)])
 
 
-def _tried(data: bytes, frame: int) -> Image.Image | None:
+def _opened_or_none(data: bytes, frame: int) -> Image.Image | None:
     try:
         return _opened(data, frame)
     except PictureError:
         return None
 
 
-def _one_for_all(pictures: list[Image.Image | None]) -> Image.Image | None:
+def _if_all_equal(pictures: list[Image.Image | None]) -> Image.Image | None:
     first = next(iter(pictures), None)
     return first if all(picture is not None and picture == first for picture in pictures) else None
 
@@ -189,26 +197,27 @@ def _not_opened(data: bytes) -> PictureError:
         return PictureError("unsupported", f"This is {_describe_tiff(data)}, {formats.CONVERT}, then retry.")
     name = formats.name_of(data)
     if name is None:
-        told = f"Not a picture, it begins with {data[:12]!r}: replace it at its source, then retry."
-        return PictureError("not_an_image", told)
+        message = f"This is not a picture (it begins with {data[:12]!r}): replace it at its source, then retry."
+        return PictureError("not_an_image", message)
     if name in formats.PICTURES:
         return PictureError("unsupported", f"This is {name}, {formats.CONVERT}, then retry.")
-    return PictureError("not_an_image", f"Not a picture but {name}: {formats.next_step(name)}, then retry.")
+    return PictureError("not_an_image", f"This is not a picture but {name}: {formats.next_step(name)}, then retry.")
 
 
 @contextmanager
 def _blaming_the_file() -> Iterator[None]:
+    """Turns whatever a decoder raises into a PictureError: only the file can be at fault."""
     try:
         yield
     except (MemoryError, UnidentifiedImageError, PictureError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large("The picture is") from error
-    # Pillow raises whatever broken bytes lead it to: OSError, SyntaxError, ValueError, struct.error, ...
+    # Broken bytes can make Pillow raise almost anything: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
-        cut = isinstance(error, EOFError | struct.error) or "truncated" in str(error).lower()
+        is_truncated = isinstance(error, EOFError | struct.error) or "truncated" in str(error).lower()
         raise PictureError(
-            "truncated" if cut else "corrupt",
+            "truncated" if is_truncated else "corrupt",
             f"The picture cannot be decoded ({error}): replace it at its source, then retry.",
         ) from error
 
@@ -222,7 +231,8 @@ def _check_size(size: tuple[int, int]) -> None:
     if max(size) > MAX_RATIO * min(size):
         raise PictureError(
             "extreme_ratio",
-            f"{width}x{height} pixels are over the limit of {MAX_RATIO}:1: crop or pad it, then retry.",
+            f"The aspect ratio of {width}x{height} pixels is over the limit of {MAX_RATIO}:1: crop or pad the picture, "
+            "then retry.",
         )
 
 
@@ -242,7 +252,7 @@ def _seek(picture: Image.Image, frame: int) -> None:
         return
     with _blaming_the_file():
         try:
-            picture.seek(frame - 1)  # first: to count the frames, some formats read all of them
+            picture.seek(frame - 1)  # before counting the frames, for which some formats read all of them
         except EOFError:
             raise dicom.no_frame(getattr(picture, "n_frames", 1), frame) from None
 
@@ -256,7 +266,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def _png_samples(data: bytes, picture: Image.Image) -> NDArray[Any]:
-    """With alpha where the file names a transparent colour."""
+    """The samples at full depth, with an alpha channel if the file names a transparent colour."""
     import imagecodecs
 
     samples = np.asarray(imagecodecs.png_decode(data))
@@ -268,23 +278,26 @@ def _png_samples(data: bytes, picture: Image.Image) -> NDArray[Any]:
 
 
 def _from_samples(samples: NDArray[Any], *, min_is_white: bool = False) -> Image.Image:
-    """Deep samples of shape (height, width), or with 2 to 4 channels, of which an even number ends in alpha."""
+    """Makes a picture of deep samples, of shape (height, width) or (height, width, channels).
+
+    There may be up to 4 channels; if their number is even, the last one is alpha.
+    """
     height, width = samples.shape[:2]
     samples = samples.reshape(height, width, -1)
     n_colours = 3 if samples.shape[2] >= 3 else 1
-    seen, alpha = samples[..., :n_colours], samples[..., n_colours:]
-    is_seen = (alpha != 0).all(-1) if alpha.any() else np.ones((height, width), dtype=bool)
+    colour, alpha = samples[..., :n_colours], samples[..., n_colours:]
+    is_visible = (alpha != 0).all(-1) if alpha.any() else np.ones((height, width), dtype=bool)
     if n_colours == 3:
-        shades = seen if seen.dtype == np.uint8 else colours(seen, is_seen)
+        shades = colour if colour.dtype == np.uint8 else colours(colour, is_visible)
     else:
-        shades = np.repeat(_grey(seen[..., 0], is_seen, min_is_white)[..., None], 3, axis=2)
+        shades = np.repeat(_grey(colour[..., 0], is_visible, min_is_white)[..., None], 3, axis=2)
     if not alpha.size:
         return Image.fromarray(shades)
     return _flatten(Image.fromarray(np.dstack([shades, _alpha_of_8_bits(alpha[..., 0])])))
 
 
-def _grey(values: NDArray[Any], is_seen: NDArray[np.bool_], min_is_white: bool) -> NDArray[np.uint8]:
-    shades = values if values.dtype == np.uint8 else windowed(values, is_seen)
+def _grey(values: NDArray[Any], is_visible: NDArray[np.bool_], min_is_white: bool) -> NDArray[np.uint8]:
+    shades = values if values.dtype == np.uint8 else windowed(values, is_visible)
     if min_is_white:
         shades = np.where(np.isfinite(values), 255 - shades, np.uint8(0))
     return shades
@@ -300,10 +313,10 @@ def _alpha_of_8_bits(alpha: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _flatten(picture: Image.Image) -> Image.Image:
-    """An RGBA picture without its alpha, on black, and never so that what it shows is gone.
+    """Lays an RGBA picture on black, or on white where black would hide what it shows.
 
-    Alpha counts relative to its highest value: where it is 0, or another constant, everywhere, it says nothing and the
-    colours are the picture. Where only the alpha differs, that is the picture.
+    Alpha counts relative to its highest value. If it is constant, also if it is 0 everywhere, it carries no information
+    and the colours are the picture. If only alpha varies, alpha is the picture.
     """
     *bands, alpha = picture.split()
     if _constant(alpha):
@@ -318,16 +331,17 @@ def _flatten(picture: Image.Image) -> Image.Image:
 
 
 def _needs_white(picture: Image.Image) -> bool:
-    """Whether black would swallow what is seen of an RGBA picture: nearly all of it, or, where the colour under the
-    transparent pixels is white or little is seen at all, as of strokes on a page, a good part. And white would swallow
-    less.
+    """Whether black would hide more of an RGBA picture than white, and too much of it.
+
+    Too much is nearly all of what is visible; or a quarter of it if the picture looks like strokes on a page, because
+    the transparent pixels are white underneath or little is visible at all.
     """
     luma, alpha = np.asarray(picture.convert("RGB").convert("L")), np.asarray(picture)[..., 3].astype(np.float64)
-    seen, hidden = luma[alpha > 0], luma[alpha == 0]
-    vanishing = VANISHING if np.ptp(seen) > VANISHING else DARK  # of one dark colour, nothing stands out of black
+    visible, hidden = luma[alpha > 0], luma[alpha == 0]
+    vanishing = VANISHING if np.ptp(visible) > VANISHING else DARK  # a single dark colour does not stand out on black
     on_black = float(alpha[luma <= vanishing].sum() / alpha.sum())
     on_white = float(alpha[luma >= 255 - VANISHING].sum() / alpha.sum())
-    is_page = hidden.size > 0 and (float(np.median(hidden)) >= WHITE or seen.size < SPARSE * luma.size)
+    is_page = hidden.size > 0 and (float(np.median(hidden)) >= WHITE or visible.size < SPARSE * luma.size)
     return on_black > on_white and on_black >= (0.25 if is_page else 0.95)
 
 
@@ -339,16 +353,16 @@ def _constant(band: Image.Image) -> bool:
 
 
 def _open_tiff(data: bytes, frame: int, *, only_deep: bool = False) -> Image.Image | None:
-    """A grey or RGB TIFF of any depth; with `only_deep`, one whose samples Pillow would cut, wrap, invert or refuse.
+    """Opens a grey or RGB TIFF of any depth, following TIFF 6.0; None for other kinds.
 
-    None for others. Follows TIFF 6.0.
+    With `only_deep`, opens only those whose samples Pillow would truncate, wrap, invert or refuse.
     """
     import tifffile
 
     try:
         with _blaming_the_file(), tifffile.TiffFile(BytesIO(data)) as file:
-            if frame > 1 and frame > (there := len(file.pages)):
-                raise dicom.no_frame(there, frame)
+            if frame > 1 and frame > (n_pages := len(file.pages)):
+                raise dicom.no_frame(n_pages, frame)
             page: Any = file.pages[frame - 1]
             if (only_deep and not _is_deep(page)) or not _is_grey_or_rgb(page):
                 return None
@@ -358,12 +372,12 @@ def _open_tiff(data: bytes, frame: int, *, only_deep: bool = False) -> Image.Ima
             return _turn(_of_tiff(page, samples), _tag(page, "Orientation"))
     except PictureError as error:
         if error.code == "corrupt":
-            return None  # Pillow may know better, or says what is wrong
+            return None  # Pillow may be able to open it, or to say what is wrong
         raise
 
 
 def _is_deep(page: Any) -> bool:
-    """All but unsigned integers of up to 8 bits."""
+    """Whether the samples are anything but unsigned integers of up to 8 bits."""
     bits, kind = page.bitspersample, page.sampleformat
     return bool((bits if isinstance(bits, int) else max(bits)) > 8 or kind not in (1, None))
 
@@ -374,16 +388,16 @@ def _is_grey_or_rgb(page: Any) -> bool:
         page.photometric in (_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB)
         and page.dtype is not None
         and page.dtype.kind in "iuf"
-        and (8 <= bits <= 16 or bits in (32, 64))  # tifffile reads noise from integers of 24
+        and (8 <= bits <= 16 or bits in (32, 64))  # tifffile reads noise from 24-bit integers
         and page.imagedepth == 1
-        and page.samplesperpixel <= _MOST_SAMPLES
+        and page.samplesperpixel <= _MAX_SAMPLES
         and page.compression in _COMPRESSIONS
     )
 
 
 def _check_segments(page: Any, size: int) -> None:
-    """Pixels that are not in the file would be read as zeros."""
-    if math.prod(page.chunks) > MAX_PIXELS * _MOST_SAMPLES:
+    """Raises PictureError for tiles that are too large, and for missing data, which would be read as zeros."""
+    if math.prod(page.chunks) > MAX_PIXELS * _MAX_SAMPLES:
         raise _too_large("A tile of the picture is")
     ends = [start + length for start, length in zip(page.dataoffsets, page.databytecounts, strict=False)]
     if not ends or max(ends) > size or 0 in page.databytecounts:
@@ -392,19 +406,19 @@ def _check_segments(page: Any, size: int) -> None:
 
 def _of_tiff(page: Any, samples: NDArray[Any]) -> Image.Image:
     n_colours = 3 if page.photometric == _RGB else 1
-    extra = [int(one) for one in page.extrasamples]
+    extra = [int(kind) for kind in page.extrasamples]
     has_alpha = bool(extra and extra[0] in _ALPHAS) or (n_colours == 3 and not extra and page.samplesperpixel == 4)
     if page.planarconfig == 2 and samples.ndim == 3:
         samples = np.moveaxis(samples, 0, -1)
     samples = samples.reshape(page.imagelength, page.imagewidth, -1)[..., : n_colours + has_alpha]
     if has_alpha and extra[:1] == [_ASSOCIATED]:
-        samples = _not_premultiplied(samples)
-    # The tag has no default: without it, the lowest value is black in practice.
+        samples = _unpremultiplied(samples)
+    # The tag has no default; in practice, files without it use the lowest value for black.
     return _from_samples(samples, min_is_white=_tag(page, "PhotometricInterpretation") == _MIN_IS_WHITE)
 
 
-def _not_premultiplied(samples: NDArray[Any]) -> NDArray[Any]:
-    """Colours as they were before they were multiplied by their alpha."""
+def _unpremultiplied(samples: NDArray[Any]) -> NDArray[Any]:
+    """Restores the colours that associated alpha has multiplied."""
     if samples.dtype.kind not in "uf":
         return samples
     opaque = 1.0 if samples.dtype.kind == "f" else float(np.iinfo(samples.dtype).max)
@@ -437,7 +451,7 @@ def _orientation(picture: Image.Image) -> object:
     try:
         return picture.getexif().get(ExifTags.Base.Orientation)
     except Exception:
-        # Broken metadata says nothing about the pixels, and those are whole.
+        # Broken metadata says nothing about the pixels, which are intact.
         return None
 
 
@@ -446,12 +460,12 @@ def _turn(picture: Image.Image, orientation: object) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def reduced(picture: Image.Image, most: int) -> Image.Image:
-    """The picture in at most so many pixels, in its own shape as far as whole pixels allow."""
+def reduced(picture: Image.Image, max_pixels: int) -> Image.Image:
+    """Scales a picture down to at most `max_pixels` pixels, keeping its aspect ratio as far as whole pixels allow."""
     width, height = picture.size
-    if width * height <= most:
+    if width * height <= max_pixels:
         return picture
-    ratio = math.sqrt(most / (width * height))
+    ratio = math.sqrt(max_pixels / (width * height))
     width, height = (max(1, math.floor(side * ratio)) for side in picture.size)
-    width = max(1, min(width, most // height))  # a side that would be less than a pixel is one
-    return picture.resize((width, min(height, most // width)), Image.Resampling.LANCZOS)
+    width = max(1, min(width, max_pixels // height))  # neither side may be less than one pixel
+    return picture.resize((width, min(height, max_pixels // width)), Image.Resampling.LANCZOS)

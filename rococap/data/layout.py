@@ -1,12 +1,12 @@
-"""What the names of files say: which configurations and splits a data set has, and in which files. Opens no data.
+"""Finds out which configurations and splits a data set has, and in which files, from file names and the README.
 
-The same rules read a folder and the listing of a repository on the hub. A README.md whose YAML head names Parquet files
-(`configs:`) decides; without one, names do:
+Opens no data file. The same rules apply to a local folder and to the file list of a repository on the hub. If the YAML
+header of README.md lists Parquet files (`configs:`), it decides; otherwise the names do:
 
 - `{split}-000NN-of-000MM.parquet`, also `NAME-{split}-…` and with `_`, `{split}.parquet`, or any file in `{split}/`;
-- in `data/`, which goes first, at the top, or in a folder that is named as the configuration is.
+- in `data/`, which takes precedence, at the top level, or in a folder named after the configuration.
 
-A split is called by any name that Hugging Face's datasets knows for it, in any case.
+A split is recognised by every name that Hugging Face's datasets knows for it, in upper or lower case.
 """
 
 import os
@@ -22,21 +22,21 @@ SPLITS = ("train", "validation", "test")
 
 ALIASES = {
     "train": ("train", "training"),
-    # First what Zenodo and ImageCLEF call their files, while the split is named validation.
+    # First comes the name in the files of Zenodo and ImageCLEF, although the split is called validation.
     "validation": ("valid", "validation", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
 DEFAULT = "default"
-"""What Hugging Face calls the configuration that has no name."""
+"""Hugging Face's name for a configuration that has none."""
 RESULTS = "results_medical"
-"""Where our own exports lie, which must never be taken for data."""
+"""The folder of our own exports, which must never be taken for data."""
 MANIFEST = "rococap.json"
-"""Stands in every folder that `export` filled."""
+"""The file that marks a folder filled by `export`."""
 
 PARQUET = ".parquet"
 CAPTIONS = "_captions.csv"
-DEEPEST = 3
-"""Folders below the top in which shards are looked for: data, a configuration, a split."""
+MAX_DEPTH = 3
+"""How many levels of folders below the root may hold shards: data, a configuration, a split."""
 NAMES_IN_A_MESSAGE = 5
 
 _SPLIT_OF = {alias: split for split, aliases in ALIASES.items() for alias in aliases}
@@ -53,9 +53,9 @@ _IN_DATA, _AT_THE_TOP, _CSV, _IN_DEFAULT = range(4)
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """`number` and `total` as they stand in the name, empty where they do not; `template` is the name around them.
+    """A file of a split. `number` and `total` are as spelled in its name, or ""; `template` is the name around them.
 
-    Files of one split and another `set` do not belong together; of sets the one of the lowest `rank` is taken.
+    Files of one split that differ in `set` do not belong together; only the sets with the lowest `rank` are considered.
     """
 
     path: str
@@ -71,9 +71,9 @@ class _File:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The files of a data set by configuration and split; `unknown` are those whose names tell no split.
+    """The files of a data set by configuration and split; `unknown` lists the paths whose names give no split.
 
-    `where` is what messages call the data set, and `again` what they tell to do about missing shards.
+    Messages call the data set `where`, and give the advice `again` about missing shards.
     """
 
     where: str
@@ -83,28 +83,29 @@ class Layout:
     default: str = ""
 
     def files_of(self, split: str, config: str = "") -> tuple[str, ...]:
-        """The paths of a split's files in data set order; none if it is not there.
+        """Returns the paths of a split's files in data set order, or () if there is no such split.
 
-        Raises DatasetError where a configuration has to be chosen, a shard is missing, or several sets are there.
+        Raises DatasetError if a configuration has to be chosen, if a shard is missing, or if there are several sets of
+        files.
         """
         return self._choose(split, self._chosen(config))
 
     def splits(self, config: str = "") -> list[str]:
-        """Those that `files_of` finds in a configuration, or would but for a missing shard."""
-        there = {file.split for file in self.files if file.config == self._chosen(config) and not file.is_partial}
-        return [split for split in SPLITS if split in there]
+        """Lists the splits of a configuration that `files_of` finds, or would find if no shard were missing."""
+        found = {file.split for file in self.files if file.config == self._chosen(config) and not file.is_partial}
+        return [split for split in SPLITS if split in found]
 
     def hints(self, split: str) -> str:
-        """What else to tell of a split that is not there: who holds it, and which files tell no split."""
+        """Explains the absence of a split: which configurations have it, and which files could be renamed to it."""
         configs = _listed(config for config in self._configs() if config and self._has(config, split))
-        told = f" It is in the configuration {configs}: choose it with --config." if configs else ""
+        hint = f" It is in the configuration {configs}: choose it with --config." if configs else ""
         if self.unknown:
-            told += (
-                f" The name of {_listed(self.unknown)} tells no split: to use "
+            hint += (
+                f" The name of {_listed(self.unknown)} gives no split: to use "
                 f"{'them' if len(self.unknown) > 1 else 'it'} as {split}, rename "
-                f"{'each, such as the first' if len(self.unknown) > 1 else 'it'} to {renamed(self.unknown[0], split)}."
+                f"{'each, the first' if len(self.unknown) > 1 else 'it'} to {renamed(self.unknown[0], split)}."
             )
-        return told
+        return hint
 
     def _configs(self) -> list[str]:
         return sorted({file.config for file in self.files})
@@ -132,25 +133,25 @@ class Layout:
 
     def _choose(self, split: str, config: str) -> tuple[str, ...]:
         found = [file for file in self.files if (file.config, file.split) == (config, split)]
-        whole = [file for file in found if not file.is_partial]
-        if found and not whole:
+        complete = [file for file in found if not file.is_partial]
+        if found and not complete:
             raise DatasetError(
-                f"{self.where} holds only a part of the split {split!r} ({found[0].path}): the hub converts no more "
-                "than the first gigabytes of a data set. Use the data set's own files, which are on its branch main."
+                f"{self.where} has only a part of the split {split!r} ({found[0].path}): the hub converts only the "
+                "first gigabytes of a data set. Use the data set's own files, which are on its branch main."
             )
-        rank = min((file.rank for file in whole), default=0)
-        first = [file for file in whole if file.rank == rank]
+        rank = min((file.rank for file in complete), default=0)
+        first = [file for file in complete if file.rank == rank]
         sets = sorted({file.set for file in first})
         if len(sets) > 1:
-            named = [next(file.path for file in first if file.set == one) for one in sets]
+            examples = [next(file.path for file in first if file.set == key) for key in sets]
             raise DatasetError(
-                f"{self.where} holds more than one set of files for the split {split!r} ({_listed(named)}): "
+                f"{self.where} has more than one set of files for the split {split!r} ({_listed(examples)}): "
                 "keep one, and move the others away."
             )
-        self._require_whole(split, first)
+        self._require_complete(split, first)
         return tuple(file.path for file in _in_order(first))
 
-    def _require_whole(self, split: str, files: Sequence[_File]) -> None:
+    def _require_complete(self, split: str, files: Sequence[_File]) -> None:
         totals = sorted({file.total for file in files if file.total})
         numbers = [int(file.number) for file in files if file.number]
         if totals:
@@ -158,7 +159,7 @@ class Layout:
             if not is_one_set or not all(file.total for file in files):
                 folder = files[0].path.rpartition("/")[0]
                 raise DatasetError(
-                    f"{'/'.join(filter(None, (self.where, folder)))} holds shards of more than one set for the split "
+                    f"{'/'.join(filter(None, (self.where, folder)))} has shards of more than one set for the split "
                     f"{split!r} (of {', of '.join(totals)}): keep one set and move the others away."
                 )
             self._require_numbers(split, files[0], int(totals[0]), set(range(int(totals[0]))) - set(numbers))
@@ -180,14 +181,17 @@ class Layout:
 
 
 def split_named(word: str) -> str | None:
-    """The split of that name or alias, in any case."""
+    """The split with this name or alias, in upper or lower case; None if there is none."""
     return _SPLIT_OF.get(word.lower())
 
 
 def read(
     paths: Iterable[str], where: str, readme: str = "", again: str = "Download them, then run this again."
 ) -> Layout:
-    """The layout of a data set, from the relative paths of its files with forward slashes, and its README's text."""
+    """Returns the layout of a data set, given the relative paths of its files with forward slashes.
+
+    `readme` is the text of its README.md, `where` and `again` are for messages: see Layout.
+    """
     kept = _without_exports([path for path in paths if not any(part.startswith(".") for part in path.split("/"))])
     parquet = [path for path in kept if path.lower().endswith(PARQUET)]
     if stated := _stated(readme):
@@ -202,20 +206,23 @@ def read(
 
 
 def local(root: Path, where: str) -> Layout:
-    """The layout of a folder. Hidden folders are left out, and what lies deeper than shards do."""
+    """Returns the layout of a folder. Ignores hidden folders, and those too deep for shards.
+
+    Raises DatasetError if a folder or the README cannot be read.
+    """
     readme = root / "README.md"
     try:
-        # What is no UTF-8 is no YAML either.
+        # Text that is not UTF-8 is not YAML either.
         text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-        return read(_below(root, "", DEEPEST), where, text)
+        return read(_below(root, "", MAX_DEPTH), where, text)
     except OSError as error:
         raise DatasetError(
-            f"{error.filename} cannot be read ({error.strerror}): check the disk and its mode."
+            f"{error.filename} cannot be read ({error.strerror}): check the disk and its permissions."
         ) from error
 
 
 def _below(folder: Path, inside: str, depth: int) -> Iterator[str]:
-    """What may be a shard, or says something about shards; a folder's pictures are passed over."""
+    """Yields the files that may be shards or mark an export; skips a folder's pictures."""
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
@@ -228,7 +235,7 @@ def _below(folder: Path, inside: str, depth: int) -> Iterator[str]:
 
 
 def renamed(path: str, split: str) -> str:
-    """What a file of an unknown split would be called as one of this split."""
+    """The name under which a file of an unknown split would be recognised as one of this split."""
     folder, _, name = path.rpartition("/")
     slash = "/" if folder else ""
     if name.lower().endswith(CAPTIONS):
@@ -260,8 +267,10 @@ def _in_order(files: Sequence[_File]) -> list[_File]:
 
 
 def _first_number(files: Sequence[_File]) -> int:
-    """Where shards without a total begin. The hub counts from 0000; who counts from 1 does so without zeros before it,
-    or with a name; years and the like count from nowhere.
+    """The number of the first shard, for shards whose names state no total.
+
+    The hub counts from 0000. Files counted from 1 have no leading zeros, or a word before the number. Other numbers,
+    such as years, have no first one: then the highest is returned, so that none counts as missing.
     """
     first = min(files, key=lambda file: int(file.number))
     is_padded = len(first.number) > 1 and first.number.startswith("0")
@@ -278,7 +287,7 @@ def _from_names(paths: Iterable[str]) -> tuple[list[_File], list[str]]:
     unknown: list[str] = []
     for path in sorted(paths):
         folders = [folder for folder in path.split("/")[:-1] if folder.lower() != "data"]
-        if len(folders) < DEEPEST:
+        if len(folders) < MAX_DEPTH:
             _add(_named(path, folders), path, files, unknown)
     return files, unknown
 
@@ -296,7 +305,7 @@ def _captions(path: str) -> _File | None:
 
 
 def _named(path: str, folders: Sequence[str]) -> _File | None:
-    """A file by its own name, or else by its folder's: None if neither tells a split."""
+    """Classifies a file by its own name, or else by its folder's; None if neither gives a split."""
     own = _own_split(path)
     last = folders[-1] if folders else ""
     if own and len(folders) < 2 and (not last or split_named(last) != split_named(own["split"])):
@@ -309,7 +318,7 @@ def _named(path: str, folders: Sequence[str]) -> _File | None:
 
 
 def _own_split(path: str) -> re.Match[str] | None:
-    """With another word before it a split counts only where a number and a total follow."""
+    """Matches the split in a file's name; after another word, only if a number and a total follow."""
     match = _OF_SPLIT.fullmatch(path.rpartition("/")[2][: -len(PARQUET)])
     return match if match and (match["total"] or not match["name"]) else None
 
@@ -346,36 +355,38 @@ def _numbered(path: str, config: str, split: str, rank: int, match: re.Match[str
             text.translate(braces) for text in (name[: match.start("number")], name[match.end("number") : end])
         )
         template = f"{folder.translate(braces)}{slash}{before}{{}}{after}{name[-len(PARQUET) :]}"
-    # Shards of other totals stay together, for the message that tells of two sets under one name.
+    # Shards that differ in their total share a key, so that a message can report two sets under one name.
     key = f"{folder}/{name[: match.start('number')] if number else name}"
     return _File(path, config, split, rank, set or key, number, total, template)
 
 
-# ---- by README.md
+# ---- by the README
 
 
 def _stated(readme: str) -> list[dict[str, Any]]:
-    """`configs` of the YAML head; none if it has none, or cannot be read, as Hugging Face's own viewer would not."""
+    """The `configs` of the YAML header; [] if it has none or is invalid, as in Hugging Face's own viewer."""
     head = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", readme, re.DOTALL)
     if head is None or "configs" not in head[1]:
         return []
-    import yaml  # with the hub, and only for a README that has a head
+    import yaml  # installed with huggingface_hub, and needed only for a README with a header
 
     try:
-        told = yaml.safe_load(head[1])
+        header = yaml.safe_load(head[1])
     except yaml.YAMLError:
         return []
-    configs = told.get("configs") if isinstance(told, dict) else None
+    configs = header.get("configs") if isinstance(header, dict) else None
     return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
 
 
 def _from_readme(stated: Sequence[dict[str, Any]], paths: Sequence[str]) -> tuple[list[_File], list[str], str]:
-    default = next((str(one.get("config_name", DEFAULT)) for one in stated if one.get("default") is True), DEFAULT)
+    default = next(
+        (str(config.get("config_name", DEFAULT)) for config in stated if config.get("default") is True), DEFAULT
+    )
     files: list[_File] = []
     unknown: list[str] = []
-    for one in stated:
-        name = str(one.get("config_name", DEFAULT))
-        for split, path in _matched(one, paths):
+    for config in stated:
+        name = str(config.get("config_name", DEFAULT))
+        for split, path in _matched(config, paths):
             if known := split_named(split):
                 files.append(_stated_file(path, "" if name == default else name, known))
             else:
@@ -391,7 +402,7 @@ def _stated_file(path: str, config: str, split: str) -> _File:
 
 
 def _matched(config: dict[str, Any], paths: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each split of a configuration with each of its files."""
+    """Yields (split, path) for each split of a configuration and each of its files."""
     folder = str(config.get("data_dir") or "").strip("/")
     inside = f"{folder}/" if folder not in ("", ".") else ""
     if "data_files" not in config:
@@ -408,7 +419,7 @@ def _matched(config: dict[str, Any], paths: Sequence[str]) -> Iterator[tuple[str
 
 
 def _patterns(data_files: Any) -> Iterator[tuple[str, list[str]]]:
-    """`data_files` is a pattern or a list of them, which is all of train, or says which split each is of."""
+    """Yields (split, patterns) from `data_files`: a pattern or a list, all of train, or entries that name a split."""
     match data_files:
         case str():
             yield "train", [data_files]
@@ -416,23 +427,24 @@ def _patterns(data_files: Any) -> Iterator[tuple[str, list[str]]]:
             for split, patterns in data_files.items():
                 yield str(split), _texts(patterns)
         case list():
-            for one in data_files:
-                if isinstance(one, dict):
-                    yield str(one.get("split", "train")), _texts(one.get("path"))
-            if texts := [one for one in data_files if isinstance(one, str)]:
+            for entry in data_files:
+                if isinstance(entry, dict):
+                    yield str(entry.get("split", "train")), _texts(entry.get("path"))
+            if texts := [entry for entry in data_files if isinstance(entry, str)]:
                 yield "train", texts
 
 
 def _texts(patterns: Any) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else [one for one in patterns or () if isinstance(one, str)]
+    return [patterns] if isinstance(patterns, str) else [text for text in patterns or () if isinstance(text, str)]
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """`*` stays within a folder, `**` does not; a folder stands for all below it."""
+    """Compiles a pattern. `*` stays within a folder, `**` does not; a folder stands for everything below it."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]/]+\])", pattern.rstrip("/"))
-    said = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    made = "".join(
-        said.get(part) or (part.replace("[!", "[^") if part.startswith("[") and part.endswith("]") else re.escape(part))
+    wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    regex = "".join(
+        wildcards.get(part)
+        or (part.replace("[!", "[^") if part.startswith("[") and part.endswith("]") else re.escape(part))
         for part in parts
     )
-    return re.compile(made + ("" if len(parts) > 1 else "(?:/.*)?"))
+    return re.compile(regex + ("" if len(parts) > 1 else "(?:/.*)?"))

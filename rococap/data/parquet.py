@@ -1,4 +1,7 @@
-"""Shards in Parquet: what their columns have to be, and their rows without the pictures."""
+"""Reads shards in Parquet: checks their columns, and yields their rows without the pictures.
+
+Knows no layout: it is given the paths of the files.
+"""
 
 import hashlib
 import os
@@ -19,39 +22,42 @@ AGAIN = "Write the file again."
 
 
 def shards(root: Path, paths: Sequence[str], split: str, columns: Columns = STANDARD) -> list[Shard]:
-    """A split's files in data set order. Reads footers, and where no column holds ids the pictures' file names."""
-    told, first_row = [], 0
+    """Describes a split's files, given in data set order. Raises DatasetError if one of them is unusable.
+
+    Reads their footers and, if there is no column of ids, the pictures' file names.
+    """
+    facts, first_row = [], 0
     with_ids: list[str] = []
     without_ids: list[str] = []
     for path in paths:
         with open_parquet(root / path, columns) as file:
             rows, row_groups = file.metadata.num_rows, file.num_row_groups
             (with_ids if columns.name("image_id") in file.schema_arrow.names else without_ids).append(path)
-        told.append((path, split, rows, row_groups, (root / path).stat().st_size, _footer_digest(root / path)))
+        facts.append((path, split, rows, row_groups, (root / path).stat().st_size, _footer_digest(root / path)))
     if with_ids and without_ids:
         raise DatasetError(
             f"{root / without_ids[0]} lacks {listed([columns.name('image_id')])}, which {with_ids[0]} has: "
-            "write it with its ids, or all files of the split without."
+            "write it with ids, or all files of the split without."
         )
     ids: Ids = "column" if with_ids else _named_by(root, paths, columns)
     found = []
-    for one in told:
-        found.append(Shard(*one, first_row=first_row, ids=ids))
-        first_row += one[2]
+    for fact in facts:
+        found.append(Shard(*fact, first_row=first_row, ids=ids))
+        first_row += fact[2]
     return found
 
 
 def _named_by(root: Path, paths: Sequence[str], columns: Columns) -> Ids:
-    """What rows without ids are named by: file names, if each has one and no two are equal."""
-    seen: set[str] = set()
+    """What identifies rows without ids: their pictures' file names if all have one and all differ, else numbers."""
+    known: set[str] = set()
     for path in paths:
         with open_parquet(root / path, columns) as file:
             if not _has_paths(file.schema_arrow.field(columns.name("image")).type):
                 return "row"
             for names in _file_names(file, root / path, columns):
-                if not all(names) or len(set(names)) < len(names) or not seen.isdisjoint(names):
+                if not all(names) or len(set(names)) < len(names) or not known.isdisjoint(names):
                     return "row"
-                seen.update(names)
+                known.update(names)
     return "file"
 
 
@@ -62,7 +68,7 @@ def _has_paths(image: Any) -> bool:
 def _file_names(file: Any, path: Path, columns: Columns) -> Iterator[list[str]]:
     name = columns.name("image")
     for batch in batches(file, path, [f"{name}.path"], ROWS_PER_TEXT_BATCH):
-        yield [file_name(told) for told in batch.column(name).flatten()[0].to_pylist()]
+        yield [file_name(picture_path) for picture_path in batch.column(name).flatten()[0].to_pylist()]
 
 
 def _footer_digest(path: Path) -> str:
@@ -75,9 +81,12 @@ def _footer_digest(path: Path) -> str:
 
 
 def open_parquet(path: Path, columns: Columns = STANDARD) -> Any:
-    """Raises DatasetError for a file that is gone or broken, or whose columns could not be read."""
+    """Opens a Parquet file, which the caller has to close.
+
+    Raises DatasetError if it is missing or damaged, or lacks a column, or if a column's type is not supported.
+    """
     try:
-        # With pre_buffer a whole row group is held in memory: measured 410 MB instead of 10.
+        # With pre_buffer, a whole row group is held in memory: 410 MB were measured instead of 10.
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except FileNotFoundError as error:
         raise DatasetError(f"{path} is gone: restore it or download it again.") from error
@@ -89,33 +98,38 @@ def open_parquet(path: Path, columns: Columns = STANDARD) -> Any:
 
 def _broken(path: Path, error: Exception) -> DatasetError:
     if isinstance(error, OSError) and error.errno:
-        return DatasetError(f"{path} cannot be read ({os.strerror(error.errno)}): check the disk and the file's mode.")
+        return DatasetError(
+            f"{path} cannot be read ({os.strerror(error.errno)}): check the disk and the file's permissions."
+        )
     return DatasetError(f"{path} is not a Parquet file, or it is truncated or damaged: download it again.")
 
 
 def batches(file: Any, path: Path, columns: list[str], rows: int, row_groups: list[int] | None = None) -> Iterator[Any]:
+    """Yields record batches of up to `rows` rows. Raises DatasetError, naming `path`, if the file is damaged."""
     try:
         yield from file.iter_batches(batch_size=rows, row_groups=row_groups, columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise _broken(path, error) from error
 
 
-# ---- what columns have to be
+# ---- checking columns
 
 
 def _check_columns(path: Path, schema: Any, columns: Columns) -> None:
-    there = Counter(schema.names)
-    given = columns.given()
+    counts = Counter(schema.names)
+    named = columns.given()
     wanted = [columns.name(key) for key in ("image", "image_id", "caption", "cui")]
-    if missing := [name for name in dict.fromkeys([wanted[0], *given.values()]) if name not in there]:
+    if missing := [name for name in dict.fromkeys([wanted[0], *named.values()]) if name not in counts]:
         raise DatasetError(
-            f"{path} lacks {listed(missing)}; it has {listed(list(there))}. "
-            "Say what they are called, as in --columns image=IMG,image_id=ID,caption=TEXT,cui=CONCEPTS"
+            f"{path} lacks {listed(missing)}; it has {listed(list(counts))}. "
+            "Say what they are called, for example --columns image=IMG,image_id=ID,caption=TEXT,cui=CONCEPTS"
         )
-    if twice := [name for name in wanted if there[name] > 1]:
-        raise DatasetError(f"{path} has the column {twice[0]} {there[twice[0]]} times: rename or drop all but one.")
+    if repeated := [name for name in wanted if counts[name] > 1]:
+        raise DatasetError(
+            f"{path} has the column {repeated[0]} {counts[repeated[0]]} times: rename or drop all but one."
+        )
     for name, check in zip(wanted, (_image, _image_id, _caption, _cui), strict=True):
-        if name in there and (complaint := check(name, schema.field(name).type)):
+        if name in counts and (complaint := check(name, schema.field(name).type)):
             raise DatasetError(f"{path}: the column {complaint}")
 
 
@@ -125,8 +139,8 @@ def _image(name: str, kind: Any) -> str:
     if not pa.types.is_struct(kind):
         return _not_binary(name, kind, "a struct with bytes")
     fields = Counter(kind.field(n).name for n in range(kind.num_fields))
-    if twice := [one for one in ("bytes", "path") if fields[one] > 1]:
-        return f"{name} holds {twice[0]} {fields[twice[0]]} times: rename or drop all but one."
+    if repeated := [field for field in ("bytes", "path") if fields[field] > 1]:
+        return f"{name} has the field {repeated[0]} {fields[repeated[0]]} times: rename or drop all but one."
     data = kind.field("bytes").type if fields["bytes"] else pa.null()
     if _is_binary(data) or (pa.types.is_null(data) and _has_paths(kind)):
         return ""
@@ -138,10 +152,10 @@ def _image(name: str, kind: Any) -> str:
 def _not_binary(name: str, kind: Any, wanted: str) -> str:
     if _is_text(kind):
         cast = "If it holds base64, decode it (base64.b64decode) to pa.binary()"
-        cast += "; if it holds paths, make them the field path of a struct." if wanted != "binary" else "."
+        cast += "; if it holds paths, make it the field path of a struct." if wanted != "binary" else "."
         return f"{name} is {kind}, not {wanted}. {cast}"
     if _is_list_of(kind, pa.types.is_integer):
-        return f"{name} is {kind}, not {wanted}. Cast each of its lists by bytes() to pa.binary()."
+        return f"{name} is {kind}, not {wanted}. Convert each list with bytes() to pa.binary()."
     return f"{name} is {kind}, not {wanted}. {AGAIN}"
 
 
@@ -181,6 +195,7 @@ def _is_list_of(kind: Any, is_kind: Any) -> bool:
 
 
 def samples(root: Path, shard: Shard, columns: Columns = STANDARD) -> Iterator[Sample]:
+    """Yields the rows of a shard in order, without pictures. Raises DatasetError if it cannot be read."""
     path = root / shard.path
     with open_parquet(path, columns) as file:
         wanted = [columns.name(key) for key in ("caption", "cui")]
@@ -189,7 +204,7 @@ def samples(root: Path, shard: Shard, columns: Columns = STANDARD) -> Iterator[S
             read.append(columns.name("image_id") if shard.ids == "column" else f"{columns.name('image')}.path")
         places, rows = _places(file.metadata), count(shard.first_row)
         if not read:
-            # Nothing but the rows' number is to be had, and it is in the footer.
+            # There is nothing to read but the number of rows, which is in the footer.
             for place, row in zip(places, rows, strict=False):
                 yield Sample(row_id(shard.split, row), "", (), *place)
             return
@@ -198,14 +213,15 @@ def samples(root: Path, shard: Shard, columns: Columns = STANDARD) -> Iterator[S
             captions, cuis = (
                 batch.column(name).to_pylist() if name in batch.schema.names else repeat(None) for name in wanted
             )
-            # The places come last: zip stops at the first iterator that ends, and must not have taken one more.
+            # `places` comes last: when an earlier iterator ends, zip must not have taken another place already.
             for image_id, caption, cui, place in zip(ids, captions, cuis, places, strict=False):
                 yield Sample(image_id, caption or "", _concepts(cui), *place)
 
 
 def image_ids(root: Path, shard: Shard, columns: Columns = STANDARD) -> Iterator[str]:
+    """Yields the ids that a shard holds, none if its rows are only numbered. Raises DatasetError like `samples`."""
     path = root / shard.path
-    if shard.ids == "row":  # named by us
+    if shard.ids == "row":  # the ids are ours, not the file's
         return
     with open_parquet(path, columns) as file:
         column = columns.name("image_id") if shard.ids == "column" else f"{columns.name('image')}.path"
@@ -217,16 +233,16 @@ def _ids(path: Path, batch: Any, shard: Shard, columns: Columns, rows: Iterator[
     if shard.ids == "row":
         return [row_id(shard.split, next(rows)) for _ in range(batch.num_rows)]
     if shard.ids == "file":
-        return [file_name(told) for told in batch.column(columns.name("image")).flatten()[0].to_pylist()]
+        return [file_name(picture) for picture in batch.column(columns.name("image")).flatten()[0].to_pylist()]
     name = columns.name("image_id")
     ids = batch.column(name)
     if ids.null_count:
         raise DatasetError(f"{path}: {ids.null_count} rows have no {name}. {AGAIN}")
-    return [one if isinstance(one, str) else str(one) for one in ids.to_pylist()]
+    return [image_id if isinstance(image_id, str) else str(image_id) for image_id in ids.to_pylist()]
 
 
 def _concepts(cui: Iterable[str | None] | str | None) -> tuple[str, ...]:
-    return concepts([one.strip() for one in cui.split(";")] if isinstance(cui, str) else cui)
+    return concepts([concept.strip() for concept in cui.split(";")] if isinstance(cui, str) else cui)
 
 
 def _places(metadata: Any) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,7 @@
-"""Opens a few pictures of a split before it is registered: where none can be opened, every one would fail later."""
+"""Opens a few pictures of a split before it is registered: if none can be opened, all of them would fail later.
+
+Writes nothing, and knows no database.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,11 +13,11 @@ from rococap.errors import DatasetError, PictureError
 from rococap.recipe import Recipe
 
 FEW, MANY = 3, 20
-"""How many are tried, and how many more if none of these can be opened."""
+"""How many pictures are tried first, and how many if none of those can be opened."""
 
 
 def require_pictures(dataset: Dataset, split: str, shards: Sequence[Shard], recipe: Recipe) -> None:
-    """Raises DatasetError, with the first reason, if none can be opened of some that are spread over the split."""
+    """Raises DatasetError, quoting the first reason, if none of some pictures spread over the split can be opened."""
     total = sum(shard.rows for shard in shards)
     tried: list[str] = []
     with PictureReader(dataset.root) as reader:
@@ -26,8 +29,8 @@ def require_pictures(dataset: Dataset, split: str, shards: Sequence[Shard], reci
                 tried.append(f"row {row} of {place.shard}: {complaint}")
     if tried:
         raise DatasetError(
-            f"Nothing was registered: none of {len(tried)} pictures of the split {split!r} that were tried can be "
-            f"opened. The first, {' '.join(tried[0].split())} If the pictures are elsewhere, name their column: "
+            f"Nothing was registered: none of the {len(tried)} pictures tried from the split {split!r} can be opened. "
+            f"The first, {' '.join(tried[0].split())} If the pictures are elsewhere, name their column: "
             "--columns image=NAME"
         )
 
@@ -41,11 +44,12 @@ def _complaint(reader: PictureReader, place: Place, recipe: Recipe) -> str | Non
 
 
 def _spread(total: int, n: int) -> list[int]:
-    return sorted({(2 * at + 1) * total // (2 * n) for at in range(n)})
+    """The numbers of up to `n` rows, spread evenly over `total`."""
+    return sorted({(2 * part + 1) * total // (2 * n) for part in range(n)})
 
 
 def _places(dataset: Dataset, shards: Sequence[Shard], rows: Sequence[int]) -> Iterator[tuple[Place, int]]:
-    """The places of some rows of a split, and their numbers in their shards."""
+    """Yields the places of some rows of a split, and the numbers of these rows in their shards."""
     first = 0
     for shard in shards:
         inside = [row - first for row in rows if first <= row < first + shard.rows]
@@ -63,7 +67,7 @@ def _in_csv(dataset: Dataset, shard: Shard, rows: Sequence[int]) -> Iterator[tup
 
 
 def _in_parquet(dataset: Dataset, shard: Shard, rows: Sequence[int]) -> Iterator[tuple[Place, int]]:
-    """Without their ids, which nothing compares yet."""
+    """Yields places without ids, since nothing compares ids yet."""
     with parquet.open_parquet(dataset.root / shard.path, dataset.columns) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     for row in rows:

@@ -1,4 +1,4 @@
-"""Reads pictures by their place, and compares the id beside each one."""
+"""Reads the bytes of pictures by their place, and verifies the id stored beside each. Decodes nothing."""
 
 import errno
 import os
@@ -17,23 +17,23 @@ from rococap.errors import DatasetError, PictureError
 
 ROWS_PER_PICTURE_BATCH = 32
 
-_PASSING = frozenset([errno.EAGAIN, errno.EIO, errno.EINTR, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT])
-"""Errors of a disk or a network share that may be gone at the next try."""
+_TRANSIENT = frozenset([errno.EAGAIN, errno.EIO, errno.EINTR, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT])
+"""Errors of a disk or a network share that may not occur again at the next attempt."""
 
 
-def _raised(data: bytes | PictureError) -> bytes:
+def _data_or_raise(data: bytes | PictureError) -> bytes:
     if isinstance(data, PictureError):
         raise data
     return data
 
 
 class PictureReader:
-    """Reads pictures by their place. For one thread; what it holds is one open shard and one batch of rows.
+    """Reads pictures by their place, for one thread. Holds one open shard and one batch of rows.
 
-    Places come sorted. Reading goes on in an open row group across calls, so that a row group is read once
-    however small the claims are; a place further back opens it again. How much is read ahead is bounded by the
-    batch and by the size of a Parquet page, not by the row group. A folder of pictures is listed once, and only
-    where a picture does not lie under the name that is tried first.
+    Places should come sorted. Reading continues in an open row group across calls, so that each row group is read once
+    however small the claims are; a place further back opens it again. What is read ahead is bounded by the batch and by
+    the size of a Parquet page, not by the row group. A folder of pictures is listed once, and only if a picture is not
+    found under the usual names.
     """
 
     def __init__(self, root: Path) -> None:
@@ -55,12 +55,16 @@ class PictureReader:
         self.close()
 
     def close(self) -> None:
+        """Closes the open shard. The reader may be used again."""
         if self._file is not None:
             self._file.close()
         self._shard = self._file = self._cursor = None
 
     def read(self, places: Sequence[Place]) -> Iterator[tuple[Place, bytes | PictureError]]:
-        """One item for each place, in that order. DatasetError where a whole shard is gone or broken."""
+        """Yields one (place, bytes or PictureError) for each place, in order.
+
+        Raises DatasetError if a whole shard is missing or damaged.
+        """
         for place in places:
             if place.shard.lower().endswith(CAPTIONS):
                 yield place, self._picture_in_folder(place)
@@ -68,39 +72,39 @@ class PictureReader:
                 yield place, self._picture_in_shard(place)
 
     def picture(self, place: Place) -> bytes:
-        """One picture. Raises PictureError if it cannot be read, DatasetError where its whole shard is gone."""
+        """Returns one picture. Raises PictureError if it cannot be read, DatasetError if its whole shard cannot."""
         ((_, data),) = self.read([place])
-        return _raised(data)
+        return _data_or_raise(data)
 
     def look(self, place: Place) -> bytes:
-        """The picture at a place; of a Parquet shard whatever its id. Raises as `picture` does."""
+        """Returns the picture at a place; in a Parquet shard, whatever its id. Raises the same errors as `picture`."""
         if place.shard.lower().endswith(CAPTIONS):
-            return _raised(self._picture_in_folder(place))
-        row = self._at(place).row(place.row_in_group)
-        return _raised(_moved(place, None) if row is None else self._picture(place, row))
+            return _data_or_raise(self._picture_in_folder(place))
+        row = self._cursor_at(place).row(place.row_in_group)
+        return _data_or_raise(_moved(place, None) if row is None else self._picture(place, row))
 
     def _picture_in_shard(self, place: Place) -> bytes | PictureError:
         try:
-            row = self._at(place).row(place.row_in_group)
+            row = self._cursor_at(place).row(place.row_in_group)
         except DatasetError:
-            # The file may be replaced by a whole one: the next read has to look at it afresh.
+            # The file may be replaced by an intact one, so the next read has to open it again.
             self.close()
             raise
         if (row is None or not row.is_of(place)) and self._was_replaced():
             self.close()
-            row = self._at(place).row(place.row_in_group)
+            row = self._cursor_at(place).row(place.row_in_group)
         if row is None or not row.is_of(place):
             return _moved(place, row)
         return self._picture(place, row)
 
     def _was_replaced(self) -> bool:
-        """Whether the open shard is another file by now: what is read from it is then the old one."""
+        """Whether the open shard was replaced on disk, so that its old content would be read."""
         try:
             return self._shard is not None and _identity(self._root / self._shard) != self._opened
         except OSError:
             return True
 
-    def _at(self, place: Place) -> "_Cursor":
+    def _cursor_at(self, place: Place) -> "_Cursor":
         if place.shard != self._shard:
             self.close()
             self._file = open_parquet(self._root / place.shard, place.columns)
@@ -129,23 +133,23 @@ class PictureReader:
         if tops is None:
             tops = self._tops[place.split] = top_folders(self._root, place.split)
         shown = f"{tops[0].name}/{name}" + ("" if suffix_of(name) else SUFFIXES[0])
-        return self._first_of(place, chain(_usual(tops, name), self._indexed(tops, name, deep=True)), shown)
+        return self._first_of(place, chain(_usual_paths(tops, name), self._indexed(tops, name, deep=True)), shown)
 
     def _by_path(self, path: str) -> Iterator[Path]:
         for form in dict.fromkeys((path, normalize("NFC", path), normalize("NFD", path))):
             yield from self._inside(form)
         for form in dict.fromkeys((path, normalize("NFC", path), normalize("NFD", path))):
-            for there in self._inside(form):
-                yield from self._indexed([there.parent], there.name, deep=False)
+            for candidate in self._inside(form):
+                yield from self._indexed([candidate.parent], candidate.name, deep=False)
 
     def _inside(self, path: str) -> Iterator[Path]:
-        # A path comes from the data set: it may not lead out of it.
+        # The path comes from the data set, and must not lead outside it.
         absolute = Path(os.path.normpath(self._root / path))
         if absolute.is_relative_to(self._root) and absolute != self._root:
             yield absolute
 
     def _indexed(self, folders: Sequence[Path], name: str, *, deep: bool) -> Iterator[Path]:
-        """What lies there under a name that is written otherwise. A generator: only a miss comes here."""
+        """Yields files whose names are spelled differently. A generator, so that folders are listed only on a miss."""
         key = tuple(folders)
         index = self._indexes.get(key)
         if index is None:
@@ -161,7 +165,7 @@ class PictureReader:
                     continue
                 except OSError as error:
                     return self._unreadable(place, candidate, error)
-        except OSError as error:  # of a folder that was to be listed
+        except OSError as error:  # raised by listing a folder
             return self._unreadable(place, Path(error.filename or self._root), error)
         _require_readable(self._root / place.shard)
         return _missing(place, shown)
@@ -171,11 +175,11 @@ class PictureReader:
         return PictureError(
             "unreadable_file",
             f"{path} cannot be read ({error.strerror}): check the file, then retry.",
-            transient=error.errno in _PASSING,
+            transient=error.errno in _TRANSIENT,
         )
 
 
-def _usual(folders: Sequence[Path], name: str) -> Iterator[Path]:
+def _usual_paths(folders: Sequence[Path], name: str) -> Iterator[Path]:
     for folder in folders:
         for suffix in SUFFIXES:
             yield folder / (name + suffix)
@@ -184,7 +188,7 @@ def _usual(folders: Sequence[Path], name: str) -> Iterator[Path]:
 
 
 class _Row:
-    """What a shard holds of one picture. Without a column of ids `image_id` is None."""
+    """What a shard holds for one picture. `image_id` is None if there is no column of ids."""
 
     def __init__(self, image: Any, image_id: str | None) -> None:
         fields = image if isinstance(image, dict) else {"bytes": image}
@@ -196,7 +200,7 @@ class _Row:
     def is_of(self, place: Place) -> bool:
         if self.image_id is not None:
             return self.image_id == place.image_id
-        # The number of a row is not beside its picture: nothing is there to be compared.
+        # The number of a row is not stored beside its picture, so there is nothing to compare it with.
         return file_name(self.path) == place.image_id or is_row_id(place.image_id, place.split)
 
     def __repr__(self) -> str:
@@ -204,17 +208,17 @@ class _Row:
 
 
 class _Cursor:
-    """A position in one row group that only moves forward."""
+    """A position in one row group, which only moves forward."""
 
     def __init__(self, file: Any, path: Path, row_group: int, columns: Columns) -> None:
         self._row_group = row_group
         self._batch: Any = None
         self._start = self._stop = 0
         self._image, self._image_id = columns.name("image"), columns.name("image_id")
-        there = row_group < file.num_row_groups
+        exists = row_group < file.num_row_groups
         wanted = [name for name in (self._image, self._image_id) if name in file.schema_arrow.names]
         self._has_ids = self._image_id in wanted
-        self._batches = batches(file, path, wanted, ROWS_PER_PICTURE_BATCH, [row_group]) if there else iter(())
+        self._batches = batches(file, path, wanted, ROWS_PER_PICTURE_BATCH, [row_group]) if exists else iter(())
 
     def reaches(self, row_group: int, row: int) -> bool:
         return row_group == self._row_group and row >= self._start
@@ -225,9 +229,9 @@ class _Cursor:
             if batch is None:
                 return None
             self._start, self._stop, self._batch = self._stop, self._stop + batch.num_rows, batch
-        at = row - self._start
-        image_id = str(self._batch.column(self._image_id)[at].as_py()) if self._has_ids else None
-        return _Row(self._batch.column(self._image)[at].as_py(), image_id)
+        offset = row - self._start
+        image_id = str(self._batch.column(self._image_id)[offset].as_py()) if self._has_ids else None
+        return _Row(self._batch.column(self._image)[offset].as_py(), image_id)
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -240,7 +244,7 @@ def _moved(place: Place, row: _Row | None) -> PictureError:
     return PictureError(
         "moved",
         f"{place.shard} holds {found} in row group {place.row_group}, row {place.row_in_group}, where "
-        f"{place.image_id!r} was enqueued: the file was changed, enqueue the data set again.",
+        f"{place.image_id!r} was enqueued: the file has changed, so enqueue the data set again.",
     )
 
 
@@ -249,7 +253,7 @@ def _missing(place: Place, shown: str) -> PictureError:
 
 
 def _require_readable(path: Path) -> None:
-    """Tells one missing picture from a disk that is not mounted."""
+    """Raises DatasetError if the shard cannot be read: then the disk is missing, and not just one picture."""
     try:
         with path.open("rb") as file:
             file.read(1)

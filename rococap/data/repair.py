@@ -1,6 +1,6 @@
-"""Picture files that lack nothing but form: what a viewer shows of them, and Pillow refuses to open.
+"""Repairs picture files that are damaged only in form: viewers show them, but Pillow refuses to open them.
 
-Nothing is guessed: pixels that are not in the file are never made up.
+Nothing is guessed: pixels that are not in the file are never made up. Decodes nothing.
 """
 
 import re
@@ -11,26 +11,28 @@ from collections.abc import Iterator
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-MOST_STRAY, MOST_STRAY_BINARY = 1024, 16
-"""Bytes before a file's start."""
-LARGEST_TEXT = 1 << 20
-"""Of a text chunk once unpacked, as Pillow allows."""
-MOST_TEXT = 64 * LARGEST_TEXT
+MAX_STRAY, MAX_STRAY_BINARY = 1024, 16
+"""The most bytes of text, and of other data, that may precede the start of a file."""
+MAX_TEXT = 1 << 20
+"""In bytes, of one text chunk once unpacked: Pillow's own limit."""
+MAX_TOTAL_TEXT = 64 * MAX_TEXT
+"""In bytes, of all text chunks together."""
 
-_SHOWN_BY = frozenset({b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT"})
-"""Ancillary chunks of PNG that decide what is seen: transparency, orientation, and the frames of an animation."""
+_AFFECTS_DISPLAY = frozenset({b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT"})
+"""Ancillary chunks of PNG that affect what is shown: transparency, orientation, and the frames of an animation."""
 _TEXT = frozenset({b"tEXt", b"zTXt", b"iTXt"})
-"""Older writers, and XMP, say the orientation in text."""
+"""Older writers, and XMP, store the orientation as text."""
 
-_SCANS_OF_NOTHING = (b"", b"\x00" * 64, b"\x55" * 64, b"\xaa" * 64, b"\xf0\xcc" * 32)
-"""What may follow the coded data of a JPEG: whoever is still reading pixels reads other ones from each."""
+_PADDINGS = (b"", b"\x00" * 64, b"\x55" * 64, b"\xaa" * 64, b"\xf0\xcc" * 32)
+"""Bytes appended to the coded data of a JPEG: a decoder that still lacks pixels reads different ones from each."""
 
 
-def from_its_start(data: bytes) -> bytes | None:
-    """The file without stray bytes before it; None if there is no JPEG or PNG soon after its first byte, or if what
-    stands before it is the beginning of something else that holds a picture.
+def without_stray_bytes(data: bytes) -> bytes | None:
+    """Returns a file without the stray bytes before it.
+
+    None if no JPEG or PNG starts shortly after the first byte, or if the bytes before it may belong to another picture.
     """
-    starts = [data.find(start, 1, MOST_STRAY + len(start)) for start in (JPEG_START + b"\xff", PNG_SIGNATURE)]
+    starts = [data.find(start, 1, MAX_STRAY + len(start)) for start in (JPEG_START + b"\xff", PNG_SIGNATURE)]
     found = [start for start in starts if start > 0]
     if not found or not _is_stray(data[: min(found)]):
         return None
@@ -38,40 +40,40 @@ def from_its_start(data: bytes) -> bytes | None:
 
 
 def _is_stray(before: bytes) -> bool:
-    """Text, such as an HTTP answer's headers, or a few bytes that are no piece of a JPEG that lost its own start."""
+    """Whether these are text, such as HTTP headers, or a few bytes, and not part of a JPEG that lost its own start."""
     is_text = all(byte in b"\t\r\n" or 0x20 <= byte < 0x7F for byte in before.removeprefix(b"\xef\xbb\xbf"))
-    return is_text or (len(before) <= MOST_STRAY_BINARY and not re.search(rb"\xff[\xc0-\xfe]|Exif|JFIF", before))
+    return is_text or (len(before) <= MAX_STRAY_BINARY and not re.search(rb"\xff[\xc0-\xfe]|Exif|JFIF", before))
 
 
 # ---- PNG
 
 
 def without_ancillary(data: bytes) -> bytes:
-    """A PNG with the chunks alone that decide what is seen, and with text of a bounded size.
+    """Returns a PNG with only the chunks that affect what is shown, and with text of bounded size.
 
-    As libpng does, an ancillary chunk whose checksum is wrong is left out. Critical ones are kept as they are.
+    Like libpng, drops ancillary chunks whose checksum is wrong. Critical chunks are kept as they are.
     """
-    kept, budget = [PNG_SIGNATURE], MOST_TEXT
+    kept, budget = [PNG_SIGNATURE], MAX_TOTAL_TEXT
     for kind, body, chunk in _chunks(data):
         if kind in _TEXT:
             size = _text_size(kind, body)
-            if size > min(budget, LARGEST_TEXT) or not _is_sound(kind, body, chunk):
+            if size > min(budget, MAX_TEXT) or not _is_sound(kind, body, chunk):
                 continue
             budget -= size
-        elif _is_ancillary(kind) and not (kind in _SHOWN_BY and _is_sound(kind, body, chunk)):
+        elif _is_ancillary(kind) and not (kind in _AFFECTS_DISPLAY and _is_sound(kind, body, chunk)):
             continue
         kept.append(chunk)
     return b"".join(kept)
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """(type, content, the whole of it) of each chunk; the last one may be cut off."""
-    at = len(PNG_SIGNATURE)
-    while at < len(data):
-        length = int.from_bytes(data[at : at + 4], "big")
-        chunk = data[at : at + 12 + length]
+    """Yields (type, content, entire chunk) for each chunk; the last one may be truncated."""
+    offset = len(PNG_SIGNATURE)
+    while offset < len(data):
+        length = int.from_bytes(data[offset : offset + 4], "big")
+        chunk = data[offset : offset + 12 + length]
         yield chunk[4:8], chunk[8 : 8 + length], chunk
-        at += 12 + length
+        offset += 12 + length
 
 
 def _is_ancillary(kind: bytes) -> bool:
@@ -83,7 +85,7 @@ def _is_sound(kind: bytes, body: bytes, chunk: bytes) -> bool:
 
 
 def _text_size(kind: bytes, body: bytes) -> int:
-    """Bytes of a text, unpacked no further than to see that it is too large."""
+    """The size of a text in bytes, once unpacked; unpacking stops as soon as it is too large."""
     _, _, rest = body.partition(b"\0")
     if kind == b"zTXt":
         packed = rest[1:]
@@ -92,37 +94,37 @@ def _text_size(kind: bytes, body: bytes) -> int:
     else:
         return len(body)
     try:
-        return len(zlib.decompressobj().decompress(packed, LARGEST_TEXT + 1))
+        return len(zlib.decompressobj().decompress(packed, MAX_TEXT + 1))
     except zlib.error:
-        return LARGEST_TEXT + 1
+        return MAX_TEXT + 1
 
 
 # ---- JPEG
 
 
 def is_padded(data: bytes) -> bool:
-    """Whether a JPEG ends in zeros and not in its end marker: a decoder would take them for pixels."""
+    """Whether a JPEG ends in zeros instead of its end marker: a decoder would take the zeros for pixels."""
     return data.startswith(JPEG_START) and data.endswith(b"\0") and not data.rstrip(b"\0").endswith(JPEG_END)
 
 
-def ended(data: bytes) -> list[bytes]:
-    """A JPEG without its end marker, with the marker put behind it after nothing and after various other bytes.
+def with_end_marker(data: bytes) -> list[bytes]:
+    """Returns copies of a JPEG that lacks its end marker, each with different padding and then the marker appended.
 
-    If all of them open as the same picture, its pixels were all there: a decoder that still lacks some would read them
-    from what follows. Empty if it is no JPEG, if it has its end, or if whole scans or intervals are missing, which no
-    decoder would notice.
+    If all copies decode to the same picture, no pixels are missing: a decoder that still lacks some would read them
+    from the padding. Empty if the data is not a JPEG, if it has its end marker, or if whole scans or restart intervals
+    are missing, which no decoder would notice.
     """
     if not data.startswith(JPEG_START) or JPEG_END in data[-2:]:
         return []
-    data = data.rstrip(b"\0").removesuffix(b"\xff")  # zeros would be read for pixels that are missing
+    data = data.rstrip(b"\0").removesuffix(b"\xff")  # trailing zeros would be read as missing pixels
     if not _has_all_scans(data):
         return []
-    return [data + padding + JPEG_END for padding in _SCANS_OF_NOTHING]
+    return [data + padding + JPEG_END for padding in _PADDINGS]
 
 
 def _has_all_scans(data: bytes) -> bool:
-    """Whether the scans of a JPEG (ITU-T T.81, B.2) hold every coefficient to its last bit, and its restart intervals
-    are as many as its size asks for.
+    """Whether a JPEG's scans (ITU-T T.81, B.2) contain every coefficient to its last bit, and as many restart intervals
+    as the picture's size requires.
     """
     missing: set[tuple[int, int]] = set()
     intervals = restarts = interval = 0
@@ -144,7 +146,7 @@ def _has_all_scans(data: bytes) -> bool:
 
 
 def _n_units(frame: bytes, factors: list[int]) -> int:
-    """Minimum coded units of an interleaved scan."""
+    """The number of minimum coded units in an interleaved scan, from the body of the frame header."""
     height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
     if len(factors) == 1:
         return -(-width // 8) * -(-height // 8)
@@ -153,18 +155,18 @@ def _n_units(frame: bytes, factors: list[int]) -> int:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(marker, content) of each segment up to the end; what is coded between them is passed over."""
-    at = 2
-    while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
-        marker = data[at + 1]
+    """Yields (marker, content) for each segment up to the end marker; skips the coded data in between."""
+    offset = 2
+    while (offset := data.find(b"\xff", offset)) >= 0 and offset + 1 < len(data):
+        marker = data[offset + 1]
         if marker in (0x00, 0xFF):
-            at += 2 - (marker == 0xFF)
+            offset += 2 - (marker == 0xFF)
         elif marker == 0xD9:
             return
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
             yield marker, b""
-            at += 2
+            offset += 2
         else:
-            length = int.from_bytes(data[at + 2 : at + 4], "big")
-            yield marker, data[at + 4 : at + 2 + length]
-            at += 2 + max(length, 2)
+            length = int.from_bytes(data[offset + 2 : offset + 4], "big")
+            yield marker, data[offset + 4 : offset + 2 + length]
+            offset += 2 + max(length, 2)

@@ -1,6 +1,6 @@
-"""What an engine is: it pulls prepared pictures from a Source and yields a Completion for each.
+"""The engine interface: an engine takes prepared pictures from a Source and yields a Completion for each.
 
-An engine knows no database, no data set and no lease. Importing this module imports no torch.
+An engine knows no database, no data set and no lease. Importing this module does not import torch.
 """
 
 from collections.abc import Iterator, Set
@@ -18,10 +18,11 @@ DeviceMap = Literal["auto"]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a worker needs besides the recipe; it decides speed, never text. `batch_size` None: as measured.
+    """What an engine needs besides the recipe; it affects speed, never the text.
 
-    `base_url` and `served_model` are the server's of the engine `openai`; `batch_size` is then the requests in flight.
-    `device_map` "auto" spreads a model that does not fit on one GPU over all.
+    `base_url` and `served_model` are for the engine `openai`, and name its server and the model there. `batch_size` is
+    in pictures, or in requests in flight for `openai`; None lets the engine choose. `device_map` "auto" spreads a model
+    that does not fit on one GPU over all GPUs.
     """
 
     engine: EngineName = "transformers"
@@ -35,10 +36,10 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What made the captions, as loaded: `auto` and branch names are resolved here.
+    """What produces the captions, as loaded: `auto` and branch names are resolved.
 
-    `digest` names the exact weights: the hub's commit, or SHA-256 over a local folder's files; `adapter` those of an
-    adapter on them.
+    `digest` identifies the exact weights: the hub's commit, or SHA-256, in hex, over a local folder's files; for the
+    engine `openai`, what the server reports about its model. `adapter` is the digest of an adapter applied to them.
     """
 
     name: str
@@ -51,14 +52,14 @@ class EngineInfo:
     adapter: str = ""
 
     def resolved(self) -> dict[str, Any]:
-        """What a run pins, so that it never mixes: two workers of a run agree in all of it."""
+        """What a run pins so that it never mixes models: all workers of a run agree on all of it."""
         pinned = {"engine": self.name, "dtype": self.dtype, "revision": self.revision, "digest": self.digest}
         return pinned | ({"adapter": self.adapter} if self.adapter else {}) | {"rules": RULES}
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One picture, ready for the model: `inputs` is the engine's own, `n_tokens` the length of its prompt."""
+    """One picture, ready for the model. `inputs` is private to the engine; `n_tokens` is the prompt's length."""
 
     job_id: int
     inputs: Any
@@ -67,7 +68,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why one picture has no caption. A transient failure is tried again later, up to the run's max_attempts."""
+    """Why one picture has no caption. A transient failure is retried later, up to the run's max_attempts."""
 
     code: str
     message: str
@@ -76,11 +77,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What became of one picture: a caption, or a failure.
+    """The result for one picture: a caption, or a failure.
 
-    `processing_ms` is the picture's share of the model's time: over all steps, step time divided by the rows active
-    in it, so that the column sums to the time spent; `prefill_ms` is its part up to the first token. `latency_ms` is
-    the time from taking the picture to its last token.
+    `processing_ms` is the picture's share of the model's time: the sum, over all steps, of the step's time divided by
+    the rows active in it, so that the column adds up to the time spent. `prefill_ms` is its part up to the first token.
+    `latency_ms` is the time from taking the picture to its last token. `batch_size` is the largest number of rows that
+    shared a step with it.
     """
 
     job_id: int
@@ -97,16 +99,19 @@ class Completion:
 
 
 class Source(Protocol):
-    """The worker's side: pictures that are leased, decoded and prepared."""
+    """The worker's side of the interface: it supplies pictures that are leased, decoded and prepared."""
 
-    def take(self, most: int, wait: float | None) -> list[Prepared]:
-        """What is ready, up to `most`. wait=0 never blocks, None blocks until something is; [] after None: the end."""
+    def take(self, limit: int, wait: float | None) -> list[Prepared]:
+        """Returns up to `limit` pictures that are ready, after waiting at most `wait` seconds for the first.
+
+        With 0 it never blocks. With None it blocks until a picture is ready; [] then means that there are no more.
+        """
 
     def step(self, rows: int) -> Set[int]:
-        """Called after every step: vouches for progress, and names the jobs whose rows to abandon.
+        """Reports progress after every step, and returns the ids of the jobs whose rows to abandon.
 
-        The set is live: an engine that waits for another machine may look into it without vouching for anything.
-        `rows` is how many were decoded in it; 0 for a step that reads pictures and prompts.
+        `rows` is how many rows the step decoded; 0 for a step that reads pictures and prompts. The set is live: an
+        engine that waits for a server may look at it without reporting progress.
         """
 
 
@@ -116,33 +121,37 @@ class Engine(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """How many pictures it takes at a time."""
+        """How many pictures the engine takes at a time."""
 
     @batch_size.setter
     def batch_size(self, size: int) -> None:
-        """Loaded, and while nothing runs. What runs out of memory with so many lowers it again by itself."""
+        """May be set after `load`, while nothing runs. The engine lowers it if it runs out of memory."""
 
     def load(self) -> None:
-        """Loads the model. Raises ModelError if it cannot be had or is not one that captions pictures."""
+        """Loads the model. Raises ModelError if that fails, or if the model does not caption pictures."""
 
     def prepare(self, job_id: int, picture: Image) -> Prepared:
-        """CPU only; any thread. Raises PictureError for a picture that the model cannot take."""
+        """Prepares an RGB picture on the CPU, in any thread. Raises PictureError if the model cannot take it."""
 
     def run(self, source: Source) -> Iterator[Completion]:
-        """Exactly one completion per picture taken and not abandoned, as each finishes, until the source ends."""
+        """Yields exactly one completion per picture taken and not abandoned, as each finishes, until the source ends.
 
-    def close(self) -> None: ...
+        Raises ModelError if the engine can caption no further picture.
+        """
+
+    def close(self) -> None:
+        """Releases the model and its memory, or the connections to its server."""
 
 
 LINGER_SEC = 0.2
-"""How long a batch that is not full waits for the next picture before it starts."""
+"""How long an incomplete batch waits for another picture before it starts."""
 
 
-def gather(source: Source, most: int) -> list[Prepared]:
-    """A static batch: full, or all that came until nothing did for a moment. Empty at the source's end."""
-    batch = source.take(most, None)
-    while batch and len(batch) < most:
-        more = source.take(most - len(batch), LINGER_SEC)
+def gather(source: Source, limit: int) -> list[Prepared]:
+    """Collects a batch of `limit` pictures, or fewer if none comes for LINGER_SEC. Empty when the source has ended."""
+    batch = source.take(limit, None)
+    while batch and len(batch) < limit:
+        more = source.take(limit - len(batch), LINGER_SEC)
         if not more:
             break
         batch += more
@@ -150,7 +159,7 @@ def gather(source: Source, most: int) -> list[Prepared]:
 
 
 def load_engine(recipe: Recipe, options: Options) -> Engine:
-    """The engine for a recipe, not loaded yet."""
+    """Returns the engine for a recipe, not loaded yet."""
     match options.engine:
         case "transformers":
             from rococap.engines.hf import TransformersEngine

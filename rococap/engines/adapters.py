@@ -1,4 +1,4 @@
-"""LoRA and other adapters in PEFT's format, put on the model that they were trained on."""
+"""Applies LoRA and other adapters in PEFT's format to the model that they were trained on. Captions nothing."""
 
 import importlib.util
 import logging
@@ -33,25 +33,25 @@ RENAMED = (
     ("vision_tower", "model.vision_tower"),
     ("multi_modal_projector", "model.multi_modal_projector"),
 )
-"""What modules were called by earlier releases of transformers, most of them before 4.52, and may be called now."""
+"""(old, new): names of modules in earlier releases of transformers, mostly before 4.52, and possible names now."""
 
 
-def tell_of_one_beside(name: str, source: dict[str, Any], chosen: str | None) -> None:
-    """Of a model among whose files an adapter lies, as after merging: it is not put on, unless the recipe names it."""
+def warn_of_unused(name: str, source: dict[str, Any], chosen: str | None) -> None:
+    """Warns of an adapter among the model's files, as merging leaves it: it is not applied unless it is `chosen`."""
     if adapter_beside(name, source) is not None and chosen != name:
         log.warning(
-            "an adapter lies beside the weights of %s: it is not put on them. If they were not merged with it: "
+            "%s comes with an adapter, which is not applied. If it was not merged into the weights, "
             "enqueue a run with --adapter %s",
             name,
             name,
         )
 
 
-def put_on(model: Any, recipe: Recipe) -> tuple[Any, str]:
-    """The model with the recipe's adapter, and the digest of the adapter's files.
+def apply(model: Any, recipe: Recipe) -> tuple[Any, str]:
+    """Returns the model with the recipe's adapter, and the digest of the adapter's files (SHA-256, in hex).
 
-    It is merged into the weights, so that it costs no speed; quantised ones would lose by that, and keep it beside.
-    Raises ModelError if it cannot be had, or is another model's.
+    The adapter is merged into the weights, so that it costs no speed, except into quantised ones, which would lose
+    precision. Raises ModelError if the adapter is not available or belongs to another model.
     """
     if importlib.util.find_spec("peft") is None:
         raise ModelError("Adapters need PEFT. Install it: pip install 'rococap[peft]'")
@@ -61,46 +61,46 @@ def put_on(model: Any, recipe: Recipe) -> tuple[Any, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # They would be left as they were before training.
+            # Adapter weights without a key would keep their untrained values.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted, strange = _load(model, folder)
+            adapted, unexpected = _load(model, folder)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # as in `checkpoint.reading`
+    except Exception as error:  # damaged files raise anything, as in `checkpoint.reading`
         raise ModelError(f"The adapter {adapter} does not fit {name}: {_reason(error)}") from error
-    if strange:
+    if unexpected:
         raise ModelError(
-            f"The adapter {adapter} does not fit {name}: the model has no place for {len(strange)} of its weights "
-            f"({strange[0]} …). Name the model that it was trained on with --model."
+            f"The adapter {adapter} does not fit {name}: the model has no place for {len(unexpected)} of its weights "
+            f"({unexpected[0]} …). Name the model that it was trained on with --model."
         )
-    # PEFT has put its layers into the model itself.
+    # PEFT has already inserted its layers into the model.
     is_quantised = recipe.load_in is not None
     return (adapted.get_base_model() if is_quantised else adapted.merge_and_unload()), folder_digest(folder)
 
 
 def _load(model: Any, folder: Path) -> tuple[Any, list[str]]:
-    """The model with the adapter in it, and the adapter's weights that the model has no place for."""
+    """Returns the model with the adapter in it, and the names of adapter weights that the model has no place for."""
     from peft import PeftConfig, PeftModel
 
-    strange: list[str] = []
+    unexpected: list[str] = []
 
-    class Telling(PeftModel):  # type: ignore[misc]  # PEFT ships no types
+    class Recording(PeftModel):  # type: ignore[misc]  # PEFT ships no types
         def load_adapter(self, *args: Any, **options: Any) -> Any:
             result = super().load_adapter(*args, **options)
-            strange.extend(result.unexpected_keys)
+            unexpected.extend(result.unexpected_keys)
             return result
 
     config = PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
         raise ValueError(f"{config.peft_type.value} changes the prompt and not the weights. Name a LoRA.")
-    config.task_type = None  # else PEFT takes a class of its own instead of this one, for what generation is called
+    config.task_type = None  # otherwise PEFT picks one of its own classes by the task instead of this one
     keys = [key.removeprefix(PREFIX) for key in _keys(folder)]
     renamed = _renamed(keys, {name for name, _ in model.named_modules()})
     if renamed:
-        log.info("the adapter's weights have the names of an earlier transformers, and get those of today")
+        log.info("the adapter's weights have names from an earlier release of transformers: renaming them")
         _rename_targets(config, renamed, keys)
     mapping = {rf"^{re.escape(old)}\.": f"{new}." for old, new in renamed.items()}
-    return Telling.from_pretrained(model, folder, config=config, key_mapping=mapping), strange
+    return Recording.from_pretrained(model, folder, config=config, key_mapping=mapping), unexpected
 
 
 def _keys(folder: Path) -> list[str]:
@@ -112,7 +112,7 @@ def _keys(folder: Path) -> list[str]:
 
 
 def _renamed(keys: Iterable[str], modules: Set[str]) -> dict[str, str]:
-    """Which modules these keys know by a name that the model does not have: the old name -> the model's."""
+    """Maps the old names of modules in these keys, which the model does not have, to the model's own names."""
     found: dict[str, str] = {}
     for old, new in RENAMED:
         if old not in modules and new in modules and any(key.startswith(f"{old}.") for key in keys):
@@ -121,9 +121,10 @@ def _renamed(keys: Iterable[str], modules: Set[str]) -> dict[str, str]:
 
 
 def _rename_targets(config: Any, renamed: Mapping[str, str], keys: Iterable[str]) -> None:
-    """The same renames where an adapter's configuration names modules.
+    """Applies the same renames where the adapter's configuration names modules.
 
-    A pattern over the old names may hit other modules by the new ones: those that there are weights for take its place.
+    A pattern written for the old names may match other modules under the new ones, so it is replaced by the list of
+    modules that the adapter has weights for.
     """
     if isinstance(config.target_modules, str):
         parts = (key.partition(".lora_") for key in keys)
@@ -131,8 +132,8 @@ def _rename_targets(config: Any, renamed: Mapping[str, str], keys: Iterable[str]
     elif config.target_modules:
         config.target_modules = {_with_new_name(module, renamed) for module in config.target_modules}
     for patterns in ("rank_pattern", "alpha_pattern"):
-        told = getattr(config, patterns, None) or {}
-        setattr(config, patterns, {_with_new_name(module, renamed): value for module, value in told.items()})
+        values = getattr(config, patterns, None) or {}
+        setattr(config, patterns, {_with_new_name(module, renamed): value for module, value in values.items()})
 
 
 def _with_new_name(module: str, renamed: Mapping[str, str]) -> str:
@@ -142,7 +143,7 @@ def _with_new_name(module: str, renamed: Mapping[str, str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The first line, or the first about a weight: torch lists them below a line that says nothing."""
+    """The first line of an error, or the first about a weight: torch lists those below a line that says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if line.startswith("size mismatch")), lines[0])[:300]
 
@@ -154,12 +155,12 @@ def _folder(adapter: str) -> Path:
             folder = Path(snapshot_download(adapter, local_files_only=is_here_or_unreachable(adapter, "main")))
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"The adapter {adapter} cannot be had. Check the name and the network, or download it where there is "
-                f"one: hf download {adapter}"
+                f"The adapter {adapter} is not available. Check the name and the network, or download it on a machine "
+                f"with access to the hub: hf download {adapter}"
             ) from error
     if not (folder / files.ADAPTER_CONFIG).exists():
         raise ModelError(
-            f"{adapter} is no adapter: it has no {files.ADAPTER_CONFIG}. Name a folder or hub id in PEFT's format."
+            f"{adapter} is not an adapter: it has no {files.ADAPTER_CONFIG}. Name a folder or hub id in PEFT's format."
         )
     if not any((folder / name).exists() for name in files.ADAPTER_WEIGHTS):
         raise ModelError(f"The adapter {adapter} has no {files.ADAPTER_WEIGHTS[0]}. Copy or download it again.")
@@ -167,7 +168,10 @@ def _folder(adapter: str) -> Path:
 
 
 def _check_base(folder: Path, recipe: Recipe) -> None:
-    """By the last part of the name, however it is spelled: a model may have been copied since."""
+    """Raises ModelError if the adapter was trained on another model.
+
+    Compares only the last part of the names, and ignores spelling: the model may have been copied since.
+    """
     adapter, name = recipe.adapter, recipe.model
     try:
         base = str(files.read(folder / files.ADAPTER_CONFIG).get("base_model_name_or_path") or "")
@@ -177,11 +181,11 @@ def _check_base(folder: Path, recipe: Recipe) -> None:
         ) from error
     if not base or files.common_name(base) == files.common_name(name):
         if base and base.rpartition("/")[2] != name.rpartition("/")[2]:
-            log.info("the adapter %s was trained on %s, taken for another spelling of %s", adapter, base, name)
+            log.info("the adapter %s was trained on %s, assumed to be the same model as %s", adapter, base, name)
     elif recipe.adapter_base == "any":
-        log.warning("the adapter %s was trained on %s: put on %s, as the run says", adapter, base, name)
+        log.warning("the adapter %s was trained on %s: applied to %s, as the run requires", adapter, base, name)
     else:
         raise ModelError(
-            f"The adapter {adapter} was trained on {base}, not on {name}. Name that with --model. If both are one "
-            "model: enqueue a run with --adapter-base any"
+            f"The adapter {adapter} was trained on {base}, not on {name}. Name that model with --model or, if both are "
+            "the same, enqueue a run with --adapter-base any"
         )

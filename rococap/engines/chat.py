@@ -1,8 +1,8 @@
-"""An OpenAI-compatible server, asked over HTTP: its models, and one answer for one request body.
+"""A client for an OpenAI-compatible server over HTTP: asks for its models, and for one answer to one request body.
 
-What goes wrong is raised by what can be done about it: Refused is for ever, and about one picture if others are
-captioned; Away may pass; and ModelError needs a person. Knows no picture and no queue. The API key is sent, and never
-told.
+Errors are classified by what can be done about them. Refused is permanent, and about one picture if the server captions
+others; Away is temporary; ModelError needs a person. Knows no picture and no queue. The API key is sent to the server,
+and never logged, stored or quoted. The requests follow OpenAI's API reference for chat completions.
 """
 
 import asyncio
@@ -26,21 +26,23 @@ from rococap.errors import ModelError
 
 CONNECT_SEC = 10.0
 REQUEST_SEC = 300.0
-"""How long one request may take in all, below a worker's stall timeout: a server that drips bytes hangs too."""
+"""Limit for an entire request, below a worker's stall timeout: a server that sends byte by byte hangs as well."""
 LOAD_SEC = 30.0
+"""Limit for a request at the start, when the server is asked for its models and its version."""
 KEEP_SEC = 2.0
-"""How long an idle connection is kept: below the 5 s after which servers close theirs, just as it is used again."""
-LONGEST_WAIT_SEC = 600.0
-"""As long as a server may ask to be left alone."""
-MAX_TOLD = 300
+"""How long an idle connection is kept. Servers close theirs after 5 s, possibly just as it is used again."""
+MAX_WAIT_SEC = 600.0
+"""Upper bound for the wait that a server may ask for."""
+MAX_QUOTED = 300
+"""Up to how many characters of a server's message are quoted."""
 MAX_PAGE = 20_000
-"""Characters of a web page, in which its words are looked for."""
+"""Up to how many characters of a web page are searched for text."""
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 FINISHED = ("stop", "length")
 REFUSALS = frozenset({400, 413, 415, 422})
 BUSY = frozenset({408, 409, 425, 429, 503})
-"""What a server says of itself, whatever it was asked."""
+"""Statuses that describe the server, whatever the request was."""
 
 _MARKUP = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 
@@ -48,13 +50,13 @@ T = TypeVar("T")
 
 
 class Refused(Exception):
-    """The server will not take this picture; nor any other, if something is wrong with it."""
+    """The server rejects this picture, or, if the server itself is at fault, every picture."""
 
 
 class Away(Exception):
-    """The same request may succeed later; after `wait` seconds, if the server said when.
+    """The same request may succeed later, after `wait` seconds if the server said so.
 
-    `code` tells what it was where the picture may be the reason; else it is empty.
+    `code` is the failure's code if the picture may be the cause, and otherwise empty.
     """
 
     def __init__(self, reason: str, *, code: str = "", wait: float = 0.0) -> None:
@@ -64,11 +66,13 @@ class Away(Exception):
 
 
 class NoCaption(Away):
-    """The server is there and answered, but not with a caption."""
+    """The server answered, but not with a caption."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """A caption as the server returned it. The numbers of tokens are 0 if the server does not report them."""
+
     text: str
     finish_reason: str
     prompt_tokens: int
@@ -77,17 +81,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What the server tells of itself and of the model that is asked for. `about` is the same after a restart."""
+    """What the server reports about itself and the requested model. `about` stays the same after a restart."""
 
     about: str
     version: str
 
 
 class Server:
-    """`open` begins a thread of its own, which `close` ends; `ask` may be called from any."""
+    """Connections to one server. `open` starts a thread, which `close` ends; `ask` may be called from any thread."""
 
     def __init__(self, base_url: str | None) -> None:
-        """Raises ModelError for what is no base URL."""
+        """Raises ModelError if the base URL or the API key is unusable."""
         self.url = _checked(base_url)
         self.place = urlsplit(self.url).netloc
         self._chat = httpx.URL(f"{self.url}/chat/completions")
@@ -98,7 +102,7 @@ class Server:
         self._idle: list[httpx.AsyncClient] = []
 
     def open(self, model: str) -> Served:
-        """Finds the model that every request will name. Raises ModelError if it is not to be had."""
+        """Finds the model that every request will name. Raises ModelError if the server does not serve it."""
         self._model = model
         self._trusted = httpx.create_ssl_context()
         self._loop = asyncio.new_event_loop()
@@ -111,11 +115,11 @@ class Server:
             raise
 
     def ask(self, body: bytes) -> Future[Answer]:
-        """Raises Refused, Away or ModelError in the future. Cancelling it closes its connection."""
+        """Sends a request. The future raises Refused, Away or ModelError; cancelling it closes the connection."""
         return self._start(self._ask(body))
 
     def close(self) -> None:
-        """What is asked is cancelled."""
+        """Cancels all requests, closes the connections and ends the thread."""
         if (loop := self._loop) is None:
             return
         self._loop = None
@@ -130,7 +134,7 @@ class Server:
 
     @contextmanager
     def _client(self) -> Iterator[httpx.AsyncClient]:
-        """Each for one request at a time: with every request a client looks at all of its connections, and twice."""
+        """Lends a client to one request at a time: a client scans all of its connections twice for every request."""
         client = self._idle.pop() if self._idle else self._new_client()
         try:
             yield client
@@ -143,7 +147,7 @@ class Server:
             verify=self._trusted,
             timeout=httpx.Timeout(None, connect=CONNECT_SEC),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_SEC),
-            trust_env=urlsplit(self.url).hostname not in LOCAL,  # clusters set a proxy, which cannot reach this machine
+            trust_env=urlsplit(self.url).hostname not in LOCAL,  # a cluster's proxy cannot reach this machine
         )
 
     async def _end(self) -> None:
@@ -163,19 +167,19 @@ class Server:
             raise self._locked(response.status_code)
         if response.status_code >= 500 or response.status_code in BUSY:
             raise ModelError(
-                f"{self.url} is not ready (status {response.status_code}{self._said(response)}): "
-                "start again when it is, or correct --base-url."
+                f"{self.url} is not ready (status {response.status_code}{self._server_message(response)}): "
+                "start the worker again when it is, or correct --base-url."
             )
         if models is None:
             raise ModelError(
-                f"{self.url} is no OpenAI-compatible server: its /models gives no list of models "
-                f"(status {response.status_code}). Correct --base-url, which mostly ends in /v1."
+                f"{self.url} is not an OpenAI-compatible server: its /models returns no list of models "
+                f"(status {response.status_code}). Correct --base-url, which usually ends in /v1."
             )
         if self._model not in models:
             raise ModelError(self._unknown(list(models)))
         self._others = frozenset(models) - {self._model}
-        told = {"served": self._model, **{name: models[self._model].get(name) for name in ("id", "root", "owned_by")}}
-        about = ", ".join(f"{name}: {value}" for name, value in told.items() if isinstance(value, str))
+        facts = {"served": self._model, **{name: models[self._model].get(name) for name in ("id", "root", "owned_by")}}
+        about = ", ".join(f"{name}: {value}" for name, value in facts.items() if isinstance(value, str))
         return Served(about, await self._version(response))
 
     async def _get(self, url: str) -> httpx.Response:
@@ -190,21 +194,21 @@ class Server:
 
     def _unknown(self, names: list[str]) -> str:
         if not names:
-            return f"{self.url} serves no model. Load one there, then start again."
+            return f"{self.url} serves no model. Load one there, then start the worker again."
         shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         return (
-            f"{self.url} serves no {self._model}; it has {shown}. "
-            "If one of them is the run's model, say so: --served-model NAME"
+            f"{self.url} does not serve {self._model}; it serves {shown}. "
+            "If one of these is the run's model, name it: --served-model NAME"
         )
 
     async def _version(self, response: httpx.Response) -> str:
-        """What the server's header says of its software, and vLLM's version, which it tells beside /v1."""
-        told = [response.headers.get("server", "")]
+        """The server's software according to its header, and vLLM's version, which is published beside /v1."""
+        versions = [response.headers.get("server", "")]
         with suppress(ModelError, ValueError):
             answer = (await self._get(urljoin(self.url + "/", "../version"))).json()
             version = answer.get("version") if isinstance(answer, dict) else None
-            told.append(version if isinstance(version, str) else "")
-        return " ".join(filter(None, told))[:MAX_TOLD]
+            versions.append(version if isinstance(version, str) else "")
+        return " ".join(filter(None, versions))[:MAX_QUOTED]
 
     # --- a picture ---
 
@@ -218,8 +222,8 @@ class Server:
         except httpx.ConnectTimeout as error:
             raise Away(f"no connection within {CONNECT_SEC:.0f} s") from error
         except TimeoutError as error:
-            told = f"no answer within {REQUEST_SEC:.0f} s: with a smaller --batch-size each comes sooner"
-            raise Away(told, code="server_timeout") from error
+            reason = f"no answer within {REQUEST_SEC:.0f} s: with a smaller --batch-size, answers come sooner"
+            raise Away(reason, code="server_timeout") from error
         except httpx.RequestError as error:
             raise Away(_reason(error), code="server_error") from error
         if response.status_code != 200:
@@ -227,19 +231,19 @@ class Server:
         return self._read(response)
 
     def _refuse(self, response: httpx.Response) -> NoReturn:
-        status, said = response.status_code, self._said(response)
+        status, reason = response.status_code, self._server_message(response)
         if 300 <= status < 400:
-            told = self._quoted(response.headers.get("location", ""))
-            raise NoCaption(f"a redirect with status {status}{told}", code="garbage_answer")
+            location = self._quoted(response.headers.get("location", ""))
+            raise NoCaption(f"a redirect with status {status}{location}", code="garbage_answer")
         if status in REFUSALS:
-            raise Refused(f"status {status}{said}")
+            raise Refused(f"status {status}{reason}")
         if status in BUSY or status >= 500:
             code = "" if status in BUSY else "server_error"
-            raise Away(f"status {status}{said}", code=code, wait=_retry_after(response.headers.get("retry-after")))
+            raise Away(f"status {status}{reason}", code=code, wait=_retry_after(response.headers.get("retry-after")))
         if status in (401, 403):
             raise self._locked(status)
         raise ModelError(
-            f"{self.url} no longer captions with {self._model} (status {status}{said}). "
+            f"{self.url} no longer captions with {self._model} (status {status}{reason}). "
             "Start the server again with this model, or correct --base-url."
         )
 
@@ -256,12 +260,12 @@ class Server:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise self._no_caption(_kind(response), response) from error
         if text is None:
-            raise self._no_caption("an answer whose caption is no text", response)
+            raise self._no_caption("an answer whose caption is not text", response)
         if not (reasoning or text or finish_reason):
             raise self._no_caption(_kind(response), response)
         if isinstance(model, str) and model in self._others:
             raise ModelError(
-                f"{self.url} answered with the model {model}, not with {self._model}, and a run never mixes. "
+                f"{self.url} answered with the model {model}, not with {self._model}, and a run never mixes models. "
                 "Start the server again with the run's model."
             )
         return Answer(
@@ -272,79 +276,79 @@ class Server:
         )
 
     def _check_ended(self, choice: dict[str, Any]) -> None:
-        """Whatever text comes with another reason was cut, or withheld."""
+        """Raises NoCaption for any other finish reason: the text was cut or withheld."""
         reason, error = choice.get("finish_reason"), choice.get("error")
         if not error and (not reason or reason in FINISHED):
             return
-        told = self._quoted(reason if isinstance(reason, str) else json.dumps(reason or "error"))
+        quoted = self._quoted(reason if isinstance(reason, str) else json.dumps(reason or "error"))
         raise NoCaption(
-            f"an answer that ended with the reason{told}{self._quoted(_message(error))}", code="ended_by_server"
+            f"an answer that ended with the reason{quoted}{self._quoted(_message(error))}", code="ended_by_server"
         )
 
     def _no_caption(self, what: str, response: httpx.Response, code: str = "garbage_answer") -> NoCaption:
-        return NoCaption(what + (self._said(response) or self._quoted(response.text)), code=code)
+        return NoCaption(what + (self._server_message(response) or self._quoted(response.text)), code=code)
 
     def _locked(self, status: int) -> ModelError:
-        which = "the one in OPENAI_API_KEY is refused" if self._key else "OPENAI_API_KEY is not set"
-        return ModelError(f"{self.url} asks for an API key (status {status}), and {which}. Set OPENAI_API_KEY.")
+        problem = "refuses the one in OPENAI_API_KEY" if self._key else "OPENAI_API_KEY is not set"
+        return ModelError(f"{self.url} requires an API key (status {status}), and {problem}. Set OPENAI_API_KEY.")
 
-    def _said(self, response: httpx.Response) -> str:
-        """The server's own words, or those of a page that answers in its place."""
+    def _server_message(self, response: httpx.Response) -> str:
+        """Quotes the server's own message, or the text of a web page that answers in its place."""
         if _is_page(response):
             return self._quoted(html.unescape(_MARKUP.sub(" ", response.text[:MAX_PAGE])))
-        said: object = response.text
+        message: object = response.text
         with suppress(ValueError, RecursionError):
-            said = _message(response.json())
-        return self._quoted(said)
+            message = _message(response.json())
+        return self._quoted(message)
 
-    def _quoted(self, said: object) -> str:
-        """After a colon, bounded, without the key that some servers repeat."""
-        words = " ".join(str(said or "").split())
+    def _quoted(self, message: object) -> str:
+        """A message after a colon, bounded in length, without the API key, which some servers repeat; "" if empty."""
+        words = " ".join(str(message or "").split())
         if self._key:
             words = words.replace(self._key, "***")
-        return f": {words[:MAX_TOLD]}" if words else ""
+        return f": {words[:MAX_QUOTED]}" if words else ""
 
 
-# --- reading what comes ----------------------------------------------------------------------------------------
+# --- reading settings and answers ------------------------------------------------------------------------------
 
 
 def _checked(base_url: str | None) -> str:
     if not base_url:
-        raise ModelError("The engine openai needs to know its server: --base-url http://localhost:8000/v1")
+        raise ModelError("The engine openai needs the URL of its server: --base-url http://localhost:8000/v1")
     try:
         parts = urlsplit(base_url)
         is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         httpx.URL(base_url)
     except (ValueError, httpx.InvalidURL):
         is_url = False
-    if "@" in base_url or "?" in base_url or "#" in base_url:  # it is logged and stored: no key may be in it
+    if "@" in base_url or "?" in base_url or "#" in base_url:  # the URL is logged and stored, so it must hold no key
         raise ModelError(
-            "--base-url holds a user name, a password or a query. Leave them out: "
+            "--base-url contains a user name, a password or a query. Leave them out: "
             "the API key is taken from OPENAI_API_KEY."
         )
     if not is_url:
-        raise ModelError(f"--base-url must be like http://localhost:8000/v1, not {base_url}")
+        raise ModelError(f"--base-url must look like http://localhost:8000/v1, not {base_url}")
     return base_url.rstrip("/")
 
 
 def _key() -> str:
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ModelError("OPENAI_API_KEY holds characters that cannot be sent. Set it again.")
+        raise ModelError("OPENAI_API_KEY contains characters that cannot be sent. Set it again.")
     return key
 
 
 def _models(response: httpx.Response) -> dict[str, Mapping[str, object]] | None:
-    """By id; None if it is no list of models."""
+    """The models by id; None if the response is not a list of models."""
     try:
         listed = response.json()["data"]
-        return {one["id"]: one for one in listed if isinstance(one["id"], str)}
+        return {model["id"]: model for model in listed if isinstance(model["id"], str)}
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
 def _text(content: object) -> str | None:
-    """Of a caption, or of its parts; None if it is something else."""
+    """The text of a caption, or of its parts; None if the content is something else."""
     if isinstance(content, list):
         texts = [part["text"] for part in content if _is_text(part)]
         return "".join(texts) if len(texts) == len(content) else None
@@ -352,9 +356,9 @@ def _text(content: object) -> str | None:
 
 
 def _reasoning(message: dict[str, Any]) -> str:
-    """What some servers tell apart from the content, as a model writes it."""
-    told = message.get("reasoning_content") or message.get("reasoning")
-    return f"<think>{told}</think>\n" if told and isinstance(told, str) else ""
+    """The reasoning that some servers return apart from the content, in the form in which models write it."""
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    return f"<think>{reasoning}</think>\n" if reasoning and isinstance(reasoning, str) else ""
 
 
 def _is_text(part: object) -> bool:
@@ -368,13 +372,13 @@ def _kind(response: httpx.Response) -> str:
 
 
 def _is_page(response: httpx.Response) -> bool:
-    """By what it holds: proxies and portals often name its type wrongly."""
+    """Whether the content is a web page: the content type of proxies and portals is often wrong."""
     text = response.text[:MAX_PAGE].lstrip("\ufeff \r\n\t").lower()
     return text.startswith("<") and ("<html" in text or "<!doctype html" in text)
 
 
 def _message(answer: object) -> object:
-    """Where servers put it: error.message, error, message or detail."""
+    """The error message, which servers put in error.message, error, message or detail."""
     while isinstance(answer, dict):
         answer = next((answer[name] for name in ("error", "message", "detail") if answer.get(name)), "")
     return answer
@@ -385,15 +389,15 @@ def _count(usage: object, name: str) -> int:
     return n if isinstance(n, int) and 0 <= n < 1 << 31 else 0
 
 
-def _retry_after(told: str | None) -> float:
-    """Seconds from a number of them or a date, within bounds; 0 if it tells nothing."""
-    if told is None:
+def _retry_after(header: str | None) -> float:
+    """Seconds to wait by a Retry-After header (RFC 9110, 10.2.3), a number or a date, bounded; 0 if there is none."""
+    if header is None:
         return 0.0
     try:
-        seconds = float(told) if told.strip()[:1].isdigit() else _seconds_until(parsedate_to_datetime(told))
+        seconds = float(header) if header.strip()[:1].isdigit() else _seconds_until(parsedate_to_datetime(header))
     except ValueError:
         return 0.0
-    return min(max(seconds, 0.0), LONGEST_WAIT_SEC)
+    return min(max(seconds, 0.0), MAX_WAIT_SEC)
 
 
 def _seconds_until(date: datetime) -> float:

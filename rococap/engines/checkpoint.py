@@ -1,4 +1,7 @@
-"""A model's files, on disk or on the hub: type, processor, prompt and digest, for every engine that reads them."""
+"""Reads a model's files, on disk or on the hub: its type, processor, end tokens and digest. Loads no weights.
+
+Serves every engine that runs the model itself. Knows no picture and no queue.
+"""
 
 import hashlib
 import logging
@@ -26,7 +29,7 @@ MODEL_FILES = frozenset({".bin", ".jinja", ".json", ".model", ".py", ".safetenso
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the GPU has it, float16 on older ones, float32 on the CPU; or what the recipe says."""
+    """Returns the dtype of this name; for "auto", bfloat16 or, on older GPUs, float16, and float32 on the CPU."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
     if device.type != "cuda":
@@ -35,6 +38,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def quieten() -> None:
+    """Silences warnings of the libraries, and their progress bars unless a person is watching."""
     transformers_logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
@@ -42,40 +46,45 @@ def quieten() -> None:
 
 
 def cannot_load(name: str, revision: str, error: Exception) -> ModelError:
+    """Returns the ModelError for a model that a library failed to load, with the first sentence of its reason."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(":.") + "."
-    if not isinstance(error, OSError | ValueError):  # raised by code that took a file for whole, and says little
+    if not isinstance(error, OSError | ValueError):  # raised by code that assumes an intact file; alone, it says little
         reason = f"{type(error).__name__}: {reason}"
     if Path(name).is_dir():
         return ModelError(
-            f"The folder {name} holds no model that can be loaded: {reason} Copy or download it again, or name another."
+            f"The folder {name} contains no model that can be loaded: {reason} Copy or download it again, or name "
+            "another."
         )
     if name.startswith((".", "/", "~")):
         return ModelError(f"There is no model folder {name}. Name an existing folder or a hub id with --model.")
     return ModelError(
-        f"The model {name} (revision {revision}) cannot be had: {reason} "
-        "Check the name and the network, or download it where there is one: hf download " + name
+        f"The model {name} (revision {revision}) is not available: {reason} "
+        "Check the name and the network, or download it on a machine with access to the hub: hf download " + name
     )
 
 
 def is_here_or_unreachable(name: str, revision: str) -> bool:
-    """Whether to load without asking the hub: asked once here, where transformers asks for every file, and waits."""
+    """Whether to load without asking the hub, because the model is a folder or the hub cannot be reached.
+
+    This asks the hub once; transformers would ask, and wait, for every file.
+    """
     if Path(name).is_dir():
         return True
     try:
         HfApi().model_info(name, revision=revision, timeout=10)
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        return False  # loading says it best
-    except Exception as error:  # its errors have no base in common
-        log.warning("the hub cannot be reached (%s): loading what is cached of %s", error, name)
+        return False  # loading gives the best explanation
+    except Exception as error:  # the hub's errors share no base class
+        log.warning("the hub cannot be reached (%s): loading %s from the cache", error, name)
         return True
     return False
 
 
 @contextmanager
 def reading(name: str, revision: str) -> Iterator[None]:
-    """Turns what damaged files of a model raise into a ModelError.
+    """Turns the errors that damaged files of a model cause into a ModelError.
 
-    That is any exception: libraries take the files for whole, and the one of tokenizers has no class of its own.
+    They may be of any class: libraries assume intact files, and tokenizers raises a plain Exception.
     """
     try:
         yield
@@ -86,27 +95,30 @@ def reading(name: str, revision: str) -> Iterator[None]:
 
 
 def type_of(name: str, source: dict[str, Any]) -> str:
-    """What kind of model it is. Raises ModelError for one that cannot be loaded, or is none."""
+    """Returns the `model_type` in a model's configuration. Raises ModelError if it cannot be loaded or is no model.
+
+    `source` holds `revision`, `local_files_only` and `trust_remote_code`, as transformers takes them.
+    """
     if Path(name).is_dir():
         for path in (Path(name) / file for file in files.OBJECTS):
             if path.is_file():
                 files.read(path)
     _refuse_adapter(name, source)
     with reading(name, source["revision"]):
-        config, _ = PreTrainedConfig.get_config_dict(name, **source)  # reads it and runs nothing
+        config, _ = PreTrainedConfig.get_config_dict(name, **source)  # reads the file without running any code
     model_type = str(config.get("model_type", ""))
     if not source["trust_remote_code"]:
         families.check_native(name, model_type)
         if "auto_map" in config and model_type not in CONFIG_MAPPING:
             raise ModelError(
-                f"{name} brings code of its own, which is not run unless you trust it: look at it, then enqueue a run "
+                f"{name} comes with its own code, which is not run unless you trust it: review it, then enqueue a run "
                 "with --trust-remote-code."
             )
     return model_type
 
 
 def _refuse_adapter(name: str, source: dict[str, Any]) -> None:
-    """transformers would load the model that the adapter was trained on, whichever that is, and put it on."""
+    """Raises ModelError for an adapter without a model: transformers would load whatever model it was trained on."""
     config = adapter_beside(name, source)
     if config is not None and not (
         _is_there(name, files.CONFIG, source) and any(_is_there(name, file, source) for file in files.WEIGHTS)
@@ -115,7 +127,7 @@ def _refuse_adapter(name: str, source: dict[str, Any]) -> None:
 
 
 def adapter_beside(name: str, source: dict[str, Any]) -> Path | None:
-    """The adapter_config.json among a model's files, in a folder or on the hub."""
+    """Returns the adapter_config.json among a model's files, in a folder or on the hub; None if there is none."""
     where = {key: source[key] for key in ("revision", "local_files_only")}
     with reading(name, source["revision"]):
         found = find_adapter_config_file(name, **where)
@@ -130,9 +142,10 @@ def _is_there(name: str, file: str, source: dict[str, Any]) -> bool:
 
 
 def load_processor(name: str, source: dict[str, Any]) -> Any:
+    """Returns a model's processor, set to pad on the left. Raises ModelError if it cannot process pictures."""
     with reading(name, source["revision"]):
         processor = AutoProcessor.from_pretrained(name, **source)
-    # For a processor class that it does not know, AutoProcessor returns a bare tokenizer without a word.
+    # For a processor class that it does not know, AutoProcessor silently returns a bare tokenizer.
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ModelError(f"{name} has no image processor, so it cannot caption pictures. Name a vision-language model.")
     _check_vocabulary(processor.tokenizer, name, source)
@@ -141,7 +154,7 @@ def load_processor(name: str, source: dict[str, Any]) -> Any:
 
 
 def _check_vocabulary(tokenizer: Any, name: str, source: dict[str, Any]) -> None:
-    """Without its vocabulary's file a tokenizer is loaded all the same, and reads prompts as nothing."""
+    """Raises ModelError for a tokenizer without a vocabulary, which still loads, and encodes prompts as nothing."""
     config, _ = PreTrainedConfig.get_config_dict(name, **source)
     picture = config.get("image_token_id", config.get("image_token_index"))
     if isinstance(picture, int) and picture >= len(tokenizer):
@@ -152,22 +165,22 @@ def _check_vocabulary(tokenizer: Any, name: str, source: dict[str, Any]) -> None
 
 
 def end_tokens(config: GenerationConfig, processor: Any, name: str) -> list[int]:
-    """What ends a caption: whatever the generation config, the tokenizer or the chat template ends an answer with.
+    """Returns the tokens that end a caption: those of the generation config, the tokenizer and the chat template.
 
-    They disagree in many published folders, and a model ends with what it was trained on. Raises ModelError if
-    there is none.
+    In many published models these disagree, and a model uses the one that it was trained on. Raises ModelError if there
+    is none.
     """
     tokenizer = processor.tokenizer
     named = config.eos_token_id
-    told = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, turn_end(processor, name)]
-    ids = (tokenizer.convert_tokens_to_ids(end) if isinstance(end, str) else end for end in told)
+    candidates = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, turn_end(processor, name)]
+    ids = (tokenizer.convert_tokens_to_ids(end) if isinstance(end, str) else end for end in candidates)
     if ends := list(dict.fromkeys(id for id in ids if id is not None)):
         return ends
-    raise ModelError(f"{name} names no token that ends a caption. Copy the eos_token_id of its base model to it.")
+    raise ModelError(f"{name} names no token that ends a caption. Copy the eos_token_id from its base model.")
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of the files that decide a model folder's captions, in hex."""
+    """SHA-256, in hex, over the names and contents of the files in a model folder that affect captions."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in MODEL_FILES):
         with path.open("rb") as file:

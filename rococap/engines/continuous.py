@@ -1,12 +1,12 @@
 """Continuous batching for pictures: a finished caption leaves at once, and the next picture takes its place.
 
-The running rows are always the first n of every buffer: whoever finishes is replaced by the last. Each row writes its
-keys and values at its own length, so there is no padding to trim; a step reads as far as the longest row reaches. Its
-shapes depend on the number of rows and on that width in buckets alone, so that a compiler can take it. Position ids
-come from the model itself and grow by one a step in every row: that holds for plain and for multimodal rotary
-positions (M-RoPE), whose three parts agree once the text goes on after a picture.
+The running rows are always the first n of every buffer: a row that finishes is replaced by the last one. Each row
+writes its keys and values at its own length, so there is no padding to trim; a step reads as far as the longest row
+reaches. The shapes in a step depend only on the number of rows and on that width, rounded up, so that it can be
+compiled. Position ids come from the model itself and grow by one per step in every row: that holds for plain and for
+multimodal rotary positions (M-RoPE), whose three parts agree once the text continues after a picture.
 
-Scheduling by iteration is Orca's (Yu et al., OSDI 2022).
+Iteration-level scheduling is Orca's (Yu et al., OSDI 2022). Knows no queue: pictures come from a Source.
 """
 
 import inspect
@@ -26,15 +26,15 @@ from rococap.engines.decoding import Loaded, Row, free_memory, out_of_memory, sh
 log = logging.getLogger(__name__)
 
 REFILL = 4
-"""Rows are filled up once one in so many is free: a picture alone costs the device almost as much as a few."""
+"""Rows are refilled once 1 in REFILL is free: prefilling one picture costs the device almost as much as a few."""
 GROUP_TOKENS = 16_384
-"""Most prompt tokens that are read in together: what bounds the memory of it."""
+"""At most how many prompt tokens are prefilled together, which bounds the memory for it."""
 WIDTH = 32
-"""Steps read and buffers grow in multiples of this many tokens."""
+"""Steps read, and buffers grow, in multiples of this many tokens."""
 
 
 def is_known(model: Any) -> bool:
-    """Whether the loop knows this model's cache: keys and values of all tokens in every layer, and nothing else."""
+    """Whether the decoder supports this model's cache: keys and values of all tokens in every layer, and no more."""
     layers = DynamicCache(config=model.config).layers
     return (
         bool(layers)
@@ -45,7 +45,7 @@ def is_known(model: Any) -> bool:
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
-    """One layer's keys and values of all rows: [rows, heads, tokens, size], of which a step reads a corner."""
+    """One layer's keys and values of all rows, of shape [rows, heads, tokens, size]; a step reads a corner of them."""
 
     def __init__(self, slots: "Slots") -> None:
         super().__init__()
@@ -72,9 +72,9 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no ty
 
 
 class Slots(Cache):  # type: ignore[misc]
-    """The running rows on the device: keys and values, lengths, positions and latest tokens, each in its slot.
+    """The running rows on the device: keys and values, lengths, positions and latest tokens, by slot.
 
-    `lengths` counts the tokens whose keys are stored; the latest token of a row is not among them yet.
+    `lengths` counts the tokens whose keys are stored, which do not yet include the latest token of a row.
     """
 
     def __init__(self, n_layers: int, device: torch.device) -> None:
@@ -91,7 +91,7 @@ class Slots(Cache):  # type: ignore[misc]
             layer.keys = layer.values = None
 
     def reserve(self, like: Cache, positions: Tensor, rows: int, tokens: int) -> None:
-        """Makes room for so many rows of so many tokens, keeping what is there."""
+        """Makes room for this many rows and tokens, keeping the content; `like` and `positions` give other sizes."""
         old = self.layers[0].keys
         have = (0, 0) if old is None else (old.shape[0], old.shape[2])
         if rows <= have[0] and tokens <= have[1]:
@@ -106,18 +106,19 @@ class Slots(Cache):  # type: ignore[misc]
                 model: Tensor = getattr(source, name)
                 buffer = getattr(layer, name)
                 shape = (rows, model.shape[1], tokens, model.shape[3])
-                # One at a time, so that growing needs room for one more buffer only. Zeros: a masked NaN is still one.
+                # One at a time, so that growing needs memory for only one more buffer. In zeros, since NaN stays NaN
+                # when it is masked.
                 setattr(layer, name, _grown(model[:0] if buffer is None else buffer, shape))
 
     def put(self, slot: int, source: Cache, row: int, length: int) -> None:
-        """Copies a prompt's keys and values, which end at the right of a padded batch."""
+        """Copies a prompt's keys and values, which are at the right end of a left-padded batch."""
         for layer, prefilled in zip(self.layers, source.layers, strict=True):
             layer.keys[slot, :, :length] = prefilled.keys[row, :, -length:]
             layer.values[slot, :, :length] = prefilled.values[row, :, -length:]
 
     @torch.inference_mode()
     def move(self, source: Sequence[int], target: Sequence[int], tokens: int) -> None:
-        """Rows of up to so many tokens change their slots; what was there is lost."""
+        """Moves rows of up to `tokens` tokens to other slots, whose content is lost."""
         if not source:
             return
         old, new = (torch.tensor(slots, device=self.device) for slots in (source, target))
@@ -129,14 +130,17 @@ class Slots(Cache):  # type: ignore[misc]
 
 
 def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A larger tensor of zeros with this one in its corner."""
+    """Copies a tensor into the corner of a larger one of zeros."""
     larger = tensor.new_zeros(shape)
     larger[tuple(slice(size) for size in tensor.shape)] = tensor
     return larger
 
 
 class ContinuousDecoder:
-    """Greedy decoding of up to `limit` rows. `shrink` makes a picture smaller that is too large alone, or cannot."""
+    """Greedy decoding of up to `limit` rows at a time.
+
+    `shrink` returns a smaller version of a picture that alone exceeds the memory, or None if there is none.
+    """
 
     def __init__(self, loaded: Loaded, limit: int, shrink: Callable[[Prepared], Prepared | None]) -> None:
         self.loaded = loaded
@@ -147,24 +151,25 @@ class ContinuousDecoder:
         self._waiting: deque[Row] = deque()
 
     def run(self, source: Source) -> Iterator[Completion]:
+        """Captions the source's pictures, as specified by Engine.run."""
         while self._take(source):
             group = self._next_group()
             started = time.perf_counter()
             try:
                 bad = self._prefill(group) if group else self._step()
             except torch.OutOfMemoryError:
-                bad = None  # handled below: the error holds on to what was allocated
+                bad = None  # handled after the except clause: the error keeps the allocated memory alive
             if bad is None:
                 yield from self._retreat(group)
             else:
-                yield from self._book(len(group) or len(self._rows), bad, started)
+                yield from self._charge(len(group) or len(self._rows), bad, started)
             lost = source.step(0 if group else len(self._rows))
             self._remove({slot for slot, row in enumerate(self._rows) if row.picture.job_id in lost})
 
     def probe(self, picture: Prepared, n: int, n_read: int) -> tuple[float, int]:
-        """Seconds of a step with n rows, after reading `n_read` copies of a picture, and bytes of a row's cache.
+        """Measures the seconds of a step with n rows, and the bytes of a row's cache.
 
-        Raises torch.OutOfMemoryError. Leaves the decoder as it was.
+        First prefills `n_read` copies of the picture together. Raises torch.OutOfMemoryError. Leaves no rows behind.
         """
         limit, self.limit = self.limit, n
         try:
@@ -185,7 +190,7 @@ class ContinuousDecoder:
     # --- rows come ---
 
     def _take(self, source: Source) -> bool:
-        """Whether there is something to do: waits for it only if nothing runs."""
+        """Takes pictures from the source, waiting only if none are in progress. Returns whether there is any work."""
         held = len(self._rows) + len(self._waiting)
         free = self.limit - held
         taken: list[Prepared] = []
@@ -198,7 +203,7 @@ class ContinuousDecoder:
         return bool(held or taken)
 
     def _next_group(self) -> list[Row]:
-        """Waiting rows that are read in together."""
+        """The waiting rows that are prefilled together next."""
         group: list[Row] = []
         longest = 0
         while self._waiting:
@@ -211,7 +216,7 @@ class ContinuousDecoder:
 
     @torch.inference_mode()
     def _prefill(self, group: Sequence[Row]) -> Tensor:
-        """Reads pictures and prompts, and gives each row a slot and its first token."""
+        """Reads pictures and prompts, and gives each row a slot and its first token. Returns which are not finite."""
         model, slots = self.loaded.model, self._slots
         inputs = self.loaded.batch([row.picture for row in group])
         positions = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
@@ -222,19 +227,19 @@ class ContinuousDecoder:
         n, more = len(self._rows), len(group)
         longest = max(row.picture.n_tokens for row in group)
         slots.reserve(cache, positions, self.limit, longest + self.loaded.max_new_tokens)
-        for row, one in enumerate(group):
-            slots.put(n + row, cache, row, one.picture.n_tokens)
+        for index, row in enumerate(group):
+            slots.put(n + index, cache, index, row.picture.n_tokens)
         slots.lengths[n : n + more] = torch.tensor([row.picture.n_tokens for row in group], device=slots.device)
         slots.positions[..., n : n + more] = positions[..., -1] + 1
         slots.tokens[n : n + more] = logits.argmax(-1)
         self._rows += group
         return ~torch.isfinite(logits).all(-1)
 
-    # --- rows go on ---
+    # --- rows continue ---
 
     @torch.inference_mode()
     def _step(self) -> Tensor:
-        """The next token of every row."""
+        """Decodes the next token of every row. Returns which rows' logits are not finite."""
         slots, n = self._slots, len(self._rows)
         slots.width = -(-max(_length(row) + 1 for row in self._rows) // WIDTH) * WIDTH
         lengths, tokens, positions = slots.lengths[:n], slots.tokens[:n], slots.positions[..., :n]
@@ -253,8 +258,8 @@ class ContinuousDecoder:
         tokens.copy_(logits.argmax(-1))
         return ~torch.isfinite(logits).all(-1)
 
-    def _book(self, n_active: int, bad: Tensor, started: float) -> Iterator[Completion]:
-        """Books the step on the last `n_active` rows, which were in it, and yields those that it finished."""
+    def _charge(self, n_active: int, bad: Tensor, started: float) -> Iterator[Completion]:
+        """Charges a step to the last `n_active` rows, which took part in it, and yields those that it finished."""
         first = len(self._rows) - n_active
         active = self._rows[first:]
         tokens = self._slots.tokens[first : len(self._rows)].tolist()  # waits for the device
@@ -272,10 +277,10 @@ class ContinuousDecoder:
         for row in done:
             yield row.completion(self.loaded, now)
 
-    # --- rows go ---
+    # --- rows leave ---
 
     def _remove(self, slots: Set[int]) -> None:
-        """The last rows take the places of those that leave."""
+        """Removes rows, and moves the last ones into their slots."""
         n_left = len(self._rows) - len(slots)
         holes = [slot for slot in range(n_left) if slot in slots]
         last = [slot for slot in range(n_left, len(self._rows)) if slot not in slots]
@@ -285,7 +290,7 @@ class ContinuousDecoder:
         del self._rows[n_left:]
 
     def _retreat(self, group: Sequence[Row]) -> Iterator[Completion]:
-        """Out of memory: all begin again, half as many at a time. A picture alone becomes smaller, or fails."""
+        """Restarts all rows, half as many at a time, after running out of memory. A single one shrinks, or fails."""
         rows = [*self._rows, *group]
         for row in rows:
             row.tokens.clear()
@@ -295,7 +300,7 @@ class ContinuousDecoder:
         free_memory(self.loaded.device)
         if len(rows) > 1:
             self.limit = len(rows) // 2
-            log.warning("out of memory with %d pictures at a time: going on with %d", len(rows), self.limit)
+            log.warning("out of memory with %d pictures at a time: continuing with %d", len(rows), self.limit)
             return
         row = self._waiting.popleft()
         smaller = self._shrink(row.picture)
@@ -307,5 +312,5 @@ class ContinuousDecoder:
 
 
 def _length(row: Row) -> int:
-    """How many of a row's tokens have keys: all but the latest."""
+    """The number of a row's tokens whose keys are stored: all but the latest."""
     return row.picture.n_tokens + len(row.tokens) - 1

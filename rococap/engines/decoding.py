@@ -1,7 +1,7 @@
-"""What the ways of decoding share: a loaded model, pictures prepared for it, and a batch of them.
+"""What continuous and static decoding share: the loaded model, the pictures prepared for it, and batches of them.
 
-Batches are left-padded and the processor's whole output goes to the model: right padding, or leaving out
-mm_token_type_ids, gives fluent captions of the wrong picture and no error.
+Batches are left-padded, and the model gets the processor's entire output: with right padding, or without
+mm_token_type_ids, it captions the wrong picture fluently, without an error. Knows no queue and no recipe.
 """
 
 import gc
@@ -19,7 +19,7 @@ from rococap.engines import Completion, Failure, Prepared
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The processor's tensors for one picture, and the picture, should it have to be made smaller."""
+    """The processor's tensors for one picture, and the picture itself in case it has to be shrunk."""
 
     tensors: dict[str, Tensor]
     picture: Image
@@ -28,7 +28,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model on its device, and what ends a caption: one of `ends`, or `max_new_tokens`."""
+    """A model on its device, and what ends a caption: a token in `ends`, or `max_new_tokens`."""
 
     model: Any
     tokenizer: Any
@@ -41,7 +41,7 @@ class Loaded:
         return not row.is_finite or row.tokens[-1] in self.ends or len(row.tokens) == self.max_new_tokens
 
     def batch(self, pictures: Sequence[Prepared]) -> dict[str, Tensor]:
-        """One left-padded batch on the device."""
+        """Makes one left-padded batch on the device."""
         inputs = collate([picture.inputs.tensors for picture in pictures], self.pad)
         return {name: self._to_device(tensor) for name, tensor in inputs.items()}
 
@@ -53,7 +53,10 @@ class Loaded:
 
 @dataclass(slots=True)
 class Row:
-    """A picture under way: what was said of it so far, and what it took. Times in seconds and milliseconds."""
+    """A picture in progress: its caption's tokens so far, and the time spent on it.
+
+    `taken_at` is in seconds on the decoder's clock.
+    """
 
     picture: Prepared
     taken_at: float
@@ -64,15 +67,16 @@ class Row:
     batch_size: int = 1
 
     def completion(self, loaded: Loaded, now: float) -> Completion:
+        """Returns the caption, or the failure `non_finite`. `now` is in seconds on the same clock as `taken_at`."""
         if not self.is_finite:
             dtype = dtype_name(loaded.model.dtype)
-            mend = "its weights are damaged" if dtype == "float32" else "enqueue a run with another --dtype"
-            message = f"The model's output is not finite in {dtype}: {mend}."
+            advice = "its weights are damaged" if dtype == "float32" else "enqueue a run with another --dtype"
+            message = f"The model's output is not finite in {dtype}: {advice}."
             return Completion(self.picture.job_id, failure=Failure("non_finite", message))
-        end = next((at for at, token in enumerate(self.tokens) if token in loaded.ends), None)
+        end = next((index for index, token in enumerate(self.tokens) if token in loaded.ends), None)
         return Completion(
             self.picture.job_id,
-            # Stored as the model said it: only its special tokens are left out.
+            # Stored as the model wrote it, except for special tokens.
             text=loaded.tokenizer.decode(self.tokens[:end], skip_special_tokens=True),
             flags=self.picture.inputs.flags,
             finish_reason="length" if end is None else "stop",
@@ -86,21 +90,22 @@ class Row:
 
 
 def share(rows: Sequence[Row], seconds: float) -> None:
-    """A step's time, over the rows active in it."""
+    """Divides a step's time among the rows active in it."""
     for row in rows:
         row.share_ms += seconds * 1000 / len(rows)
         row.batch_size = max(row.batch_size, len(rows))
 
 
 def out_of_memory(picture: Prepared) -> Completion:
+    """Returns the failure of a picture that does not fit in memory on its own."""
     message = f"Out of memory with this picture alone ({picture.n_tokens} prompt tokens)."
     return Completion(picture.job_id, failure=Failure("out_of_memory", message))
 
 
 def collate(rows: Sequence[dict[str, Tensor]], pad_token: int) -> dict[str, Tensor]:
-    """One batch from pictures prepared alone: what has the length of the prompt is padded on the left.
+    """Makes one batch from pictures prepared singly: tensors of the prompt's shape are padded on the left.
 
-    Pictures that were cut into fewer tiles than others get tiles of zeros, which the models that cut them leave out.
+    Pictures cut into fewer tiles than others get tiles of zeros, which models that use tiles ignore.
     """
     width = max(row["input_ids"].shape[1] for row in rows)
 
@@ -117,7 +122,7 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _filled_up(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """With zeros behind, in every dimension but the first."""
+    """Appends zeros in every dimension but the first."""
     gaps = [want - have for want, have in zip(shape, tensor.shape[1:], strict=True)]
     return pad(tensor, [n for gap in reversed(gaps) for n in (0, gap)]) if any(gaps) else tensor
 
@@ -127,10 +132,12 @@ def _pad_left(tensor: Tensor, prompt_shape: torch.Size, width: int, fill: int) -
 
 
 def free_memory(device: torch.device) -> None:
+    """Returns unused memory to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The name as in a recipe: `bfloat16`."""
     return str(dtype).removeprefix("torch.")

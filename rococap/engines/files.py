@@ -1,6 +1,6 @@
-"""What a model's files say before anything is loaded: whether they are a model's, and which words stand for pictures.
+"""Checks a model's files before anything is loaded: whether they are a model, and which tokens stand for pictures.
 
-It imports no torch, so that what leads nowhere is refused when a run is registered.
+Does not import torch, so that an unusable model can be refused when a run is registered. Downloads nothing.
 """
 
 import json
@@ -36,9 +36,11 @@ OBJECTS = (
     "vocab.json",
     *(name for name in WEIGHTS if name.endswith(".json")),
 )
-"""A model's files that hold a JSON object; others beside them are nobody's business."""
+"""A model's files that must contain a JSON object; other files in its folder are not checked."""
 PLACEHOLDERS = ("image_token", "video_token", "audio_token", "boi_token", "boa_token")
-"""What processors replace by what a picture, a film or a sound becomes; Gemma's `boi` begins one."""
+"""Attributes whose tokens processors replace with the tokens of a picture, a video or a sound; Gemma's `boi` precedes
+those of a picture, and `boa` those of a sound.
+"""
 
 _ID = re.compile(r"(image|video|audio|boi|boa)_token_(id|index)")
 _IN_A_CACHE = re.compile(r"(?:^|/)(?:models--(?P<hub>[^/]+)|(?P<modelscope>[^/]+--[^/]+)/snapshots/)")
@@ -46,29 +48,29 @@ _QUANTISED = re.compile(r"(-unsloth)?-bnb-[48]bit$")
 
 
 def find(model: str, revision: str, file: str) -> Path | None:
-    """A file of a model, in its folder or in the hub's cache."""
+    """Returns the path of a model's file, in its folder or in the hub's cache; None if it is in neither."""
     if Path(model).is_dir():
         path = Path(model) / file
         return path if path.is_file() else None
-    file_there = cached(model, file, revision, "model") if HUB_ID.fullmatch(model) else None
-    return Path(file_there) if file_there else None
+    cached_file = cached(model, file, revision, "model") if HUB_ID.fullmatch(model) else None
+    return Path(cached_file) if cached_file else None
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Raises ModelError, naming it, for a file that holds no JSON object."""
+    """Returns the JSON object in a file. Raises ModelError, naming the file, if it contains none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON ({error}). Copy or download it again.") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path} is damaged: it holds no JSON object. Copy or download it again.")
+        raise ModelError(f"{path} is damaged: it contains no JSON object. Copy or download it again.")
     return content
 
 
 def check(model: str, revision: str, prompt: str) -> None:
-    """Raises ModelError for a folder that holds no model, and for a prompt that would be taken for a picture.
+    """Raises ModelError for a folder that contains no model, and for a prompt that contains a picture's token.
 
-    Of a model on the hub, only what is in the cache is looked at.
+    For a model on the hub, only cached files are checked.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -81,12 +83,13 @@ def check(model: str, revision: str, prompt: str) -> None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether there is an adapter and no model that it could lie beside: training tools copy a config.json to it."""
+    """Whether a folder contains an adapter without a model. Its config.json may be a copy made by a training tool."""
     has_model = (folder / CONFIG).is_file() and any((folder / name).is_file() for name in WEIGHTS)
     return (folder / ADAPTER_CONFIG).is_file() and not has_model
 
 
 def no_model_but_adapter(model: str, config: Path) -> ModelError:
+    """Returns the error for an adapter that was named as a model, given its adapter_config.json."""
     base = str(read(config).get("base_model_name_or_path") or "")
     quoted = shlex.quote(hub_name(base))
     named = f"the model that it was trained on: --model {quoted}" if base else "its model with --model:"
@@ -95,32 +98,33 @@ def no_model_but_adapter(model: str, config: Path) -> ModelError:
 
 def _no_config(folder: Path) -> ModelError:
     below = sorted(path.parent for pattern in ("*/", "snapshots/*/") for path in folder.glob(pattern + CONFIG))
-    named = (
+    advice = (
         f"Name the one below it: --model {shlex.quote(str(below[-1]))}"
         if below
         else "Name another folder, or a hub id, with --model."
     )
-    return ModelError(f"The folder {folder} holds no model: it has no {CONFIG}. {named}")
+    return ModelError(f"The folder {folder} contains no model: it has no {CONFIG}. {advice}")
 
 
 # --- Names -----------------------------------------------------------------------------------------------------
 
 
 def hub_name(model: str) -> str:
-    """The name that can be given to the hub, if a path into its cache holds it."""
+    """Returns the name on the hub if `model` is a path into the hub's or ModelScope's cache, or else `model` itself."""
     found = _IN_A_CACHE.search(model.replace("\\", "/"))
     return (found["hub"] or found["modelscope"]).replace("--", "/", 1) if found else model
 
 
 def last_part(model: str) -> str:
-    """What a model is called, wherever it lies: on the hub, in its cache, or in a folder of Windows or Linux."""
+    """The last part of a model's name, on the hub, in its cache, or in a folder on Windows or Linux."""
     return hub_name(model).replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def common_name(model: str) -> str:
-    """The same for every spelling of a model's name.
+    """Returns a form that is the same for every spelling of a model's name.
 
-    ModelScope writes a dot as three underscores; the siblings that bitsandbytes quantised have the same shapes.
+    ModelScope writes a dot as three underscores. Versions quantised with bitsandbytes have the same shapes, and count
+    as the same model.
     """
     return _QUANTISED.sub("", last_part(model).replace("___", ".").lower())
 
@@ -129,7 +133,7 @@ def common_name(model: str) -> str:
 
 
 def placeholders(model: str, revision: str) -> set[str]:
-    """The tokens that stand for pictures, as far as the files that are at hand tell them."""
+    """Returns the tokens that stand for pictures, as far as the local and cached files show them."""
 
     def content(file: str) -> dict[str, Any]:
         path = find(model, revision, file)
@@ -137,8 +141,8 @@ def placeholders(model: str, revision: str) -> set[str]:
 
     config, tokenizer_config = content(CONFIG), content("tokenizer_config.json")
     extra = tokenizer_config.get("extra_special_tokens")
-    told = (content("processor_config.json"), tokenizer_config, extra if isinstance(extra, dict) else {})
-    named = {text_of(where.get(name)) for where in told for name in PLACEHOLDERS}
+    configs = (content("processor_config.json"), tokenizer_config, extra if isinstance(extra, dict) else {})
+    named = {text_of(settings.get(name)) for settings in configs for name in PLACEHOLDERS}
     ids = {value for name, value in config.items() if _ID.fullmatch(name) and isinstance(value, int)}
     tokens = _added(tokenizer_config, content("added_tokens.json"))
     if not ids <= tokens.keys():
@@ -156,15 +160,15 @@ def _listed(tokenizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def text_of(token: Any) -> str:
-    """A token is written as a string, or as an object that holds one; empty if it is neither."""
+    """The text of a token, which is a string or an object that contains one; "" if it is neither."""
     text = token.get("content") if isinstance(token, dict) else getattr(token, "content", token)
     return text if isinstance(text, str) else ""
 
 
 def refuse_placeholders(prompt: str, tokens: set[str], model: str) -> None:
-    """Raises ModelError for a prompt that holds one: the model would be told of more pictures than it gets."""
+    """Raises ModelError for a prompt that contains one of these tokens: the model would expect one picture more."""
     if found := sorted(token for token in tokens if token.strip() and token in prompt):
         raise ModelError(
-            f"prompt holds {found[0]}, which {model} would take for one more picture. Leave it out: the chat template "
-            "puts the picture there by itself."
+            f"prompt contains {found[0]}, which {model} would take for one more picture. Leave it out: the chat "
+            "template inserts the picture by itself."
         )

@@ -1,4 +1,7 @@
-"""The transformers engine: any vision-language model that the stock Auto classes load."""
+"""The transformers engine: captions with any vision-language model that transformers' Auto classes load.
+
+Knows no queue. How rows are decoded is up to `continuous` and `static`.
+"""
 
 import importlib.util
 import logging
@@ -41,17 +44,22 @@ log = logging.getLogger(__name__)
 Size = tuple[int, ...]
 
 STATIC_BATCH = 16
-MOST_TEXTS = 2_000
+"""Pictures in a static batch, unless the user chose a number."""
+MAX_TEXTS = 2_000
+"""How many tokenized prompts are kept, one for each shape that pictures take."""
 SMALL_TABLE = 32
+"""Tensors of fewer elements than this describe a picture's shape, such as its grid."""
 NO_ADAPTER = {"subfolder": "no-adapter", "local_files_only": True}
-"""Where transformers looks for an adapter, which it would put on without a word: nowhere. See `adapters.put_on`."""
+"""Makes transformers find no adapter beside the weights, which it would apply silently. See `adapters.apply`."""
 WEIGHTS_SHARE = 0.8
-"""Of a GPU's free memory."""
+"""The share of a GPU's free memory that the weights may take."""
 SHRINK = 0.7
-"""By how much the sides of a picture that is too large are reduced: its area is halved."""
+"""The factor for the sides of a picture that exceeds the memory: it halves the area."""
 
 
 class TransformersEngine:
+    """An Engine that runs the model in this process, with transformers."""
+
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe = recipe
         self.options = options
@@ -64,7 +72,7 @@ class TransformersEngine:
     def load(self) -> None:
         quieten()
         if self.device.type == "cuda":
-            torch.set_num_threads(1)  # several threads prepare pictures, each of which would start one for every core
+            torch.set_num_threads(1)  # each of the threads that prepare pictures would start one per core
         name, revision = self.recipe.model, self.recipe.revision
         families.check_name(name)
         source: dict[str, Any] = {"revision": revision, "local_files_only": is_here_or_unreachable(name, revision)}
@@ -73,37 +81,37 @@ class TransformersEngine:
         model = self._load_model(name, source)
         adapter = ""
         if self.recipe.adapter is not None:
-            model, adapter = adapters.put_on(model, self.recipe)
+            model, adapter = adapters.apply(model, self.recipe)
         model = model.eval()
         if self.device.type == "cpu" and self.recipe.load_in is None:
             pack(model)
         tokenizer = self.processor.tokenizer
         ends = end_tokens(model.generation_config, self.processor, name)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-        # The model's own is replaced, not amended: whatever a checkpoint sets applies where a field is unset.
+        # Replaced, not updated: the checkpoint's own settings would apply wherever a field is unset.
         model.generation_config = _generation_config(self.recipe, ends, pad)
         self.loaded = Loaded(model, tokenizer, self.device, frozenset(ends), pad, self.recipe.max_new_tokens)
         self.decoder = self._choose_decoder()
         self._info = _info(self.recipe, model, self.device, self.dtype, adapter)
 
     def _load_processor(self, name: str, source: dict[str, Any]) -> None:
-        """Before the weights, which take minutes: it shows what would go wrong with every picture."""
+        """Loads and tests the processor before the weights, which take minutes: its faults affect every picture."""
         model_type = type_of(name, source)
-        adapters.tell_of_one_beside(name, source, self.recipe.adapter)
+        adapters.warn_of_unused(name, source, self.recipe.adapter)
         self.processor = load_processor(name, source)
-        # After loading: the bounds in a checkpoint's preprocessor_config.json override those given to from_pretrained.
+        # Set after loading, because a checkpoint's preprocessor_config.json overrides what from_pretrained is given.
         bounds = families.pixel_bounds(model_type, self.processor.image_processor, self.recipe)
         for setting, value in (bounds or {}).items():
             setattr(self.processor.image_processor, setting, value)
         if bounds is None:
             self._reduces = True
-            log.info("pictures are reduced to --max-pixels beforehand: how %s bounds them is not known", model_type)
+            log.info("pictures are reduced to --max-pixels beforehand: how to set bounds for %s is unknown", model_type)
         self.prompt = chat_prompt(self.processor, self.recipe.prompt, name)
         try:
             self.prepare(0, new_picture("RGB", (USUAL_SIDE, USUAL_SIDE)))
         except PictureError as error:
             raise ModelError(
-                f"The processor of {name} takes no picture with what its chat template makes of the prompt: "
+                f"The processor of {name} rejects pictures with the prompt that its chat template makes: "
                 f"{error.__cause__} {ADVICE}"
             ) from error
 
@@ -125,25 +133,26 @@ class TransformersEngine:
         try:
             tensors = self._process(picture)
         except ValueError as error:
-            raise PictureError("unprocessable", f"The model's processor refuses this picture: {error}") from error
+            raise PictureError("unprocessable", f"The model's processor rejects this picture: {error}") from error
         return Prepared(job_id, Inputs(tensors, picture), tensors["input_ids"].shape[1])
 
     def _process(self, picture: Image) -> dict[str, Tensor]:
-        """The processor's output. Half of its time goes into the prompt, of which only the number of image tokens
-        changes, and that with the shape of what the picture became: it is kept, unless the prompt of this processor
-        needs more than the image processor alone returns.
+        """Returns the processor's output, with the prompt from a cache.
+
+        Half of the processor's time goes into the prompt, in which only the number of image tokens varies, with the
+        shape of the processed picture. Prompts are not cached if they depend on more than the image processor returns.
         """
         if not self._keeps_prompts:
             return self._process_whole(picture)
         image = dict(self.processor.image_processor(images=[picture], return_tensors="pt"))
         shape = _shape(image)
-        text = self._texts.get(shape)  # once: another thread may clear them
+        text = self._texts.get(shape)  # looked up only once, since another thread may clear the cache
         if text is None:
             whole = self._process_whole(picture)
             if shape is None or not all(name in whole and torch.equal(whole[name], image[name]) for name in image):
                 self._keeps_prompts = False
                 return whole
-            if len(self._texts) == MOST_TEXTS:
+            if len(self._texts) == MAX_TEXTS:
                 self._texts.clear()
             text = self._texts[shape] = {name: tensor for name, tensor in whole.items() if name not in image}
         return text | image
@@ -159,7 +168,7 @@ class TransformersEngine:
         free_memory(self.device)
 
     def _load_model(self, name: str, source: dict[str, Any]) -> Any:
-        """On its device, or spread over all GPUs where it does not fit on one."""
+        """Loads the model onto its device, or over all GPUs if requested and if it does not fit on one."""
         settings: dict[str, Any] = {"dtype": self.dtype}
         if self.recipe.load_in is not None:
             settings |= {
@@ -172,12 +181,12 @@ class TransformersEngine:
         return model if "device_map" in settings else model.to(self.device)
 
     def _fits(self, name: str, source: dict[str, Any]) -> bool:
-        """Whether the weights leave room on one GPU for keys, values and reading pictures."""
+        """Whether the weights leave enough memory on one GPU for keys, values and prefilling."""
         if self.device.type != "cuda":
-            raise ModelError("--device-map auto spreads a model over GPUs, and there is none. Leave it out.")
+            raise ModelError("--device-map auto spreads a model over GPUs, but there are none. Leave it out.")
         n_bytes, free = _weight_bytes(name, source, self.dtype, self.recipe.load_in), _free_bytes(self.device)
         if n_bytes <= WEIGHTS_SHARE * free:
-            log.info("%s fits on %s: it is not spread over all GPUs", name, self.device)
+            log.info("%s fits on %s, so it is not spread over all GPUs", name, self.device)
             return True
         return False
 
@@ -197,31 +206,31 @@ class TransformersEngine:
         return decoder
 
     def _why_static(self) -> str | None:
-        """Why the continuous loop cannot take it; None if it can."""
+        """Why continuous decoding is not possible; None if it is."""
         recipe = self.recipe
         if recipe.do_sample or recipe.num_beams > 1 or recipe.repetition_penalty != 1.0:
-            return "the recipe samples, searches by beams or penalises repetition"
+            return "the recipe uses sampling, beam search or a repetition penalty"
         if len(set(getattr(self.loaded.model, "hf_device_map", {}).values())) > 1:
-            return "it is spread over several devices"
-        return None if continuous.is_known(self.loaded.model) else "its cache is not one that the loop knows"
+            return "the model is spread over several devices"
+        return None if continuous.is_known(self.loaded.model) else "its cache is of an unsupported kind"
 
     def _shrink(self, picture: Prepared) -> Prepared | None:
-        """The picture in fewer visual tokens, flagged; None if the model makes no fewer of it."""
+        """Prepares a smaller version of a picture, with a flag; None if fewer pixels make no fewer tokens."""
         image = picture.inputs.picture
         while min(image.size) > 1:
             image = image.resize([max(1, round(side * SHRINK)) for side in image.size], Resampling.LANCZOS)
             smaller = self.prepare(picture.job_id, image)
             if smaller.n_tokens < picture.n_tokens:
-                message = "out of memory with one picture of %d prompt tokens: fewer pixels make it %d"
+                message = "out of memory with one picture of %d prompt tokens: reduced to %d by using fewer pixels"
                 log.warning(message, picture.n_tokens, smaller.n_tokens)
                 return replace(smaller, inputs=replace(smaller.inputs, flags="fewer_pixels"))
         return None
 
 
 def _shape(image: Mapping[str, object]) -> Hashable:
-    """What an image processor's output tells of the picture's shape: sizes, and small tables like a grid's.
+    """The shape of a processed picture: the sizes of its tensors, and the content of small ones such as a grid.
 
-    None if it holds something else than tensors.
+    None if the image processor returned anything but tensors.
     """
     if not all(isinstance(tensor, Tensor) for tensor in image.values()):
         return None
@@ -250,7 +259,7 @@ def _device(name: str) -> torch.device:
 
 
 def _quantisation(load_in: LoadIn, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """LLM.int8 (Dettmers et al. 2022), or 4-bit NormalFloat (Dettmers et al. 2023) calculating in `dtype`."""
+    """LLM.int8 (Dettmers et al. 2022), or 4-bit NormalFloat (Dettmers et al. 2023) with arithmetic in `dtype`."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("--load-in needs bitsandbytes. Install it: pip install 'rococap[bitsandbytes]'")
     if load_in == "8bit":
@@ -277,7 +286,7 @@ def _load_model(name: str, source: dict[str, Any], settings: dict[str, Any]) -> 
             **settings,
             attn_implementation="sdpa",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, where both shapes can be told
+            ignore_mismatched_sizes=True,  # refused below, where both shapes are known
             adapter_kwargs=NO_ADAPTER,
         )
     _check_weights(name, model, loading)
@@ -288,12 +297,12 @@ def _load_model(name: str, source: dict[str, Any], settings: dict[str, Any]) -> 
 
 
 def _check_weights(name: str, model: nn.Module, loading: dict[str, Any]) -> None:
-    """Raises ModelError for what transformers would leave random, or leave out, and only warn."""
+    """Raises ModelError for weights that transformers, with just a warning, would leave random or ignore."""
     if others := sorted(loading["mismatched_keys"]) or _quantised_otherwise(model):
         weight, stored, wanted = others[0]
         raise ModelError(
-            f"{name}: the weight {weight} has the shape {_shape_of(stored)} in the file, and {_shape_of(wanted)} by "
-            "config.json, so that these are of two models. Copy the config.json that was saved with the weights, or "
+            f"{name}: the weight {weight} has the shape {_shape_of(stored)} in the file, but {_shape_of(wanted)} in "
+            "config.json, so these belong to two models. Copy the config.json that was saved with the weights, or "
             "download both again."
         )
     if lacking := sorted(loading["missing_keys"]):
@@ -301,14 +310,14 @@ def _check_weights(name: str, model: nn.Module, loading: dict[str, Any]) -> None
     if unknown := sorted(loading["unexpected_keys"]):
         if layers := [weight for weight in unknown if _is_beyond(model, weight)]:
             raise ModelError(
-                f"{name}: config.json has no layer for {len(layers)} weights ({layers[0]} …), so that these are of two "
+                f"{name}: config.json has no layer for {len(layers)} weights ({layers[0]} …), so these belong to two "
                 "models. Copy the config.json that was saved with the weights, or download both again."
             )
-        log.warning("%s: %d weights are not the model's and are left out (%s …)", name, len(unknown), unknown[0])
+        log.warning("%s: %d weights are not part of the model and are ignored (%s …)", name, len(unknown), unknown[0])
 
 
 def _quantised_otherwise(model: nn.Module) -> list[tuple[str, Size, Size]]:
-    """Weights that bitsandbytes took from the file in whatever shape they had: their names, and both shapes."""
+    """(name, stored shape, expected shape) of weights that differ: bitsandbytes accepts any shape from the file."""
     found: list[tuple[str, Size, Size]] = []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
@@ -324,17 +333,18 @@ def _shape_of(size: Size) -> str:
 
 
 def _is_beyond(model: nn.Module, weight: str) -> bool:
-    """Whether it is of a layer after the last one of its kind."""
+    """Whether a weight belongs to a layer after the model's last layer of that kind."""
     modules = dict(model.named_modules())
     parts = weight.split(".")
-    numbered = [(modules.get(".".join(parts[:at])), int(part)) for at, part in enumerate(parts) if part.isdecimal()]
+    numbered = [(modules.get(".".join(parts[:i])), int(part)) for i, part in enumerate(parts) if part.isdecimal()]
     return any(isinstance(layers, nn.ModuleList) and number >= len(layers) for layers, number in numbered)
 
 
 def _multiply(conv: nn.Conv3d) -> None:
-    """Makes a convolution whose input is one patch what it is, a matrix product.
+    """Computes a convolution whose input is a single patch as what it is, a matrix product.
 
-    cuDNN takes seconds for it in bfloat16 on some GPUs, and a CPU a tenth of the time of reading a picture.
+    As a convolution in bfloat16, it takes seconds with cuDNN on some GPUs and, on a CPU, a tenth of the time to read a
+    picture.
     """
 
     def forward(patches: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Any server that speaks OpenAI's chat interface: vLLM, SGLang, llama.cpp, Ollama, LM Studio. Imports no torch.
+"""The openai engine: any server with OpenAI's chat API, such as vLLM, SGLang, llama.cpp, Ollama or LM Studio.
 
-Requests are kept in flight, as many as the batch size says. A server that is away is waited for: its pictures stay
-where they are, so that no attempt is charged, and one request at a time finds out whether it is back. A picture fails
-only by a server that captions others: where nothing else is left to tell, one that was captioned is asked for again.
+Does not import torch. Keeps up to `batch_size` requests in flight. If the server is away, the engine waits: it keeps
+its pictures, so that no attempt is charged, and sends one request at a time until one is answered. A picture fails only
+if the server captions others. If there are no others left, the engine probes the server with a picture that it has
+captioned before. Knows no queue and no HTTP, which is in `chat`.
 """
 
 import base64
@@ -32,40 +33,45 @@ from rococap.recipe import Recipe
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 16
+"""Requests in flight, unless the user chose a number."""
 POLL_SEC = 0.05
-"""How often it looks, while requests are in flight, for pictures that have come and rows that were given up."""
+"""How often the engine checks for new pictures and abandoned rows while requests are in flight."""
 FIRST_WAIT_SEC = 0.5
-MOST_WAIT_SEC = 60.0
+MAX_WAIT_SEC = 60.0
+"""The first and the longest wait before a server that is away is asked again."""
 STRIKES = 5
-"""So many failures on one picture, while the server answers others, are the picture's."""
+"""After this many failures on one picture, while the server answers others, the picture is at fault."""
 HOPELESS = 16
-"""So many refusals in a row, or answers that are no captions, are the server's fault."""
+"""After this many refusals in a row, or answers without a caption, the server is at fault."""
 SHORT_WAIT_SEC = 1.0
-"""The most that a server which answers, but not with captions, is waited for: it would not be away for long."""
+"""The longest wait for a server that answers, but without a caption: it is not away."""
 QUIET_SEC = 10.0
-"""How long a picture that was refused waits for another to be asked about, as long as none was captioned."""
+"""How long a refused picture waits for another one that could be tried, while none has been captioned."""
 PROBE = 0
-"""The id of a captioned picture that is asked for again: no job's."""
+"""The job id of a probe: a picture that was captioned before is sent again. No job has this id."""
 TOKEN_PIXELS = 784
+"""Pixels per visual token (28 x 28 in Qwen2-VL), for an estimate of a prompt's length."""
 OTHER_FILES = 32
-"""What a worker has open beside its requests: the database by several threads, shards, the spool."""
+"""How many files a worker has open besides its requests: the database in several threads, shards, the spool."""
 
 
 class OpenAIEngine:
+    """An Engine whose model runs on a server."""
+
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe = recipe
         self.options = options
         self.batch_size = options.batch_size or IN_FLIGHT
         self._server: Server | None = None
         self._captioned: deque[Prepared] = deque(maxlen=1)
-        """The last one, in the self-check or later."""
+        """The picture captioned last, in the self-check or later."""
 
     def load(self) -> None:
-        for name in ("httpx", "httpcore", "asyncio"):  # one line for every request
+        for name in ("httpx", "httpcore", "asyncio"):  # they log a line for every request
             logging.getLogger(name).setLevel(logging.WARNING)
         self._model = _served_model(self.recipe, self.options)
-        _refuse_what_it_cannot(self.recipe)
-        self.batch_size = _that_fit(self.batch_size)
+        _refuse_unsupported(self.recipe)
+        self.batch_size = _fitting(self.batch_size)
         server = Server(self.options.base_url)
         served = server.open(self._model)
         self._server = server
@@ -99,7 +105,7 @@ class OpenAIEngine:
             "temperature": 0,
             "stream": False,
         }
-        if recipe.do_sample:  # stated, since a server's own defaults apply where they are not
+        if recipe.do_sample:  # always sent, since a server's own defaults apply otherwise
             body["temperature"] = 1.0 if recipe.temperature is None else recipe.temperature
             body["top_p"] = 1.0 if recipe.top_p is None else recipe.top_p
         return json.dumps(body).encode()
@@ -125,7 +131,7 @@ class OpenAIEngine:
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """A picture under way. Times in seconds by the flight's clock, and milliseconds."""
+    """A picture in progress. Times are in seconds of time.monotonic(), except for `share_ms`."""
 
     picture: Prepared
     taken_at: float
@@ -135,14 +141,14 @@ class _Row:
     not_before: float = 0.0
     strikes: int = 0
     failed_after: int | None = None
-    """How many answers the server had given when it failed on this picture first."""
+    """How many answers the server had given when it first failed on this picture."""
     share_ms: float = 0.0
     batch_size: int = 1
 
 
 @dataclass(slots=True)
 class _Doubts:
-    """What speaks against the server since it captioned a picture last, and the pictures that it refused meanwhile."""
+    """The evidence against the server since it last captioned a picture, and the pictures refused in that time."""
 
     refused: dict[_Row, Refused] = field(default_factory=dict)
     n_refusals: int = 0
@@ -150,7 +156,7 @@ class _Doubts:
     last_refusal: Refused | None = None
     last_no_caption: NoCaption | None = None
     had_probe: bool = False
-    """Whether a picture that it captioned once got no caption again."""
+    """Whether a picture that the server had captioned before got no caption this time."""
     refused_probe: bool = False
 
     @property
@@ -158,7 +164,7 @@ class _Doubts:
         return self.refused_probe or max(self.n_refusals, self.n_no_captions) >= HOPELESS
 
     def answered(self, sent_at: float) -> dict[_Row, Refused]:
-        """Returns the pictures that it had refused before it was sent this one: it refuses these alone."""
+        """Clears the doubts, and returns the pictures refused before the answered one was sent: these are at fault."""
         alone = {row: error for row, error in self.refused.items() if row.landed_at < sent_at}
         self.refused = {row: error for row, error in self.refused.items() if row not in alone}
         self.n_refusals = self.n_no_captions = 0
@@ -167,8 +173,9 @@ class _Doubts:
 
 
 class _Flight:
-    """The pictures that one `run` holds: `_waiting` to be sent, for the first time or again, `_asked`, and refused
-    but not failed. `_probe` is not one of them: it was captioned before, and tells whether the server still captions.
+    """The pictures held by one `run`: `_waiting` to be sent or sent again, `_asked`, and refused but not failed yet.
+
+    `_probe` is not one of them: it was captioned before, and shows whether the server still captions.
     """
 
     def __init__(self, server: Server, source: Source, limit: int, captioned: deque[Prepared]) -> None:
@@ -187,7 +194,7 @@ class _Flight:
         self._lost: Set[int] = frozenset()
 
     def take(self) -> bool:
-        """Whether there is something to do: waits for it only if nothing is under way."""
+        """Takes pictures from the source, waiting only if none are in progress. Returns whether there is any work."""
         held = len(self._waiting) + len(self._asked)
         taken: list[Prepared] = []
         if held < self._limit and self._probe is None:
@@ -206,7 +213,7 @@ class _Flight:
         return LINGER_SEC if self._captioned else QUIET_SEC
 
     def _needs_another(self) -> bool:
-        """Whether all that is left failed, and only the answer to another picture can tell whose fault it is."""
+        """Whether all pictures left have failed, so that only the answer to another one can show what is at fault."""
         if self._asked or self._probe is not None:
             return False
         if not self._waiting:
@@ -214,7 +221,7 @@ class _Flight:
         return bool(self._captioned) and all(row.failed_after == self._n_answers for row in self._waiting)
 
     def _ask_for_captioned(self) -> None:
-        """Raises ModelError if there is none that could tell, or it told already."""
+        """Sends a picture that was captioned before as a probe. Raises ModelError if there is none."""
         if not self._captioned:
             raise self._hopeless()
         self._probe = _Row(replace(self._captioned[0], job_id=PROBE), time.monotonic())
@@ -233,7 +240,7 @@ class _Flight:
             row.request.add_done_callback(lambda _, row=row: self._landed.put(row))  # type: ignore[misc]
 
     def land(self) -> Iterator[Completion]:
-        """What the server answered, or becomes of its errors; waits a moment for the first."""
+        """Yields completions for the answers and errors that have arrived; waits up to POLL_SEC for the first."""
         landed = self._next_landed()
         now = self._tick()
         self._drop()
@@ -245,11 +252,11 @@ class _Flight:
         self._judge()
         if landed:
             self._lost = self._source.step(n_asked)
-        elif not self._asked or now < self._gate.opens_at:  # a server that hangs gets no one's word for it
+        elif not self._asked or now < self._gate.opens_at:  # a hanging server is no progress
             self._lost = self._source.step(0)
 
     def _drop(self) -> None:
-        """Rows of jobs that are another's by now."""
+        """Drops the rows of jobs that now belong to another worker."""
         held = (*self._waiting, *self._asked, *self._doubts.refused)
         for row in [row for row in held if row.picture.job_id in self._lost]:
             self._forget(row)
@@ -278,7 +285,7 @@ class _Flight:
             return landed
 
     def _tick(self) -> float:
-        """Shares the time since the last tick over the requests that were in flight in it."""
+        """Divides the time since the last tick among the requests that were in flight. Returns the current time."""
         now = time.monotonic()
         n = len(self._asked)
         for row in self._asked:
@@ -288,7 +295,7 @@ class _Flight:
         return now
 
     def _outcome(self, row: _Row, now: float) -> Iterator[Completion]:
-        """Nothing if it is to be asked again, or nobody knows yet whose fault it is."""
+        """Yields nothing if the picture is to be sent again, or if it is not known yet what is at fault."""
         assert row.request is not None
         try:
             answer = row.request.result()
@@ -297,14 +304,14 @@ class _Flight:
         except Away as error:
             yield from self._put_off(row, error, now)
         else:
-            yield from self._heard(row)
+            yield from self._answered(row)
             if row is self._probe:
                 self._probe = None
             else:
                 self._captioned.append(row.picture)
                 yield _captioned(row, answer, now)
 
-    def _heard(self, row: _Row) -> Iterator[Completion]:
+    def _answered(self, row: _Row) -> Iterator[Completion]:
         self._n_answers += 1
         self._gate.answered()
         for refused, error in self._doubts.answered(row.sent_at).items():
@@ -321,7 +328,7 @@ class _Flight:
             self._doubts.refused[row] = error
 
     def _put_off(self, row: _Row, error: Away, now: float) -> Iterator[Completion]:
-        """It waits for its next turn, behind the others; or fails, once the server answers others and never this."""
+        """Queues a picture behind the others, or fails it if the server keeps answering others but not this one."""
         is_news = self._gate.failed(row.sent_at, error, now)
         if isinstance(error, NoCaption):
             self._doubts.n_no_captions += is_news
@@ -349,16 +356,17 @@ class _Flight:
         self._ask_for_captioned()
 
     def _hopeless(self) -> ModelError:
+        """The error for a server that captions nothing."""
         doubts, url = self._doubts, self._server.url
         if doubts.n_no_captions >= HOPELESS:
             return ModelError(
-                f"{url} answered {HOPELESS} times in a row with something else than a caption "
-                f"({doubts.last_no_caption}), and no picture was charged. "
-                "Correct the server or --base-url, then start the worker again."
+                f"{url} answered {HOPELESS} times in a row with something other than a caption "
+                f"({doubts.last_no_caption}). No attempt was charged to a picture. "
+                "Fix the server or --base-url, then start the worker again."
             )
         return ServerRefuses(
-            f"{url} refuses every picture ({doubts.last_refusal}), and none of them was charged. "
-            "Correct the server, then start the worker again.",
+            f"{url} refuses every picture ({doubts.last_refusal}). No attempt was charged to a picture. "
+            "Fix the server, then start the worker again.",
             _refused(doubts.last_refusal),
         )
 
@@ -381,13 +389,14 @@ def _captioned(row: _Row, answer: Answer, now: float) -> Completion:
 
 
 def _given_up(error: Away) -> Failure:
-    message = f"The server failed on this picture {STRIKES} times while it answered others. The last time: {error}"
+    message = f"The server failed on this picture {STRIKES} times while it answered others. The last error: {error}"
     return Failure(error.code, message, transient=error.code != "garbage_answer")
 
 
 class _Gate:
-    """Whether the server may be asked: not for a while after it failed, and then by one request at a time until one
-    is answered."""
+    """Whether the server may be asked: after a failure, not for a while, and then with one request at a time until one
+    is answered.
+    """
 
     def __init__(self, url: str) -> None:
         self.is_away = False
@@ -402,17 +411,15 @@ class _Gate:
         return any(row.sent_at > self._closed_at for row in asked)
 
     def failed(self, sent_at: float, error: Away, now: float) -> bool:
-        """Whether it is news: else it was in flight when another told the same."""
+        """Closes the gate for a while. Returns False if the request was already in flight at the last failure."""
         if not self.is_away:
             self.is_away = True
-            log.warning("%s is away: waiting until it answers again (%s)", self._url, error)
+            log.warning("%s is not available: waiting until it answers again (%s)", self._url, error)
         wait = error.wait
         is_news = sent_at > self._closed_at
         if is_news:
             self._closed_at = now
-            wait = max(
-                wait, _backoff(self._n_failed, SHORT_WAIT_SEC if isinstance(error, NoCaption) else MOST_WAIT_SEC)
-            )
+            wait = max(wait, _backoff(self._n_failed, SHORT_WAIT_SEC if isinstance(error, NoCaption) else MAX_WAIT_SEC))
             self._n_failed += 1
         self.opens_at = max(self.opens_at, now + wait)
         return is_news
@@ -424,9 +431,9 @@ class _Gate:
             log.info("%s answers again", self._url)
 
 
-def _backoff(n: int, most: float = MOST_WAIT_SEC) -> float:
-    """Seconds before the (n+1)th try. Jitter keeps workers apart that met the same failure."""
-    return min(most, FIRST_WAIT_SEC * 2.0 ** min(n, 30)) * random.uniform(0.5, 1.0)
+def _backoff(n: int, longest: float = MAX_WAIT_SEC) -> float:
+    """Seconds to wait after n failed attempts. Jitter separates workers that met the same failure."""
+    return min(longest, FIRST_WAIT_SEC * 2.0 ** min(n, 30)) * random.uniform(0.5, 1.0)
 
 
 # --- recipe and picture ----------------------------------------------------------------------------------------
@@ -437,26 +444,27 @@ def _served_model(recipe: Recipe, options: Options) -> str:
         return options.served_model
     if recipe.model.startswith((".", "/", "~")) or Path(recipe.model).is_dir():
         raise ModelError(
-            f"The run's model is the folder {recipe.model}, which a server knows by another name: --served-model NAME"
+            f"The run's model is the folder {recipe.model}, which the server knows by another name: give it with "
+            "--served-model NAME"
         )
     return recipe.model
 
 
-def _that_fit(n_requests: int) -> int:
-    """As many of these requests as may be in flight at once, each of which is an open connection."""
+def _fitting(n_requests: int) -> int:
+    """How many of these requests may be in flight at once, since each needs an open connection."""
     if (n := open_files.room_for(n_requests + OTHER_FILES) - OTHER_FILES) < 1:
-        raise ModelError(f"This process may open {open_files.limit()} files, too few to work. {open_files.ADVICE}")
+        raise ModelError(f"This process may open only {open_files.limit()} files, too few to work. {open_files.ADVICE}")
     if n < n_requests:
         log.warning(
-            "%d requests are in flight instead of %d, since this process may open %d files: to raise that, ulimit -n",
+            "%d requests are in flight instead of %d, since this process may open %d files: raise that with ulimit -n",
             *(n, n_requests, open_files.limit()),
         )
     return n
 
 
-def _refuse_what_it_cannot(recipe: Recipe) -> None:
-    """The interface has no field for it, and a caption made otherwise is not the recipe's."""
-    only = Recipe(recipe.model)
+def _refuse_unsupported(recipe: Recipe) -> None:
+    """Raises ModelError for settings that the API has no field for: the server would not follow the recipe."""
+    default = Recipe(recipe.model)
     fields = (
         "revision",
         "adapter",
@@ -468,17 +476,17 @@ def _refuse_what_it_cannot(recipe: Recipe) -> None:
         "top_k",
     )
     for name in fields:
-        if (value := getattr(recipe, name)) != getattr(only, name):
+        if (value := getattr(recipe, name)) != getattr(default, name):
             raise ModelError(
                 f"The engine openai cannot honour {name} = {value}: the server decides it. "
-                f"Enqueue a run that leaves it at {getattr(only, name)}, or use --engine transformers."
+                f"Enqueue a run that leaves it at {getattr(default, name)}, or use --engine transformers."
             )
 
 
 def _data_url(picture: Image) -> str:
     red, green, blue = (band.tobytes() for band in picture.split())
-    if red == green == blue:  # as most scans are: the same pixels in fewer bytes
+    if red == green == blue:  # like most scans: the same pixels in fewer bytes
         picture = picture.getchannel(0)
     file = BytesIO()
-    picture.save(file, "PNG", compress_level=1)  # five times as fast as the default, a tenth larger
+    picture.save(file, "PNG", compress_level=1)  # five times as fast as the default, and 10 % larger
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,7 +1,7 @@
-"""Large linear layers on a CPU, in float32, by oneDNN with their weights laid out for it beforehand.
+"""Speeds up large linear layers on a CPU, in float32: their weights are laid out for oneDNN in advance.
 
-PyTorch lays them out again at every call: for batches of 4 to 32 rows that takes 1.3 to 2.6 times as long
-(docs/log.md). Small layers lose by the call's overhead, and a single row gains nothing.
+PyTorch lays them out again in every call: batches of 4 to 32 rows then take 1.3 to 2.6 times as long (docs/log.md).
+For small layers the overhead of the call outweighs this, and a single row gains nothing. Knows no model in particular.
 """
 
 import logging
@@ -14,15 +14,15 @@ from torch.nn.functional import linear
 log = logging.getLogger(__name__)
 
 LARGE = 400_000
-"""Weights, from which on it pays."""
+"""The number of weights from which packing a layer pays off."""
 ROWS = 16
-"""For which the layout is chosen."""
+"""The batch size for which the layout is chosen."""
 MEMORY_SHARE = 0.5
-"""Of what is free: the weights are there twice then."""
+"""The share of free memory that packed weights may take, in addition to the original ones."""
 
 
 def pack(model: nn.Module) -> None:
-    """Lets large linear layers multiply packed weights, where oneDNN is there and there is memory for them."""
+    """Makes large linear layers use packed weights, if oneDNN is available and there is memory for them."""
     layers = [
         module
         for module in model.modules()
@@ -38,7 +38,7 @@ def pack(model: nn.Module) -> None:
 
 
 def _available() -> int:
-    """Bytes."""
+    """The available memory in bytes."""
     return int(psutil.virtual_memory().available)
 
 

@@ -1,4 +1,7 @@
-"""How many rows a decoder should run at once, measured on this machine: `--batch-size auto`."""
+"""Measures how many rows the continuous decoder should run at once on this machine: `--batch-size auto`.
+
+Stores nothing: it measures again at every start.
+"""
 
 import logging
 import math
@@ -15,22 +18,24 @@ from rococap.engines.decoding import free_memory
 log = logging.getLogger(__name__)
 
 SMALLEST = 4
-MOST = {"cpu": 64, "cuda": 256}
-"""More rows than that gain little and hold more pictures back from other workers."""
+MAX_ROWS = {"cpu": 64, "cuda": 256}
+"""The most rows by type of device: more gain little, and keep more pictures from other workers."""
 GAIN = 1.1
-"""More rows that bring less than this are not worth their memory."""
+"""More rows must raise the rate by this factor to be worth their memory."""
 SLOW_SEC = 2.0
-"""A step that takes so long is not measured with more rows: starting would take minutes."""
+"""If a step takes this long, more rows are not measured: starting would take minutes."""
 MEMORY_SHARE = 0.5
-"""Of the free memory, for keys and values. The rest is for what reading pictures in takes."""
+"""The share of free memory for keys and values. The rest is for prefilling."""
 USUAL_SIDE = 512
+"""The side of a typical picture in pixels."""
 
 
 def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Image.Image], Prepared], max_pixels: int) -> int:
-    """As many rows as there is memory for, unless fewer yield about as many tokens a second.
+    """Returns as many rows as there is memory for, or fewer if these yield about as many tokens per second.
 
-    On a GPU the largest picture that the recipe allows is read in, as many times as are ever read together, so that
-    what is chosen fits. A CPU, where that takes minutes and memory is not what is short, is measured with a usual one.
+    On a GPU it prefills the largest picture that the recipe allows, as many times as are ever prefilled together, so
+    that the chosen number fits into memory. On a CPU, where that would take minutes and memory is rarely short, it uses
+    a typical picture.
     """
     on_gpu = decoder.loaded.device.type == "cuda"
     side = math.isqrt(max_pixels) if on_gpu else min(USUAL_SIDE, math.isqrt(max_pixels))
@@ -39,7 +44,7 @@ def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Image.Image
     room = MEMORY_SHARE * _available(decoder.loaded.device)
     rates: dict[int, float] = {}
     n, seconds = SMALLEST, 0.0
-    while n <= MOST["cuda" if on_gpu else "cpu"] and seconds < SLOW_SEC:
+    while n <= MAX_ROWS["cuda" if on_gpu else "cpu"] and seconds < SLOW_SEC:
         try:
             seconds, row_bytes = decoder.probe(picture, n, min(n, n_read))
         except torch.OutOfMemoryError:
@@ -56,5 +61,5 @@ def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Image.Image
 
 
 def _available(device: torch.device) -> int:
-    """Bytes."""
+    """The available memory of the device in bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

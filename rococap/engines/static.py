@@ -1,4 +1,7 @@
-"""Static batches by the model's own `generate`: for models, and recipes, that the continuous loop does not know."""
+"""Captions static batches with the model's own `generate`: for models and recipes without continuous decoding.
+
+Knows no queue: pictures come from a Source.
+"""
 
 import logging
 import time
@@ -16,7 +19,10 @@ log = logging.getLogger(__name__)
 
 
 class StaticDecoder:
-    """Batches of up to `limit`. `shrink` makes a picture smaller that is too large alone, or cannot."""
+    """Decoding in batches of up to `limit` pictures.
+
+    `shrink` returns a smaller version of a picture that alone exceeds the memory, or None if there is none.
+    """
 
     def __init__(self, loaded: Loaded, limit: int, shrink: Callable[[Prepared], Prepared | None]) -> None:
         self.loaded = loaded
@@ -24,6 +30,7 @@ class StaticDecoder:
         self._shrink = shrink
 
     def run(self, source: Source) -> Iterator[Completion]:
+        """Captions the source's pictures, as specified by Engine.run."""
         while batch := gather(source, self.limit):
             now = time.perf_counter()
             yield from self._caption([Row(picture, now, []) for picture in batch], source)
@@ -32,7 +39,7 @@ class StaticDecoder:
         try:
             done = self._generate(rows, source)
         except torch.OutOfMemoryError:
-            done = None  # handled below: the error holds on to what was allocated
+            done = None  # handled after the except clause: the error keeps the allocated memory alive
         if done is None:
             yield from self._caption_smaller(rows, source)
         else:
@@ -51,13 +58,13 @@ class StaticDecoder:
         half = len(rows) // 2
         if half < self.limit:
             self.limit = half
-            log.warning("out of memory with %d pictures at a time: going on with %d", len(rows), half)
+            log.warning("out of memory with %d pictures at a time: continuing with %d", len(rows), half)
         for part in (rows[:half], rows[half:]):
             yield from self._caption(part, source)
 
     @torch.inference_mode()
     def _generate(self, rows: Sequence[Row], source: Source) -> list[Row]:
-        """The rows that were not abandoned, captioned."""
+        """Captions the rows, and returns those that were not abandoned."""
         meter, finite = _Meter(source, rows, self.loaded.ends), _Finite()
         inputs = self.loaded.batch([row.picture for row in rows])
         output = self.loaded.model.generate(
@@ -72,7 +79,7 @@ class StaticDecoder:
 
 
 class _Meter(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types
-    """Called by `generate` after every step: shares its time over the rows active in it, and ends abandoned rows."""
+    """Called by `generate` after every step: divides its time among the active rows, and stops abandoned rows."""
 
     def __init__(self, source: Source, rows: Sequence[Row], ends: frozenset[int]) -> None:
         self.source = source
@@ -102,7 +109,7 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]  # transformers ships no t
 
 
 class _Finite(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types
-    """Remembers the rows whose logits overflowed: half precision prints them as a row of exclamation marks."""
+    """Records the rows whose logits overflowed: in half precision they become a row of exclamation marks."""
 
     def __init__(self) -> None:
         self._bad: Tensor | None = None

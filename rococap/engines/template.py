@@ -1,6 +1,7 @@
-"""A model's chat template: the prompt that it makes of a picture and a question, and the token that ends an answer.
+"""A model's chat template: the prompt that it makes from a picture and a question, and the token that ends an answer.
 
-transformers reads it from a Jinja file, chat_template.json, processor_config.json or tokenizer_config.json.
+transformers reads it from a Jinja file, chat_template.json, processor_config.json or tokenizer_config.json. Loads
+nothing: the processor is given.
 """
 
 from collections.abc import Sequence
@@ -13,32 +14,32 @@ from rococap.engines import files
 from rococap.errors import ModelError
 
 OF_PROCESSOR = ("chat_template.json", "chat_template.jinja")
-"""In the order in which transformers takes them."""
+"""In the order of precedence in transformers."""
 ADVICE = "Copy the chat template of the model that it was trained from, or name another with --model."
 PARTS_AS_TEXT = ("'type': 'image'", '"type": "image"')
-"""What the list of a message's parts looks like where a template prints it, by repr or as JSON."""
+"""What a template that prints the list of a message's parts, as repr or as JSON, leaves in the prompt."""
 OF_A_PICTURE = ("image_token", "boi_token")
-"""Where a processor knows both, a template may hold either."""
+"""If a processor has both, a template may use either."""
 ANSWER = "an answer"
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """`called` is how a message names it."""
+    """A chat template. `called` is its name in messages."""
 
     processor: Any
     called: str
     text: str
 
     def render(self, messages: list[dict[str, Any]], *, asks: bool) -> str:
-        """With the beginning of an answer, if it `asks`. Raises ModelError for what the template cannot take."""
+        """Renders messages, with the beginning of an answer if it `asks`. Raises ModelError if the template fails."""
         try:
             return str(
                 self.processor.apply_chat_template(
                     messages, chat_template=self.text, tokenize=False, add_generation_prompt=asks
                 )
             )
-        except Exception as error:  # a template is foreign code: Jinja lets through whatever its expressions raise
+        except Exception as error:  # a template is foreign code: its expressions may raise anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise ModelError(
                 f"{self.called} cannot take a picture and a prompt: {type(error).__name__}: {reason}. {ADVICE}"
@@ -46,24 +47,28 @@ class Template:
 
 
 def chat_prompt(processor: Any, prompt: str, name: str) -> str:
-    """The prompt for one picture. Raises ModelError, naming the template, if picture or prompt got lost in it."""
+    """Returns the prompt for one picture. `name` is the model's.
+
+    Raises ModelError, naming the template, if it drops the picture or the prompt, and for a prompt that contains a
+    picture's token.
+    """
     files.refuse_placeholders(prompt, _tokens(processor, files.PLACEHOLDERS), name)
     template = _template(processor, name)
     text = template.render([_question(prompt)], asks=True)
     if any(parts in text for parts in PARTS_AS_TEXT):
-        raise ModelError(f"{template.called} writes out a picture as text. {ADVICE}")
+        raise ModelError(f"{template.called} renders the picture as text. {ADVICE}")
     pictures = _tokens(processor, OF_A_PICTURE)
     if pictures and not any(token in text for token in pictures):
         raise ModelError(f"{template.called} leaves the picture out. {ADVICE}")
-    if " ".join(prompt.split()) not in " ".join(text.split()):  # some templates trim it
+    if " ".join(prompt.split()) not in " ".join(text.split()):  # some templates strip white space
         raise ModelError(f"{template.called} leaves the prompt out. {ADVICE}")
     return text
 
 
 def turn_end(processor: Any, name: str) -> int | None:
-    """The token that the template puts after an answer, be it the beginning of the next question.
+    """Returns the token that the template puts after an answer, even if that begins the next question.
 
-    None if it puts none, or cannot take an answer.
+    None if there is no such token, or if the template cannot take an answer.
     """
     for content, more in product(([{"type": "text", "text": ANSWER}], ANSWER), ([], [_question("another")])):
         try:
@@ -82,7 +87,7 @@ def _question(prompt: str) -> dict[str, Any]:
 
 
 def _first_special(tokenizer: Any, text: str) -> int | None:
-    """Tokens that were added in training are no special ones by their files, but split off all the same."""
+    """The first special token in a text. Tokens added in training count, although their files do not mark them so."""
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     special |= set(tokenizer.all_special_ids)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -95,12 +100,12 @@ def _template(processor: Any, name: str) -> Template:
         raise ModelError(f"{name} has no chat template, so it does not follow prompts. Name an instruct model.")
     called = f"The chat template of {name}" + (f" ({place})" if (place := _place(processor, Path(name))) else "")
     if isinstance(found, list):
-        found = {one["name"]: one["template"] for one in found}
+        found = {entry["name"]: entry["template"] for entry in found}
     if not isinstance(found, dict):
         return Template(processor, called, found)
     if "default" not in found and len(found) > 1:
         raise ModelError(
-            f"{name} has several chat templates and none of them is its default: {', '.join(sorted(found))}. Copy the "
+            f"{name} has several chat templates, none of which is its default: {', '.join(sorted(found))}. Copy the "
             "one that takes pictures to chat_template.jinja beside its config.json."
         )
     chosen = "default" if "default" in found else next(iter(found))
@@ -108,7 +113,7 @@ def _template(processor: Any, name: str) -> Template:
 
 
 def _place(processor: Any, folder: Path) -> str:
-    """The file that it is in; empty for a model on the hub."""
+    """The file that the template is in; "" for a model on the hub."""
     if not folder.is_dir():
         return ""
     if not processor.chat_template:
@@ -120,6 +125,6 @@ def _place(processor: Any, folder: Path) -> str:
 
 
 def _tokens(processor: Any, names: Sequence[str]) -> set[str]:
-    """Those that processor and tokenizer know by these names."""
-    told = (processor, processor.tokenizer)
-    return {text for where in told for name in names if (text := files.text_of(getattr(where, name, None))).strip()}
+    """The tokens that the processor and its tokenizer have under these names."""
+    owners = (processor, processor.tokenizer)
+    return {text for owner in owners for name in names if (text := files.text_of(getattr(owner, name, None))).strip()}

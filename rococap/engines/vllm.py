@@ -1,9 +1,10 @@
-"""The vLLM engine: its kernels and its scheduler, with our prompt, our pixel bounds and our books.
+"""The vLLM engine: vLLM's kernels and scheduler, with our prompt, our pixel bounds and our accounting of time.
 
-Pictures are requests of their own: one that vLLM refuses fails alone. Unless VLLM_ENABLE_V1_MULTIPROCESSING says
-otherwise, the model runs in this process, so that it dies with its worker and leaves no memory taken.
+Each picture is a request of its own, so one that vLLM rejects fails alone. Unless VLLM_ENABLE_V1_MULTIPROCESSING says
+otherwise, the model runs in this process, so that it dies with its worker and leaves no memory allocated.
 
-Logits that are NaN are a failure with a name; infinite ones are not told by vLLM, and not noticed here.
+NaN in the logits is the failure `non_finite`; infinite logits are not reported by vLLM, and remain unnoticed here.
+Knows no queue.
 """
 
 import copy
@@ -53,31 +54,34 @@ from rococap.engines.template import chat_prompt
 from rococap.errors import ModelError, PictureError
 from rococap.recipe import Recipe
 
-MOST_AT_ONCE = 256
-"""vLLM's default is up to 1,024 requests: as many prepared pictures, twice, would not fit a machine's memory."""
+MAX_AT_ONCE = 256
+"""vLLM's default is up to 1,024 requests: twice as many prepared pictures would not fit into memory."""
 REFILL = 4
-"""The first batch starts with one in so many of the rows; the others join as they come."""
+"""The first batch starts with 1 in REFILL of the rows; the others join as they come."""
 CPU_CACHE_BYTES = 4 << 30
-"""Keys and values on the CPU, unless VLLM_CPU_KVCACHE_SPACE says: vLLM would take nine tenths of the machine."""
+"""Memory for keys and values on a CPU, unless VLLM_CPU_KVCACHE_SPACE is set: vLLM would take 90 % of the machine's."""
 VISION_THETA = 10_000
+"""The base of the rotary positions in vLLM's vision tower of Qwen2-VL."""
 ENVIRONMENT = {
     "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
     "VLLM_CONFIGURE_LOGGING": "0",
     "VLLM_DO_NOT_TRACK": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
-"""Where it is not set: vLLM reads its environment when it is imported."""
+"""Defaults for variables that are not set. vLLM reads its environment when it is imported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What vLLM made of one picture and the prompt."""
+    """One picture and the prompt, as processed by vLLM."""
 
     inputs: Any
     flags: str = ""
 
 
 class VLLMEngine:
+    """An Engine that runs the model with vLLM."""
+
     def __init__(self, recipe: Recipe, options: Options) -> None:
         _refuse(recipe, options)
         self.recipe = recipe
@@ -101,18 +105,18 @@ class VLLMEngine:
         bounds = families.pixel_bounds(model_type, processor.image_processor, recipe)
         self._reduces = bounds is None
         self._prompt = chat_prompt(processor, recipe.prompt, recipe.model)
-        adapters.tell_of_one_beside(recipe.model, source, None)
+        adapters.warn_of_unused(recipe.model, source, None)
         folder = _folder(recipe.model, source)
         _refuse_adapter_beside(folder, recipe.model)
         self._llm = _load(folder, recipe, self.options, device, bounds or {})
-        _turn_as_configured(self._llm)
-        model, tokenizer = self._llm.model_config, processor.tokenizer  # of a model, a caption needs its dtype alone
+        _configure_rotary_base(self._llm)
+        model, tokenizer = self._llm.model_config, processor.tokenizer  # decoding needs only the model's dtype
         ends = end_tokens(_generation_config(folder, model), processor, recipe.model)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
         self.loaded = Loaded(model, tokenizer, device, frozenset(ends), pad, recipe.max_new_tokens)
         self._sampling = _sampling(recipe, ends)
-        self._most = self._llm.vllm_config.scheduler_config.max_num_seqs
-        self.limit = self.options.batch_size or min(self._most, MOST_AT_ONCE)
+        self._max_rows = self._llm.vllm_config.scheduler_config.max_num_seqs
+        self.limit = self.options.batch_size or min(self._max_rows, MAX_AT_ONCE)
         self._info = _info(recipe, folder, self.loaded)
 
     @property
@@ -125,7 +129,7 @@ class VLLMEngine:
 
     @batch_size.setter
     def batch_size(self, size: int) -> None:
-        self.limit = min(size, self._most)
+        self.limit = min(size, self._max_rows)
 
     def prepare(self, job_id: int, picture: Image) -> Prepared:
         if self._reduces:
@@ -135,7 +139,7 @@ class VLLMEngine:
             with self._preparing:  # vLLM's own server never runs a processor in two threads
                 (inputs,) = self._llm.renderer.render_cmpl([prompt])
         except _refusals() as error:
-            raise PictureError("unprocessable", f"The model's processor refuses this picture: {error}") from error
+            raise PictureError("unprocessable", f"The model's processor rejects this picture: {error}") from error
         return Prepared(job_id, Request(inputs), len(inputs["prompt_token_ids"]))
 
     def run(self, source: Source) -> Iterator[Completion]:
@@ -147,7 +151,7 @@ class VLLMEngine:
             started = time.perf_counter()
             outputs = [output for output in self._llm.step() if output.request_id in rows]
             n_decoded = sum(bool(rows[output.request_id].tokens) for output in outputs)
-            yield from self._book(outputs, rows, started)
+            yield from self._charge(outputs, rows, started)
             self._abandon(source.step(n_decoded), rows)
 
     def close(self) -> None:
@@ -158,7 +162,7 @@ class VLLMEngine:
         free_memory(device)
 
     def _take(self, source: Source, n_rows: int) -> list[Prepared]:
-        """Waits for pictures only if nothing runs."""
+        """Takes pictures from the source, waiting only if no rows are running."""
         if not n_rows:
             return gather(source, max(1, self.limit // REFILL))
         return source.take(self.limit - n_rows, 0) if n_rows < self.limit else []
@@ -171,13 +175,16 @@ class VLLMEngine:
                 self._llm.add_request(name, picture.inputs.inputs, self._sampling)
             except _refusals() as error:
                 yield Completion(
-                    picture.job_id, failure=Failure("unprocessable", f"vLLM refuses this picture: {error}")
+                    picture.job_id, failure=Failure("unprocessable", f"vLLM rejects this picture: {error}")
                 )
             else:
                 rows[name] = Row(picture, now, [])
 
-    def _book(self, outputs: list[Any], rows: dict[str, Row], started: float) -> Iterator[Completion]:
-        """Books the step on the rows that got a token in it; on all of them, if it only read parts of prompts."""
+    def _charge(self, outputs: list[Any], rows: dict[str, Row], started: float) -> Iterator[Completion]:
+        """Charges a step to the rows that got a token in it, or to all if it only read parts of prompts.
+
+        Yields the rows that it finished.
+        """
         now = time.perf_counter()
         share([rows[output.request_id] for output in outputs] or list(rows.values()), now - started)
         for output in outputs:
@@ -192,8 +199,8 @@ class VLLMEngine:
                 yield self._completion(output.outputs[0].finish_reason, row, now)
 
     def _completion(self, reason: str | None, row: Row, now: float) -> Completion:
-        if reason in ("abort", "error"):  # of its own accord: what it calls an internal error may go away
-            message = f"vLLM broke off this picture ({reason})."
+        if reason in ("abort", "error"):  # vLLM's own decision: an internal error may not happen again
+            message = f"vLLM stopped captioning this picture ({reason})."
             return Completion(row.picture.job_id, failure=Failure("vllm", message, transient=True))
         return row.completion(self.loaded, now)
 
@@ -206,23 +213,23 @@ class VLLMEngine:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What vLLM raises for a request that it does not take."""
+    """The classes of errors that vLLM raises for a request that it rejects."""
     from vllm.exceptions import VLLMClientError
 
     return ValueError, VLLMClientError
 
 
 def _refuse(recipe: Recipe, options: Options) -> None:
-    """Raises ModelError for what vLLM cannot follow to the letter."""
-    asked = {
+    """Raises ModelError for settings that vLLM cannot follow exactly."""
+    requested = {
         "num_beams": recipe.num_beams != 1,
         "adapter": recipe.adapter is not None,
         "load_in": recipe.load_in is not None,
         "decode": options.decode != "auto",
     }
-    for field in (field for field, is_asked in asked.items() if is_asked):
+    for field in (field for field, is_requested in requested.items() if is_requested):
         value = getattr(recipe if hasattr(recipe, field) else options, field)
-        raise ModelError(f"{field}: the vllm engine does not know {value!r}. Use --engine transformers.")
+        raise ModelError(f"{field}: the vllm engine does not support {value!r}. Use --engine transformers.")
 
 
 # --- Loading ---------------------------------------------------------------------------------------------------
@@ -233,14 +240,14 @@ def _device(name: str) -> torch.device:
 
     kind = current_platform.device_type
     if name.partition(":")[0] not in ("auto", kind):
-        raise ModelError(f"This vLLM runs on {kind}, so not on {name!r}. Use --device auto or {kind}.")
+        raise ModelError(f"This build of vLLM runs on {kind}, not on {name!r}. Use --device auto or {kind}.")
     if kind == "cpu":
         return torch.device("cpu")
     return torch.device(kind, int(name.partition(":")[2] or 0))
 
 
 def _folder(name: str, source: dict[str, Any]) -> Path:
-    """Where the model's files are. vLLM is given a folder, since it would ask the hub for each of them."""
+    """The folder of the model's files, downloaded if necessary. Given a name, vLLM would ask the hub for each file."""
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -250,16 +257,16 @@ def _folder(name: str, source: dict[str, Any]) -> Path:
 
 
 def _refuse_adapter_beside(folder: Path, name: str) -> None:
-    """Raises ModelError for an adapter that vLLM would take for weights of the model: it reads what an index names, or
-    all that there is.
+    """Raises ModelError for an adapter that vLLM would load as weights of the model: without an index, it loads every
+    file of weights in the folder.
     """
     found = [file for file in files.ADAPTER_WEIGHTS if (folder / file).is_file()]
     is_pickled = not any((folder / file).is_file() for file in files.WEIGHTS if "safetensors" in file)
     read = [file for file in found if is_pickled or file.endswith(".safetensors")]
     if read and not (folder / "model.safetensors.index.json").is_file():
         raise ModelError(
-            f"vLLM would read {read[0]}, which lies beside the weights of {name}, as a part of them. Move it "
-            "elsewhere, or use --engine transformers, which leaves it out."
+            f"vLLM would load {read[0]}, which is in the same folder as the weights of {name}, as a part of them. Move "
+            "it elsewhere, or use --engine transformers, which ignores it."
         )
 
 
@@ -273,13 +280,13 @@ def _load(folder: Path, recipe: Recipe, options: Options, device: torch.device, 
                 model=str(folder),
                 dtype=dtype_name(choose_dtype(recipe.dtype, device)),
                 trust_remote_code=recipe.trust_remote_code,
-                generation_config="vllm",  # a checkpoint's own would apply wherever a field is unset
+                generation_config="vllm",  # the checkpoint's own settings would apply wherever a field is unset
                 limit_mm_per_prompt={"image": 1, "video": 0},
                 mm_processor_kwargs=dict(bounds),
-                mm_processor_cache_gb=0,  # no picture comes twice, and none begins as another does
+                mm_processor_cache_gb=0,  # no picture comes twice, and no two share a prefix
                 enable_prefix_caching=False,
                 max_num_seqs=options.batch_size,
-                max_model_len=-1,  # the model's, or what there is memory for
+                max_model_len=-1,  # the model's own limit, or as much as memory allows
                 device_ids=None if is_cpu else [device.index],
                 kv_cache_memory_bytes=CPU_CACHE_BYTES if is_cpu else None,
                 enforce_eager=is_cpu,
@@ -290,18 +297,18 @@ def _load(folder: Path, recipe: Recipe, options: Options, device: torch.device, 
         raise cannot_load(recipe.model, recipe.revision, error) from error
 
 
-def _turn_as_configured(llm: Any) -> None:
-    """Gives a vision tower the base of its rotary positions: vLLM's Qwen2-VL has 10,000 whatever its config says.
+def _configure_rotary_base(llm: Any) -> None:
+    """Gives Qwen2-VL's vision tower the base of its rotary positions: vLLM uses 10,000, whatever the config says.
 
-    Without it another base, like the demonstration model's, would give captions of something else, and no error.
+    Otherwise, a model with another base, such as the demo's, would caption something else, without an error.
     """
     vision = getattr(llm.model_config.hf_config, "vision_config", None)
     theta = (getattr(vision, "rope_parameters", None) or {}).get("rope_theta", VISION_THETA)
     if llm.model_config.hf_config.model_type == "qwen2_vl" and theta != VISION_THETA:
-        llm.apply_model(partial(_turn, theta=theta))
+        llm.apply_model(partial(_set_rotary_base, theta=theta))
 
 
-def _turn(model: Any, theta: float) -> None:
+def _set_rotary_base(model: Any, theta: float) -> None:
     rope = copy.deepcopy(model.visual.rotary_pos_emb)  # vLLM shares it with every model of that size in this process
     rope.base = theta
     rope.cos_sin_cache.copy_(rope._compute_cos_sin_cache())
@@ -309,7 +316,7 @@ def _turn(model: Any, theta: float) -> None:
 
 
 def _generation_config(folder: Path, model: Any) -> GenerationConfig:
-    """As transformers has it for this model."""
+    """The generation config that transformers would use for this model."""
     if (folder / "generation_config.json").exists():
         return GenerationConfig.from_pretrained(folder)
     return GenerationConfig.from_model_config(model.hf_config)
@@ -320,18 +327,18 @@ def _sampling(recipe: Recipe, ends: list[int]) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        **_chances(recipe),
+        **_sampling_values(recipe),
         repetition_penalty=recipe.repetition_penalty,
         max_tokens=recipe.max_new_tokens,
         stop_token_ids=ends,
-        ignore_eos=True,  # vLLM's notion of it: ours is in `ends`
+        ignore_eos=True,  # vLLM's own end token: ours are in `ends`
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
 
 
-def _chances(recipe: Recipe) -> dict[str, Any]:
-    """How a token is drawn; for one that is not, temperature 0 is vLLM's word, and the rest does not matter."""
+def _sampling_values(recipe: Recipe) -> dict[str, Any]:
+    """The settings for sampling a token. Temperature 0 stands for greedy decoding in vLLM, where no others matter."""
     if not recipe.do_sample:
         return {"temperature": 0.0}
     unset = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
@@ -353,7 +360,7 @@ def _info(recipe: Recipe, folder: Path, loaded: Loaded) -> EngineInfo:
 
 
 def _vllm_version() -> str:
-    """The module's distribution has another name where it was built for the CPU."""
+    """The installed version. The distribution built for the CPU has another name."""
     try:
         return version("vllm")
     except PackageNotFoundError:

@@ -509,7 +509,7 @@ def test_a_model_whose_name_circulates_wrongly_is_refused_before_anything_is_reg
     write_shard(here / "set", "train", range(5))
     args = ("enqueue", "--split", "train", "--dataset", "set", "--model", "HuggingFaceM4/SmolVLM2-256M")
     assert refused(*args) == (
-        "The hub has no model HuggingFaceM4/SmolVLM2-256M: it is called HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
+        "The hub has no model HuggingFaceM4/SmolVLM2-256M: its name is HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
     )
 
 
@@ -546,8 +546,8 @@ def test_the_longest_run_names_have_room_in_every_file_name(here):
 def test_a_folder_without_parquet_or_csv_is_refused(here):
     (here / "empty").mkdir()
     assert refused("enqueue", "--split", "train", "--dataset", "empty") == (
-        f"{here / 'empty'} holds no split 'train', neither train-00000-of-000NN.parquet nor train_captions.csv. "
-        "It holds no split: choose another folder."
+        f"{here / 'empty'} has no split 'train': there is neither train-00000-of-000NN.parquet nor train_captions.csv. "
+        "It has no split at all: choose another folder."
     )
     assert said("status").startswith("Nothing is registered")
 
@@ -564,7 +564,9 @@ def test_missing_columns_are_named(here):
     path = write_shard(here / "set", "train", range(5))
     pq.write_table(pq.read_table(path).drop_columns(["image", "cui"]), path)
     message = refused("enqueue", "--split", "train", "--dataset", "set")
-    assert "lacks the column image; it has the columns image_id, caption. Say what they are called, as in" in message
+    assert (
+        "lacks the column image; it has the columns image_id, caption. Say what they are called, for example" in message
+    )
 
 
 def test_two_recipes_under_one_name_are_refused_with_what_differs(here):
@@ -583,7 +585,7 @@ def test_a_model_folder_without_weights_is_refused_by_the_worker(here):
     shutil.copytree(MODEL, here / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
     said("enqueue", "--split", "train", "--dataset", "set", "--model", "weightless")
     message = refused("worker", "--device", "cpu")
-    assert message.startswith(f"The folder {here / 'weightless'} holds no model that can be loaded: ")
+    assert message.startswith(f"The folder {here / 'weightless'} contains no model that can be loaded: ")
     assert lines(said("status"))[1][2] == "5"
 
 
@@ -591,7 +593,7 @@ def test_an_unknown_hub_model_offline_is_refused_by_the_worker(here):
     write_shard(here / "set", "train", range(5))
     said("enqueue", "--split", "train", "--dataset", "set", "--model", "nobody/nothing")
     message = refused("worker", "--device", "cpu")
-    assert message.startswith("The model nobody/nothing (revision main) cannot be had: ")
+    assert message.startswith("The model nobody/nothing (revision main) is not available: ")
     assert message.endswith("hf download nobody/nothing")
 
 

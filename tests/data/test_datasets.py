@@ -135,7 +135,7 @@ def test_shards_of_two_sets_are_refused(tmp_path):
     write_shard(tmp_path / "train-00000-of-00003.parquet", [row(0)])
     write_shard(tmp_path / "train-00001-of-00002.parquet", [row(1)])
     assert message(find_shards, tmp_path, "train") == (
-        f"{tmp_path} holds shards of more than one set for the split 'train' (of 00002, of 00003): "
+        f"{tmp_path} has shards of more than one set for the split 'train' (of 00002, of 00003): "
         "keep one set and move the others away."
     )
 
@@ -150,15 +150,15 @@ def test_a_missing_split_names_those_that_are_there(tmp_path):
     write_shard(tmp_path / "data" / "test-00000-of-00001.parquet", [row(0)])
     write_csv(tmp_path / "valid_captions.csv", ["ID", "Caption"], [])
     assert message(find_shards, tmp_path, "train") == (
-        f"{tmp_path} holds no split 'train', neither train-00000-of-000NN.parquet nor train_captions.csv. "
-        "It holds: validation, test. Choose one of these."
+        f"{tmp_path} has no split 'train': there is neither train-00000-of-000NN.parquet nor train_captions.csv. "
+        "It has: validation, test. Choose one of these."
     )
 
 
 def test_a_folder_without_splits_says_so(tmp_path):
     assert message(find_shards, tmp_path, "validation") == (
-        f"{tmp_path} holds no split 'validation', neither validation-00000-of-000NN.parquet nor "
-        "valid_captions.csv. It holds no split: choose another folder."
+        f"{tmp_path} has no split 'validation': there is neither validation-00000-of-000NN.parquet nor "
+        "valid_captions.csv. It has no split at all: choose another folder."
     )
 
 
@@ -193,7 +193,7 @@ def test_missing_columns_are_named_with_those_found(tmp_path):
     write_shard(path, [row(0)], columns=["caption", "cui"])
     assert message(find_shards, tmp_path, "train") == (
         f"{path} lacks the column image; it has the columns caption, cui. "
-        "Say what they are called, as in --columns image=IMG,image_id=ID,caption=TEXT,cui=CONCEPTS"
+        "Say what they are called, for example --columns image=IMG,image_id=ID,caption=TEXT,cui=CONCEPTS"
     )
     columns = Columns(image="cui", image_id="number", caption="caption", cui="concepts")
     assert message(find_shards, tmp_path, "train", "", columns).startswith(
@@ -232,8 +232,8 @@ def replace_column(path, column, values):
 
 
 DECODE = "If it holds base64, decode it (base64.b64decode) to pa.binary()"
-CAST = "Cast each of its lists by bytes() to pa.binary()."
-PATHS = "; if it holds paths, make them the field path of a struct."
+CAST = "Convert each list with bytes() to pa.binary()."
+PATHS = "; if it holds paths, make it the field path of a struct."
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_a_field_of_the_picture_that_is_there_twice_is_named(tmp_path):
     twice = pa.StructArray.from_arrays([pa.array([b"x"]), pa.array([b"y"])], names=["bytes", "bytes"])
     replace_column(path, "image", twice)
     assert message(find_shards, tmp_path, "train") == (
-        f"{path}: the column image holds bytes 2 times: rename or drop all but one."
+        f"{path}: the column image has the field bytes 2 times: rename or drop all but one."
     )
 
 
@@ -398,14 +398,16 @@ def test_one_shard_of_a_split_without_ids_is_named(tmp_path):
     write_shard(tmp_path / "train-00001-of-00002.parquet", [row(1)], columns=["image", "caption"])
     assert message(find_shards, tmp_path, "train") == (
         f"{tmp_path / 'train-00001-of-00002.parquet'} lacks the column image_id, which train-00000-of-00002.parquet "
-        "has: write it with its ids, or all files of the split without."
+        "has: write it with ids, or all files of the split without."
     )
 
 
 @pytest.mark.parametrize("text", ["text=x", "image", "image=", "caption=a,caption=b", "", "=x", "image=a,,cui=b"])
 def test_what_columns_cannot_be_is_refused_with_what_can(text):
     told = message(Columns.parse, text)
-    assert told.startswith("--columns takes image, image_id, caption and cui, each at most once with the name of a ")
+    assert told.startswith(
+        "--columns takes image, image_id, caption and cui, each at most once and with the name of a "
+    )
     assert told.endswith("for example --columns image=IMG,caption=TEXT")
 
 
@@ -610,7 +612,7 @@ def test_a_line_with_another_number_of_cells_is_named(tmp_path, line, cells):
     path = tmp_path / "train_captions.csv"
     path.write_text(f"ID,Caption\na,one\n{line}\n")
     assert message(find_shards, tmp_path, "train") == (
-        f"{path}, line 3: {cells} cells where the header has 2. Correct the line, or download the file again."
+        f"{path}, line 3: {cells} cells, but the header has 2. Correct the line, or download the file again."
     )
 
 
@@ -724,7 +726,7 @@ def test_an_id_that_is_not_the_one_enqueued_means_moved(shard):
     assert error.code == "moved"
     assert str(error) == (
         "train-00000-of-00001.parquet holds 'ROCOv2_2023_train_000008' in row group 0, row 8, where "
-        "'ROCOv2_2023_train_000007' was enqueued: the file was changed, enqueue the data set again."
+        "'ROCOv2_2023_train_000007' was enqueued: the file has changed, so enqueue the data set again."
     )
 
 
@@ -856,8 +858,7 @@ def test_a_split_without_a_picture_folder_is_an_error_of_the_data_set(tmp_path):
     place = Place("valid_captions.csv", "validation", 0, 0, "a")
     with PictureReader(tmp_path) as reader:
         assert message(lambda: list(reader.read([place]))) == (
-            f"{tmp_path} holds no pictures of the split 'validation': unpack them as valid/ID.jpg or "
-            "valid_images/ID.jpg."
+            f"{tmp_path} has no pictures of the split 'validation': unpack them as valid/ID.jpg or valid_images/ID.jpg."
         )
 
 
@@ -992,7 +993,8 @@ def test_a_csv_has_columns_of_other_names_and_none_of_pictures(tmp_path):
     (shard,) = find_shards(tmp_path, "train", columns=columns)
     assert list(samples(tmp_path, shard, columns)) == [Sample("a", "one", ("C1",), 0, 0)]
     assert message(find_shards, tmp_path, "train", "", Columns(image="IMG")) == (
-        f"{tmp_path / 'train_captions.csv'} is a CSV, whose pictures are files: leave image=IMG out of --columns."
+        f"{tmp_path / 'train_captions.csv'} is a CSV, and its pictures are separate files: "
+        "leave image=IMG out of --columns."
     )
 
 
@@ -1024,9 +1026,9 @@ def test_a_folder_is_read_as_its_names_and_its_readme_say(tmp_path):
     write_shard(tmp_path / ".hidden" / "train.parquet", [row(3)])
     assert [shard.path for shard in find_shards(tmp_path, "validation")] == ["dev-00000-of-00001.parquet"]
     assert message(find_shards, tmp_path, "train") == (
-        f"{tmp_path} holds no split 'train', neither train-00000-of-000NN.parquet nor train_captions.csv. It holds: "
-        "validation. Choose one of these. The name of sub/x.parquet tells no split: to use it as train, rename it to "
-        "sub/train/x.parquet."
+        f"{tmp_path} has no split 'train': there is neither train-00000-of-000NN.parquet nor train_captions.csv. "
+        "It has: validation. Choose one of these. The name of sub/x.parquet gives no split: to use it as train, "
+        "rename it to sub/train/x.parquet."
     )
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: sub/*\n---\n")
     assert [shard.path for shard in find_shards(tmp_path, "train")] == ["sub/x.parquet"]
@@ -1037,7 +1039,7 @@ def test_splits_that_no_command_accepts_are_not_offered(tmp_path):
     told = message(find_shards, tmp_path, "train")
     assert "Choose" not in told
     assert told.endswith(
-        "The name of fold1-00000-of-00001.parquet tells no split: to use it as train, rename it to "
+        "The name of fold1-00000-of-00001.parquet gives no split: to use it as train, rename it to "
         "train-00000-of-00001.parquet."
     )
 
@@ -1053,7 +1055,7 @@ def test_a_configuration_is_part_of_the_name(tmp_path):
     assert locate(str(root), ["train"], config="axial") == locate(f"{root}:axial", ["train"]) == named
     assert locate(str(root), ["train"], config="default") == Dataset(str(root), root, "")
     assert message(lambda: locate(f"{root}:axial", ["train"], config="coronal")) == (
-        f"{root}:axial names the configuration axial, and --config coronal: leave one of them out."
+        f"{root}:axial names the configuration axial, but --config is coronal: leave one of them out."
     )
 
 
@@ -1081,7 +1083,7 @@ def test_a_folder_has_no_revision(tmp_path):
 def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message(locate, name, ["train"]) == (
-        f"There is no folder {name}: check the path, or name a data set of the hub as owner/name."
+        f"There is no folder {name}: check the path, or name a data set on the hub as owner/name."
     )
 
 

@@ -147,7 +147,7 @@ def test_enhanced_objects_say_rescaling_and_window_by_frame():
 def test_the_frame_that_is_asked_for_is_opened():
     data = file_of(np.stack([CT, CT[::-1]]))
     assert (greys(data, 2) == windowed(CT)[::-1]).all()
-    with pytest.raises(PictureError, match="The file holds 2 frames, and frame 3 was asked for"):
+    with pytest.raises(PictureError, match="The file has 2 frames, but frame 3 was requested"):
         open_picture(data, 3)
 
 
@@ -223,7 +223,7 @@ def code_and_message(data):
 
 
 def test_a_file_without_pixels_holds_no_picture():
-    message = "This DICOM file holds no picture: leave it out, then retry."
+    message = "This DICOM file contains no picture: leave it out, then retry."
     assert code_and_message((FILES / "reportsi.dcm").read_bytes()) == ("not_an_image", message)
 
 

@@ -162,8 +162,8 @@ def test_a_reset_connection_is_an_error_and_a_second_call_ends_the_work(hub, fil
 
     threading.Thread(target=go_on, daemon=True).start()
     error = located(hub, tmp_path / "home")["error"]
-    assert error.startswith(f"The download of {NAME} broke off (")
-    assert error.endswith("): run this again; whole files are kept.")
+    assert error.startswith(f"The download of {NAME} failed (")
+    assert error.endswith("): run this again; complete files are kept.")
     assert cached(tmp_path / "home") == [f"{commit}/{whole}"]
     hub.requests.clear()
     found = located(hub, tmp_path / "home")
@@ -206,7 +206,7 @@ def test_offline_a_cache_that_is_not_whole_is_an_error(hub, tmp_path, before):
     if before:
         located(hub, home, before)
     assert located(hub, home, ["test"], HF_HUB_OFFLINE="1") == {
-        "error": f"HF_HUB_OFFLINE is set, and the data set {NAME} is not whole in the cache {home}/hub: "
+        "error": f"HF_HUB_OFFLINE is set, and the data set {NAME} is not complete in the cache {home}/hub: "
         "unset it and run this again, or give a folder."
     }
 
@@ -214,7 +214,7 @@ def test_offline_a_cache_that_is_not_whole_is_an_error(hub, tmp_path, before):
 def test_offline_a_split_cached_in_part_is_an_error(hub, tmp_path):
     found = located(hub, tmp_path / "home")
     (Path(found["root"]) / "data" / "train-00001-of-00002.parquet").unlink()
-    assert "is not whole in the cache" in located(hub, tmp_path / "home", HF_HUB_OFFLINE="1")["error"]
+    assert "is not complete in the cache" in located(hub, tmp_path / "home", HF_HUB_OFFLINE="1")["error"]
 
 
 def test_a_hub_that_is_gone_is_an_error(tmp_path):
@@ -223,7 +223,7 @@ def test_a_hub_that_is_gone_is_an_error(tmp_path):
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     assert located(url, tmp_path / "home") == {
         "error": f"The hub at {url} cannot be used ([Errno 111] Connection refused), and the data set {NAME} is not "
-        f"whole in the cache {tmp_path}/home/hub: check the network, then run this again; whole files are kept."
+        f"complete in the cache {tmp_path}/home/hub: check the network, then run this again; complete files are kept."
     }
 
 
@@ -231,14 +231,14 @@ def test_a_hub_in_trouble_is_an_error(hub, tmp_path):
     hub.repos[NAME].status = 503
     error = located(hub, tmp_path / "home")["error"]
     assert error.startswith(f"The hub at {hub.url} cannot be used (Server error '503 Service Unavailable' for url ")
-    assert error.endswith("check the network, then run this again; whole files are kept.")
+    assert error.endswith("check the network, then run this again; complete files are kept.")
 
 
 def test_a_token_that_may_not_read_the_data_set_is_an_error(hub, tmp_path):
     hub.repos[NAME].status = 403
     error = located(hub, tmp_path / "home")["error"]
     assert error.startswith(f"The hub refuses access to the data set {NAME} (")
-    assert error.endswith("): log in with `hf auth login`, with a token that may read it.")
+    assert error.endswith("): log in with `hf auth login` and a token that may read it.")
 
 
 def test_without_the_hub_a_whole_cache_is_enough(hub, tmp_path):
@@ -249,8 +249,8 @@ def test_without_the_hub_a_whole_cache_is_enough(hub, tmp_path):
 
 def test_a_data_set_that_does_not_exist_is_an_error(hub, tmp_path):
     assert located(hub, tmp_path / "home", name="radiology/rocco") == {
-        "error": "There is no data set radiology/rocco on the hub, nor a folder of that name here, or you have no "
-        "access: check the name, or log in with `hf auth login`."
+        "error": "There is no data set radiology/rocco on the hub that you have access to, nor a folder of "
+        "that name here: check the name, or log in with `hf auth login`."
     }
 
 
@@ -289,7 +289,7 @@ def test_a_file_that_does_not_fit_is_an_error(hub, tmp_path):
 
     assert located(hub, tmp_path / "home", limit=small_files_only) == {
         "error": f"The data set {NAME} cannot be written to the cache {tmp_path}/home/hub (File too large): "
-        "free some space, or set HF_HOME to another disk, then run this again; whole files are kept."
+        "free some space, or set HF_HOME to another disk, then run this again; complete files are kept."
     }
 
 
@@ -303,7 +303,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(hub, tmp_path):
     (tmp_path / "home" / "hub").write_text("a file where the folder should be")
     assert located(hub, tmp_path / "home") == {
         "error": f"The data set {NAME} cannot be written to the cache {tmp_path}/home/hub (Not a directory): "
-        "check the folder, or set HF_HOME to another disk, then run this again; whole files are kept."
+        "check the folder, or set HF_HOME to another disk, then run this again; complete files are kept."
     }
 
 
@@ -357,12 +357,12 @@ def test_the_hubs_converted_branch_has_a_lone_configuration(tmp_path, config):
         assert located(hub, tmp_path, revision=CONVERTED, HF_HUB_OFFLINE="1") == found
         (Path(found["root"]) / "default" / "train" / "0001.parquet").unlink()
         told = located(hub, tmp_path, revision=CONVERTED, HF_HUB_OFFLINE="1")["error"]
-        assert "is not whole in the cache" in told
+        assert "is not complete in the cache" in told
 
 
 def test_what_the_hub_converted_in_part_is_refused_before_anything_is_fetched(tmp_path):
     with Hub({NAME: repo("default/partial-train/0000.parquet")}) as hub:
-        assert "holds only a part of the split 'train'" in located(hub, tmp_path)["error"]
+        assert "has only a part of the split 'train'" in located(hub, tmp_path)["error"]
         assert hub.fetched() == []
 
 
@@ -382,6 +382,6 @@ def test_files_of_unknown_splits_are_named_with_what_to_rename_them_to(tmp_path)
     with Hub({NAME: repo("data/fold1-00000-of-00001.parquet")}) as hub:
         assert located(hub, tmp_path)["error"] == (
             f"The data set {NAME} at {hub.repos[NAME].commit} has no Parquet files for the split 'train': choose "
-            "another split or revision, or give a folder. The name of data/fold1-00000-of-00001.parquet tells no "
+            "another split or revision, or give a folder. The name of data/fold1-00000-of-00001.parquet gives no "
             "split: to use it as train, rename it to data/train-00000-of-00001.parquet."
         )

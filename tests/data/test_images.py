@@ -325,7 +325,7 @@ def test_a_page_instead_of_a_picture_is_named():
     with pytest.raises(PictureError) as caught:
         open_picture(b"<html>no such file</html>")
     assert str(caught.value) == (
-        "Not a picture but HTML: download the picture again, this is a page about it, then retry."
+        "This is not a picture but HTML: download the picture itself instead of a web page, then retry."
     )
 
 
@@ -457,7 +457,7 @@ def test_a_tiff_that_is_not_opened_says_what_it_holds():
         open_picture(complex_values)
     assert (caught.value.code, str(caught.value)) == (
         "unsupported",
-        "This is a TIFF of 1 x complex64 samples, minisblack, which is not opened: convert it to PNG at its source, "
+        "This is a TIFF of 1 x complex64 samples, minisblack, which is not supported: convert it to PNG at its source, "
         "then retry.",
     )
 
@@ -743,18 +743,34 @@ def test_whatever_the_installed_pillow_opens_is_opened(fmt):
 @pytest.mark.parametrize(
     ("data", "code", "told"),
     [
-        (b"\0" * 344 + b"n+1\0", "unsupported", "This is NIfTI, which is not opened: convert it to PNG at its source"),
-        (b"\0\0\0\x18ftypheic" + b"\0" * 40, "unsupported", "This is HEIC, which is not opened"),
-        (b"NRRD0004\ntype: short\n", "unsupported", "This is NRRD, which is not opened"),
-        (b"<?xml version='1.0'?><svg xmlns=''/>", "unsupported", "This is SVG, which is not opened"),
-        (b"\xff\x0a" + b"\0" * 40, "unsupported", "This is JPEG XL, which is not opened"),
-        (b"%PDF-1.7\n", "not_an_image", "Not a picture but a PDF: replace it by the picture at its source"),
-        (b"PK\x03\x04" + b"\0" * 40, "not_an_image", "Not a picture but a zip archive"),
-        (b"\x93NUMPY\x01\0", "not_an_image", "Not a picture but a NumPy array"),
-        (b"iVBORw0KGgoAAAANSUhEUg", "not_an_image", "Not a picture but base64 text: decode it to bytes at its source"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "not_an_image", "Not a picture but a Git LFS pointer"),
-        (b'{"error": "not found"}', "not_an_image", "Not a picture but JSON"),
-        (b"\x13\x37 what", "not_an_image", "Not a picture, it begins with b'\\x137 what': replace it at its source"),
+        (
+            b"\0" * 344 + b"n+1\0",
+            "unsupported",
+            "This is NIfTI, which is not supported: convert it to PNG at its source",
+        ),
+        (b"\0\0\0\x18ftypheic" + b"\0" * 40, "unsupported", "This is HEIC, which is not supported"),
+        (b"NRRD0004\ntype: short\n", "unsupported", "This is NRRD, which is not supported"),
+        (b"<?xml version='1.0'?><svg xmlns=''/>", "unsupported", "This is SVG, which is not supported"),
+        (b"\xff\x0a" + b"\0" * 40, "unsupported", "This is JPEG XL, which is not supported"),
+        (b"%PDF-1.7\n", "not_an_image", "This is not a picture but a PDF: replace it with the picture at its source"),
+        (b"PK\x03\x04" + b"\0" * 40, "not_an_image", "This is not a picture but a zip archive"),
+        (b"\x93NUMPY\x01\0", "not_an_image", "This is not a picture but a NumPy array"),
+        (
+            b"iVBORw0KGgoAAAANSUhEUg",
+            "not_an_image",
+            "This is not a picture but base64 text: decode it to bytes at its source",
+        ),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "not_an_image",
+            "This is not a picture but a Git LFS pointer",
+        ),
+        (b'{"error": "not found"}', "not_an_image", "This is not a picture but JSON"),
+        (
+            b"\x13\x37 what",
+            "not_an_image",
+            "This is not a picture (it begins with b'\\x137 what'): replace it at its source",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
@@ -779,7 +795,7 @@ def test_the_frame_that_is_asked_for_is_opened(fmt):
         open_picture(data, 4)
     assert (caught.value.code, str(caught.value)) == (
         "no_frame",
-        "The file holds 3 frames, and frame 4 was asked for: leave this picture out, or enqueue a run with another "
+        "The file has 3 frames, but frame 4 was requested: leave this picture out, or enqueue a run with another "
         "--frame, then retry.",
     )
 
@@ -788,7 +804,7 @@ def test_the_frame_that_is_asked_for_of_a_deep_tiff_is_opened():
     file = BytesIO()
     tifffile.imwrite(file, np.stack([spread("u2"), 65535 - spread("u2")]), photometric="minisblack")
     assert (greys_of(file.getvalue(), 2) == windowed(65535 - spread("u2"))).all()
-    with pytest.raises(PictureError, match="The file holds 2 frames, and frame 3"):
+    with pytest.raises(PictureError, match="The file has 2 frames, but frame 3"):
         open_picture(file.getvalue(), 3)
 
 

@@ -176,7 +176,7 @@ def test_a_split_that_only_a_configuration_has_is_pointed_to():
 
 def test_what_the_hub_converted_in_part_is_refused():
     told = refused(["default/partial-train/0000.parquet", "default/test/0000.parquet"])
-    assert told.startswith("It holds only a part of the split 'train' (default/partial-train/0000.parquet): ")
+    assert told.startswith("It has only a part of the split 'train' (default/partial-train/0000.parquet): ")
     assert told.endswith("Use the data set's own files, which are on its branch main.")
     assert of(["default/partial-train/0000.parquet", "default/test/0000.parquet"], "test") == (
         "default/test/0000.parquet",
@@ -195,7 +195,7 @@ def test_what_the_hub_converted_in_part_is_refused():
 def test_a_file_of_an_unknown_split_is_named_with_what_to_rename_it_to(path, name):
     layout = read([path], "It")
     assert layout.splits() == []
-    assert layout.hints("train") == f" The name of {path} tells no split: to use it as train, rename it to {name}."
+    assert layout.hints("train") == f" The name of {path} gives no split: to use it as train, rename it to {name}."
     assert of([name.replace("0-of-00002", "0-of-00001")])
 
 

@@ -81,8 +81,8 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, adapter):
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"base_model_name_or_path": "Qwen/Qwen2-VL-7B-Instruct"}))
     assert error_of(Recipe(model=str(MODEL), adapter=str(other))) == (
-        f"The adapter {other} was trained on Qwen/Qwen2-VL-7B-Instruct, not on {MODEL}. Name that with --model. "
-        "If both are one model: enqueue a run with --adapter-base any"
+        f"The adapter {other} was trained on Qwen/Qwen2-VL-7B-Instruct, not on {MODEL}. Name that model with "
+        "--model or, if both are the same, enqueue a run with --adapter-base any"
     )
     path.write_text(json.dumps(config | {"target_modules": ["c_attn"], "base_model_name_or_path": None}))
     assert error_of(Recipe(model=str(MODEL), adapter=str(other))).startswith(
@@ -141,7 +141,7 @@ def test_another_spelling_of_the_models_name_is_accepted_and_told_of(tmp_path, a
     there = named(adapter, tmp_path / "adapter", base)
     with caplog.at_level(logging.INFO):
         engine = loaded(qwen, adapter=str(there))
-    assert f"the adapter {there} was trained on {base}, taken for another spelling of {qwen}" in caplog.text
+    assert f"the adapter {there} was trained on {base}, assumed to be the same model as {qwen}" in caplog.text
     assert texts(captions(engine, mixed_pictures()[:4])) == adapted
 
 
@@ -156,11 +156,11 @@ def test_the_model_itself_may_be_named_in_another_spelling(tmp_path, adapter, ad
 def test_another_name_is_refused_unless_the_run_accepts_any(tmp_path, adapter, qwen, adapted, caplog, base):
     there = named(adapter, tmp_path / "adapter", base)
     assert error_of(Recipe(model=str(qwen), adapter=str(there))) == (
-        f"The adapter {there} was trained on {base}, not on {qwen}. Name that with --model. If both are one model: "
-        "enqueue a run with --adapter-base any"
+        f"The adapter {there} was trained on {base}, not on {qwen}. Name that model with --model or, if both "
+        "are the same, enqueue a run with --adapter-base any"
     )
     engine = loaded(qwen, adapter=str(there), adapter_base="any")
-    assert f"the adapter {there} was trained on {base}: put on {qwen}, as the run says" in caplog.text
+    assert f"the adapter {there} was trained on {base}: applied to {qwen}, as the run requires" in caplog.text
     assert texts(captions(engine, mixed_pictures()[:4])) == adapted
 
 
@@ -345,7 +345,7 @@ def test_an_adapter_beside_a_models_weights_is_told_of_and_not_put_on(tmp_path, 
     images = mixed_pictures()[:4]
     assert texts(captions(engine, images)) == texts(captions(loaded(), images))
     assert (
-        f"an adapter lies beside the weights of {model}: it is not put on them. If they were not merged with it: "
+        f"{model} comes with an adapter, which is not applied. If it was not merged into the weights, "
         f"enqueue a run with --adapter {model}"
     ) in caplog.text
     assert "adapter" not in engine.info.resolved()
@@ -355,14 +355,14 @@ def test_an_adapter_beside_a_models_weights_is_put_on_once_if_the_recipe_names_i
     model = beside(adapter, tmp_path / "both")
     engine = loaded(model, adapter=str(model), adapter_base="any")
     assert texts(captions(engine, mixed_pictures()[:4])) == adapted
-    assert "an adapter lies beside" not in caplog.text
+    assert "comes with an adapter, which is not applied" not in caplog.text
 
 
 def test_another_adapter_than_the_one_beside_the_weights_is_put_on_alone(tmp_path, adapter, adapted, caplog):
     model = beside(write_adapter(tmp_path / "other", lora_alpha=64), tmp_path / "both")
     engine = loaded(model, adapter=str(adapter), adapter_base="any")
     assert texts(captions(engine, mixed_pictures()[:4])) == adapted
-    assert "an adapter lies beside" in caplog.text
+    assert "comes with an adapter, which is not applied" in caplog.text
 
 
 def test_quantised_weights_get_no_adapter_that_lies_beside_them_either(tmp_path, adapter):
@@ -400,7 +400,7 @@ def test_an_adapter_that_lacks_weights_is_refused(tmp_path, adapter):
 
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path):
     assert error_of(Recipe(model=str(MODEL), adapter=str(tmp_path))) == (
-        f"{tmp_path} is no adapter: it has no adapter_config.json. Name a folder or hub id in PEFT's format."
+        f"{tmp_path} is not an adapter: it has no adapter_config.json. Name a folder or hub id in PEFT's format."
     )
 
 
@@ -453,7 +453,7 @@ def test_quantised_weights_of_other_shapes_than_the_config_says_are_refused(tmp_
     amend(folder / "config.json", text_config=config["text_config"] | {"intermediate_size": 512})
     assert error_of(Recipe(model=str(folder), load_in=bits)).startswith(
         f"{folder}: the weight model.language_model.layers.0.mlp.gate_proj.weight has the shape 384 x 128 in the file, "
-        "and 512 x 128 by config.json"
+        "but 512 x 128 in config.json"
     )
 
 
@@ -465,7 +465,7 @@ def test_an_adapter_goes_on_quantised_weights(adapter):
 def test_a_model_is_spread_only_where_there_are_gpus():
     with pytest.raises(ModelError) as caught:
         loaded(options=Options(device="cpu", device_map="auto"))
-    assert str(caught.value) == "--device-map auto spreads a model over GPUs, and there is none. Leave it out."
+    assert str(caught.value) == "--device-map auto spreads a model over GPUs, but there are none. Leave it out."
 
 
 class Card(TransformersEngine):
@@ -492,7 +492,7 @@ def test_a_model_is_spread_by_accelerate_only_where_it_does_not_fit(monkeypatch,
     with caplog.at_level(logging.INFO):
         engine.load()
     assert asked == [{"dtype": torch.float32} | ({"device_map": "auto"} if is_spread else {})]
-    assert ("fits on cuda:0: it is not spread over all GPUs" in caplog.text) != is_spread
+    assert ("fits on cuda:0, so it is not spread over all GPUs" in caplog.text) != is_spread
     assert texts(captions(engine, mixed_pictures())) == texts(captions(loaded(), mixed_pictures()))
 
 

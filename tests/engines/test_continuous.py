@@ -172,7 +172,7 @@ def test_a_model_whose_cache_is_another_is_decoded_in_static_batches_and_the_log
     monkeypatch.setattr(engine, "options", Options(device="cpu", batch_size=8, decode="auto"))
     with caplog.at_level(logging.INFO):
         assert type(engine._choose_decoder()).__name__ == "StaticDecoder"
-    assert "decoding in static batches: its cache is not one that the loop knows" in caplog.text
+    assert "decoding in static batches: its cache is of an unsupported kind" in caplog.text
     monkeypatch.setattr(engine, "options", Options(device="cpu", batch_size=8, decode="continuous"))
     with pytest.raises(ModelError, match=r"cannot be decoded continuously: its cache .* Use --decode static"):
         engine._choose_decoder()

@@ -331,13 +331,13 @@ def error_of(recipe: Recipe, device: str = "cpu") -> str:
 
 def test_a_folder_without_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
-    assert error_of(Recipe(model=str(folder))).startswith(f"The folder {folder} holds no model that can be loaded: ")
+    assert error_of(Recipe(model=str(folder))).startswith(f"The folder {folder} contains no model that can be loaded: ")
 
 
 def test_weights_that_were_cut_off_are_refused(folder):
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:100_000])
-    assert error_of(Recipe(model=str(folder))).startswith(f"The folder {folder} holds no model that can be loaded: ")
+    assert error_of(Recipe(model=str(folder))).startswith(f"The folder {folder} contains no model that can be loaded: ")
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_refused(folder):
@@ -374,8 +374,8 @@ def amend(path: Path, part: str | None = None, **changes: object) -> None:
 def test_weights_of_other_shapes_than_the_config_says_are_refused(folder, part, changes, weight, stored, wanted):
     amend(folder / "config.json", part, **changes)
     assert error_of(Recipe(model=str(folder))) == (
-        f"{folder}: the weight model.{weight}.weight has the shape {stored} in the file, and {wanted} by config.json, "
-        "so that these are of two models. Copy the config.json that was saved with the weights, or download both again."
+        f"{folder}: the weight model.{weight}.weight has the shape {stored} in the file, but {wanted} in config.json, "
+        "so these belong to two models. Copy the config.json that was saved with the weights, or download both again."
     )
 
 
@@ -384,7 +384,7 @@ def test_a_config_with_fewer_layers_than_the_weights_is_refused(folder):
     message = error_of(Recipe(model=str(folder)))
     assert message.startswith(f"{folder}: config.json has no layer for 12 weights (model.language_model.layers.2.")
     assert message.endswith(
-        " …), so that these are of two models. Copy the config.json that was saved with the weights, or download both "
+        " …), so these belong to two models. Copy the config.json that was saved with the weights, or download both "
         "again."
     )
 
@@ -393,7 +393,7 @@ def test_weights_that_are_not_the_models_are_told_of(folder, caplog):
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"extra_head.weight": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
     loaded(folder)
-    assert f"{folder}: 1 weights are not the model's and are left out (extra_head.weight …)" in caplog.text
+    assert f"{folder}: 1 weights are not part of the model and are ignored (extra_head.weight …)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -409,8 +409,8 @@ def test_weights_that_are_not_the_models_are_told_of(folder, caplog):
             "is not valid JSON (Expecting value: line 1 column 1 (char 0)).",
         ),
         ('{"a": ', "is not valid JSON (Expecting value: line 1 column 7 (char 6))."),
-        ("[]", "is damaged: it holds no JSON object."),
-        ("null", "is damaged: it holds no JSON object."),
+        ("[]", "is damaged: it contains no JSON object."),
+        ("null", "is damaged: it contains no JSON object."),
     ],
 )
 def test_a_file_of_a_model_that_is_damaged_is_named(folder, file, content, fault):
@@ -439,15 +439,15 @@ def test_a_model_that_is_damaged_otherwise_is_refused_in_one_line(folder, file, 
         (folder / "chat_template.jinja").unlink()
     (folder / file).write_text(content)
     message = error_of(Recipe(model=str(folder)))
-    assert message.startswith(f"The folder {folder} holds no model that can be loaded: ")
+    assert message.startswith(f"The folder {folder} contains no model that can be loaded: ")
     assert "\n" not in message
 
 
 def test_a_field_of_the_config_that_is_of_another_type_is_refused(folder):
     amend(folder / "config.json", image_token_id="<|image_pad|>")
     assert error_of(Recipe(model=str(folder))) == (
-        f"The folder {folder} holds no model that can be loaded: StrictDataclassFieldValidationError: Validation error "
-        "for field 'image_token_id'. Copy or download it again, or name another."
+        f"The folder {folder} contains no model that can be loaded: StrictDataclassFieldValidationError: Validation "
+        "error for field 'image_token_id'. Copy or download it again, or name another."
     )
 
 
@@ -477,8 +477,8 @@ def test_a_folder_that_is_not_there_is_refused():
 
 def test_an_unknown_hub_model_offline_is_refused():
     message = error_of(Recipe(model="nobody/no-such-model"))
-    assert message.startswith("The model nobody/no-such-model (revision main) cannot be had: ")
-    assert message.endswith("download it where there is one: hf download nobody/no-such-model")
+    assert message.startswith("The model nobody/no-such-model (revision main) is not available: ")
+    assert message.endswith("download it on a machine with access to the hub: hf download nobody/no-such-model")
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
@@ -491,14 +491,14 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | hub, capture_output=True, text=True, timeout=60
     )
-    assert "rococap.errors.ModelError: The model nobody/nothing (revision main) cannot be had: " in done.stderr
+    assert "rococap.errors.ModelError: The model nobody/nothing (revision main) is not available: " in done.stderr
     assert done.stderr.count("the hub cannot be reached") == 1
     assert "Retrying" not in done.stderr
 
 
 def test_a_model_without_an_image_processor_is_refused(folder):
     (folder / "processor_config.json").unlink()
-    assert "holds no model that can be loaded: Can't load image processor" in error_of(Recipe(model=str(folder)))
+    assert "contains no model that can be loaded: Can't load image processor" in error_of(Recipe(model=str(folder)))
 
 
 def test_a_device_that_this_machine_does_not_have_is_refused():

@@ -141,7 +141,7 @@ def test_the_recipes_pixel_bounds_hold_for_every_family(family, tokens_of):
 
 def test_a_bound_that_gemma_3_cannot_keep_is_refused(tmp_path):
     assert error_of(Recipe(model=str(FAMILIES["gemma3"](tmp_path)), max_pixels=3_135, min_pixels=1)) == (
-        "max_pixels: this model brings every picture to 56 x 56. Enqueue a run with --max-pixels 3136 or more."
+        "max_pixels: this model resizes every picture to 56 x 56. Enqueue a run with --max-pixels 3136 or more."
     )
 
 
@@ -160,7 +160,7 @@ def test_a_folder_as_qwen2_vl_was_published_captions_greedily_within_the_recipes
 def test_a_folder_as_published_without_one_of_its_shards_is_refused(tmp_path):
     folder = as_published_in_2024(tmp_path / "hub")
     (folder / "model-00002-of-00002.safetensors").unlink()
-    assert error_of(Recipe(model=str(folder))).startswith(f"The folder {folder} holds no model that can be loaded: ")
+    assert error_of(Recipe(model=str(folder))).startswith(f"The folder {folder} contains no model that can be loaded: ")
 
 
 def test_code_that_comes_with_a_model_is_not_run_unless_the_recipe_says_so(tmp_path):
@@ -174,7 +174,7 @@ def test_code_that_comes_with_a_model_is_not_run_unless_the_recipe_says_so(tmp_p
         "class OwnModel(Qwen2VLForConditionalGeneration):\n    config_class = OwnConfig\n"
     )
     assert error_of(Recipe(model=str(folder))) == (
-        f"{folder} brings code of its own, which is not run unless you trust it: look at it, then enqueue a run with "
+        f"{folder} comes with its own code, which is not run unless you trust it: review it, then enqueue a run with "
         "--trust-remote-code."
     )
     stock = AutoModelForImageTextToText.from_pretrained(MODEL)
@@ -189,7 +189,8 @@ def test_a_model_that_transformers_has_no_class_for_is_refused_with_its_sister(t
     (folder / "config.json").write_text(json.dumps({"model_type": "internvl_chat"}))
     assert error_of(Recipe(model=str(folder))) == (
         f"transformers has no class for {folder} (internvl_chat). Enqueue a run with "
-        "--model OpenGVLab/InternVL3-2B-hf, or serve it, as with vllm serve, and start the worker with --engine openai."
+        "--model OpenGVLab/InternVL3-2B-hf, or serve it, for example with vllm serve, and start the worker with "
+        "--engine openai."
     )
     with pytest.raises(ModelError, match=r"Enqueue a run with --model OpenGVLab/InternVL3-8B-hf, or serve"):
         families.check_native("OpenGVLab/InternVL3-8B", "internvl_chat")
@@ -197,7 +198,7 @@ def test_a_model_that_transformers_has_no_class_for_is_refused_with_its_sister(t
 
 def test_a_name_that_circulates_and_is_not_on_the_hub_is_refused_with_the_right_one():
     assert error_of(Recipe(model="HuggingFaceM4/SmolVLM2-256M")) == (
-        "The hub has no model HuggingFaceM4/SmolVLM2-256M: it is called HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
+        "The hub has no model HuggingFaceM4/SmolVLM2-256M: its name is HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
     )
 
 
@@ -215,6 +216,6 @@ def test_a_text_only_model_is_refused(tmp_path):
 def test_a_type_of_model_that_the_table_does_not_have_gets_pictures_within_the_bounds(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         engine = loaded(idefics3(tmp_path), max_pixels=10_000)
-    assert "pictures are reduced to --max-pixels beforehand: how idefics3 bounds them is not known" in caplog.text
+    assert "pictures are reduced to --max-pixels beforehand: how to set bounds for idefics3 is unknown" in caplog.text
     picture = engine.prepare(1, Image.new("RGB", (900, 700))).inputs.picture
     assert picture.size == (113, 88)

@@ -101,7 +101,7 @@ def test_a_folder_that_holds_no_model_is_refused_with_the_one_below_it(dataset, 
         shutil.copytree(MODEL, folder / below)
     told = "Name another folder, or a hub id, with --model." if below is None else None
     told = told or f"Name the one below it: --model {shlex.quote(str(folder / below))}"
-    assert refusal(dataset, folder) == f"The folder {folder} holds no model: it has no config.json. {told}"
+    assert refusal(dataset, folder) == f"The folder {folder} contains no model: it has no config.json. {told}"
 
 
 @pytest.mark.parametrize("content", ["", "no json", '{"model_type": '])
@@ -115,7 +115,7 @@ def test_an_adapter_folder_that_is_damaged_is_named(dataset, tmp_path):
     folder = write_adapter(tmp_path / "lora")
     (folder / "adapter_config.json").write_text("[]")
     assert refusal(dataset, folder) == (
-        f"{folder / 'adapter_config.json'} is damaged: it holds no JSON object. Copy or download it again."
+        f"{folder / 'adapter_config.json'} is damaged: it contains no JSON object. Copy or download it again."
     )
 
 
@@ -157,8 +157,8 @@ def test_a_run_from_another_takes_its_adapter_on_a_base_of_any_name(dataset, tmp
 def test_a_prompt_that_holds_a_token_for_a_picture_is_refused_when_it_is_registered(dataset, tmp_path, family, token):
     folder = FAMILIES[family](tmp_path / family)
     assert refusal(dataset, folder, "--prompt", f"Describe {token}.") == (
-        f"prompt holds {token}, which {folder} would take for one more picture. Leave it out: the chat template puts "
-        "the picture there by itself."
+        f"prompt contains {token}, which {folder} would take for one more picture. Leave it out: the chat "
+        "template inserts the picture by itself."
     )
 
 
@@ -182,7 +182,7 @@ def test_either_file_of_a_tokenizer_tells_its_tokens(tmp_path, gone):
 def test_a_model_in_the_hubs_cache_is_looked_into(dataset, cache):
     in_the_cache(cache, "nobody/demo", MODEL)
     assert refusal(dataset, "nobody/demo", "--prompt", "<|image_pad|> What is it?").startswith(
-        "prompt holds <|image_pad|>, which nobody/demo would take for one more picture."
+        "prompt contains <|image_pad|>, which nobody/demo would take for one more picture."
     )
 
 
@@ -198,7 +198,7 @@ def test_of_a_files_tokens_only_the_prompt_is_asked(tmp_path):
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<picture>": 3, "<other>": 4}))
     assert files.placeholders(str(tmp_path), "main") - {""} == {"[IMG]", "<picture>"}
     files.refuse_placeholders("<other>", {"[IMG]", "", "\n"}, "a model")
-    with pytest.raises(ModelError, match=r"^prompt holds \[IMG\], which a model would take"):
+    with pytest.raises(ModelError, match=r"^prompt contains \[IMG\], which a model would take"):
         files.refuse_placeholders("a\n[IMG]", {"[IMG]", "", "\n"}, "a model")
 
 
@@ -239,7 +239,7 @@ def test_an_adapter_beside_the_weights_on_the_hub_is_not_put_on(tmp_path):
     in_the_cache(tmp_path / "both", "nobody/demo", beside(write_lora(tmp_path / "lora"), tmp_path / "model"))
     plain, both = load(tmp_path / "plain"), load(tmp_path / "both")
     assert both.stdout == plain.stdout != ""
-    assert "an adapter lies beside the weights of nobody/demo: it is not put on them." in both.stderr
+    assert "nobody/demo comes with an adapter, which is not applied." in both.stderr
 
 
 @pytest.mark.parametrize("has_config", [False, True])

@@ -376,11 +376,12 @@ REASONS = [
     ),
     (
         Trouble(body=b'{"choices": [{"message": {"content": [1]}}]}'),
-        'an answer whose caption is no text: {"choices": [{"message": {"content": [1]}}]}',
+        'an answer whose caption is not text: {"choices": [{"message": {"content": [1]}}]}',
     ),
     (
         Trouble(body=b'{"choices": [{"message": {"content": [{"type": "audio", "text": "a"}]}}]}'),
-        'an answer whose caption is no text: {"choices": [{"message": {"content": [{"type": "audio", "text": "a"}]}}]}',
+        "an answer whose caption is not text: "
+        '{"choices": [{"message": {"content": [{"type": "audio", "text": "a"}]}}]}',
     ),
     (ERROR_200, "an error with status 200: Vision add-on is not loaded"),
     (Trouble(body=b'{"error": {"code": 7}}'), 'an error with status 200: {"error": {"code": 7}}'),
@@ -413,7 +414,7 @@ def test_what_may_pass_is_asked_again_and_told_once(server, load, caplog, troubl
     assert texts(run(engine, Pictures(engine, [1, 2, 3]))) == grey_texts([1, 2, 3])
     assert len(server.requests) == 6
     assert told(caplog) == [
-        f"{server.url} is away: waiting until it answers again ({' '.join(reason.split())})",
+        f"{server.url} is not available: waiting until it answers again ({' '.join(reason.split())})",
         f"{server.url} answers again",
     ]
 
@@ -422,7 +423,7 @@ def test_a_cut_connection_is_asked_again(server, load, caplog):
     server.troubles.extend([Trouble(cut=True)] * 8)
     engine = load(batch_size=8)
     assert texts(run(engine, Pictures(engine, range(8)))) == grey_texts(range(8))
-    assert caplog.text.count("is away: waiting until it answers again") == 1
+    assert caplog.text.count("is not available: waiting until it answers again") == 1
 
 
 def test_a_server_that_is_gone_is_waited_for(server, load, caplog):
@@ -439,7 +440,7 @@ def test_a_server_that_is_gone_is_waited_for(server, load, caplog):
         thread.join(20)
     assert {completion.job_id: completion.text for completion in done} == grey_texts(range(5))
     assert [line.partition(" (")[0] for line in told(caplog)] == [
-        f"{another.url} is away: waiting until it answers again",
+        f"{another.url} is not available: waiting until it answers again",
         f"{another.url} answers again",
     ]
 
@@ -449,7 +450,7 @@ def test_a_request_that_takes_too_long_is_asked_again(server, load, caplog, monk
     server.troubles.append(Trouble(delay=2))
     engine = load()
     assert texts(run(engine, Pictures(engine, [1]))) == grey_texts([1])
-    assert "no answer within 0 s: with a smaller --batch-size each comes sooner" in caplog.text
+    assert "no answer within 0 s: with a smaller --batch-size, answers come sooner" in caplog.text
 
 
 def test_all_pause_while_it_is_away_and_one_at_a_time_asks_whether_it_is_back(server, load, monkeypatch):
@@ -552,7 +553,7 @@ def test_a_picture_that_the_server_never_answers_fails_while_others_are(
     assert failure is not None
     assert (failure.code, failure.transient) == (code, is_transient)
     assert failure.message == (
-        f"The server failed on this picture 5 times while it answered others. The last time: {last}"
+        f"The server failed on this picture 5 times while it answered others. The last error: {last}"
     )
 
 
@@ -641,10 +642,10 @@ def test_a_server_that_gives_no_captions_ends_it_after_so_many(server, load, tro
     with pytest.raises(ModelError) as error:
         completions.extend(engine.run(Pictures(engine, range(9))))
     assert str(error.value).startswith(
-        f"{server.url} answered 16 times in a row with something else than a caption ({told}"
+        f"{server.url} answered 16 times in a row with something other than a caption ({told}"
     )
     assert str(error.value).endswith(
-        "), and no picture was charged. Correct the server or --base-url, then start the worker again."
+        "). No attempt was charged to a picture. Fix the server or --base-url, then start the worker again."
     )
     assert len(server.requests) == n_good + 16
 
@@ -670,8 +671,8 @@ def test_a_server_that_refuses_everything_ends_it_and_fails_no_picture(server, l
     with pytest.raises(ServerRefuses) as error:
         completions.extend(engine.run(Pictures(engine, range(40))))
     assert str(error.value) == (
-        f"{server.url} refuses every picture (status {status}: The model has crashed.), and none of them was charged. "
-        "Correct the server, then start the worker again."
+        f"{server.url} refuses every picture (status {status}: The model has crashed.). "
+        "No attempt was charged to a picture. Fix the server, then start the worker again."
     )
     assert texts({one.job_id: one for one in completions}) == grey_texts(range(n_good))
     assert asked(server) == [*range(n_good + 16), *([n_good - 1] if n_good else [])]
@@ -686,11 +687,11 @@ def test_the_only_picture_that_a_server_was_asked_for_and_refused_ends_it(server
 
 def test_a_key_that_is_refused_under_way_ends_it(server, load, monkeypatch):
     assert run_error(load, server, failing(401, "no")) == (
-        f"{server.url} asks for an API key (status 401), and OPENAI_API_KEY is not set. Set OPENAI_API_KEY."
+        f"{server.url} requires an API key (status 401), and OPENAI_API_KEY is not set. Set OPENAI_API_KEY."
     )
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     assert run_error(load, server, failing(403, "no")) == (
-        f"{server.url} asks for an API key (status 403), and the one in OPENAI_API_KEY is refused. Set OPENAI_API_KEY."
+        f"{server.url} requires an API key (status 403), and refuses the one in OPENAI_API_KEY. Set OPENAI_API_KEY."
     )
 
 
@@ -704,7 +705,7 @@ def test_a_model_that_is_gone_under_way_ends_it(server, load):
 def test_an_answer_by_another_of_its_models_ends_it(server, load):
     server.listed.append({"id": "tests/other"})
     assert run_error(load, server, Trouble(changes={"model": "tests/other"})) == (
-        f"{server.url} answered with the model tests/other, not with tests/small, and a run never mixes. "
+        f"{server.url} answered with the model tests/other, not with tests/small, and a run never mixes models. "
         "Start the server again with the run's model."
     )
 
@@ -728,18 +729,19 @@ def load_error(url: str | None, recipe: Recipe = RECIPE, **options: object) -> s
 
 
 def test_without_a_base_url_it_says_how_to_give_one():
-    assert load_error(None) == "The engine openai needs to know its server: --base-url http://localhost:8000/v1"
+    assert load_error(None) == "The engine openai needs the URL of its server: --base-url http://localhost:8000/v1"
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://host/v1", "http://", "http:///v1", "http://host:99999/v1"])
 def test_what_is_no_base_url_is_refused(url):
-    assert load_error(url) == f"--base-url must be like http://localhost:8000/v1, not {url}"
+    assert load_error(url) == f"--base-url must look like http://localhost:8000/v1, not {url}"
 
 
 @pytest.mark.parametrize("url", ["http://me:secret@host/v1", "https://host/v1?key=secret", "http://host/v1#secret"])
 def test_a_secret_in_the_base_url_is_refused_and_not_told(url):
     assert load_error(url) == (
-        "--base-url holds a user name, a password or a query. Leave them out: the API key is taken from OPENAI_API_KEY."
+        "--base-url contains a user name, a password or a query. Leave them out: the API key is taken from "
+        "OPENAI_API_KEY."
     )
 
 
@@ -766,29 +768,31 @@ def test_a_server_that_does_not_answer_is_refused():
 def test_what_is_no_server_of_this_kind_is_refused(server, trouble, status):
     server.models = trouble
     assert load_error(server.url) == (
-        f"{server.url} is no OpenAI-compatible server: its /models gives no list of models (status {status}). "
-        "Correct --base-url, which mostly ends in /v1."
+        f"{server.url} is not an OpenAI-compatible server: its /models returns no list of models "
+        f"(status {status}). "
+        "Correct --base-url, which usually ends in /v1."
     )
 
 
 def test_a_server_that_is_still_starting_is_refused(server):
     server.models = failing(503, "Loading model")
     assert load_error(server.url) == (
-        f"{server.url} is not ready (status 503: Loading model): start again when it is, or correct --base-url."
+        f"{server.url} is not ready (status 503: Loading model): "
+        "start the worker again when it is, or correct --base-url."
     )
 
 
 def test_a_model_that_the_server_does_not_have_is_refused(server):
     server.listed = [{"id": "a/b"}, {"id": "c/d"}]
     assert load_error(server.url) == (
-        f"{server.url} serves no tests/small; it has a/b, c/d. "
-        "If one of them is the run's model, say so: --served-model NAME"
+        f"{server.url} does not serve tests/small; it serves a/b, c/d. "
+        "If one of these is the run's model, name it: --served-model NAME"
     )
-    assert load_error(server.url, served_model="e").startswith(f"{server.url} serves no e; it has a/b, c/d. ")
+    assert load_error(server.url, served_model="e").startswith(f"{server.url} does not serve e; it serves a/b, c/d. ")
     server.listed = [{"id": f"m{n}"} for n in range(13)]
-    assert "it has m0, m1, m2, m3, m4, m5, m6, m7, m8, m9 and 3 more. " in load_error(server.url)
+    assert "it serves m0, m1, m2, m3, m4, m5, m6, m7, m8, m9 and 3 more. " in load_error(server.url)
     server.listed = []
-    assert load_error(server.url) == f"{server.url} serves no model. Load one there, then start again."
+    assert load_error(server.url) == f"{server.url} serves no model. Load one there, then start the worker again."
 
 
 @pytest.mark.parametrize(
@@ -813,7 +817,8 @@ def test_what_the_interface_cannot_say_is_refused(server, changes, told):
 @pytest.mark.parametrize("name", [str(MODEL), "./my-model", "~/my-model"])
 def test_a_folder_needs_the_name_that_the_server_knows_it_by(server, load, name):
     assert load_error(server.url, Recipe(model=name)) == (
-        f"The run's model is the folder {name}, which a server knows by another name: --served-model NAME"
+        f"The run's model is the folder {name}, which the server knows by another name: give it with "
+        "--served-model NAME"
     )
     engine = load(recipe=Recipe(model=name), served_model="tests/small")
     run(engine, Pictures(engine, [1]))
@@ -850,7 +855,7 @@ def test_the_key_is_sent_and_told_nowhere(server, load, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     server.key = "sk-very-secret"
     assert load_error(server.url) == (
-        f"{server.url} asks for an API key (status 401), and OPENAI_API_KEY is not set. Set OPENAI_API_KEY."
+        f"{server.url} requires an API key (status 401), and OPENAI_API_KEY is not set. Set OPENAI_API_KEY."
     )
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-secret")
     assert "secret" not in load_error(server.url)
@@ -885,7 +890,7 @@ def test_without_a_key_no_header_is_sent(server, load):
 
 def test_a_key_that_no_header_can_carry_is_refused_and_not_told(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-sécret")
-    assert load_error(server.url) == "OPENAI_API_KEY holds characters that cannot be sent. Set it again."
+    assert load_error(server.url) == "OPENAI_API_KEY contains characters that cannot be sent. Set it again."
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_a_server_on_this_machine(load, monkeypatch):
@@ -943,8 +948,8 @@ def pending_and_done(database: Engine) -> dict[tuple, int]:
     ("trouble", "told"),
     [
         (failing(400, "The model has crashed."), r"refuses every picture \(status 400: The model has crashed.\)"),
-        (ERROR_200, r"something else than a caption \(an error with status 200: Vision add-on is not loaded\)"),
-        (saying("A sc", "abort"), r"something else than a caption \(an answer that ended with the reason: abort\)"),
+        (ERROR_200, r"something other than a caption \(an error with status 200: Vision add-on is not loaded\)"),
+        (saying("A sc", "abort"), r"something other than a caption \(an answer that ended with the reason: abort\)"),
     ],
     ids=["refuses", "error", "abort"],
 )
@@ -987,7 +992,7 @@ def test_an_answer_that_ended_for_another_reason_is_tried_again_and_never_stored
     server.of_grey = {5: [saying("A sc", reason)] * 999}
     outcome = caption_with(database, server)
     assert outcome.done == 7
-    last = f"The last time: an answer that ended with the reason: {reason}"
+    last = f"The last error: an answer that ended with the reason: {reason}"
     message = f"The server failed on this picture 5 times while it answered others. {last}"
     assert select(database, "SELECT code, message FROM failures") == [("ended_by_server", message)] * 5
     assert select(database, "SELECT status, attempts FROM jobs WHERE status <> 'done'") == [("failed", 5)]
@@ -1047,8 +1052,8 @@ def test_a_worker_whose_server_refuses_everything_says_so_in_one_line_and_exits_
         err.strip()
         .splitlines()[-1]
         .endswith(
-            f"{server.url} refuses every picture (status 400: The model has crashed.), and none of them was charged. "
-            "Correct the server, then start the worker again."
+            f"{server.url} refuses every picture (status 400: The model has crashed.). "
+            "No attempt was charged to a picture. Fix the server, then start the worker again."
         )
     )
     assert "Traceback" not in out + err

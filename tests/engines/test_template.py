@@ -72,7 +72,7 @@ def test_a_template_is_found_wherever_it_lies(folder, as_it_is, where):
 def test_of_several_templates_without_a_default_the_error_names_them(folder):
     place(folder, "tokenizer_config.json", [{"name": name, "template": GOOD} for name in ("vision", "rag")])
     assert error_of(Recipe(model=str(folder))) == (
-        f"{folder} has several chat templates and none of them is its default: rag, vision. Copy the one that takes "
+        f"{folder} has several chat templates, none of which is its default: rag, vision. Copy the one that takes "
         "pictures to chat_template.jinja beside its config.json."
     )
 
@@ -83,8 +83,8 @@ BAD = {
         ADDS_STRINGS,
         'cannot take a picture and a prompt: TypeError: can only concatenate str (not "list") to str.',
     ),
-    "prints parts": (PRINTS_PARTS, "writes out a picture as text."),
-    "prints JSON": (PRINTS_JSON, "writes out a picture as text."),
+    "prints parts": (PRINTS_PARTS, "renders the picture as text."),
+    "prints JSON": (PRINTS_JSON, "renders the picture as text."),
     "no prompt": (NO_PROMPT, "leaves the prompt out."),
     "broken": (
         "{{ messages[ }}",
@@ -146,7 +146,7 @@ def test_a_template_with_places_for_two_pictures_is_refused_before_any_picture(f
     (folder / "chat_template.jinja").write_text(TWO_PICTURES)
     message = error_of(Recipe(model=str(folder)))
     assert message.startswith(
-        f"The processor of {folder} takes no picture with what its chat template makes of the prompt: "
+        f"The processor of {folder} rejects pictures with the prompt that its chat template makes: "
     )
     assert message.endswith(ADVICE)
     assert "\n" not in message
@@ -174,8 +174,8 @@ PLACEHOLDERS = {
 def test_a_prompt_that_holds_a_token_for_a_picture_is_refused(family, token, tmp_path):
     folder = FAMILIES[family](tmp_path)
     assert error_of(Recipe(model=str(folder), prompt=f"Describe {token} in detail.")) == (
-        f"prompt holds {token}, which {folder} would take for one more picture. Leave it out: the chat template puts "
-        "the picture there by itself."
+        f"prompt contains {token}, which {folder} would take for one more picture. Leave it out: the chat "
+        "template inserts the picture by itself."
     )
 
 
@@ -243,7 +243,7 @@ def test_a_model_that_names_no_end_anywhere_is_refused(folder):
     with pytest.raises(ModelError) as caught:
         ends_of(folder)
     assert str(caught.value) == (
-        f"{folder} names no token that ends a caption. Copy the eos_token_id of its base model to it."
+        f"{folder} names no token that ends a caption. Copy the eos_token_id from its base model."
     )
 
 

@@ -123,7 +123,7 @@ def test_without_vllm_the_error_says_how_to_install_it():
 )
 def test_a_recipe_that_vllm_does_not_follow_to_the_letter_is_refused(field, value):
     assert error_of(Recipe(**{field: value}), Options(engine="vllm")) == (
-        f"{field}: the vllm engine does not know {value!r}. Use --engine transformers."
+        f"{field}: the vllm engine does not support {value!r}. Use --engine transformers."
     )
 
 
@@ -146,14 +146,14 @@ def test_an_adapter_that_vllm_would_read_as_weights_is_refused(folder, beside, i
     with pytest.raises(ModelError) as caught:
         vllm._refuse_adapter_beside(folder, "a model")
     assert str(caught.value) == (
-        f"vLLM would read {beside}, which lies beside the weights of a model, as a part of them. Move it elsewhere, or "
-        "use --engine transformers, which leaves it out."
+        f"vLLM would load {beside}, which is in the same folder as the weights of a model, as a part of them. Move it "
+        "elsewhere, or use --engine transformers, which ignores it."
     )
 
 
 def test_a_way_of_decoding_is_refused_since_vllm_has_its_own():
     assert error_of(RECIPE, Options(engine="vllm", decode="static")) == (
-        "decode: the vllm engine does not know 'static'. Use --engine transformers."
+        "decode: the vllm engine does not support 'static'. Use --engine transformers."
     )
 
 
@@ -282,7 +282,7 @@ def test_a_picture_too_long_for_the_model_fails_alone(folder, load):
     failures = [completion.failure for completion in completions]
     assert [failure and failure.code for failure in failures] == [None, None, "unprocessable", None, None, None]
     assert not failures[2].transient
-    assert failures[2].message.startswith("vLLM refuses this picture: ")
+    assert failures[2].message.startswith("vLLM rejects this picture: ")
     assert "length" in failures[2].message
     assert all(completion.text for completion in completions if completion.failure is None)
 
@@ -302,7 +302,7 @@ def test_logits_that_are_not_numbers_are_a_failure_and_never_a_caption(folder, l
 def test_a_folder_without_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
     message = error_of(Recipe(model=str(folder)), Options(engine="vllm"))
-    assert message.startswith(f"The folder {folder} holds no model that can be loaded: ")
+    assert message.startswith(f"The folder {folder} contains no model that can be loaded: ")
 
 
 @needs_vllm
@@ -315,7 +315,7 @@ def test_a_folder_that_is_not_there_is_refused():
 @needs_vllm
 def test_a_device_that_this_vllm_does_not_run_on_is_refused():
     assert error_of(RECIPE, Options(engine="vllm", device="cuda:0")) == (
-        "This vLLM runs on cpu, so not on 'cuda:0'. Use --device auto or cpu."
+        "This build of vLLM runs on cpu, not on 'cuda:0'. Use --device auto or cpu."
     )
 
 

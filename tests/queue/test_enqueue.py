@@ -373,7 +373,7 @@ def test_a_split_of_which_no_picture_can_be_opened_is_refused_before_anything_is
         register(database, root, ["train"])
     told = str(caught.value)
     assert told.startswith(
-        "Nothing was registered: none of 20 pictures of the split 'train' that were tried can be opened. "
+        "Nothing was registered: none of the 20 pictures tried from the split 'train' can be opened. "
         "The first, row 1 of data/train-00000-of-00002.parquet: "
     )
     assert told.endswith(" If the pictures are elsewhere, name their column: --columns image=NAME")
@@ -385,7 +385,7 @@ def test_every_picture_of_a_small_split_is_tried(database, root):
     write_shard(root, "train", range(20), pictures=bad(*range(19)))
     assert register(database, root, ["train"])[0].new == 20
     write_shard(root, "test", range(1), pictures=bad(0))
-    with pytest.raises(DatasetError, match="none of 1 pictures of the split 'test'"):
+    with pytest.raises(DatasetError, match="none of the 1 pictures tried from the split 'test'"):
         register(database, root, ["train", "test"])
 
 

@@ -731,7 +731,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_rest_is_there(database, r
     [written] = publish.publish(database, run, ["train"], out, "webdataset")
     assert (written.captions, written.missing) == (9, 0)
     assert list(written.without_picture) == ["train_00003", "train_00005", "train_00007"]
-    assert written.without_picture["train_00005"].startswith("Not a picture, it begins with b'no picture'")
+    assert written.without_picture["train_00005"].startswith("This is not a picture (it begins with b'no picture')")
     assert "holds no picture for train_00007" in written.without_picture["train_00007"]
     assert len(tar_samples(out)) == 9
     about = json.loads((out / "rococap.json").read_text())
@@ -772,7 +772,7 @@ def test_the_command_writes_each_format_and_says_what_is_missing(database, url, 
         assert invoke(url, "--format", format, "--output", f"{format} set").stdout == (
             f"{format} set train: 2 captions; 1 of the split are not done\n"
             "  1 more were left out, because their pictures cannot be read:\n"
-            "  train_00001: Not a picture, it begins with b'': replace it at its source, then retry.\n"
+            "  train_00001: This is not a picture (it begins with b''): replace it at its source, then retry.\n"
             f"{names_local}"
         )
     assert sorted(path.name for path in (tmp_path / "results_medical").iterdir()) == [

@@ -355,7 +355,7 @@ def test_flagged_and_failed_pictures_are_found_by_their_section(page):
 
 def test_a_picture_that_cannot_be_read_has_a_card_that_says_so(page):
     unreadable = cards(page)["train_00025"].one(class_="absent")
-    assert unreadable.text.startswith("No picture. Not a picture, it begins with b'not a pictur'")
+    assert unreadable.text.startswith("No picture. This is not a picture (it begins with b'not a pictur'")
     assert not list(cards(page)["train_00025"].all("img"))
 
 

@@ -238,7 +238,7 @@ def test_a_data_set_of_which_no_picture_can_be_read_stops_the_worker(database, t
     fill(database, tmp_path / "set", 20)
     write_shard(tmp_path / "set", "train", range(20), pictures=dict.fromkeys(range(20), b"no picture"))
     reason = refusal(database, SmallEngine())
-    assert reason.startswith("none of 12 pictures was captioned. The first: Not a picture")
+    assert reason.startswith("none of 12 pictures was captioned. The first: This is not a picture")
 
 
 def test_a_few_pictures_that_cannot_be_read_fail_as_the_worker_comes_to_them(database, tmp_path):
@@ -247,7 +247,7 @@ def test_a_few_pictures_that_cannot_be_read_fail_as_the_worker_comes_to_them(dat
     assert run_worker(database).failed == 3
     told = workers(database)[0].self_check
     assert (told["passed"], told["inconclusive"]) == (False, True)
-    assert told["reason"].startswith("too few pictures to compare. Not a picture")
+    assert told["reason"].startswith("too few pictures to compare. This is not a picture")
 
 
 def test_what_may_pass_is_no_refusal(database, tmp_path):
