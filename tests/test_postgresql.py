@@ -151,7 +151,7 @@ def test_the_first_release_is_upgraded_with_its_rows(url, engine):
     with pytest.raises(DatabaseError, match=f"has schema 0001; this rococap needs {SCHEMA}"):
         db.connect(url)
     assert db.migrate(url) == db.Migrated(True)
-    assert select(engine, "SELECT * FROM workers") == [(*row, None) for row in before]
+    assert select(engine, "SELECT * FROM workers") == [(*row, None, 120_000) for row in before]
     db.connect(url).dispose()
 
 
