@@ -981,7 +981,7 @@ def test_an_answer_that_ended_for_another_reason_is_tried_again_and_never_stored
     server, database, tmp_path, monkeypatch, reason
 ):
     monkeypatch.setattr(openai_module, "FIRST_WAIT_SEC", 0.002)
-    monkeypatch.setattr(queue, "backoff_ms", lambda attempts: 1)
+    monkeypatch.setattr("rococap.queue.leases.backoff_ms", lambda attempts: 1)
     fill(database, tmp_path / "set", 8, recipe=RECIPE)
     server.of_grey = {5: [saying("A sc", reason)] * 999}
     outcome = caption_with(database, server)

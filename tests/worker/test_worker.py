@@ -184,7 +184,7 @@ def test_a_picture_on_a_disk_that_does_not_answer_for_now_is_tried_again(databas
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", stumbles)
-    monkeypatch.setattr(queue, "backoff_ms", lambda attempts: 100)
+    monkeypatch.setattr("rococap.queue.leases.backoff_ms", lambda attempts: 100)
     assert run_worker(database).done == 2
     assert select(database, "SELECT code FROM failures") == [("unreadable_file",)]
     assert select(database, "SELECT attempts FROM jobs ORDER BY id") == [(2,), (1,)]
