@@ -2,10 +2,7 @@
 
 import os
 import shutil
-import sqlite3
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 
 # Before torch is imported: spinning OpenMP threads starve the other processes of a test.
@@ -16,13 +13,12 @@ os.environ.pop("ROCOCAP_PROMPTS", None)
 os.environ.pop("ROCOCAP_SPOOL", None)
 
 import pytest
+from databases import DATABASES, new_queue, sound
 from postgres import Server
 from small_engine import QUICK
 from sqlalchemy import Engine
 
 from rococap import db
-
-DATABASES = ("delete", "wal", "postgresql")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -63,50 +59,23 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield url
 
 
-@contextmanager
-def new_queue(request: pytest.FixtureRequest, kind: str, folder: Path) -> Iterator[str]:
-    """A queue of this kind; copied, since migrating takes a quarter of a second."""
-    if kind == "postgresql":
-        server = request.getfixturevalue("postgres")
-        url = server.create(template="empty_queue")
-        yield url
-        server.drop(url)
-        return
-    path = shutil.copy(request.getfixturevalue("empty_queue"), folder / "queue.db")
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute(f"PRAGMA journal_mode = {kind}").fetchone()[0] == kind
-    yield f"sqlite:///{path}"
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_queue: Path) -> Path:
+    """A folder of the test's own, with an empty queue where the default URL points."""
+    shutil.copy(empty_queue, tmp_path / "rococap.db")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[Engine]:
+    """The test's queue, opened; it need not be sound at the end."""
+    engine = db.connect(url)
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture
 def database(url: str) -> Iterator[Engine]:
     with sound(url) as engine:
         yield engine
-
-
-@contextmanager
-def sound(url: str) -> Iterator[Engine]:
-    """A queue that is to be sound at the end."""
-    engine = db.connect(url)
-    yield engine
-    with db.transaction(engine) as conn:
-        assert tallies(conn) == recount(conn), "the tallies drifted from the jobs"
-        if engine.dialect.name == "sqlite":
-            assert db.execute(conn, "PRAGMA integrity_check").scalar() == "ok"
-            assert db.execute(conn, "PRAGMA foreign_key_check").fetchall() == []
-    engine.dispose()
-
-
-def tallies(conn) -> dict[tuple[int, str, str], int]:
-    rows = db.execute(conn, "SELECT run_id, split, status, sum(n) FROM tallies GROUP BY 1, 2, 3").fetchall()
-    return {(row[0], row[1], row[2]): int(row[3]) for row in rows if row[3]}
-
-
-def recount(conn) -> dict[tuple[int, str, str], int]:
-    rows = db.execute(conn, "SELECT run_id, split, status, count(*) FROM jobs GROUP BY 1, 2, 3").fetchall()
-    flagged = db.execute(
-        conn,
-        "SELECT j.run_id, j.split, c.flags FROM captions c JOIN jobs j ON j.id = c.job_id WHERE c.flags <> ''",
-    ).fetchall()
-    flags = Counter((run, split, f"flag:{flag}") for run, split, told in flagged for flag in told.split(","))
-    return {(row[0], row[1], row[2]): row[3] for row in rows} | flags

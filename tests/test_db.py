@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import DatabaseError as DriverError
 from sqlalchemy.exc import IntegrityError
+from steps import refusal
 
 from rococap import db
 from rococap.errors import DatabaseError, DatabaseUnavailable
@@ -35,12 +36,6 @@ WAL_BUILD, BROKEN_BUILD = (3, 51, 3), (3, 51, 2)
 SHORT_SEC = 0.2
 LONG_SEC = 10.0
 """For what happens at once unless the code is broken: a test that waits so long fails."""
-
-
-def refusal(call, *args, **options):
-    with pytest.raises(DatabaseError) as caught:
-        call(*args, **options)
-    return str(caught.value)
 
 
 def raw(path, **options):
@@ -93,13 +88,6 @@ def stored(engine):
 @pytest.fixture
 def path(tmp_path, url):
     return tmp_path / "queue.db"
-
-
-@pytest.fixture
-def engine(url):
-    engine = db.connect(url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

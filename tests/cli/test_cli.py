@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
 from samples import write_shard
+from steps import invoke, refused, said
 
 from rococap import db, prompts, queue
 from rococap.cli.options import cli
@@ -30,31 +30,7 @@ from rococap.worker.settings import Settings
 
 INFO = EngineInfo("small", {}, "tests/small", "", "float32", "cpu", "digest")
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_queue: Path) -> Path:
-    """A folder of the test's own, with an empty queue where the default URL points."""
-    shutil.copy(empty_queue, tmp_path / "rococap.db")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def invoke(*args: str) -> Result:
-    return CliRunner().invoke(cli, args)
-
-
-def said(*args: str) -> str:
-    result = invoke(*args)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refused(*args: str, code: int = 1) -> str:
-    result = invoke(*args)
-    assert result.exit_code == code, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    assert result.stdout == ""
-    return result.stderr.strip().removeprefix("Error: ")
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def enqueue(*more: str) -> str:
@@ -498,7 +474,7 @@ def test_flagged_captions_go_to_a_new_run_with_the_old_recipe_but_for_what_is_sa
     ],
 )
 def test_what_does_not_go_with_another_runs_pictures_is_a_usage_error(here, args, message):
-    assert refused("enqueue", *args, code=2).endswith(f"Error: {message}")
+    assert refused("enqueue", *args, code=2) == message
 
 
 def test_a_model_whose_name_circulates_wrongly_is_refused_before_anything_is_registered(here):
@@ -836,6 +812,6 @@ def test_a_traceback_is_shown_where_debug_asks_for_it(here):
     ],
 )
 def test_a_batch_size_is_auto_or_a_number(tmp_path, value, told):
-    result = CliRunner().invoke(cli, ["--db", f"sqlite:///{tmp_path / 'queue.db'}", "worker", f"--batch-size={value}"])
+    result = invoke("--db", f"sqlite:///{tmp_path / 'queue.db'}", "worker", f"--batch-size={value}")
     assert result.exit_code == 2
     assert told in result.output

@@ -1,5 +1,6 @@
 """The whole job as a newcomer runs it, and at once by two workers, one of them killed."""
 
+from steps import invoke
 import os
 import shlex
 import signal
@@ -77,7 +78,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def refused(*args: str) -> str:
-    result = CliRunner().invoke(cli, ["demo", *args])
+    result = invoke("demo", *args)
     assert result.exit_code == 1, result.output
     return result.stderr.strip().removeprefix("Error: ")
 
@@ -174,7 +175,7 @@ def shuffled(folder: Path) -> dict[str, str]:
 
 
 def test_its_help_names_all_that_it_makes():
-    assert "an export, a report." in " ".join(CliRunner().invoke(cli, ["demo", "--help"]).output.split())
+    assert "an export, a report." in " ".join(invoke("demo", "--help").output.split())
 
 
 @pytest.mark.slow

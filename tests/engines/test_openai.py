@@ -16,15 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from openai_server import HTML, Batched, ChatServer, Trouble, failing, picture_of, saying, streaming
 from PIL import Image
 from samples import fill, register
 from small_engine import caption_of
 from sqlalchemy import Engine
+from steps import invoke, select, until
 
 from rococap import db, queue
-from rococap.cli.options import cli
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Completion, Options, Prepared, load_engine
@@ -109,13 +108,6 @@ def texts(completions: dict[int, Completion]) -> dict[int, str]:
 
 def asked(server: ChatServer) -> list[int]:
     return [picture_of(request).getpixel((0, 0))[0] for request in server.requests]
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -897,11 +889,6 @@ def test_a_proxy_of_the_environment_is_not_asked_for_a_server_on_this_machine(lo
 # --- a worker --------------------------------------------------------------------------------------------------
 
 
-def select(database: Engine, sql: str) -> list[tuple]:
-    with db.transaction(database) as conn:
-        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
-
-
 CAPTIONS = "SELECT i.image_id, c.text FROM captions c JOIN jobs j ON j.id = c.job_id JOIN images i ON i.id = j.image_id"
 
 
@@ -1057,7 +1044,7 @@ def test_a_worker_whose_server_refuses_everything_says_so_in_one_line_and_exits_
 @pytest.mark.parametrize("command", ["worker", "bench"])
 @pytest.mark.parametrize("flag", ["--base-url", "--served-model"])
 def test_the_servers_options_are_refused_with_another_engine(url, command, flag):
-    done = CliRunner().invoke(cli, ["--db", url, command, flag, "x"])
+    done = invoke("--db", url, command, flag, "x")
     assert done.exit_code == 2
     words = " ".join(done.stderr.split())
     assert f"{flag} is the engine openai's: add --engine openai, or leave {flag} out." in words
