@@ -224,15 +224,15 @@ def test_who_waits_too_long_for_a_row_is_told_so_and_can_go_on(url):
 
 
 def test_options_of_the_url_win_over_ours(url):
-    engine = db.connect(f"{url}&options=-c idle_in_transaction_session_timeout=123ms")
-    assert select(engine, "SHOW idle_in_transaction_session_timeout") == [("123ms",)]
+    engine = db.connect(f"{url}&options=-c idle_in_transaction_session_timeout=123s")
+    assert select(engine, "SHOW idle_in_transaction_session_timeout") == [("123s",)]
     engine.dispose()
 
 
 def test_options_from_the_environment_win_over_ours(url, monkeypatch):
-    monkeypatch.setenv("PGOPTIONS", "-c idle_in_transaction_session_timeout=123ms -c work_mem=77MB")
+    monkeypatch.setenv("PGOPTIONS", "-c idle_in_transaction_session_timeout=123s -c work_mem=77MB")
     engine = db.connect(url)
-    assert select(engine, "SHOW idle_in_transaction_session_timeout") == [("123ms",)]
+    assert select(engine, "SHOW idle_in_transaction_session_timeout") == [("123s",)]
     assert select(engine, "SHOW work_mem") == [("77MB",)]
     engine.dispose()
 
