@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: spinning OpenMP threads starve the other processes of a test.
 os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # and several processes share the cores
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 os.environ.pop("ROCOCAP_DB", None)
 os.environ.pop("ROCOCAP_DATASET", None)
 os.environ.pop("ROCOCAP_PROMPTS", None)
@@ -31,6 +34,20 @@ def less_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers in this process poll and store more often than users' do, and so end sooner."""
     for name, seconds in QUICK.items():
         monkeypatch.setattr(name, seconds)
+
+
+@pytest.fixture(autouse=True)
+def less_fsync(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite does not wait for the disk in this process, since nobody pulls the plug."""
+    if request.node.get_closest_marker("durable"):
+        return
+    set_pragmas = db._set_pragmas
+
+    def set_fewer(connection: sqlite3.Connection, record: object) -> None:
+        set_pragmas(connection, record)
+        connection.execute("PRAGMA synchronous = OFF")
+
+    monkeypatch.setattr(db, "_set_pragmas", set_fewer)
 
 
 @pytest.fixture(scope="session")

@@ -585,6 +585,7 @@ def test_an_existing_file_is_not_switched_to_wal(url, path, monkeypatch):
     assert journal_of(url) == "delete"
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("version", [WAL_BUILD, BROKEN_BUILD])
 def test_every_connection_is_durable_and_keeps_foreign_keys(tmp_path, monkeypatch, version):
     monkeypatch.setattr(sqlite3, "sqlite_version_info", version)

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 from samples import fill, write_shard
 from small_engine import INFO, SmallEngine, context_of
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine
 from steps import TTL, claim, new_worker, select, writing
 
 from rococap import db, queue
@@ -731,9 +731,6 @@ class QueueMachine(RuleBasedStateMachine):
 def run_machine(database: Engine, root: Path, *, examples: int, steps: int, derandomize: bool) -> None:
     for split, n in IMAGES.items():
         write_shard(root, split, range(n))
-    if database.dialect.name == "sqlite":  # nobody pulls the plug here
-        event.listen(database, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF"))
-        database.dispose()
     located = datasets.locate(str(root), list(IMAGES))
     run_state_machine_as_test(
         lambda: QueueMachine(database, located),
