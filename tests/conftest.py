@@ -8,13 +8,12 @@ from pathlib import Path
 
 # Before torch is imported: spinning OpenMP threads starve the other processes of a test.
 os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # and several processes share the cores
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 os.environ.pop("ROCOCAP_DB", None)
 os.environ.pop("ROCOCAP_DATASET", None)
 os.environ.pop("ROCOCAP_PROMPTS", None)
 os.environ.pop("ROCOCAP_SPOOL", None)
 
+import hypothesis
 import pytest
 from databases import DATABASES, new_queue, sound
 from postgres import Server
@@ -22,6 +21,9 @@ from small_engine import QUICK
 from sqlalchemy import Engine
 
 from rococap import db
+
+hypothesis.settings.register_profile("rococap", deadline=None)  # on a busy machine any example may take long
+hypothesis.settings.load_profile("rococap")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -59,7 +61,7 @@ def empty_queue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
-    """A server of this session's own, with a template database that has our tables."""
+    """A server of this process's own, with a template database that has our tables: it starts in a second."""
     server = Server()
     db.connect(server.create("empty_queue")).dispose()
     yield server

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 
 from rococap import db
 
-DATABASES = ("delete", "wal", "postgresql")
+DATABASES = ("delete", "wal", pytest.param("postgresql", marks=pytest.mark.slow))
 
 
 @contextmanager

@@ -414,6 +414,7 @@ def made_once(path):
     return schema_version(path)
 
 
+@pytest.mark.slow
 def test_processes_that_first_use_a_database_at_once_make_its_schema_once(tmp_path, monkeypatch):
     versions = {"delete": BROKEN_BUILD, "wal": WAL_BUILD}
     started = [

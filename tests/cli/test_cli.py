@@ -44,6 +44,7 @@ def lines(text: str) -> list[list[str]]:
 # --- the main job ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_split_goes_from_shards_to_csv(here):
     write_dataset(here / "set", {"train": 12})
     assert enqueue("--max-new-tokens", "64") == "default train: 12 new, 0 known, 0 changed\n"
@@ -69,6 +70,7 @@ def renamed(root: Path, image: str, keep: Sequence[str] = ()) -> None:
     pq.write_table(pa.table({image: pictures, **{f"my_{key}": table.column(key) for key in keep}}), path)
 
 
+@pytest.mark.slow
 def test_columns_of_other_names_are_read_by_every_command_that_opens_pictures(here):
     write_dataset(here / "set", {"train": 12})
     renamed(here / "set", "scan", ("image_id", "caption", "cui"))
@@ -337,6 +339,7 @@ def test_the_database_is_named_before_or_after_the_command_or_by_the_environment
     assert "default" in said("status")
 
 
+@pytest.mark.slow
 def test_restore_reads_exports_back(here):
     write_dataset(here / "set", {"train": 6})
     enqueue("--max-new-tokens", "8")
@@ -352,6 +355,7 @@ def test_restore_reads_exports_back(here):
     assert Path("results_medical/medical_captions_train.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_file_of_pictures_that_the_run_does_not_have_is_no_success(here):
     write_dataset(here / "set", {"train": 6})
     enqueue("--max-new-tokens", "8", "--limit", "3")
@@ -743,12 +747,14 @@ def interrupted(*args: str, when: Callable[[int], bool]) -> tuple[int, str, str]
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_watching_ends_with_ctrl_c(here):
     code, out, err = interrupted("status", "--watch", when=lambda pid: not time.sleep(3))
     assert code == 0, err
     assert "Nothing is registered here yet" in out
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_model_loads_ends_the_worker_with_every_picture_pending(here, monkeypatch):
     from rococap.engines import hf
 
@@ -776,6 +782,7 @@ def printed(encoding: str, *args: str) -> str:
     return done.stdout.decode(encoding, "replace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "koi8-r", "shift_jis", "utf-8"])
 def test_what_an_encoding_cannot_show_is_escaped(here, encoding):
     fail_two(here)
@@ -786,6 +793,7 @@ def test_what_an_encoding_cannot_show_is_escaped(here, encoding):
     assert json.loads(printed(encoding, "failures", "--json"))[0]["message"] == TOLD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["status", "runs", "leases", "workers", "prompts", "bench --help", "export --help"])
 @pytest.mark.parametrize("encoding", ["koi8-r", "ascii"])
 def test_no_command_fails_for_an_encoding(here, encoding, command):

@@ -67,6 +67,7 @@ def test_a_late_completion_of_a_deleted_run_is_dropped_although_another_run_has_
     assert select(database, "SELECT DISTINCT status, run_id FROM jobs") == [("pending", new.id)]
 
 
+@pytest.mark.slow
 @pytest.mark.every_database
 def test_everything_of_a_run_goes_but_its_leases_and_a_tombstone_and_another_run_stays_whole(database, run, tmp_path):
     other = fill(database, tmp_path / "set", 6, run="other", recipe=OTHER)
@@ -94,6 +95,7 @@ def test_everything_of_a_run_goes_but_its_leases_and_a_tombstone_and_another_run
         assert [one.run.name for one in queue.runs_seen(conn)] == ["other"]
 
 
+@pytest.mark.slow
 def test_the_command_asks_first_and_frees_the_name(database, run, tmp_path):
     caption(database, run, texts("One.", "Two."))
     asked = invoke("runs", "--delete", "default", input="n\n")

@@ -746,6 +746,7 @@ def run_machine(database: Engine, root: Path, *, examples: int, steps: int, dera
     )
 
 
+@pytest.mark.slow
 def test_whatever_happens_in_whatever_order_the_queue_is_as_a_plain_model_says(database, tmp_path):
     run_machine(database, tmp_path / "set", examples=15, steps=40, derandomize=True)
 

@@ -179,6 +179,7 @@ def texts(request) -> list[str]:
         return [row["caption"] for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", READERS)
 def test_captions_that_are_awkward_come_out_as_they_went_in(database, root, out, texts, format):
     write_data_set(root, texts)
