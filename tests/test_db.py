@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import DatabaseError as DriverError
 from sqlalchemy.exc import IntegrityError
+from steps import refusal
 
 from rococap import db
 from rococap.errors import DatabaseError, DatabaseUnavailable
@@ -35,12 +36,6 @@ WAL_BUILD, BROKEN_BUILD = (3, 51, 3), (3, 51, 2)
 SHORT_SEC = 0.2
 LONG_SEC = 10.0
 """For what happens at once unless the code is broken: a test that waits so long fails."""
-
-
-def refusal(call, *args, **options):
-    with pytest.raises(DatabaseError) as caught:
-        call(*args, **options)
-    return str(caught.value)
 
 
 def raw(path, **options):
@@ -93,13 +88,6 @@ def stored(engine):
 @pytest.fixture
 def path(tmp_path, url):
     return tmp_path / "queue.db"
-
-
-@pytest.fixture
-def engine(url):
-    engine = db.connect(url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture
@@ -426,6 +414,7 @@ def made_once(path):
     return schema_version(path)
 
 
+@pytest.mark.slow
 def test_processes_that_first_use_a_database_at_once_make_its_schema_once(tmp_path, monkeypatch):
     versions = {"delete": BROKEN_BUILD, "wal": WAL_BUILD}
     started = [
@@ -597,6 +586,7 @@ def test_an_existing_file_is_not_switched_to_wal(url, path, monkeypatch):
     assert journal_of(url) == "delete"
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("version", [WAL_BUILD, BROKEN_BUILD])
 def test_every_connection_is_durable_and_keeps_foreign_keys(tmp_path, monkeypatch, version):
     monkeypatch.setattr(sqlite3, "sqlite_version_info", version)

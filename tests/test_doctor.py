@@ -208,6 +208,7 @@ def test_a_server_that_is_away_fails():
     assert {name for name, verdict in verdicts(engine).items() if verdict is OK} == {"device", "spool"}
 
 
+@pytest.mark.durable
 def test_wal_on_a_build_with_the_bug_warns_with_the_command_that_leaves_it(engine, run, path, monkeypatch):
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 2))
     raw(path, "PRAGMA journal_mode = WAL")

@@ -9,14 +9,12 @@ import time
 from contextlib import closing
 
 import pytest
-from alembic import command
-from alembic.config import Config
 from alembic.script import ScriptDirectory
 from places import ROOT
+from steps import downgrade, refusal
 
 from rococap import db, queue
 from rococap.engines import Completion, EngineInfo
-from rococap.errors import DatabaseError
 from rococap.tables import SCHEMA, metadata
 
 NEXT = f"{int(SCHEMA) + 1:04}"
@@ -73,20 +71,6 @@ def schema_of(path):
 
 def columns(path, table):
     return [name for (name,) in query(path, f"SELECT name FROM pragma_table_info('{table}')")]
-
-
-def downgrade(engine, revision):
-    config = Config()
-    config.set_main_option("script_location", str(db.migrations_dir()).replace("%", "%%"))
-    with db.migration_connection(engine) as conn:
-        config.attributes["connection"] = conn
-        command.downgrade(config, revision)
-
-
-def refusal(call, *args):
-    with pytest.raises(DatabaseError) as caught:
-        call(*args)
-    return str(caught.value)
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """PgBouncer in transaction mode in front of PostgreSQL: each transaction may get another connection to the server."""
 
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from pgbouncer import PROGRAM, Bouncer, bouncing
@@ -12,7 +10,8 @@ from samples import fill
 from small_engine import INFO
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
-from test_torture import TTL_SEC, check, control, killed_at_any_moment, made, server, until  # noqa: F401  a fixture too
+from steps import at_once, select, until
+from worlds import TTL_SEC, check, killed_at_any_moment, made
 
 from rococap import db, doctor, queue
 from rococap.errors import DatabaseError, DatabaseUnavailable
@@ -31,30 +30,6 @@ def bouncer(postgres: Server) -> Iterator[Bouncer]:
 def url(postgres: Server, bouncer: Bouncer) -> str:
     """An empty database behind PgBouncer."""
     return bouncer.in_front_of(postgres.create())
-
-
-@pytest.fixture
-def engine(url: str) -> Iterator[Engine]:
-    engine = db.connect(url)
-    yield engine
-    engine.dispose()
-
-
-def select(engine: Engine, sql: str) -> list[tuple]:
-    with db.transaction(engine) as conn:
-        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
-
-
-def at_once(n: int, action) -> list:
-    """`action` in so many threads, which begin together."""
-    together = threading.Barrier(n, timeout=60)
-
-    def one(_: int) -> object:
-        together.wait()
-        return action()
-
-    with ThreadPoolExecutor(n) as pool:
-        return list(pool.map(one, range(n)))
 
 
 def test_processes_that_first_use_a_database_at_once_make_its_schema_once(url):
@@ -163,17 +138,25 @@ def test_workers_killed_at_any_moment_lose_and_double_nothing(url, tmp_path):
         killed_at_any_moment(world, n=160, seed=2, kills=4)
 
 
-def test_a_server_that_restarts_behind_it_costs_nothing(server, tmp_path):  # noqa: F811
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server of the test's own, on which a commit is safe when the server dies."""
+    server = Server(is_durable=True)
+    yield server
+    server.stop()
+
+
+def test_a_server_that_restarts_behind_it_costs_nothing(server, tmp_path):
     n = 160
     with bouncing(server) as bouncer, made(bouncer.in_front_of(server.create()), tmp_path / "world") as world:
         world.fill(n)
         for _ in range(2):
             world.crew.start(engine={"step_sec": 0.1})
         world.until_busy(12)
-        control(server, "stop", "-m", "immediate")
+        server.control("stop", "-m", "immediate")
         time.sleep(2 * TTL_SEC)
         assert world.all_live()
-        control(server, "start", "-o", f'-h "" -k {server.socket_folder}')
+        server.control("start", "-o", f'-h "" -k {server.socket_folder}')
         assert sum(one["done"] for one in world.crew.finish_all(120)) == n
         assert not world.crew.spool.exists()
         check(world, n, charged=False)

@@ -9,14 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
-from alembic import command
-from alembic.config import Config
 from places import ROOT
 from postgres import Server, of_encoding
 from samples import fill
 from small_engine import INFO
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import make_url
+from steps import at_once, downgrade, select
 
 from rococap import db, queue
 from rococap.engines import Completion
@@ -34,11 +33,6 @@ def engine(url: str) -> Iterator[Engine]:
     engine = db.connect(url, create=False)
     yield engine
     engine.dispose()
-
-
-def select(engine: Engine, sql: str) -> list[tuple]:
-    with db.transaction(engine) as conn:
-        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
 
 
 def schema_of(engine: Engine) -> list[tuple]:
@@ -62,33 +56,11 @@ def schema_of(engine: Engine) -> list[tuple]:
     return columns + constraints + indexes
 
 
-def downgrade(engine: Engine, revision: str) -> None:
-    config = Config()
-    config.set_main_option("script_location", str(db.migrations_dir()))
-    with db.migration_connection(engine) as conn:
-        config.attributes["connection"] = conn
-        command.downgrade(config, revision)
-
-
 # --- first use, schema -----------------------------------------------------------------------------------------
 
 
 def test_workers_that_first_use_a_database_at_once_make_its_schema_once(url):
-    together, errors = threading.Barrier(8, timeout=60), []
-
-    def first_use() -> None:
-        try:
-            together.wait()
-            db.connect(url).dispose()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=first_use) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert errors == []
+    at_once(8, lambda: db.connect(url).dispose())
     engine = db.connect(url)
     assert select(engine, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
     engine.dispose()
@@ -151,7 +123,7 @@ def test_the_first_release_is_upgraded_with_its_rows(url, engine):
     with pytest.raises(DatabaseError, match=f"has schema 0001; this version of rococap needs {SCHEMA}"):
         db.connect(url)
     assert db.migrate(url) == db.Migrated(True)
-    assert select(engine, "SELECT * FROM workers") == [(*row, None) for row in before]
+    assert select(engine, "SELECT * FROM workers") == [(*row, None, 120_000) for row in before]
     db.connect(url).dispose()
 
 
@@ -252,15 +224,15 @@ def test_who_waits_too_long_for_a_row_is_told_so_and_can_go_on(url):
 
 
 def test_options_of_the_url_win_over_ours(url):
-    engine = db.connect(f"{url}&options=-c idle_in_transaction_session_timeout=123ms")
-    assert select(engine, "SHOW idle_in_transaction_session_timeout") == [("123ms",)]
+    engine = db.connect(f"{url}&options=-c idle_in_transaction_session_timeout=123s")
+    assert select(engine, "SHOW idle_in_transaction_session_timeout") == [("123s",)]
     engine.dispose()
 
 
 def test_options_from_the_environment_win_over_ours(url, monkeypatch):
-    monkeypatch.setenv("PGOPTIONS", "-c idle_in_transaction_session_timeout=123ms -c work_mem=77MB")
+    monkeypatch.setenv("PGOPTIONS", "-c idle_in_transaction_session_timeout=123s -c work_mem=77MB")
     engine = db.connect(url)
-    assert select(engine, "SHOW idle_in_transaction_session_timeout") == [("123ms",)]
+    assert select(engine, "SHOW idle_in_transaction_session_timeout") == [("123s",)]
     assert select(engine, "SHOW work_mem") == [("77MB",)]
     engine.dispose()
 

@@ -11,41 +11,37 @@ from contextlib import closing, contextmanager
 
 import pandas as pd
 import pytest
-from nursery import Worker
 from postgres import lock_tables
 from samples import fill, register, write_shard
-from small_engine import INFO, QUICK, SmallEngine, caption_of
+from small_engine import INFO, QUICK, SmallEngine
 from sqlalchemy import Engine
-from test_supervisor import members, small_crew
+from steps import (
+    TTL,
+    captions,
+    claim,
+    column,
+    expected,
+    members,
+    reap,
+    run_worker,
+    select,
+    small_crew,
+    start,
+    statuses,
+    until,
+    writing,
+)
 
 from rococap import db, queue
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost, RococapError, RunError
-from rococap.queue import Claim, Lease, Run
+from rococap.queue import Lease
 from rococap.recipe import RULES, Recipe
 from rococap.results import export, snapshot
 from rococap.worker import process as process_module
 from rococap.worker import signals, spool, store
-from rococap.worker.process import work
-from rococap.worker.settings import Settings
-from rococap.worker.store import Outcome
 
 pytestmark = pytest.mark.every_database
-
-TTL = 60_000
-
-
-def writing(database: Engine):
-    return db.transaction(database, write=True)
-
-
-def select(database: Engine, sql: str) -> list[tuple]:
-    with db.transaction(database) as conn:
-        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
-
-
-def column(database: Engine, sql: str) -> list:
-    return [row[0] for row in select(database, sql)]
 
 
 def register_worker(database: Engine, name: str = "one") -> int:
@@ -53,57 +49,11 @@ def register_worker(database: Engine, name: str = "one") -> int:
         return queue.register_worker(conn, name, "host", 1, INFO)
 
 
-def claim(
-    database: Engine, worker_id: int, run: Run, most: int = 4, *, lane: int = queue.NORMAL, now: int | None = 0
-) -> Claim | None:
-    with writing(database) as conn:
-        return queue.claim(conn, worker_id, run.id, "train", most, ttl_ms=TTL, lane=lane, now=now)
-
-
 def complete(database: Engine, lease: Lease, text: str = "A caption.", only: Sequence[int] = ()) -> None:
     with writing(database) as conn:
         queue.complete(
             conn, lease, [Completion(job.id, text) for job in lease.jobs if not only or job.id in only], now=0
         )
-
-
-def reap(database: Engine, now: int = TTL) -> list[int]:
-    with writing(database) as conn:
-        return queue.reap(conn, now=now)
-
-
-def run_worker(database: Engine, engine: SmallEngine | None = None, **settings) -> Outcome:
-    chosen = engine or SmallEngine()
-    options = {"batch_size": chosen.batch_size, "lease_ttl": 60.0, "self_check": False} | settings
-    return work(database, Settings.of(**options), load=lambda *_: chosen)
-
-
-def captions(database: Engine) -> dict[str, str]:
-    rows = select(
-        database,
-        "SELECT i.image_id, c.text FROM captions c JOIN jobs j ON j.id = c.job_id JOIN images i ON i.id = j.image_id",
-    )
-    assert len(rows) == len(dict(rows))
-    return dict(rows)
-
-
-def expected(n: int, *without: int) -> dict[str, str]:
-    return {f"train_{number:05}": caption_of(number) for number in range(n) if number not in without}
-
-
-def statuses(database: Engine) -> dict[str, int]:
-    return dict(select(database, "SELECT status, count(*) FROM jobs GROUP BY status"))
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-
-
-def start(url: str, *, engine: dict | None = None, constants: dict[str, float] = QUICK, **settings) -> Worker:
-    return Worker(url, {"engine": engine or {}, "constants": constants, "settings": settings})
 
 
 def together(n: int, url: str, action: Callable[[Engine, int], None]) -> None:

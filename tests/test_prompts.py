@@ -5,11 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from samples import fill, register, write_shard
+from steps import refused, said
 
 from rococap import db, prompts, queue
-from rococap.cli.options import cli
 from rococap.errors import RococapError, RunError
 from rococap.recipe import DEFAULT_PROMPT, Recipe, refuse_placeholders
 
@@ -26,18 +25,6 @@ GUIDE = {
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def said(*args: str) -> str:
-    result = CliRunner().invoke(cli, args)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refused(*args: str, code: int = 1) -> str:
-    result = CliRunner().invoke(cli, args)
-    assert (result.exit_code, result.stdout) == (code, "")
-    return result.stderr.strip().splitlines()[-1].removeprefix("Error: ")
 
 
 def enqueue(*more: str) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
 from samples import write_shard
+from steps import invoke, refused, said
 
 from rococap import db, prompts, queue
 from rococap.cli.options import cli
@@ -30,31 +30,7 @@ from rococap.worker.settings import Settings
 
 INFO = EngineInfo("small", {}, "tests/small", "", "float32", "cpu", "digest")
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_queue: Path) -> Path:
-    """A folder of the test's own, with an empty queue where the default URL points."""
-    shutil.copy(empty_queue, tmp_path / "rococap.db")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def invoke(*args: str) -> Result:
-    return CliRunner().invoke(cli, args)
-
-
-def said(*args: str) -> str:
-    result = invoke(*args)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refused(*args: str, code: int = 1) -> str:
-    result = invoke(*args)
-    assert result.exit_code == code, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    assert result.stdout == ""
-    return result.stderr.strip().removeprefix("Error: ")
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def enqueue(*more: str) -> str:
@@ -68,6 +44,7 @@ def lines(text: str) -> list[list[str]]:
 # --- the main job ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_split_goes_from_shards_to_csv(here):
     write_dataset(here / "set", {"train": 12})
     assert enqueue("--max-new-tokens", "64") == "default train: 12 new, 0 known, 0 changed\n"
@@ -93,6 +70,7 @@ def renamed(root: Path, image: str, keep: Sequence[str] = ()) -> None:
     pq.write_table(pa.table({image: pictures, **{f"my_{key}": table.column(key) for key in keep}}), path)
 
 
+@pytest.mark.slow
 def test_columns_of_other_names_are_read_by_every_command_that_opens_pictures(here):
     write_dataset(here / "set", {"train": 12})
     renamed(here / "set", "scan", ("image_id", "caption", "cui"))
@@ -361,6 +339,7 @@ def test_the_database_is_named_before_or_after_the_command_or_by_the_environment
     assert "default" in said("status")
 
 
+@pytest.mark.slow
 def test_restore_reads_exports_back(here):
     write_dataset(here / "set", {"train": 6})
     enqueue("--max-new-tokens", "8")
@@ -376,6 +355,7 @@ def test_restore_reads_exports_back(here):
     assert Path("results_medical/medical_captions_train.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_file_of_pictures_that_the_run_does_not_have_is_no_success(here):
     write_dataset(here / "set", {"train": 6})
     enqueue("--max-new-tokens", "8", "--limit", "3")
@@ -502,7 +482,7 @@ def test_flagged_captions_go_to_a_new_run_with_the_old_recipe_but_for_what_is_sa
     ],
 )
 def test_what_does_not_go_with_another_runs_pictures_is_a_usage_error(here, args, message):
-    assert refused("enqueue", *args, code=2).endswith(f"Error: {message}")
+    assert refused("enqueue", *args, code=2) == message
 
 
 def test_a_model_whose_name_circulates_wrongly_is_refused_before_anything_is_registered(here):
@@ -773,12 +753,14 @@ def interrupted(*args: str, when: Callable[[int], bool]) -> tuple[int, str, str]
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_watching_ends_with_ctrl_c(here):
     code, out, err = interrupted("status", "--watch", when=lambda pid: not time.sleep(3))
     assert code == 0, err
     assert "Nothing is registered here yet" in out
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_model_loads_ends_the_worker_with_every_picture_pending(here, monkeypatch):
     from rococap.engines import hf
 
@@ -806,6 +788,7 @@ def printed(encoding: str, *args: str) -> str:
     return done.stdout.decode(encoding, "replace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "koi8-r", "shift_jis", "utf-8"])
 def test_what_an_encoding_cannot_show_is_escaped(here, encoding):
     fail_two(here)
@@ -816,6 +799,7 @@ def test_what_an_encoding_cannot_show_is_escaped(here, encoding):
     assert json.loads(printed(encoding, "failures", "--json"))[0]["message"] == TOLD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["status", "runs", "leases", "workers", "prompts", "bench --help", "export --help"])
 @pytest.mark.parametrize("encoding", ["koi8-r", "ascii"])
 def test_no_command_fails_for_an_encoding(here, encoding, command):
@@ -842,6 +826,6 @@ def test_a_traceback_is_shown_where_debug_asks_for_it(here):
     ],
 )
 def test_a_batch_size_is_auto_or_a_number(tmp_path, value, told):
-    result = CliRunner().invoke(cli, ["--db", f"sqlite:///{tmp_path / 'queue.db'}", "worker", f"--batch-size={value}"])
+    result = invoke("--db", f"sqlite:///{tmp_path / 'queue.db'}", "worker", f"--batch-size={value}")
     assert result.exit_code == 2
     assert told in result.output

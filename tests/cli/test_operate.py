@@ -2,29 +2,22 @@
 
 import json
 import shlex
-import shutil
 import sqlite3
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 from samples import fill
 from small_engine import INFO
 from sqlalchemy import Engine
+from steps import invoke, refused, said, statuses
 
 from rococap import db, queue, urls
-from rococap.cli.options import cli
 from rococap.engines import Completion, Failure
 from rococap.queue import Claim, Run, Telemetry, Timing
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_queue: Path) -> Path:
-    shutil.copy(empty_queue, tmp_path / "rococap.db")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture
@@ -37,33 +30,12 @@ def run(database: Engine, here: Path) -> Run:
     return fill(database, here / "set", 8)
 
 
-def invoke(*args: str) -> Result:
-    return CliRunner().invoke(cli, args)
-
-
-def said(*args: str) -> str:
-    result = invoke(*args)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refused(*args: str) -> str:
-    result = invoke(*args)
-    assert (result.exit_code, result.stdout) == (1, "")
-    return result.stderr.strip().removeprefix("Error: ")
-
-
 def claim(database: Engine, run: Run, most: int = 4, *, ttl_ms: int = 60_000, name: str = "one") -> Claim:
     with db.transaction(database, write=True) as conn:
         worker = queue.register_worker(conn, name, "host", 17, INFO)
         lease = queue.claim(conn, worker, run.id, "train", most, ttl_ms=ttl_ms)
     assert lease is not None
     return lease
-
-
-def statuses(database: Engine) -> dict[str, int]:
-    with db.transaction(database) as conn:
-        return dict(tuple(row) for row in db.execute(conn, "SELECT status, count(*) FROM jobs GROUP BY status"))
 
 
 def test_a_paused_run_says_so_until_it_is_resumed(database, run):
@@ -293,7 +265,7 @@ def test_a_printed_command_names_the_queue_that_this_one_was_given(here, is_firs
 
     def told(*args: str) -> str:
         given = ["--db", url, *args] if is_first else [*args, "--db", url]
-        result = CliRunner().invoke(cli, given)
+        result = invoke(*given)
         return result.stdout + result.stderr
 
     assert "To resume: rococap --db 'sqlite:///my\\queue.db' resume\n" in told("pause")
@@ -302,7 +274,7 @@ def test_a_printed_command_names_the_queue_that_this_one_was_given(here, is_firs
         " rococap --db 'sqlite:///my\\queue.db' cancel --run default --all\n"
     )
     command = told("pause").rpartition("To resume: ")[2]
-    done = CliRunner().invoke(cli, shlex.split(command)[1:])
+    done = invoke(*shlex.split(command)[1:])
     assert (done.exit_code, done.stdout) == (0, "default: resumed. Workers may claim its pictures again.\n")
 
 

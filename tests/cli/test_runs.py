@@ -2,19 +2,21 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+import steps
 from samples import fill, register, write_shard
 from small_engine import INFO
 from sqlalchemy import Engine, event
 
 from rococap import db, prompts, queue
-from rococap.cli.options import cli
 from rococap.engines import Completion, Failure
 from rococap.queue import Run
 from rococap.recipe import Recipe
+
+said = partial(steps.said, "runs")
 
 
 @pytest.fixture
@@ -22,12 +24,6 @@ def here(database: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ROCOCAP_DB", database.url.render_as_string(hide_password=False))
     return tmp_path
-
-
-def said(*args: str) -> str:
-    result = CliRunner().invoke(cli, ["runs", *args])
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def work(database: Engine, run: Run, *, done: int = 0, failed: int = 0, held: int = 0) -> None:

@@ -316,6 +316,7 @@ def test_a_number_of_frames_that_cannot_be_is_one(n):
     assert (greys(file_of(CT, NumberOfFrames=n)) == windowed(CT)).all()
 
 
+@pytest.mark.slow
 def test_a_file_that_inflates_to_gigabytes_is_refused():
     whole = (FILES / "image_dfl.dcm").read_bytes()
     meta = 144 + int.from_bytes(whole[140:144], "little")

@@ -137,6 +137,7 @@ def test_what_is_cached_is_not_fetched_again(hub, tmp_path):
     assert hub.fetched() == []
 
 
+@pytest.mark.slow
 def test_a_connection_cut_in_the_middle_goes_on_where_it_was(hub, files, tmp_path):
     # huggingface_hub writes in chunks of 10 MiB, so that the start of a chunk is what it goes on from.
     chunk, path = 10 << 20, "data/test-00000-of-00001.parquet"
@@ -330,6 +331,7 @@ def test_only_the_wanted_splits_files_are_fetched_whatever_they_are_called(tmp_p
         assert fetched_of(hub, tmp_path, ["validation", "test"]) == ["data/Test.parquet", *names[1:3]]
 
 
+@pytest.mark.slow
 def test_a_configuration_is_chosen_and_stands_in_the_name(tmp_path):
     names = ["axial/train-00000-of-00001.parquet", "coronal/train/0000.parquet", "coronal/val/0000.parquet"]
     with Hub({NAME: repo(*names)}) as hub:
@@ -346,6 +348,7 @@ def test_a_configuration_is_chosen_and_stands_in_the_name(tmp_path):
         assert located(hub, tmp_path, name=f"{NAME}:coronal", revision=found["revision"]) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["", "default"])
 def test_the_hubs_converted_branch_has_a_lone_configuration(tmp_path, config):
     converted = repo("default/train/0000.parquet", "default/train/0001.parquet", "default/test/0000.parquet")

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 from sqlalchemy import Engine
+from steps import invoke
 
 from rococap import db, queue
-from rococap.cli.options import cli
 from rococap.data import SPLITS, datasets
 from rococap.demo import recipe
 from rococap.demo.phantoms import write_dataset
@@ -77,20 +76,34 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def refused(*args: str) -> str:
-    result = CliRunner().invoke(cli, ["demo", *args])
+    result = invoke("demo", *args)
     assert result.exit_code == 1, result.output
     return result.stderr.strip().removeprefix("Error: ")
 
 
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a demo of 5 pictures, and what it told."""
+    cwd = tmp_path_factory.mktemp("smallest")
+    return cwd / "demo", rococap("demo", "--images", "5", "--workers", "1", cwd=cwd)
+
+
 @pytest.mark.slow
-def test_a_demo_of_another_size_overwrites_no_results(tmp_path):
-    rococap("demo", "--images", "5", "--workers", "1", cwd=tmp_path)
-    there = files(tmp_path / "demo")
-    assert refused("--images", "6", "--dir", str(tmp_path / "demo")) == (
-        f"{tmp_path}/demo holds the results of a demo of 5 pictures, which one of 6 would overwrite. See them "
+def test_a_demo_of_another_size_overwrites_no_results(smallest):
+    folder, _ = smallest
+    there = files(folder)
+    assert refused("--images", "6", "--dir", str(folder)) == (
+        f"{folder} holds the results of a demo of 5 pictures, which one of 6 would overwrite. See them "
         "again with --images 5, or choose another folder: rococap demo --dir FOLDER"
     )
-    assert files(tmp_path / "demo") == there
+    assert files(folder) == there
+
+
+@pytest.mark.slow
+def test_the_smallest_demo_has_a_report_too(smallest):
+    folder, told = smallest
+    assert "5 pictures captioned by 1 workers" in told
+    shuffled(folder)
 
 
 @pytest.mark.parametrize("name", ["dataset", "results_medical", "captions.png", "report.html"])
@@ -174,13 +187,7 @@ def shuffled(folder: Path) -> dict[str, str]:
 
 
 def test_its_help_names_all_that_it_makes():
-    assert "and writes an export and a report." in " ".join(CliRunner().invoke(cli, ["demo", "--help"]).output.split())
-
-
-@pytest.mark.slow
-def test_the_smallest_demo_has_a_report_too(tmp_path):
-    assert "5 pictures captioned by 1 workers" in rococap("demo", "--images", "5", "--workers", "1", cwd=tmp_path)
-    shuffled(tmp_path / "demo")
+    assert "and writes an export and a report." in " ".join(invoke("demo", "--help").output.split())
 
 
 @pytest.mark.slow

@@ -5,12 +5,14 @@ import logging
 import shutil
 from pathlib import Path
 
+import engine_steps
 import pytest
 import torch
+from adapters import beside, write_adapter
+from engine_steps import captions, error_of, mixed_pictures, texts
 from families import FAMILIES
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_engines import captions, error_of, mixed_pictures, texts
 from transformers import AutoModelForImageTextToText
 
 from rococap.demo import MODEL
@@ -24,27 +26,7 @@ from rococap.recipe import Recipe
 
 
 def loaded(model: Path = MODEL, options: Options | None = None, **recipe: object) -> TransformersEngine:
-    engine = TransformersEngine(
-        Recipe(**{"model": str(model), "dtype": "float32", "max_new_tokens": 24} | recipe),
-        options or Options(device="cpu", batch_size=5),
-    )
-    engine.load()
-    return engine
-
-
-def write_adapter(folder: Path, **config: object) -> Path:
-    """A LoRA with weights large enough to change what the demonstration model says."""
-    base = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
-    torch.manual_seed(1)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.mul_(20)
-    model.save_pretrained(folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    return folder
+    return engine_steps.loaded(model, options or Options(device="cpu", batch_size=5), **{"max_new_tokens": 24} | recipe)
 
 
 @pytest.fixture(scope="module")
@@ -329,14 +311,6 @@ def test_an_adapter_that_changes_the_prompt_alone_is_refused(tmp_path):
 
 
 # --- beside a model's weights, or in their place -----------------------------------------------------------------
-
-
-def beside(adapter: Path, folder: Path) -> Path:
-    """The demonstration model in a folder where an adapter lies too."""
-    model = Path(shutil.copytree(MODEL, folder))
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(adapter / name, model / name)
-    return model
 
 
 def test_an_adapter_beside_a_models_weights_is_told_of_and_not_put_on(tmp_path, adapter, caplog):

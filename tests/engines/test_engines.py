@@ -6,46 +6,26 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from engine_steps import PHANTOMS, Pictures, captions, error_of, loaded, mixed_pictures, texts
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from rococap.demo import MODEL
-from rococap.demo.phantoms import HELD_OUT_SEEDS, draw
-from rococap.engines import Completion, Options, Prepared, load_engine
+from rococap.engines import Completion, Options
 from rococap.engines.checkpoint import choose_dtype, folder_digest
 from rococap.engines.decoding import Row, collate, share
 from rococap.engines.hf import TransformersEngine
 from rococap.engines.static import _Meter
-from rococap.errors import ModelError
 from rococap.recipe import Recipe
 
 RECIPE = Recipe(model=str(MODEL), max_new_tokens=64, dtype="float32")
-PHANTOMS = [draw(seed) for seed in HELD_OUT_SEEDS["validation"][:12]]
-
-
-class Pictures:
-    """A Source over pictures that are there from the start."""
-
-    def __init__(self, engine: TransformersEngine, images: Sequence[Image.Image]) -> None:
-        self.prepared = [engine.prepare(job_id, image) for job_id, image in enumerate(images)]
-        self.steps = self.rows = 0
-        self.lost: set[int] = set()
-
-    def take(self, most: int, wait: float | None) -> list[Prepared]:
-        taken, self.prepared = self.prepared[:most], self.prepared[most:]
-        return taken
-
-    def step(self, rows: int) -> set[int]:
-        self.steps += 1
-        self.rows += rows
-        return self.lost
 
 
 @pytest.fixture(scope="module", params=["continuous", "static"])
@@ -56,35 +36,12 @@ def engine(request) -> Iterator[TransformersEngine]:
     engine.close()
 
 
-def captions(engine: TransformersEngine, images: Sequence[Image.Image], batch_size: int = 16) -> list[Completion]:
-    engine.decoder.limit = batch_size
-    return sorted(engine.run(Pictures(engine, images)), key=lambda completion: completion.job_id)
-
-
-def texts(completions: Sequence[Completion]) -> list[str]:
-    return [completion.text for completion in completions]
-
-
-def loaded(folder: Path, **changes: object) -> TransformersEngine:
-    engine = TransformersEngine(
-        Recipe(**{"model": str(folder), "dtype": "float32", "max_new_tokens": 64} | changes), Options(device="cpu")
-    )
-    engine.load()
-    return engine
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(MODEL, tmp_path / "model"))
 
 
 # --- captions --------------------------------------------------------------------------------------------------
-
-
-def mixed_pictures() -> list[Image.Image]:
-    sizes = [(112, 112), (300, 60), (64, 200), (30, 30), (250, 250), (90, 140)]
-    resized = [p.image.convert("RGB").resize(size) for p, size in zip(PHANTOMS, sizes, strict=False)]
-    return resized + [phantom.image.convert("RGB") for phantom in PHANTOMS[6:]]
 
 
 @pytest.fixture(scope="module")
@@ -321,12 +278,6 @@ def test_logits_that_are_not_finite_are_a_failure_and_never_a_caption(folder):
     (completion,) = captions(engine, [PHANTOMS[0].image.convert("RGB")])
     assert completion.failure.code == "non_finite"
     assert "float32" in completion.failure.message
-
-
-def error_of(recipe: Recipe, device: str = "cpu") -> str:
-    with pytest.raises(ModelError) as error:
-        load_engine(recipe, Options(device=device)).load()
-    return str(error.value)
 
 
 def test_a_folder_without_weights_is_refused(folder):

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import engine_steps
 import pytest
 import torch
+from engine_steps import captions, error_of, mixed_pictures, one_by_one, texts
 from families import FAMILIES, SIDE, as_published_in_2024, idefics3
 from PIL import Image
 from safetensors.torch import save_file
-from test_engines import captions, error_of, mixed_pictures, texts
 from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM
 
 from rococap.demo import MODEL
@@ -44,28 +45,6 @@ def engine(folder) -> Iterator[TransformersEngine]:
     engine.close()
 
 
-def loaded(folder: Path, batch_size: int = 5, **recipe: object) -> TransformersEngine:
-    engine = TransformersEngine(
-        Recipe(**{"model": str(folder), "dtype": "float32", "max_new_tokens": 24} | recipe),
-        Options(device="cpu", batch_size=batch_size),
-    )
-    engine.load()
-    return engine
-
-
-def one_by_one(folder: Path, engine: TransformersEngine, images: list[Image.Image]) -> list[str]:
-    """What the stock classes say, without anything of ours but the prompt and the processor's settings."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    found = []
-    for image in images:
-        inputs = engine.processor(text=[engine.prompt], images=[image], return_tensors="pt")
-        with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-        new = output[0, inputs["input_ids"].shape[1] :]
-        found.append(engine.processor.tokenizer.decode(new, skip_special_tokens=True))
-    return found
-
-
 def test_every_family_says_in_batches_what_generate_says_of_one_picture_at_a_time(family, folder, engine):
     images = mixed_pictures()[:8]
     said = texts(captions(engine, images, 5))
@@ -85,6 +64,11 @@ def test_a_collated_batch_of_every_family_is_what_its_processor_makes_of_the_pic
         text=[engine.prompt] * 4, images=[[image] for image in images], return_tensors="pt", padding=True
     )
     assert {name: torch.equal(ours[name], theirs[name]) for name in theirs} == dict.fromkeys(ours, True)
+
+
+def loaded(folder: Path, batch_size: int = 5, **recipe: object) -> TransformersEngine:
+    options = Options(device="cpu", batch_size=batch_size)
+    return engine_steps.loaded(folder, options, **{"max_new_tokens": 24} | recipe)
 
 
 def visual_tokens(engine: TransformersEngine, size: tuple[int, int]) -> int:

@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from families import FAMILIES
+from adapters import beside
+from adapters import write_adapter as write_lora
+from families import FAMILIES, PLACEHOLDERS
 from huggingface_hub import constants
 from places import TESTS
 from samples import write_shard
-from test_adapters import beside
-from test_adapters import write_adapter as write_lora
-from test_cli import enqueue, here, refused, said  # noqa: F401  a fixture too
-from test_template import PLACEHOLDERS
+from steps import refused, said
 
 from rococap import db, queue
 from rococap.demo import MODEL
@@ -40,6 +39,10 @@ def write_adapter(folder: Path, **config: object) -> Path:
     (folder / "adapter_config.json").write_text(json.dumps(ADAPTER | config))
     (folder / "adapter_model.safetensors").touch()
     return folder
+
+
+def enqueue(*more: str) -> str:
+    return said("enqueue", "--split", "train", "--dataset", "set", "--model", str(MODEL), *more)
 
 
 def refusal(dataset: str, model: str | Path, *more: str, code: int = 1) -> str:
@@ -219,7 +222,7 @@ from rococap.demo.phantoms import draw
 from rococap.engines import Options, load_engine
 from rococap.recipe import Recipe
 sys.path.insert(0, sys.argv[1])
-from test_engines import captions, texts
+from engine_steps import captions, texts
 recipe = Recipe(model="nobody/demo", dtype="float32", max_new_tokens=24)
 engine = load_engine(recipe, Options(device="cpu", batch_size=4))
 engine.load()
@@ -230,7 +233,7 @@ print(engine.info.resolved())
 
 def load(cache: Path) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
-    command = [sys.executable, "-c", LOAD, str(TESTS / "engines")]
+    command = [sys.executable, "-c", LOAD, str(TESTS)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 

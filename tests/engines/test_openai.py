@@ -16,15 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from openai_server import HTML, Batched, ChatServer, Trouble, failing, picture_of, saying, streaming
 from PIL import Image
 from samples import fill, register
 from small_engine import caption_of
 from sqlalchemy import Engine
+from steps import invoke, select, until
 
 from rococap import db, queue
-from rococap.cli.options import cli
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Completion, Options, Prepared, load_engine
@@ -33,7 +32,6 @@ from rococap.engines import openai as openai_module
 from rococap.engines.hf import TransformersEngine
 from rococap.engines.openai import OpenAIEngine
 from rococap.errors import ModelError, RunError, ServerRefuses
-from rococap.queue import leases
 from rococap.recipe import Recipe
 from rococap.worker.process import work
 from rococap.worker.settings import Settings
@@ -110,13 +108,6 @@ def texts(completions: dict[int, Completion]) -> dict[int, str]:
 
 def asked(server: ChatServer) -> list[int]:
     return [picture_of(request).getpixel((0, 0))[0] for request in server.requests]
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -903,11 +894,6 @@ def test_a_proxy_of_the_environment_is_not_asked_for_a_server_on_this_machine(lo
 # --- a worker --------------------------------------------------------------------------------------------------
 
 
-def select(database: Engine, sql: str) -> list[tuple]:
-    with db.transaction(database) as conn:
-        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
-
-
 CAPTIONS = "SELECT i.image_id, c.text FROM captions c JOIN jobs j ON j.id = c.job_id JOIN images i ON i.id = j.image_id"
 
 
@@ -987,7 +973,7 @@ def test_an_answer_that_ended_for_another_reason_is_tried_again_and_never_stored
     server, database, tmp_path, monkeypatch, reason
 ):
     monkeypatch.setattr(openai_module, "FIRST_WAIT_SEC", 0.002)
-    monkeypatch.setattr(leases, "backoff_ms", lambda attempts: 1)
+    monkeypatch.setattr("rococap.queue.leases.backoff_ms", lambda attempts: 1)
     fill(database, tmp_path / "set", 8, recipe=RECIPE)
     server.of_grey = {5: [saying("A sc", reason)] * 999}
     outcome = caption_with(database, server)
@@ -1063,7 +1049,7 @@ def test_a_worker_whose_server_refuses_everything_says_so_in_one_line_and_exits_
 @pytest.mark.parametrize("command", ["worker", "bench"])
 @pytest.mark.parametrize("flag", ["--base-url", "--served-model"])
 def test_the_servers_options_are_refused_with_another_engine(url, command, flag):
-    done = CliRunner().invoke(cli, ["--db", url, command, flag, "x"])
+    done = invoke("--db", url, command, flag, "x")
     assert done.exit_code == 2
     words = " ".join(done.stderr.split())
     assert f"{flag} is for the engine openai: add --engine openai, or leave out {flag}." in words

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from engine_steps import captions, mixed_pictures, one_by_one, texts
 from families import qwen2_vl
-from test_engines import captions, mixed_pictures, texts
-from test_families import one_by_one
 from torch import nn
 from torch.nn.functional import linear
 

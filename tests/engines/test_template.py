@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import FAMILIES
-from test_engines import captions, error_of, loaded, mixed_pictures, texts
+from engine_steps import captions, error_of, loaded, mixed_pictures, texts
+from families import FAMILIES, PLACEHOLDERS
 from transformers import AutoProcessor, GenerationConfig
 
 from rococap.demo import MODEL
@@ -158,16 +158,6 @@ def test_a_template_that_drops_the_picture_is_refused_for_every_family(family, t
     path = folder / "chat_template.jinja"
     path.write_text(path.read_text().replace("{%- if part['type'] == 'image' -%}", "{%- if false -%}"))
     assert "leaves the picture out." in error_of(Recipe(model=str(folder)))
-
-
-PLACEHOLDERS = {
-    "qwen2_vl": ("<|image_pad|>", "<|video_pad|>"),
-    "qwen2_5_vl": ("<|image_pad|>", "<|video_pad|>"),
-    "qwen3_vl": ("<|image_pad|>", "<|video_pad|>"),
-    "smolvlm": ("<image>",),
-    "internvl": ("<IMG_CONTEXT>",),
-    "gemma3": ("<image_soft_token>", "<start_of_image>"),
-}
 
 
 @pytest.mark.parametrize(("family", "token"), [(family, one) for family in FAMILIES for one in PLACEHOLDERS[family]])

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 from samples import caption, fill, texts
 from small_engine import INFO, SmallEngine
 from sqlalchemy import Engine
+from steps import invoke, select
 
 from rococap import db, queue
-from rococap.cli.options import cli
 from rococap.doctor import Verdict, examine
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost, RunError
@@ -28,15 +27,6 @@ OTHER = Recipe(model="tests/small", prompt="What?")
 def run(database: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("ROCOCAP_DB", database.url.render_as_string(hide_password=False))
     return fill(database, tmp_path / "set", 6)
-
-
-def rococap(*args: str, input: str | None = None) -> Result:
-    return CliRunner().invoke(cli, args, input=input)
-
-
-def select(database: Engine, sql: str) -> list[tuple]:
-    with db.transaction(database) as conn:
-        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
 
 
 def claim(database: Engine, run: Run, most: int = 2, now: int | None = None) -> Claim:
@@ -77,6 +67,7 @@ def test_a_late_completion_of_a_deleted_run_is_dropped_although_another_run_has_
     assert select(database, "SELECT DISTINCT status, run_id FROM jobs") == [("pending", new.id)]
 
 
+@pytest.mark.slow
 @pytest.mark.every_database
 def test_everything_of_a_run_goes_but_its_leases_and_a_tombstone_and_another_run_stays_whole(database, run, tmp_path):
     other = fill(database, tmp_path / "set", 6, run="other", recipe=OTHER)
@@ -104,25 +95,26 @@ def test_everything_of_a_run_goes_but_its_leases_and_a_tombstone_and_another_run
         assert [one.run.name for one in queue.runs_seen(conn)] == ["other"]
 
 
+@pytest.mark.slow
 def test_the_command_asks_first_and_frees_the_name(database, run, tmp_path):
     caption(database, run, texts("One.", "Two."))
-    asked = rococap("runs", "--delete", "default", input="n\n")
+    asked = invoke("runs", "--delete", "default", input="n\n")
     assert (asked.exit_code, asked.stderr) == (
         1,
         "Error: Nothing was deleted. To delete without being asked, add --yes.\n",
     )
     assert "Run default has 6 pictures, 2 of them captioned." in asked.stdout
-    assert rococap("runs", "--delete", "default", input="").exit_code == 1
+    assert invoke("runs", "--delete", "default", input="").exit_code == 1
     assert select(database, "SELECT count(*) FROM jobs") == [(6,)]
-    done = rococap("runs", "--delete", "default", input="y\n")
+    done = invoke("runs", "--delete", "default", input="y\n")
     assert done.exit_code == 0
     assert done.stdout.endswith("default: deleted, 6 pictures and 2 captions. To reclaim the space: rococap vacuum\n")
-    again = rococap("runs", "--delete", "default", "--yes")
+    again = invoke("runs", "--delete", "default", "--yes")
     assert again.exit_code == 1
     assert "There is no run 'default'." in again.stderr
-    assert rococap("runs").stdout.startswith("Nothing is registered here yet.")
+    assert invoke("runs").stdout.startswith("Nothing is registered here yet.")
     new = fill(database, tmp_path / "set", 6, recipe=OTHER)
-    assert rococap("runs", "--delete", "default", "--yes").exit_code == 0
+    assert invoke("runs", "--delete", "default", "--yes").exit_code == 0
     assert select(database, "SELECT name FROM runs ORDER BY id") == [
         (f"default (deleted {run.id})",),
         (f"default (deleted {new.id})",),
@@ -132,18 +124,18 @@ def test_the_command_asks_first_and_frees_the_name(database, run, tmp_path):
 
 @pytest.mark.parametrize("args", [["--yes"], ["--delete", "default", "--json"]])
 def test_options_that_do_not_go_together_are_refused(run, args):
-    assert rococap("runs", *args).exit_code == 2
+    assert invoke("runs", *args).exit_code == 2
 
 
 def test_a_run_whose_pictures_are_held_stays_and_the_command_that_withdraws_them_is_named(database, run):
     claim(database, run)
-    refused = rococap("runs", "--delete", "default", "--yes")
+    refused = invoke("runs", "--delete", "default", "--yes")
     assert refused.exit_code == 1
     assert "(1 leases are open), so it was not deleted." in refused.stderr
     assert select(database, "SELECT name, deleted_at FROM runs") == [("default", None)]
     assert refused.stderr.rstrip().endswith("rococap cancel --run default --all")
-    assert rococap("cancel", "--run", "default", "--all").exit_code == 0
-    assert rococap("runs", "--delete", "default", "--yes").exit_code == 0
+    assert invoke("cancel", "--run", "default", "--all").exit_code == 0
+    assert invoke("runs", "--delete", "default", "--yes").exit_code == 0
 
 
 def test_a_deletion_that_was_killed_half_way_is_not_seen_and_vacuum_finishes_it(database, run, tmp_path):
@@ -156,7 +148,7 @@ def test_a_deletion_that_was_killed_half_way_is_not_seen_and_vacuum_finishes_it(
     with db.transaction(database) as conn:
         assert [one.run for one in queue.counts(conn)] == ["other"]
     assert {check.name: check.verdict for check in examine(database)}["tallies"] == Verdict.OK
-    assert rococap("vacuum").exit_code == 0
+    assert invoke("vacuum").exit_code == 0
     assert select(database, "SELECT DISTINCT r.name FROM jobs j JOIN runs r ON r.id = j.run_id") == [("other",)]
     assert select(database, f"SELECT count(*) FROM tallies WHERE run_id = {run.id}") == [(0,)]
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import recount, tallies
+from databases import recount, tallies
 from samples import fill, picture, register, write_shard
 from small_engine import INFO
 from sqlalchemy import Engine
+from steps import select
 
 from rococap import db, queue
 from rococap.data import Columns, PictureReader
@@ -27,17 +28,12 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def rows(database: Engine, sql: str) -> list[tuple]:
-    with db.transaction(database) as conn:
-        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
-
-
 def image_ids(database: Engine, run: str = "default") -> list[str]:
     sql = (
         "SELECT i.image_id FROM jobs j JOIN images i ON i.id = j.image_id JOIN runs r ON r.id = j.run_id "
         f"WHERE r.name = '{run}' ORDER BY j.id"
     )
-    return [row[0] for row in rows(database, sql)]
+    return [row[0] for row in select(database, sql)]
 
 
 def names(*numbers: int) -> list[str]:
@@ -50,12 +46,13 @@ def test_every_row_is_registered_as_pending_with_its_place_and_texts(database, r
     (result,) = register(database, root, ["train"])
     assert (result.split, result.new, result.known, result.changed, result.duplicates) == ("train", 15, 0, 0, 0)
     assert image_ids(database) == names(*range(15))
-    assert rows(database, "SELECT DISTINCT status FROM jobs") == [("pending",)]
+    assert select(database, "SELECT DISTINCT status FROM jobs") == [("pending",)]
     place = (
         "SELECT s.path, i.row_group, i.row_in_group, i.caption, i.cui FROM images i JOIN shards s ON s.id = i.shard_id"
     )
-    assert rows(database, place)[11] == ("data/train-00000-of-00002.parquet", 1, 1, "Original caption 11.", "C0040405")
-    assert rows(database, place)[14][:3] == ("data/train-00001-of-00002.parquet", 0, 2)
+    found = select(database, place)
+    assert found[11] == ("data/train-00000-of-00002.parquet", 1, 1, "Original caption 11.", "C0040405")
+    assert found[14][:3] == ("data/train-00001-of-00002.parquet", 0, 2)
 
 
 def with_ids(root: Path, ids: list[str]) -> None:
@@ -81,7 +78,7 @@ def test_an_id_that_names_no_file_is_refused_before_anything_is_written(database
         "long in UTF-8; the limit is 240, because ids become file names. Shorten it, or take the ids from another "
         "column: --columns image_id=NAME"
     )
-    assert [rows(database, f"SELECT * FROM {table}") for table in ("datasets", "runs", "images")] == [[], [], []]
+    assert [select(database, f"SELECT * FROM {table}") for table in ("datasets", "runs", "images")] == [[], [], []]
 
 
 def test_a_long_id_in_a_csv_is_refused_too(database, root):
@@ -94,10 +91,10 @@ def test_a_long_id_in_a_csv_is_refused_too(database, root):
 def test_enqueuing_again_changes_nothing(database, root):
     write_shard(root, "train", range(12))
     register(database, root, ["train"])
-    before = rows(database, "SELECT * FROM images"), rows(database, "SELECT * FROM jobs")
+    before = select(database, "SELECT * FROM images"), select(database, "SELECT * FROM jobs")
     (result,) = register(database, root, ["train"])
     assert (result.new, result.known, result.changed, result.duplicates, result.altered_shards) == (0, 12, 0, 0, [])
-    assert (rows(database, "SELECT * FROM images"), rows(database, "SELECT * FROM jobs")) == before
+    assert (select(database, "SELECT * FROM images"), select(database, "SELECT * FROM jobs")) == before
 
 
 def test_an_unchanged_shard_is_not_read_again(database, root, monkeypatch):
@@ -154,7 +151,7 @@ def test_a_shard_that_was_altered_is_reported_and_its_rows_get_their_new_place(d
     assert (result.new, result.known, result.changed) == (1, 12, 12)
     assert result.altered_shards == ["data/train-00000-of-00001.parquet"]
     place = "SELECT row_group, row_in_group FROM images WHERE image_id = 'train_00011'"
-    assert rows(database, place) == [(0, 0)]
+    assert select(database, place) == [(0, 0)]
 
 
 def test_an_altered_shard_takes_no_row_from_another(database, root):
@@ -165,7 +162,7 @@ def test_an_altered_shard_takes_no_row_from_another(database, root):
     (result,) = register(database, root, ["train"])
     assert (result.known, result.changed, result.duplicates) == (10, 0, 1)
     shard = "SELECT s.path FROM images i JOIN shards s ON s.id = i.shard_id WHERE i.image_id = 'train_00000'"
-    assert rows(database, shard) == [("data/train-00000-of-00002.parquet",)]
+    assert select(database, shard) == [("data/train-00000-of-00002.parquet",)]
 
 
 def test_a_set_that_was_cut_into_other_shards_keeps_its_jobs(database, root):
@@ -177,7 +174,7 @@ def test_a_set_that_was_cut_into_other_shards_keeps_its_jobs(database, root):
     (result,) = register(database, root, ["train"])
     assert (result.new, result.known, result.changed, result.duplicates) == (0, 12, 12, 0)
     shards = "SELECT s.path, count(*) FROM images i JOIN shards s ON s.id = i.shard_id GROUP BY s.path"
-    assert rows(database, shards) == [
+    assert select(database, shards) == [
         ("data/train-00000-of-00002.parquet", 6),
         ("data/train-00001-of-00002.parquet", 6),
     ]
@@ -192,7 +189,7 @@ def test_an_enqueue_that_was_killed_goes_on_where_it_stopped(database, root, mon
 
     with pytest.raises(KeyboardInterrupt):
         register(database, root, ["train"], progress=stop_after_the_first_shard)
-    assert rows(database, "SELECT count(*) FROM images") == [(10,)]
+    assert select(database, "SELECT count(*) FROM images") == [(10,)]
     assert register(database, root, ["train"])[0].new == 14
 
 
@@ -200,7 +197,7 @@ def test_two_runs_share_the_images_and_have_jobs_of_their_own(database, root):
     write_shard(root, "train", range(4))
     register(database, root, ["train"])
     register(database, root, ["train"], run="other", recipe=Recipe(model="tests/small", prompt="In one word?"), limit=2)
-    assert rows(database, "SELECT count(*) FROM images") == [(4,)]
+    assert select(database, "SELECT count(*) FROM images") == [(4,)]
     assert image_ids(database, "other") == names(0, 1)
 
 
@@ -226,7 +223,7 @@ def test_a_broken_shard_stops_the_enqueue_before_anything_is_written(database, r
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(DatasetError):
         register(database, root, ["train"])
-    assert rows(database, "SELECT count(*) FROM runs") == [(0,)]
+    assert select(database, "SELECT count(*) FROM runs") == [(0,)]
     with db.transaction(database) as conn:
         assert queue.counts(conn) == []
 
@@ -240,7 +237,7 @@ def test_rows_that_moved_between_two_altered_shards_get_their_new_places(databas
     (result,) = register(database, root, ["train"])
     assert (result.known, result.changed, result.duplicates, len(result.altered_shards)) == (10, 10, 0, 2)
     shard = "SELECT DISTINCT s.path FROM images i JOIN shards s ON s.id = i.shard_id WHERE i.image_id < 'train_00005'"
-    assert rows(database, shard) == [("data/train-00001-of-00002.parquet",)]
+    assert select(database, shard) == [("data/train-00001-of-00002.parquet",)]
 
 
 def test_a_split_without_rows_says_so(database, root):
@@ -273,7 +270,7 @@ ASKED = "image=IMG,image_id=n,caption=text,cui=concepts"
 def test_columns_of_other_names_are_kept_with_the_data_set_and_every_reader_of_pictures_has_them(database, root):
     write_renamed(root, **NAMES)
     assert register_with(database, root, ASKED)[0].new == 4
-    assert rows(database, "SELECT image_id, caption, cui FROM images ORDER BY id")[1] == (
+    assert select(database, "SELECT image_id, caption, cui FROM images ORDER BY id")[1] == (
         *("train_00001", "Original caption 1.", "C0040405"),
     )
     with db.transaction(database, write=True) as conn:
@@ -298,13 +295,13 @@ def test_a_second_enqueue_uses_the_columns_of_the_first_and_is_refused_with_othe
         f"The data set {root} was registered with {ASKED} for its columns, and its pictures are read with these, not "
         "with image=IMG,caption=concepts: omit --columns, or register it in another queue with --db."
     )
-    assert rows(database, "SELECT count(*) FROM datasets") == [(1,)]
+    assert select(database, "SELECT count(*) FROM datasets") == [(1,)]
 
 
 def test_a_data_set_of_standard_columns_is_not_read_by_others_later(database, root):
     write_shard(root, "train", range(4))
     register(database, root, ["train"])
-    assert rows(database, "SELECT columns FROM datasets") == [(None,)]
+    assert select(database, "SELECT columns FROM datasets") == [(None,)]
     assert register_with(database, root, "image=image,caption=caption")[0].known == 4
     with pytest.raises(
         DatasetError, match=r"was registered with the standard names for its columns, .* not with caption=cui: "
@@ -316,7 +313,7 @@ def test_a_set_without_captions_is_registered_and_told_apart(database, root):
     write_renamed(root, caption="")
     (result,) = register_with(database, root)
     assert (result.new, result.is_unlabelled) == (4, True)
-    assert rows(database, "SELECT DISTINCT caption FROM images") == [("",)]
+    assert select(database, "SELECT DISTINCT caption FROM images") == [("",)]
     write_shard(root, "test", range(4))
     assert not register(database, root, ["test"])[0].is_unlabelled
 
@@ -345,8 +342,8 @@ def test_configurations_of_a_folder_are_data_sets_of_their_own(database, root):
     register_with(database, root, config="axial")
     located = locate(f"{root}:coronal", ["train"])
     enqueue(database, located, ["train"], run="other", recipe=Recipe(model="tests/small"))
-    assert rows(database, "SELECT name FROM datasets ORDER BY id") == [(f"{root}:axial",), (f"{root}:coronal",)]
-    assert rows(database, "SELECT path FROM shards ORDER BY id") == [
+    assert select(database, "SELECT name FROM datasets ORDER BY id") == [(f"{root}:axial",), (f"{root}:coronal",)]
+    assert select(database, "SELECT path FROM shards ORDER BY id") == [
         ("axial/data/train-00000-of-00001.parquet",),
         ("coronal/data/train-00000-of-00001.parquet",),
     ]
@@ -378,7 +375,7 @@ def test_a_split_of_which_no_picture_can_be_opened_is_refused_before_anything_is
     )
     assert told.endswith(" If the pictures are elsewhere, name their column: --columns image=NAME")
     assert "\n" not in told
-    assert rows(database, "SELECT count(*) FROM datasets") == rows(database, "SELECT count(*) FROM runs") == [(0,)]
+    assert select(database, "SELECT count(*) FROM datasets") == select(database, "SELECT count(*) FROM runs") == [(0,)]
 
 
 def test_every_picture_of_a_small_split_is_tried(database, root):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import DATABASES, new_queue, sound
+from databases import DATABASES, new_queue, sound
 from samples import fill
 from small_engine import INFO
 from sqlalchemy import Connection, Engine

@@ -8,6 +8,7 @@ import pytest
 from samples import fill
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError
+from steps import TTL, claim, column, new_worker, reap, writing
 
 from rococap import db, queue
 from rococap.engines import Completion, EngineInfo, Failure
@@ -17,7 +18,6 @@ from rococap.recipe import Recipe
 
 pytestmark = pytest.mark.every_database
 
-TTL = 60_000
 INFO = EngineInfo("small", {"rococap": "0"}, "tests/small", "", "float32", "cpu", "digest")
 TOLD = Telemetry(
     captioning_sec=90.0,
@@ -38,20 +38,6 @@ def run(database: Engine, tmp_path: Path) -> Run:
     return fill(database, tmp_path / "set", 20)
 
 
-def writing(database: Engine):
-    return db.transaction(database, write=True)
-
-
-def new_worker(database: Engine, name: str = "one") -> int:
-    with writing(database) as conn:
-        return queue.register_worker(conn, name, "host", 1, INFO, now=0)
-
-
-def claim(database: Engine, worker: int, run: Run, most: int = 4, *, lane: int = NORMAL, now: int = 0) -> Claim | None:
-    with writing(database) as conn:
-        return queue.claim(conn, worker, run.id, "train", most, ttl_ms=TTL, lane=lane, now=now)
-
-
 def claimed(database: Engine, worker: int, run: Run, most: int = 4, *, lane: int = NORMAL, now: int = 0) -> Claim:
     lease = claim(database, worker, run, most, lane=lane, now=now)
     assert lease is not None
@@ -68,16 +54,6 @@ def complete(
     ids = [job.id for job in lease.jobs] if job_ids is None else job_ids
     with writing(database) as conn:
         queue.complete(conn, lease, [caption(id, text) for id in ids], now=now)
-
-
-def reap(database: Engine, now: int) -> list[int]:
-    with writing(database) as conn:
-        return queue.reap(conn, now=now)
-
-
-def column(database: Engine, sql: str) -> list:
-    with db.transaction(database) as conn:
-        return [row[0] for row in db.execute(conn, sql).fetchall()]
 
 
 def ids(lease: Lease) -> list[int]:

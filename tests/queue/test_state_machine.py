@@ -25,13 +25,14 @@ from hypothesis.stateful import (
 )
 from samples import fill, write_shard
 from small_engine import INFO, SmallEngine, context_of
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine
+from steps import TTL, claim, new_worker, select, writing
 
 from rococap import db, queue
 from rococap.data import Dataset, datasets
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost
-from rococap.queue import NORMAL, SOLO, SUSPECTS, Claim, Lease, Run
+from rococap.queue import NORMAL, SOLO, SUSPECTS, Lease, Run
 from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
 from rococap.worker import clock as clocks
@@ -42,17 +43,12 @@ from rococap.worker.spool import Entry, Spool
 
 pytestmark = pytest.mark.every_database
 
-TTL = 60_000
 MAX_ATTEMPTS = 2
 IMAGES = {"train": 8, "test": 3}
 LANES = {NORMAL: (range(0, 1), 100), SUSPECTS: (range(1, 2), 4), SOLO: (range(2, 100), 1)}
 """How often the jobs of a lane have crashed, and how many of them a claim takes at most."""
 MOVES = ("complete", "fail", "release")
 UNFINISHED = ("pending", "waiting", "leased")
-
-
-def writing(database: Engine):
-    return db.transaction(database, write=True)
 
 
 # --- The model -------------------------------------------------------------------------------------------------
@@ -735,9 +731,6 @@ class QueueMachine(RuleBasedStateMachine):
 def run_machine(database: Engine, root: Path, *, examples: int, steps: int, derandomize: bool) -> None:
     for split, n in IMAGES.items():
         write_shard(root, split, range(n))
-    if database.dialect.name == "sqlite":  # nobody pulls the plug here
-        event.listen(database, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF"))
-        database.dispose()
     located = datasets.locate(str(root), list(IMAGES))
     run_state_machine_as_test(
         lambda: QueueMachine(database, located),
@@ -753,6 +746,7 @@ def run_machine(database: Engine, root: Path, *, examples: int, steps: int, dera
     )
 
 
+@pytest.mark.slow
 def test_whatever_happens_in_whatever_order_the_queue_is_as_a_plain_model_says(database, tmp_path):
     run_machine(database, tmp_path / "set", examples=15, steps=40, derandomize=True)
 
@@ -770,21 +764,6 @@ def run(database: Engine, tmp_path: Path) -> Run:
     return fill(database, tmp_path / "set", 20)
 
 
-def new_worker(database: Engine, name: str) -> int:
-    with writing(database) as conn:
-        return queue.register_worker(conn, name, "host", 1, INFO, now=0)
-
-
-def claim(database: Engine, worker: int, run: Run, most: int = 4) -> Claim | None:
-    with writing(database) as conn:
-        return queue.claim(conn, worker, run.id, "train", most, ttl_ms=TTL, now=0)
-
-
-def rows(database: Engine, sql: str) -> list[tuple]:
-    with db.transaction(database) as conn:
-        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
-
-
 def test_a_claim_beside_another_that_is_not_committed_takes_other_jobs(database, run):
     workers = [new_worker(database, name) for name in ("one", "two")]
     with ThreadPoolExecutor(1) as pool:
@@ -797,7 +776,7 @@ def test_a_claim_beside_another_that_is_not_committed_takes_other_jobs(database,
         second = beside.result(timeout=30)
     assert second is not None
     assert [[job.id for job in lease.jobs] for lease in (first, second)] == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert rows(database, "SELECT lease_id, count(*) FROM jobs WHERE status = 'leased' GROUP BY 1 ORDER BY 1") == [
+    assert select(database, "SELECT lease_id, count(*) FROM jobs WHERE status = 'leased' GROUP BY 1 ORDER BY 1") == [
         (first.id, 4),
         (second.id, 4),
     ]
@@ -821,7 +800,8 @@ def test_a_job_that_went_to_another_is_not_completed_under_a_lease_that_is_open_
     with writing(database) as conn:
         queue.complete(conn, other, [Completion(1, "The other's.")], now=0)
         queue.complete(conn, lease, [Completion(2, "Its own.")], now=0)
-    assert rows(database, "SELECT job_id, text FROM captions ORDER BY job_id") == [(1, "The other's."), (2, "Its own.")]
+    stored = select(database, "SELECT job_id, text FROM captions ORDER BY job_id")
+    assert stored == [(1, "The other's."), (2, "Its own.")]
 
 
 def test_a_lease_that_was_extended_since_somebody_looked_is_not_ended(database, run):
@@ -830,8 +810,8 @@ def test_a_lease_that_was_extended_since_somebody_looked_is_not_ended(database, 
     with writing(database) as conn:  # between a reaper's look and its update
         queue.heartbeat(conn, worker, [lease.id], ttl_ms=TTL, now=TTL)
         assert not queue.crash(conn, lease.id, now=TTL, expired_by=TTL)
-    assert rows(database, "SELECT state FROM leases") == [("open",)]
-    assert rows(database, "SELECT count(*) FROM jobs WHERE status = 'leased'") == [(4,)]
+    assert select(database, "SELECT state FROM leases") == [("open",)]
+    assert select(database, "SELECT count(*) FROM jobs WHERE status = 'leased'") == [(4,)]
 
 
 def test_a_late_failure_of_a_job_that_is_free_again_is_dropped(database, run):
@@ -841,7 +821,7 @@ def test_a_late_failure_of_a_job_that_is_free_again_is_dropped(database, run):
         late = [Completion(job.id, failure=Failure("late", "no")) for job in lease.jobs]
         result = queue.recover(conn, lease.worker_id, lease, late, now=0)
     assert (result.stored, result.dropped, result.kept) == (set(), {1, 2}, set())
-    assert rows(database, "SELECT DISTINCT status FROM jobs") == [("pending",)]
+    assert select(database, "SELECT DISTINCT status FROM jobs") == [("pending",)]
 
 
 # --- Directed: a worker's own clock, and its spool -----------------------------------------------------------------
@@ -893,15 +873,15 @@ def test_others_are_judged_only_after_a_lease_time_of_unbroken_contact(database,
     for ttls in (0, 0.4, 0.4, 0.6, 0.4, 0.4):  # the longest is a break
         clock.ttls += ttls
         fetcher._tidy()
-        assert rows(database, "SELECT state FROM leases") == [("open",)]
+        assert select(database, "SELECT state FROM leases") == [("open",)]
     fetcher._context.contact.lost(OSError("away"))
     for ttls in (0.4, 0.4):
         clock.ttls += ttls
         fetcher._tidy()
-        assert rows(database, "SELECT state FROM leases") == [("open",)]
+        assert select(database, "SELECT state FROM leases") == [("open",)]
     clock.ttls += 0.4
     fetcher._tidy()
-    assert rows(database, "SELECT id, state FROM leases") == [(dead.id, "expired")]
+    assert select(database, "SELECT id, state FROM leases") == [(dead.id, "expired")]
 
 
 def test_suspects_are_claimed_when_nothing_else_is_held_and_nothing_is_claimed_beside_them(

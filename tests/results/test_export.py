@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from places import SHARED
 from samples import fill, register, write_shard
 from sqlalchemy import Engine
+from steps import invoke
 
 from rococap import db, queue
 from rococap import files as files_module
-from rococap.cli.options import cli
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import RococapError, RunError
 from rococap.queue import Run
@@ -164,7 +163,7 @@ def test_texts_that_a_spreadsheet_would_run_get_an_apostrophe_in_the_csv_alone(d
     assert json.loads(path.with_suffix(".json").read_text())["excel_safe"] is True
     [segment] = write_checkpoints(database, run, "train", out, 20)
     assert list(read(segment)["generated_caption"]) == FORMULAS + HARMLESS
-    told = " ".join(CliRunner().invoke(cli, ["export", "--help"]).stdout.split())
+    told = " ".join(invoke("export", "--help").stdout.split())
     assert "Checkpoint segments are not changed." in told
 
 
@@ -695,7 +694,7 @@ def test_a_file_without_its_manifest_is_restored_with_a_warning(tmp_path, monkey
     other = db.connect(f"sqlite:///{tmp_path / 'other.db'}")
     fill(other, tmp_path / "set", 2)
     path.with_suffix(".json").unlink()
-    result = CliRunner().invoke(cli, ["--db", f"sqlite:///{tmp_path / 'other.db'}", "restore", str(path)])
+    result = invoke("--db", f"sqlite:///{tmp_path / 'other.db'}", "restore", str(path))
     assert result.exit_code == 0, result.output
     assert "the manifest (.json) is missing" in result.stderr
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import steps
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 from hub_server import CUT, TOKEN, Hub, Repo
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +26,6 @@ from samples import SCHEMA, picture, register
 from sqlalchemy import Engine
 
 from rococap import db, files, queue
-from rococap.cli.options import cli
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import RococapError, RunError
 from rococap.queue import Run
@@ -179,6 +179,7 @@ def texts(request) -> list[str]:
         return [row["caption"] for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", READERS)
 def test_captions_that_are_awkward_come_out_as_they_went_in(database, root, out, texts, format):
     write_data_set(root, texts)
@@ -750,7 +751,7 @@ def test_a_shard_that_is_gone_ends_the_export_and_leaves_nothing(database, root,
 
 
 def invoke(url: str, *args: str) -> Result:
-    return CliRunner().invoke(cli, ["--db", url, "export", "--split", "train", *args])
+    return steps.invoke("--db", url, "export", "--split", "train", *args)
 
 
 def test_the_command_writes_each_format_and_says_what_is_missing(database, url, root, tmp_path, monkeypatch):
@@ -994,7 +995,7 @@ def test_what_was_stripped_is_not_restored_and_the_segments_beside_it_are(databa
     command = ("--format", format, "--output", str(place), "--strip-reasoning")
     assert invoke(url, *command).exit_code == 0
     path = place if format in formats.FORMATS else next(out.glob("data/*.parquet"))
-    done = CliRunner().invoke(cli, ["--db", url, "restore", str(path)])
+    done = steps.invoke("--db", url, "restore", str(path))
     assert done.exit_code == 1
     assert " ".join(done.stderr.split()) == (
         f"Error: {path} was exported with --strip-reasoning, and a run keeps captions with the model's reasoning. "
@@ -1002,4 +1003,4 @@ def test_what_was_stripped_is_not_restored_and_the_segments_beside_it_are(databa
     )
     [segment] = checkpoints.write_checkpoints(database, run, "train", out / "segments", 4)
     assert [row[2] for row in table_rows(segment)] == REASONED
-    assert CliRunner().invoke(cli, ["--db", url, "restore", str(segment)]).exit_code == 0
+    assert steps.invoke("--db", url, "restore", str(segment)).exit_code == 0

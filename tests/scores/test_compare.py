@@ -9,12 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
+import steps
 from samples import caption, fill, register, texts, write_shard
 from sqlalchemy import Engine
 
 from rococap import db, queue
-from rococap.cli.options import cli
 from rococap.errors import RococapError, RunError
 from rococap.queue import Run
 from rococap.recipe import Recipe
@@ -303,7 +302,7 @@ def here(database: Engine, runs: tuple[Run, Run], tmp_path: Path, monkeypatch: p
 
 
 def invoke(*args: str):
-    return CliRunner().invoke(cli, ["compare", *args])
+    return steps.invoke("compare", *args)
 
 
 def test_the_command_prints_what_the_runs_took_and_where_the_rows_are(here):

@@ -10,12 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+import steps
 from samples import caption, fill, register, texts, write_shard
 from sqlalchemy import Engine
 
 from rococap import db, queue
-from rococap.cli.options import cli
 from rococap.cli.results import EXTRA_METRICS
 from rococap.errors import RunError
 from rococap.queue import Run
@@ -533,7 +532,7 @@ def test_the_command_strips_reasoning_and_says_so_beside_the_scores(database, tm
 
 
 def invoke(url: str, *args: str):
-    return CliRunner().invoke(cli, ["--db", url, "evaluate", *args])
+    return steps.invoke("--db", url, "evaluate", *args)
 
 
 @pytest.fixture
@@ -694,9 +693,9 @@ def test_two_runs_without_originals_are_paired_by_what_they_have(database, root)
 def test_evaluate_says_that_there_are_no_originals(database, root, url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scored_of(database, root, dict.fromkeys(range(6), ""), dict(enumerate(CUIS)))
-    result = CliRunner().invoke(cli, ["--db", url, "evaluate", "--split", "train"])
+    result = steps.invoke("--db", url, "evaluate", "--split", "train")
     assert result.exit_code == 0, result.output
     assert "concept_f1_ref: not computed: There are no originals: the data" in " ".join(result.output.split())
     assert "default has no originals for train" in result.stderr
-    compared = CliRunner().invoke(cli, ["--db", url, "compare", "default"])
+    compared = steps.invoke("--db", url, "compare", "default")
     assert compared.output.splitlines()[-1].endswith("6 pictures, no original captions")

@@ -20,15 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
+import steps
 from PIL import Image
-from samples import SCHEMA, picture, register
+from samples import SCHEMA, caption, picture, register, texts
 from small_engine import INFO
 from sqlalchemy import Engine
-from test_compare import caption, texts
 
 from rococap import db, queue
-from rococap.cli.options import cli
 from rococap.engines import Failure
 from rococap.errors import RococapError, RunError
 from rococap.queue import Failed, Run
@@ -404,7 +402,7 @@ def test_reasoning_is_shown_unless_it_is_to_be_stripped_and_then_the_report_says
 ):
     caption(database, run, texts("<think>A lung?</think>\nA scan."))
     options = ["--strip-reasoning"] if strips else []
-    done = CliRunner().invoke(cli, ["--db", url, "report", "--split", "train", "--output", str(out), *options])
+    done = steps.invoke("--db", url, "report", "--split", "train", "--output", str(out), *options)
     assert done.exit_code == 0, done.output
     page = parse(out)
     [card] = cards(page).values()
@@ -638,7 +636,7 @@ def here(database: Engine, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def invoke(*args: str) -> Any:
-    return CliRunner().invoke(cli, ["report", "--split", "train", *args])
+    return steps.invoke("report", "--split", "train", *args)
 
 
 def test_the_command_says_where_the_report_is_and_what_it_lacks(database, run, here, no_plots):
@@ -662,7 +660,7 @@ def test_what_cannot_be_reported_is_refused_with_the_next_step(database, run, he
     with pytest.raises(RococapError, match=r"is a folder: name a file with --output, such as .*/report\.html"):
         report(database, [], "train", here)
     assert not (here / "results_medical").exists()
-    assert CliRunner().invoke(cli, ["report"]).exit_code == 2
+    assert steps.invoke("report").exit_code == 2
 
 
 def test_a_report_imports_no_model_library(made):

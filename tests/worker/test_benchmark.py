@@ -7,17 +7,17 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+import steps
 from PIL import Image
 from samples import fill, register, write_shard
 from small_engine import SmallEngine
 
 from rococap import __version__, db, queue
-from rococap.cli.options import cli
 from rococap.data import datasets
 from rococap.demo import recipe
 from rococap.demo.phantoms import write_dataset
@@ -50,14 +50,8 @@ def here(registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path
 
 
-def invoke(*args: str) -> Result:
-    return CliRunner().invoke(cli, ["bench", "--device", "cpu", *args])
-
-
-def said(*args: str) -> str:
-    result = invoke(*args)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+BENCH = ("bench", "--device", "cpu")
+invoke, said = partial(steps.invoke, *BENCH), partial(steps.said, *BENCH)
 
 
 def refused(*args: str, code: int = 1) -> str:

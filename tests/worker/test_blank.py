@@ -5,14 +5,13 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+import steps
 from PIL import Image
 from samples import register, write_shard
 from small_engine import SmallEngine
 from sqlalchemy import Engine
 
 from rococap import db, queue
-from rococap.cli.options import cli
 from rococap.recipe import Recipe
 from rococap.scores import report
 from rococap.worker.process import work
@@ -45,9 +44,7 @@ def captioned(database, tmp_path) -> Engine:
 
 
 def said(url: str, *words: str) -> str:
-    result = CliRunner().invoke(cli, ["--db", url, *words])
-    assert result.exit_code == 0, result.output
-    return result.output
+    return steps.said("--db", url, *words)
 
 
 @pytest.mark.every_database

@@ -387,7 +387,7 @@ def test_a_self_check_of_a_process_that_still_runs_is_done_again_by_the_next(dat
     assert workers(database)[1].self_check["passed"]
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 1 << 22])
+@pytest.mark.parametrize("pid", [pytest.param(os.getpid(), id="own"), 1 << 22])
 def test_what_earlier_releases_stored_of_a_check_under_way_counts_by_its_process_id(pid):
     earlier = replace(selfcheck.under_way("a", "b"), process_started=None)
     assert "process_started" not in earlier.to_json()

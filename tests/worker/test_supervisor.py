@@ -7,23 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from click.testing import CliRunner
 from openai_server import ChatServer
-from places import TESTS
 from samples import fill
 from small_crew import small_command
-from small_engine import caption_of
 from sqlalchemy import Engine
+from steps import captions, expected, invoke, members, running, select, small_crew, statuses, until
 
 import rococap
-from rococap import db
 from rococap.cli.options import cli
 from rococap.engines import Options
 from rococap.worker import supervisor
@@ -31,59 +27,9 @@ from rococap.worker.settings import Settings
 from rococap.worker.signals import STOP_SIGNALS
 from rococap.worker.supervisor import Child, Ended
 
-CREW = TESTS / "small_crew.py"
-
-
-def select(database: Engine, sql: str) -> list[tuple]:
-    with db.transaction(database) as conn:
-        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
-
-
-def statuses(database: Engine) -> dict[str, int]:
-    return dict(select(database, "SELECT status, count(*) FROM jobs GROUP BY status"))
-
-
-def captions(database: Engine) -> list[tuple]:
-    return select(
-        database,
-        "SELECT i.image_id, c.text FROM captions c JOIN jobs j ON j.id = c.job_id JOIN images i ON i.id = j.image_id "
-        "ORDER BY i.id",
-    )
-
-
-def expected(n: int) -> list[tuple]:
-    return [(f"train_{number:05}", caption_of(number)) for number in range(n)]
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-
 
 def done(database: Engine) -> int:
     return statuses(database).get("done", 0)
-
-
-@contextmanager
-def running(*command: str, cwd: Path | None = None, **environment: str) -> Iterator[subprocess.Popen]:
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment, cwd=cwd
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def small_crew(url: str, *, n: int = 2, engine: dict | None = None, **settings):
-    parts = (url, ["cpu"] * n, engine or {}, settings)
-    return running(sys.executable, str(CREW), "crew", *map(json.dumps, parts))
-
-
-def members(parent: subprocess.Popen) -> list[psutil.Process]:
-    return psutil.Process(parent.pid).children()
 
 
 # --- which devices ---------------------------------------------------------------------------------------------
@@ -148,7 +94,7 @@ def test_a_crew_is_imported_without_torch():
     ],
 )
 def test_bad_devices_are_usage_errors(options, message):
-    result = CliRunner().invoke(cli, ["worker", *options])
+    result = invoke("worker", *options)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
 
@@ -548,7 +494,7 @@ def test_a_model_that_cannot_be_loaded_is_given_up_with_what_the_worker_said(dat
     with ChatServer() as server:
         server.listed = []
         options = ("--devices", "cpu:1", "--engine", "openai", "--base-url", server.url)
-        result = CliRunner().invoke(cli, ["--db", url, "worker", *options])
+        result = invoke("--db", url, "worker", *options)
     assert (result.exit_code, result.stdout) == (1, "")
     error = f"Error: cpu failed 2 times in a row and was given up: it ended with code 1 ({server.url} serves no model"
     assert result.stderr.splitlines()[-1].startswith(error)

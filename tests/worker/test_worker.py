@@ -7,7 +7,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from hashlib import pbkdf2_hmac
@@ -16,59 +16,17 @@ from pathlib import Path
 import pytest
 from nursery import Worker
 from samples import fill, picture, register, write_shard
-from small_engine import INFO, QUICK, SmallEngine, caption_of
+from small_engine import INFO, QUICK, SmallEngine
 from sqlalchemy import Engine
+from steps import captions, expected, run_worker, select, start, statuses, until
 
 from rococap import db, queue
 from rococap.engines import Completion, gather
 from rococap.errors import DatasetError, RunError
-from rococap.queue import choose_run, leases
+from rococap.queue import choose_run
 from rococap.worker.process import work
 from rococap.worker.settings import Settings
 from rococap.worker.signals import STOP_SIGNALS, stop_requests
-from rococap.worker.store import Outcome
-
-
-def run_worker(database: Engine, engine: SmallEngine | None = None, **settings) -> Outcome:
-    chosen = engine or SmallEngine()
-    return work(
-        database,
-        Settings.of(**{"batch_size": chosen.batch_size, "lease_ttl": 60.0, "self_check": False} | settings),
-        load=lambda *_: chosen,
-    )
-
-
-def select(database: Engine, sql: str) -> list[tuple]:
-    with db.transaction(database) as conn:
-        return [tuple(row) for row in db.execute(conn, sql).fetchall()]
-
-
-def statuses(database: Engine) -> dict[str, int]:
-    return dict(select(database, "SELECT status, count(*) FROM jobs GROUP BY status"))
-
-
-def captions(database: Engine) -> dict[str, str]:
-    rows = select(
-        database,
-        "SELECT i.image_id, c.text FROM captions c JOIN jobs j ON j.id = c.job_id JOIN images i ON i.id = j.image_id",
-    )
-    assert len(rows) == len(dict(rows))
-    return dict(rows)
-
-
-def expected(n: int, *without: int) -> dict[str, str]:
-    return {f"train_{number:05}": caption_of(number) for number in range(n) if number not in without}
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-
-
-def start(url: str, *, engine: dict | None = None, constants: dict[str, float] = QUICK, **settings) -> Worker:
-    return Worker(url, {"engine": engine or {}, "constants": constants, "settings": settings})
 
 
 def finish(process: Worker, code: int = 0) -> dict:
@@ -184,7 +142,7 @@ def test_a_picture_on_a_disk_that_does_not_answer_for_now_is_tried_again(databas
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", stumbles)
-    monkeypatch.setattr(leases, "backoff_ms", lambda attempts: 100)
+    monkeypatch.setattr("rococap.queue.leases.backoff_ms", lambda attempts: 100)
     assert run_worker(database).done == 2
     assert select(database, "SELECT code FROM failures") == [("unreadable_file",)]
     assert select(database, "SELECT attempts FROM jobs ORDER BY id") == [(2,), (1,)]
