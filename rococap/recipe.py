@@ -6,7 +6,7 @@ A run has one recipe, and a worker that would caption differently is refused. Kn
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
@@ -33,6 +33,8 @@ class Recipe:
 
     `min_pixels` and `max_pixels` are areas in pixels; one visual token of Qwen2-VL covers 28 x 28 = 784 of them.
     Every decoding field has a value here, because a checkpoint's own generation_config would fill in a missing one.
+    Decoding is greedy: the fields that would say otherwise (`do_sample`, `num_beams` …) are constants, which are part
+    of the JSON, the hash and every manifest.
     `adapter` is the folder or hub id of a PEFT adapter; `adapter_base` "any" accepts one that was trained on a base
     model of another name. `load_in` quantises the weights with bitsandbytes. `frame` selects which frame of a
     multi-frame picture file is captioned, counted from 1.
@@ -47,12 +49,12 @@ class Recipe:
     min_pixels: int = 3_136
     max_pixels: int = 1_003_520
     dtype: Dtype = "auto"
-    do_sample: bool = False
-    num_beams: int = 1
+    do_sample: bool = field(default=False, init=False)
+    num_beams: int = field(default=1, init=False)
     repetition_penalty: float = 1.0
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
+    temperature: float | None = field(default=None, init=False)
+    top_p: float | None = field(default=None, init=False)
+    top_k: int | None = field(default=None, init=False)
     trust_remote_code: bool = False
     load_in: LoadIn | None = None
     adapter_base: Literal["any"] | None = None
@@ -90,7 +92,11 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        return cls(**json.loads(text))
+        values = json.loads(text)
+        for name, constant in GREEDY.items():
+            if (value := values.pop(name, constant)) != constant:
+                raise ValueError(f"{name} must be {constant}, not {value}: captions are decoded greedily")
+        return cls(**values)
 
     @property
     def hash(self) -> str:
@@ -101,6 +107,10 @@ class Recipe:
         """The fields in which the two recipes differ: name -> (this one's value, the other's value)."""
         pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
         return {name: (mine, theirs) for name, mine, theirs in pairs if mine != theirs}
+
+
+GREEDY = {constant.name: constant.default for constant in fields(Recipe) if not constant.init}
+"""The fields of a recipe that nobody chooses."""
 
 
 def refuse_placeholders(prompt: str) -> None:

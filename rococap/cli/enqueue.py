@@ -28,7 +28,7 @@ from rococap.cli.tables import cut
 from rococap.data import HUB_ID, SPLITS, STANDARD, Columns, datasets
 from rococap.errors import RococapError
 from rococap.flags import FLAGS
-from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, LOAD_IN, Recipe, refuse_placeholders
+from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, GREEDY, LOAD_IN, Recipe, refuse_placeholders
 
 LONGEST_RUN_NAME = 100  # bytes in UTF-8
 
@@ -245,7 +245,8 @@ def enqueue_command(
     database = open_database(may_be_new=source is None)
     if source is not None:
         old, splits_of_old = _find_source(database, source, splits)
-        new_recipe = _recipe(asdict(old.recipe) | _explicit(ctx, recipe))
+        inherited = {name: value for name, value in asdict(old.recipe).items() if name not in GREEDY}
+        new_recipe = _recipe(inherited | _explicit(ctx, recipe))
         with progress_bar() as progress:
             results = registration.enqueue_from(
                 database, old, splits_of_old, run=run_name, recipe=new_recipe, flags=flags, progress=progress

@@ -207,9 +207,8 @@ class TransformersEngine:
 
     def _why_static(self) -> str | None:
         """Why continuous decoding is not possible; None if it is."""
-        recipe = self.recipe
-        if recipe.do_sample or recipe.num_beams > 1 or recipe.repetition_penalty != 1.0:
-            return "the recipe uses sampling, beam search or a repetition penalty"
+        if self.recipe.repetition_penalty != 1.0:
+            return "the recipe uses a repetition penalty"
         if len(set(getattr(self.loaded.model, "hf_device_map", {}).values())) > 1:
             return "the model is spread over several devices"
         return None if continuous.is_known(self.loaded.model) else "its cache is of an unsupported kind"

@@ -105,9 +105,6 @@ class OpenAIEngine:
             "temperature": 0,
             "stream": False,
         }
-        if recipe.do_sample:  # always sent, since a server's own defaults apply otherwise
-            body["temperature"] = 1.0 if recipe.temperature is None else recipe.temperature
-            body["top_p"] = 1.0 if recipe.top_p is None else recipe.top_p
         return json.dumps(body).encode()
 
     def run(self, source: Source) -> Iterator[Completion]:
@@ -471,9 +468,7 @@ def _refuse_unsupported(recipe: Recipe) -> None:
         "dtype",
         "load_in",
         "trust_remote_code",
-        "num_beams",
         "repetition_penalty",
-        "top_k",
     )
     for name in fields:
         if (value := getattr(recipe, name)) != getattr(default, name):

@@ -222,7 +222,6 @@ def _refusals() -> tuple[type[Exception], ...]:
 def _refuse(recipe: Recipe, options: Options) -> None:
     """Raises ModelError for settings that vLLM cannot follow exactly."""
     requested = {
-        "num_beams": recipe.num_beams != 1,
         "adapter": recipe.adapter is not None,
         "load_in": recipe.load_in is not None,
         "decode": options.decode != "auto",
@@ -327,7 +326,7 @@ def _sampling(recipe: Recipe, ends: list[int]) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        **_sampling_values(recipe),
+        temperature=0.0,
         repetition_penalty=recipe.repetition_penalty,
         max_tokens=recipe.max_new_tokens,
         stop_token_ids=ends,
@@ -335,14 +334,6 @@ def _sampling(recipe: Recipe, ends: list[int]) -> Any:
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-
-
-def _sampling_values(recipe: Recipe) -> dict[str, Any]:
-    """The settings for sampling a token. Temperature 0 stands for greedy decoding in vLLM, where no others matter."""
-    if not recipe.do_sample:
-        return {"temperature": 0.0}
-    unset = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    return {name: value if (value := getattr(recipe, name)) is not None else unset[name] for name in unset}
 
 
 def _info(recipe: Recipe, folder: Path, loaded: Loaded) -> EngineInfo:

@@ -242,12 +242,10 @@ def _made_by(scored: Scored) -> list[tuple[str, str]]:
 
 
 def _decoding(recipe: Recipe) -> str:
-    how = "sampled" if recipe.do_sample else f"{recipe.num_beams} beams" if recipe.num_beams > 1 else "greedy"
-    parts = [how, f"at most {recipe.max_new_tokens} tokens"]
+    parts = ["greedy", f"at most {recipe.max_new_tokens} tokens"]
     if recipe.repetition_penalty != 1:
         parts.append(f"repetition penalty {recipe.repetition_penalty:g}")
-    fields = (("temperature", recipe.temperature), ("top-p", recipe.top_p), ("top-k", recipe.top_k))
-    return ", ".join([*parts, *(f"{name} {value:g}" for name, value in fields if value is not None)])
+    return ", ".join(parts)
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------

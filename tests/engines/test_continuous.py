@@ -178,9 +178,9 @@ def test_a_model_whose_cache_is_another_is_decoded_in_static_batches_and_the_log
         engine._choose_decoder()
 
 
-def test_a_recipe_that_is_not_greedy_is_decoded_in_static_batches():
+def test_a_recipe_with_a_repetition_penalty_is_decoded_in_static_batches():
     engine = TransformersEngine(
-        Recipe(model=str(MODEL), max_new_tokens=4, dtype="float32", num_beams=2), Options(device="cpu")
+        Recipe(model=str(MODEL), max_new_tokens=4, dtype="float32", repetition_penalty=1.2), Options(device="cpu")
     )
     engine.load()
     assert type(engine.decoder).__name__ == "StaticDecoder"

@@ -141,16 +141,6 @@ def test_the_request_is_a_picture_and_the_prompt_without_sampling(server, load):
     assert server.paths[-1] == "/v1/chat/completions"
 
 
-def test_a_sampling_recipe_states_temperature_and_top_p(server, load):
-    for recipe in (
-        Recipe(model="tests/small", do_sample=True),
-        Recipe(model="tests/small", do_sample=True, temperature=0.7, top_p=0.9),
-    ):
-        engine = load(recipe=recipe)
-        run(engine, Pictures(engine, [1]))
-    assert [(r["temperature"], r["top_p"]) for r in server.requests] == [(1.0, 1.0), (0.7, 0.9)]
-
-
 def test_pictures_are_sent_in_at_most_max_pixels_and_in_their_ratio(server, load):
     engine = load(recipe=Recipe(model="tests/small", min_pixels=1, max_pixels=10_000))
     sizes = {1: (100, 100), 2: (400, 200), 3: (2000, 10), 4: (50, 60), 5: (1234, 777)}
@@ -789,9 +779,7 @@ def test_a_model_that_the_server_does_not_have_is_refused(server):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"num_beams": 4}, "num_beams = 4: the server decides it. Enqueue a run that leaves it at 1"),
         ({"repetition_penalty": 1.1}, "repetition_penalty = 1.1: the server decides it. "),
-        ({"top_k": 50, "do_sample": True}, "top_k = 50: the server decides it. Enqueue a run that leaves it at None"),
         ({"adapter": "me/lora"}, "adapter = me/lora: the server decides it. "),
         ({"dtype": "float32"}, "dtype = float32: the server decides it. Enqueue a run that leaves it at auto"),
         ({"revision": "v2"}, "revision = v2: the server decides it. Enqueue a run that leaves it at main"),

@@ -118,9 +118,7 @@ def test_without_vllm_the_error_says_how_to_install_it():
     )
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("num_beams", 4), ("adapter", "some/adapter"), ("load_in", "4bit"), ("load_in", "8bit")]
-)
+@pytest.mark.parametrize(("field", "value"), [("adapter", "some/adapter"), ("load_in", "4bit"), ("load_in", "8bit")])
 def test_a_recipe_that_vllm_does_not_follow_to_the_letter_is_refused(field, value):
     assert error_of(Recipe(**{field: value}), Options(engine="vllm")) == (
         f"{field}: the vllm engine does not support {value!r}. Use --engine transformers."

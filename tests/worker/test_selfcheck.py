@@ -319,13 +319,6 @@ def test_what_earlier_releases_stored_is_understood():
         assert SelfCheck.from_json(later.to_json()) == later
 
 
-def test_a_recipe_that_samples_is_not_compared(database, tmp_path):
-    fill(database, tmp_path / "set", 8, recipe=Recipe(model="tests/small", do_sample=True, temperature=0.7))
-    swapped = SwappedInBatches()
-    swapped.info = replace(INFO, dtype="float32")
-    assert run_worker(database, swapped).done == 8
-
-
 SCRIPT = """
 import sys; sys.path.insert(0, sys.argv[2])
 from rococap import db
