@@ -161,7 +161,7 @@ def test_the_demo_works_beside_a_users_own_modules(tmp_path):
 def test_the_command_that_the_demo_tells_to_ask_with_works_in_any_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     told = rococap("demo", "--images", "6", "--workers", "1", "--dir", name, cwd=tmp_path)
-    command = shlex.split(told.splitlines()[-1].removeprefix("Ask "))
+    command = shlex.split(told.splitlines()[-1].removeprefix("Run "))
     assert command[0] == "rococap"
     assert rococap(*command[1:], cwd=tmp_path).splitlines()[1].split()[:2] == ["default", "train"]
     assert (tmp_path / name / "rococap.db").is_file()

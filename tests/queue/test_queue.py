@@ -231,7 +231,7 @@ def test_a_worker_that_lost_its_lease_overwrites_nothing_that_is_done(database, 
 
 def test_a_lease_is_of_no_use_to_another_worker(database, run):
     lease = claimed(database, new_worker(database), run)
-    thief = Lease(lease.id, new_worker(database, "thief"), lease.run_id, lease.split, lease.lane)
+    thief = replace(lease, worker_id=new_worker(database, "thief"))
     with writing(database) as conn:
         for write in stale_writes(conn, thief):
             with pytest.raises(LeaseLost):

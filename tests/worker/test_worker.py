@@ -544,17 +544,20 @@ def test_a_worker_stores_nothing_in_a_database_that_took_the_place_of_its_own(da
     fill(database, tmp_path / "set", 40)
     process = start(url, engine={"step_sec": 0.3}, batch_size=4)
     until(lambda: statuses(database).get("done", 0) >= 4, "a first batch")
-    path, aside = tmp_path / "queue.db", tmp_path / "aside.db"
-    with locked(database):  # not in a transaction of the worker's, whose journal would go with the new file
-        path.rename(aside)
-    database.dispose()
-    other = db.connect(url)
+    path, aside, new = tmp_path / "queue.db", tmp_path / "aside.db", tmp_path / "new.db"
+    other = db.connect(f"sqlite:///{new}")
     write_shard(tmp_path / "other", "train", range(100, 140))
     register(other, tmp_path / "other", ["train"])
     with db.transaction(other, write=True) as conn:
         worker = queue.register_worker(conn, "of the other", "host", 1, INFO)
         for _ in range(3):
             queue.claim(conn, worker, 1, "train", 4, ttl_ms=60_000)
+    other.dispose()
+    with locked(database):  # not in a transaction of the worker's, whose journal would go with the new file
+        path.rename(aside)
+        new.rename(path)
+    database.dispose()
+    other = db.connect(url)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "is not the database that this process started with" in err
