@@ -160,7 +160,7 @@ def _scores_text(scores: dict[str, Any], split: str) -> str:
     if len(runs) > 2:
         notes = ["For intervals and differences of more than two runs: --json, or rococap report"]
     else:
-        notes = ["Brackets: 95% interval. cider_d goes up to 10; of flagged, less is better."]
+        notes = ["95% intervals in brackets. cider_d goes up to 10; for flagged, lower is better."]
     if len(runs) == 2:
         notes += [f"difference and p: over the {pair['n']} pictures that both runs captioned" for pair in paired]
     reasons: dict[str, list[str]] = {}
