@@ -528,12 +528,12 @@ def restore_command(paths: tuple[Path, ...], run_name: str | None) -> None:
 
     Enqueue the split first. After the loss of a database, its captions need not be made again.
     """
-    from rococap.results import restore as restore_module
+    from rococap.results.restore import restore
 
     database = open_database()
     with db.transaction(database) as conn:
         run = queue.find_run(conn, run_name)
-    results = [restore_module.restore(database, run, path) for path in paths]
+    results = [restore(database, run, path) for path in paths]
     total = {
         name: sum(getattr(result, name) for result in results)
         for name in ("restored", "known", "leased", "unknown", "different")

@@ -118,12 +118,12 @@ def bench_command(
     """
     from rococap.engines import Options
     from rococap.files import write_json
-    from rococap.worker import benchmark as bench_module
+    from rococap.worker import benchmark
 
     check_engine(options)
     database = open_database()
     with progress_bar() as progress:
-        measured = bench_module.measure(
+        measured = benchmark.measure(
             database,
             Options(**options),
             run_name=run_name,
@@ -133,7 +133,7 @@ def bench_command(
             progress=progress,
         )
     write_json(output / "bench.json", asdict(measured))
-    bench_module.draw(measured, output / "bench.png")
+    benchmark.draw(measured, output / "bench.png")
     if as_json:
         echo_json(asdict(measured))
     else:

@@ -13,7 +13,6 @@ from rococap.data import STANDARD, Columns, at_revision
 from rococap.db import execute
 from rococap.engines import EngineInfo
 from rococap.errors import RunError
-from rococap.queue import runs as runs_module
 from rococap.queue.records import time_of
 from rococap.recipe import RULES, Recipe, refuse_placeholders
 
@@ -76,10 +75,14 @@ def find_run(conn: Connection, name: str | None) -> Run:
     """
     if name is not None:
         return get_run(conn, name)
-    runs = list_runs(conn)
+    return only_or_default(list_runs(conn)) or get_run(conn, "default")
+
+
+def only_or_default(runs: Sequence[Run]) -> Run | None:
+    """The run that is meant when none is named: the one called `default`, or the only one; None if it is not clear."""
     if len(runs) == 1:
         return runs[0]
-    return get_run(conn, "default")
+    return next((run for run in runs if run.name == "default"), None)
 
 
 def refuse_deleted(conn: Connection, run: Run) -> None:
@@ -201,7 +204,7 @@ def find_runs(conn: Connection, names: Sequence[str]) -> list[Run]:
     """The runs called `names`, to be compared. Raises RunError if one does not exist or is named twice, or if they are
     not all on the same data set.
     """
-    runs = [runs_module.get_run(conn, name) for name in names]
+    runs = [get_run(conn, name) for name in names]
     if twice := [name for name, n in Counter(names).items() if n > 1]:
         raise RunError(f"Run {twice[0]!r} is named twice: name each run once.")
     for run in runs[1:]:

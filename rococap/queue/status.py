@@ -12,10 +12,8 @@ from rococap.data import SPLITS
 from rococap.db import execute
 from rococap.errors import RunError
 from rococap.flags import FLAGS
-from rococap.queue import runs as runs_module
-from rococap.queue import status as status_module
 from rococap.queue.records import NORMAL, SOLO, SUSPECTS, Telemetry, Timing, flagged, time_of
-from rococap.queue.runs import Run, get_run, list_runs, refuse_deleted
+from rococap.queue.runs import Run, get_run, list_runs, only_or_default, refuse_deleted
 from rococap.tables import JobState
 
 RATE_WINDOW_MS = 5 * 60_000
@@ -283,15 +281,14 @@ def choose_run(conn: Connection, name: str | None, splits: Sequence[str], comman
     the subcommand that the message suggests.
     """
     if name is not None:
-        return runs_module.get_run(conn, name)
-    runs = runs_module.list_runs(conn)
+        return get_run(conn, name)
+    runs = list_runs(conn)
     if not runs:
         raise RunError("Nothing is registered here yet. Register pictures first: rococap enqueue --split train")
-    busy = [run for run in runs if any(status_module.unfinished(conn, run, splits or SPLITS).values())]
-    for run in busy or runs:
-        if run.name == "default":
-            return run
-    if len(busy) > 1:
+    busy = [run for run in runs if any(unfinished(conn, run, splits or SPLITS).values())]
+    if run := only_or_default(busy or runs):
+        return run
+    if busy:
         names = ", ".join(run.name for run in busy)
         raise RunError(f"Several runs have work ({names}). Choose one: rococap {command} --run NAME")
-    return busy[0] if busy else runs[-1]
+    return runs[-1]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rococap import __version__
 from rococap.data.hub import reason
+from rococap.data.layout import MANIFEST
 from rococap.errors import RococapError
 from rococap.files import read_json
-from rococap.results.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

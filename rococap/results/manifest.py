@@ -12,8 +12,6 @@ from rococap import __version__
 from rococap.files import ending
 from rococap.queue import Run
 
-MANIFEST = "rococap.json"
-"""The manifest of every folder that `publish` writes. A folder without one is never replaced."""
 STRIPPED = "strip_reasoning"
 """The manifest key of captions from which the reasoning was removed."""
 

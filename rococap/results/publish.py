@@ -26,6 +26,7 @@ from sqlalchemy import Engine as Database
 from rococap import queue
 from rococap.data import PictureReader, Place, datasets
 from rococap.data.images import as_file
+from rococap.data.layout import MANIFEST
 from rococap.db import transaction
 from rococap.errors import PictureError, RococapError, RunError
 from rococap.files import cannot_write, fsync, read_json, write_json
@@ -34,7 +35,7 @@ from rococap.queue import Counts, Run, place_of
 from rococap.queue.enqueue import LONGEST_ID
 from rococap.results.card import Written, card
 from rococap.results.formats import SCHEMA, write_frames
-from rococap.results.manifest import MANIFEST, as_options, is_another, is_ours, lost_splits, manifest_of, stripped
+from rococap.results.manifest import as_options, is_another, is_ours, lost_splits, manifest_of, stripped
 from rococap.results.snapshot import (
     PAGE,
     SELECTED,

@@ -17,13 +17,14 @@ from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
 from rococap import db, queue
+from rococap.data.layout import MANIFEST
 from rococap.db import execute, transaction
 from rococap.errors import RococapError, RunError
 from rococap.files import ending, read_json, sha256_of
 from rococap.queue import Run, clean_text
 from rococap.results.checkpoints import segment_number
 from rococap.results.formats import armed
-from rococap.results.manifest import MANIFEST, STRIPPED, manifest_path
+from rococap.results.manifest import STRIPPED, manifest_path
 from rococap.results.snapshot import COLUMNS, PAGE
 from rococap.tables import JobState
 
