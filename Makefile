@@ -54,11 +54,11 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt
 	touch $@
 
 test-vllm: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/engines/test_vllm.py
 
 test-coco: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[coco]"
-	$(BIN)/python -m pytest -rP tests/test_coco.py
+	$(BIN)/python -m pytest -rP tests/scores/test_coco.py
 
 torture: $(VENV)/installed
 	$(BIN)/python -m pytest -m torture
