@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-# A process for each core, 1.5 GB each. Few of a module's tests go to another process: its set-up is dear.
+# A process for each core, 1.5 GB each. Few of a module's tests go to another process: its set-up is expensive.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 # What make check tests: no model is loaded, and no worker started.
 QUICK := $(addprefix tests/,cli data queue results scores \
