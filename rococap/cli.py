@@ -82,7 +82,7 @@ def _for_this_queue(ctx: click.Context, text: str) -> str:
     if target is None or not target.is_option or holds_password(target.url):
         return text
     commands = "|".join(cli.commands)
-    return re.sub(rf"\brococap (?=({commands})\b)", f"rococap --db {shlex.quote(target.url)} ", text)
+    return re.sub(rf"\brococap (?=({commands})\b)", lambda _: f"rococap --db {shlex.quote(target.url)} ", text)
 
 
 def _say(text: str) -> None:

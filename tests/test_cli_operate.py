@@ -288,7 +288,7 @@ def test_force_opens_a_file_on_a_network_file_system(database, here, monkeypatch
 
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_printed_command_names_the_queue_that_this_one_was_given(here, is_first):
-    url = "sqlite:///my queue.db"
+    url = "sqlite:///my\\queue.db"
     claim(db.connect(url), fill(db.connect(url), here / "set", 8))
 
     def told(*args: str) -> str:
@@ -296,10 +296,10 @@ def test_a_printed_command_names_the_queue_that_this_one_was_given(here, is_firs
         result = CliRunner().invoke(cli, given)
         return result.stdout + result.stderr
 
-    assert "Go on with: rococap --db 'sqlite:///my queue.db' resume\n" in told("pause")
-    assert "default is paused. Go on with: rococap --db 'sqlite:///my queue.db' resume\n" in told("status")
+    assert "Go on with: rococap --db 'sqlite:///my\\queue.db' resume\n" in told("pause")
+    assert "default is paused. Go on with: rococap --db 'sqlite:///my\\queue.db' resume\n" in told("status")
     assert told("runs", "--delete", "default", "--yes").endswith(
-        " rococap --db 'sqlite:///my queue.db' cancel --run default --all\n"
+        " rococap --db 'sqlite:///my\\queue.db' cancel --run default --all\n"
     )
     command = told("pause").rpartition("Go on with: ")[2]
     done = CliRunner().invoke(cli, shlex.split(command)[1:])
