@@ -4,7 +4,7 @@ import errno
 import os
 import resource
 
-ADVICE = "Raise the limit (ulimit -n 1024), or give a smaller --batch-size."
+ADVICE = "Raise the limit: ulimit -n 1024"
 
 
 def limit() -> int:

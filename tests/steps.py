@@ -24,7 +24,7 @@ from sqlalchemy import Connection, Engine
 
 from rococap import db, queue
 from rococap.cli.options import cli
-from rococap.errors import DatabaseError
+from rococap.errors import DatabaseError, DatabaseUnavailable
 from rococap.queue import Claim, Run
 from rococap.worker.process import work
 from rococap.worker.settings import Settings
@@ -64,6 +64,20 @@ def captions(database: Engine) -> dict[str, str]:
 def expected(n: int, *without: int) -> dict[str, str]:
     """What the small engine says of the first pictures of `samples`."""
     return {f"train_{number:05}": caption_of(number) for number in range(n) if number not in without}
+
+
+def wait_too_long_for_a_row(engine: Engine) -> None:
+    """A writer that waits for a row is refused when its patience ends, and what the other wrote stands."""
+    with db.transaction(engine, write=True) as conn:
+        db.execute(conn, "INSERT INTO datasets (name, revision) VALUES ('set', '')")
+    with db.transaction(engine, write=True) as conn:
+        db.execute(conn, "UPDATE datasets SET revision = 'mine'")
+        with (
+            pytest.raises(DatabaseUnavailable, match="lock timeout"),
+            db.transaction(engine, write=True, patience=0.2) as other,
+        ):
+            db.execute(other, "UPDATE datasets SET revision = 'theirs'")
+    assert select(engine, "SELECT revision FROM datasets") == [("mine",)]
 
 
 def new_worker(database: Engine, name: str = "one") -> int:

@@ -10,7 +10,7 @@ from samples import fill
 from small_engine import INFO
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
-from steps import at_once, select, until
+from steps import at_once, select, until, wait_too_long_for_a_row
 from worlds import TTL_SEC, check, killed_at_any_moment, made
 
 from rococap import db, doctor, queue
@@ -77,16 +77,7 @@ def test_the_settings_of_a_transaction_end_with_it(engine):
 
 
 def test_who_waits_too_long_for_a_row_is_told_so_and_can_go_on(engine):
-    with db.transaction(engine, write=True) as conn:
-        db.execute(conn, "INSERT INTO datasets (name, revision) VALUES ('set', '')")
-    with db.transaction(engine, write=True) as conn:
-        db.execute(conn, "UPDATE datasets SET revision = 'mine'")
-        with (
-            pytest.raises(DatabaseUnavailable, match="lock timeout"),
-            db.transaction(engine, write=True, patience=0.2) as other,
-        ):
-            db.execute(other, "UPDATE datasets SET revision = 'theirs'")
-    assert select(engine, "SELECT revision FROM datasets") == [("mine",)]
+    wait_too_long_for_a_row(engine)
 
 
 def test_an_encoding_that_cannot_hold_captions_is_refused(postgres, bouncer):

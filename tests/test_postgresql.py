@@ -15,7 +15,7 @@ from samples import fill
 from small_engine import INFO
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import make_url
-from steps import at_once, downgrade, select
+from steps import at_once, downgrade, select, wait_too_long_for_a_row
 
 from rococap import db, queue
 from rococap.engines import Completion
@@ -210,16 +210,7 @@ def test_a_connection_that_breaks_in_a_transaction_leaves_nothing_and_the_next_o
 
 def test_who_waits_too_long_for_a_row_is_told_so_and_can_go_on(url):
     engine = db.connect(url)
-    with db.transaction(engine, write=True) as conn:
-        db.execute(conn, "INSERT INTO datasets (name, revision) VALUES ('set', '')")
-    with db.transaction(engine, write=True) as conn:
-        db.execute(conn, "UPDATE datasets SET revision = 'mine'")
-        with (
-            pytest.raises(DatabaseUnavailable, match="lock timeout"),
-            db.transaction(engine, write=True, patience=0.2) as other,
-        ):
-            db.execute(other, "UPDATE datasets SET revision = 'theirs'")
-    assert select(engine, "SELECT revision FROM datasets") == [("mine",)]
+    wait_too_long_for_a_row(engine)
     engine.dispose()
 
 

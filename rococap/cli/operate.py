@@ -26,8 +26,8 @@ def delete_run(database: Database, name: str, yes: bool) -> None:
     """Deletes a run with its captions, after asking unless `yes`. Raises RococapError if the answer is not yes."""
     with db.transaction(database) as conn:
         run = queue.get_run(conn, name)
-        total = sum(counts.total for counts in queue.counts(conn) if counts.run == name)
-        done = sum(counts.done for counts in queue.counts(conn) if counts.run == name)
+        counts = [counts for counts in queue.counts(conn) if counts.run == name]
+    total, done = sum(split.total for split in counts), sum(split.done for split in counts)
     if not yes:
         question = (
             f"Run {name} has {total} pictures, {done} of them captioned. Its captions, scores and failures will be "

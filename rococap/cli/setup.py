@@ -19,6 +19,7 @@ from rococap.cli.options import (
     open_database,
     progress_bar,
     run_option,
+    say,
     stderr_console,
 )
 from rococap.cli.tables import aligned, as_table, in_hours, shortened, significant
@@ -41,7 +42,7 @@ def doctor_command(as_json: bool) -> None:
     for check in examine(db.connect(target.url, create=False, force=True)):
         checks.append(check)
         if not as_json:
-            click.echo(f"{check.verdict:8} {check.name}: {check.found}")
+            say(f"{check.verdict:8} {check.name}: {check.found}")
     if as_json:
         echo_json([asdict(check) for check in checks])
     if any(check.verdict == Verdict.FAIL for check in checks):

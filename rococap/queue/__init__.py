@@ -12,9 +12,6 @@ bound parameter it would miss the partial indexes (11 microseconds would become 
 """
 
 from rococap.queue.leases import (
-    CRASHES,
-    MAX_BACKOFF_MS,
-    backoff_ms,
     claim,
     complete,
     fail,
@@ -74,8 +71,6 @@ from rococap.queue.status import (
 from rococap.queue.workers import last_self_check, register_worker, stop_worker, store_self_check
 
 __all__ = [
-    "CRASHES",
-    "MAX_BACKOFF_MS",
     "NORMAL",
     "PLACE",
     "SOLO",
@@ -91,7 +86,6 @@ __all__ = [
     "Telemetry",
     "Timing",
     "WorkerSeen",
-    "backoff_ms",
     "belongs",
     "cancel",
     "check_pinned",

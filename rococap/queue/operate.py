@@ -143,7 +143,8 @@ def delete_run(conn: Connection, run: Run, *, now: int | None = None) -> None:
     refuse_deleted(conn, run)
     sql = "UPDATE runs SET deleted_at = ?, paused = 1, name = ? WHERE id = ?"
     execute(conn, sql, (time_of(conn, now), f"{run.name} (deleted {run.id})", run.id))
-    # Counted only now: on PostgreSQL the update has waited for claims in progress, and keeps later ones out.
+    # Counted only now: on PostgreSQL the update has waited for claims that had their lease. A claim that had only chosen
+    # its jobs gets its lease after this transaction, and `clear_deleted` ends that.
     is_open = "SELECT count(*) FROM leases WHERE state = 'open' AND run_id = ?"
     if n := execute(conn, is_open, (run.id,)).scalar_one():
         raise RunError(
@@ -161,6 +162,8 @@ def clear_deleted(conn: Connection, *, limit: int = 1_000) -> int:
     sql = f"SELECT j.id FROM jobs j WHERE j.run_id IN ({deleted}) ORDER BY j.id LIMIT ?" + db.for_update(conn, "j")
     ids = [(row[0],) for row in execute(conn, sql, (limit,)).fetchall()]
     if not ids:
+        ending = f"UPDATE leases SET state = 'released', closed_at = ? WHERE state = 'open' AND run_id IN ({deleted})"
+        execute(conn, ending, (db.now(conn),))
         execute(conn, f"DELETE FROM tallies WHERE run_id IN ({deleted})")
         return 0
     for table, key in (("scores", "job_id"), ("captions", "job_id"), ("failures", "job_id"), ("jobs", "id")):

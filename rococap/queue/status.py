@@ -206,8 +206,7 @@ def list_workers(conn: Connection, *, everyone: bool = False, now: int | None = 
     rows = execute(
         conn,
         "SELECT id, host, pid, device, stopped_at, n_done, seen_at, lease_ttl_ms, telemetry, self_check "
-        "FROM workers "
-        "WHERE seen_at >= ? AND (stopped_at IS NULL OR stopped_at >= ?) ORDER BY id",
+        "FROM workers WHERE seen_at >= ? AND (stopped_at IS NULL OR stopped_at >= ?) ORDER BY id",
         (since, stopped_since),
     ).fetchall()
 

@@ -13,7 +13,7 @@ from rococap import db, queue
 from rococap.doctor import Verdict, examine
 from rococap.engines import Completion, Failure
 from rococap.errors import LeaseLost, RunError
-from rococap.queue import Claim, Lease, Run, enqueue
+from rococap.queue import Claim, Lease, Run, enqueue, leases
 from rococap.recipe import Recipe
 from rococap.scores import evaluate
 from rococap.worker.process import work
@@ -151,6 +151,20 @@ def test_a_deletion_that_was_killed_half_way_is_not_seen_and_vacuum_finishes_it(
     assert invoke("vacuum").exit_code == 0
     assert select(database, "SELECT DISTINCT r.name FROM jobs j JOIN runs r ON r.id = j.run_id") == [("other",)]
     assert select(database, f"SELECT count(*) FROM tallies WHERE run_id = {run.id}") == [(0,)]
+
+
+@pytest.mark.every_database
+def test_the_lease_of_a_claim_that_was_under_way_when_its_run_was_deleted_ends(database, run):
+    job_ids = [id for (id,) in select(database, "SELECT id FROM jobs ORDER BY id LIMIT 2")]
+    with db.transaction(database, write=True) as conn:
+        queue.delete_run(conn, run)
+        worker = queue.register_worker(conn, "one", "host", 1, INFO)
+        leases.new_lease(conn, worker, run.id, "train", queue.NORMAL, job_ids, TTL, at=db.now(conn))
+    with db.transaction(database, write=True) as conn:
+        while queue.clear_deleted(conn):
+            pass
+    assert select(database, "SELECT state FROM leases") == [("released",)]
+    assert {check.name: check.verdict for check in examine(database)}["leases"] == Verdict.OK
 
 
 class Deleting(SmallEngine):

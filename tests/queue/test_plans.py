@@ -75,7 +75,7 @@ def assert_uses(steps: str, index: str) -> None:
 def test_the_claim_reads_its_partial_index_in_order(large, lane):
     with db.transaction(large, write=True) as conn:
         sql = leases._PENDING + db.for_update(conn, "j")
-        assert_uses(plan(conn, sql, (1, "train", *queue.CRASHES[lane], 32)), "ix_jobs_pending")
+        assert_uses(plan(conn, sql, (1, "train", *leases.CRASHES[lane], 32)), "ix_jobs_pending")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from steps import TTL, claim, column, new_worker, reap, writing
 from rococap import db, queue
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import LeaseLost, RunError
-from rococap.queue import NORMAL, SOLO, SUSPECTS, Claim, Lease, Run, Telemetry, Timing
+from rococap.queue import NORMAL, SOLO, SUSPECTS, Claim, Lease, Run, Telemetry, Timing, leases
 from rococap.recipe import Recipe
 
 pytestmark = pytest.mark.every_database
@@ -504,7 +504,7 @@ def test_a_job_that_waits_its_longest_is_not_taken_for_one_of_another_clock(data
     lease = claimed(database, new_worker(database), run, 1, now=0)
     with writing(database) as conn:
         queue.fail(conn, lease, {1: Failure("network", "slow", transient=True)}, now=0)
-        db.execute(conn, "UPDATE jobs SET not_before = ? WHERE status = 'waiting'", (queue.MAX_BACKOFF_MS,))
+        db.execute(conn, "UPDATE jobs SET not_before = ? WHERE status = 'waiting'", (leases.MAX_BACKOFF_MS,))
         assert not queue.overdue(conn, now=0)
         assert queue.wake(conn, now=0) == 0
 
@@ -533,9 +533,9 @@ def test_pictures_and_codes_that_a_run_does_not_have_are_told_from_those_it_has(
 
 
 def test_backoff_grows_fourfold_to_a_quarter_of_an_hour():
-    waits = [queue.backoff_ms(attempts, jitter=0) for attempts in (1, 2, 3, 4, 5, 50)]
+    waits = [leases.backoff_ms(attempts, jitter=0) for attempts in (1, 2, 3, 4, 5, 50)]
     assert waits == [5_000, 20_000, 80_000, 320_000, 900_000, 900_000]
-    assert queue.backoff_ms(1, jitter=1) == 3_750
+    assert leases.backoff_ms(1, jitter=1) == 3_750
 
 
 def test_released_jobs_are_as_before_the_claim(database, run):

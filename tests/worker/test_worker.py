@@ -186,13 +186,14 @@ def test_a_worker_tells_what_it_measures_while_it_runs_and_what_storing_took_of_
 
 def test_what_a_worker_measures_is_told_within_its_first_seconds_whatever_its_lease_time(database, url, tmp_path):
     fill(database, tmp_path / "set", 200)
-    process = start(url, engine={"step_sec": 0.1}, batch_size=4, lease_ttl=3_600.0)
+    process = start(url, engine={"step_sec": 0.5}, batch_size=4, lease_ttl=3_600.0)
     until(lambda: select(database, "SELECT 1 FROM workers"), "a worker")
     began_at = time.monotonic()
     until(lambda: select(database, "SELECT 1 FROM workers WHERE telemetry IS NOT NULL"), "a heartbeat")
     assert time.monotonic() - began_at < 8
     with db.transaction(database) as conn:
         (running,) = queue.list_workers(conn)
+    assert running.state == "running"
     assert running.telemetry.pictures_per_sec > 0
     assert select(database, "SELECT lease_ttl_ms FROM workers") == [(3_600_000,)]
     process.send_signal(signal.SIGTERM)
