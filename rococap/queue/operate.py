@@ -143,8 +143,8 @@ def delete_run(conn: Connection, run: Run, *, now: int | None = None) -> None:
     refuse_deleted(conn, run)
     sql = "UPDATE runs SET deleted_at = ?, paused = 1, name = ? WHERE id = ?"
     execute(conn, sql, (time_of(conn, now), f"{run.name} (deleted {run.id})", run.id))
-    # Counted only now: on PostgreSQL the update has waited for claims whose lease was there. One whose lease comes later
-    # is ended by `clear_deleted`.
+    # Counted only now: on PostgreSQL the update has waited for claims whose lease was there.
+    # A lease that comes later, of a claim that was under way, is ended by `clear_deleted`.
     is_open = "SELECT count(*) FROM leases WHERE state = 'open' AND run_id = ?"
     if n := execute(conn, is_open, (run.id,)).scalar_one():
         raise RunError(
