@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 from rococap.demo import MODEL
 from rococap.demo.phantoms import HELD_OUT_SEEDS, draw
 from rococap.engines import Completion, Options, Prepared, load_engine
+from rococap.engines.decoding import Row
 from rococap.engines.hf import TransformersEngine
 from rococap.errors import ModelError
 from rococap.recipe import Recipe
@@ -49,6 +50,11 @@ def loaded(model: Path = MODEL, options: Options | None = None, **recipe: object
     )
     engine.load()
     return engine
+
+
+def row(picture: Prepared) -> Row:
+    """The picture in progress, before its first token."""
+    return Row(picture, 0.0, [])
 
 
 def captions(engine: TransformersEngine, images: Sequence[Image.Image], batch_size: int = 16) -> list[Completion]:

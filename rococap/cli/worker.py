@@ -66,6 +66,12 @@ def engine_options(command: F) -> F:
             "other. auto: continuous if the model supports it.",
         ),
         click.option(
+            "--graphs/--no-graphs",
+            default=True,
+            show_default=True,
+            help="With continuous decoding on a GPU: replay steps from CUDA graphs.",
+        ),
+        click.option(
             "--device-map",
             type=click.Choice(["auto"]),
             help="auto: spread a model that does not fit on one GPU over all of them, with accelerate.",

@@ -22,7 +22,7 @@ class Options:
 
     `base_url` and `served_model` are for the engine `openai`, and name its server and the model there. `batch_size` is
     in pictures, or in requests in flight for `openai`; None lets the engine choose. `device_map` "auto" spreads a model
-    that does not fit on one GPU over all GPUs.
+    that does not fit on one GPU over all GPUs. `graphs` lets the engine `transformers` use CUDA graphs.
     """
 
     engine: EngineName = "transformers"
@@ -32,6 +32,7 @@ class Options:
     batch_size: int | None = None
     decode: Decode = "auto"
     device_map: DeviceMap | None = None
+    graphs: bool = True
 
 
 @dataclass(frozen=True, slots=True)

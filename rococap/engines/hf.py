@@ -31,9 +31,11 @@ from rococap.engines.checkpoint import (
     type_of,
 )
 from rococap.engines.continuous import ContinuousDecoder
-from rococap.engines.decoding import Inputs, Loaded, dtype_name, free_memory
+from rococap.engines.decoding import Inputs, Loaded, Precomputed, dtype_name, free_memory
+from rococap.engines.kernels import reduce_kernels
 from rococap.engines.packing import pack
-from rococap.engines.sizing import USUAL_SIDE, choose_limit
+from rococap.engines.precompute import precompute
+from rococap.engines.sizing import USUAL_SIDE, choose_limit, longest
 from rococap.engines.static import StaticDecoder
 from rococap.engines.template import ADVICE, chat_prompt
 from rococap.errors import ModelError, PictureError
@@ -42,10 +44,12 @@ from rococap.recipe import LoadIn, Recipe
 log = logging.getLogger(__name__)
 
 Size = tuple[int, ...]
+Prompt = tuple[dict[str, Tensor], Precomputed | None]
+"""The processor's tensors, and what the decoder computed from them, if it does so."""
 
 STATIC_BATCH = 16
 """Pictures in a static batch, unless the user chose a number."""
-MAX_TEXTS = 2_000
+MAX_PROMPTS = 2_000
 """How many tokenized prompts are kept, one for each shape that pictures take."""
 SMALL_TABLE = 32
 """Tensors of fewer elements than this describe a picture's shape, such as its grid."""
@@ -65,13 +69,16 @@ class TransformersEngine:
         self.options = options
         self.device = _device(options.device)
         self.dtype = choose_dtype(recipe.dtype, self.device)
-        self._texts: dict[Hashable, dict[str, Tensor]] = {}
+        self._prompts: dict[Hashable, Prompt] = {}
         self._keeps_prompts = True
+        self._precomputes = False
         self._reduces = False
 
     def load(self) -> None:
         quieten()
+        disable_cudnn_attention()
         if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # graphs are captured, and memory is pinned, for the current one
             torch.set_num_threads(1)  # each of the threads that prepare pictures would start one per core
         name, revision = self.recipe.model, self.recipe.revision
         families.check_name(name)
@@ -83,6 +90,7 @@ class TransformersEngine:
         if self.recipe.adapter is not None:
             model, adapter = adapters.apply(model, self.recipe)
         model = model.eval()
+        reduce_kernels(model, self.device)
         if self.device.type == "cpu" and self.recipe.load_in is None:
             pack(model)
         tokenizer = self.processor.tokenizer
@@ -92,6 +100,8 @@ class TransformersEngine:
         model.generation_config = _generation_config(self.recipe, ends, pad)
         self.loaded = Loaded(model, tokenizer, self.device, frozenset(ends), pad, self.recipe.max_new_tokens)
         self.decoder = self._choose_decoder()
+        if isinstance(self.decoder, ContinuousDecoder):
+            self._set_up(self.decoder)
         self._info = _info(self.recipe, model, self.device, self.dtype, adapter)
 
     def _load_processor(self, name: str, source: dict[str, Any]) -> None:
@@ -131,13 +141,21 @@ class TransformersEngine:
         if self._reduces:
             picture = images.reduced(picture, self.recipe.max_pixels)
         try:
-            tensors = self._process(picture)
+            tensors, precomputed = self._process(picture)
         except ValueError as error:
             raise PictureError("unprocessable", f"The model's processor rejects this picture: {error}") from error
-        return Prepared(job_id, Inputs(tensors, picture), tensors["input_ids"].shape[1])
+        staged = {name: self._staged(tensor) for name, tensor in tensors.items()}
+        return Prepared(job_id, Inputs(staged, picture, precomputed), tensors["input_ids"].shape[1])
 
-    def _process(self, picture: Image) -> dict[str, Tensor]:
-        """Returns the processor's output, with the prompt from a cache.
+    def _staged(self, tensor: Tensor) -> Tensor:
+        """Casts pixels to the model's type, as the model itself would, and pins them so that copying need not wait."""
+        if not tensor.is_floating_point():
+            return tensor
+        tensor = tensor.to(self.dtype)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _process(self, picture: Image) -> Prompt:
+        """Returns the processor's output, with the prompt from a cache, and what the decoder computes from it.
 
         Half of the processor's time goes into the prompt, in which only the number of image tokens varies, with the
         shape of the processed picture. Prompts are not cached if they depend on more than the image processor returns.
@@ -146,21 +164,25 @@ class TransformersEngine:
             return self._process_whole(picture)
         image = dict(self.processor.image_processor(images=[picture], return_tensors="pt"))
         shape = _shape(image)
-        text = self._texts.get(shape)  # looked up only once, since another thread may clear the cache
-        if text is None:
-            whole = self._process_whole(picture)
+        prompt = self._prompts.get(shape)  # looked up only once, since another thread may clear the cache
+        if prompt is None:
+            whole, precomputed = self._process_whole(picture)
             if shape is None or not all(name in whole and torch.equal(whole[name], image[name]) for name in image):
                 self._keeps_prompts = False
-                return whole
-            if len(self._texts) == MAX_TEXTS:
-                self._texts.clear()
-            text = self._texts[shape] = {name: tensor for name, tensor in whole.items() if name not in image}
-        return text | image
+                return whole, precomputed
+            if len(self._prompts) == MAX_PROMPTS:
+                self._prompts.clear()
+            text = {name: tensor for name, tensor in whole.items() if name not in image}
+            prompt = self._prompts[shape] = text, precomputed
+        return prompt[0] | image, prompt[1]
 
-    def _process_whole(self, picture: Image) -> dict[str, Tensor]:
-        return dict(self.processor(text=[self.prompt], images=[picture], return_tensors="pt"))
+    def _process_whole(self, picture: Image) -> Prompt:
+        tensors = dict(self.processor(text=[self.prompt], images=[picture], return_tensors="pt"))
+        return tensors, precompute(self.loaded.model, tensors) if self._precomputes else None
 
     def run(self, source: Source) -> Iterator[Completion]:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # this may be another thread than the one that loaded the model
         return self.decoder.run(source)
 
     def close(self) -> None:
@@ -200,10 +222,16 @@ class TransformersEngine:
             raise ModelError(f"{self.recipe.model} cannot be decoded continuously: {reason}. Use --decode static.")
         if way == "static":
             return StaticDecoder(self.loaded, self.options.batch_size or STATIC_BATCH, self._shrink)
-        decoder = ContinuousDecoder(self.loaded, self.options.batch_size or 1, self._shrink)
+        return ContinuousDecoder(self.loaded, self.options.batch_size or 1, self._shrink)
+
+    def _set_up(self, decoder: ContinuousDecoder) -> None:
+        """Chooses how many rows to run at once, unless the user did, and captures CUDA graphs for them."""
+        self._precomputes = True
+        self._prompts.clear()
         if self.options.batch_size is None:
             decoder.limit = choose_limit(decoder, self.prepare, self.recipe.max_pixels)
-        return decoder
+        if self.device.type == "cuda" and self.options.graphs:
+            decoder.use_graphs(longest(self.prepare, self.recipe.max_pixels))
 
     def _why_static(self) -> str | None:
         """Why continuous decoding is not possible; None if it is."""
@@ -255,6 +283,21 @@ def _device(name: str) -> torch.device:
             f"This machine has {torch.cuda.device_count()} CUDA devices, so not {name!r}. Use --device auto or cpu."
         )
     return device
+
+
+def disable_cudnn_attention() -> None:
+    """Makes attention use other kernels than cuDNN's, PyTorch's default on Hopper and on some Blackwell GPUs.
+
+    cuDNN builds a plan for every new shape, which takes 23 to 440 ms (sgl-project/sglang#4650,
+    huggingface/transformers#48163), and it was reported to corrupt the text of models with few key-value heads
+    (pytorch/pytorch#193893). Call this before the first attention.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    log.debug("cuDNN attention is off")
+
+
+def _cudnn_attention() -> str:
+    return "on" if torch.backends.cuda.cudnn_sdp_enabled() else "off"  # type: ignore[no-untyped-call]
 
 
 def _quantisation(load_in: LoadIn, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -375,7 +418,7 @@ def _info(recipe: Recipe, model: Any, device: torch.device, dtype: torch.dtype, 
     packages += ["peft"] * (recipe.adapter is not None) + ["bitsandbytes"] * (recipe.load_in is not None)
     return EngineInfo(
         name="transformers",
-        versions={package: version(package) for package in packages},
+        versions={package: version(package) for package in packages} | {"cudnn_attention": _cudnn_attention()},
         model=recipe.model,
         revision="" if folder.is_dir() else commit,
         dtype=dtype_name(dtype),

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from rococap.engines import Completion, Prepared, Source, gather
-from rococap.engines.decoding import Loaded, Row, free_memory, out_of_memory, share
+from rococap.engines.decoding import Loaded, Row, free_memory, is_out_of_memory, out_of_memory, share
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,9 @@ class StaticDecoder:
     def _caption(self, rows: list[Row], source: Source) -> Iterator[Completion]:
         try:
             done = self._generate(rows, source)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             done = None  # handled after the except clause: the error keeps the allocated memory alive
         if done is None:
             yield from self._caption_smaller(rows, source)

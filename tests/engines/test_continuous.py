@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 import torch
+from engine_steps import captions, mixed_pictures, row, texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -79,12 +80,12 @@ def prepared(engine) -> list[Prepared]:
     asked, made = engine.prompt, []
     for prompt in PROMPTS:
         engine.prompt = asked.replace(RECIPE.prompt, prompt)
-        engine._texts.clear()
+        engine._prompts.clear()
         assert (engine.prompt == asked) == (prompt == RECIPE.prompt)
         for size in SIZES:
             made.append(engine.prepare(len(made), pictures[len(made)].resize(size)))
     engine.prompt = asked
-    engine._texts.clear()
+    engine._prompts.clear()
     assert len({picture.n_tokens for picture in made}) > 8
     return made
 
@@ -161,6 +162,64 @@ def test_the_time_of_all_captions_is_the_time_of_the_steps(engine, prepared):
     _, completions = decode(engine, Arriving([prepared]), 6, lengths)
     assert all(0 < c.prefill_ms <= c.processing_ms <= c.latency_ms + 1e-6 for c in completions)
     assert {c.batch_size for c in completions} == {6}
+
+
+# --- slots -----------------------------------------------------------------------------------------------------
+
+
+def test_a_row_keeps_its_slot_and_a_free_one_is_taken_from_the_front(engine, prepared):
+    decoder = continuous.ContinuousDecoder(engine.loaded, 4, lambda picture: None)
+    assert decoder._prefill([row(picture) for picture in prepared[:4]]) == [0, 1, 2, 3]
+    kept = decoder._rows[3]
+    decoder._remove([0, 2])
+    assert decoder._slots.lengths.tolist() == [0, prepared[1].n_tokens, 0, prepared[3].n_tokens]
+    assert decoder._slots.active.tolist() == [0, 1, 0, 1]
+    assert decoder._prefill([row(prepared[4])]) == [0]
+    assert decoder._rows[3] is kept
+
+
+def test_a_step_writes_into_a_free_slot_at_its_first_place_and_nowhere_else(engine, prepared):
+    decoder = continuous.ContinuousDecoder(engine.loaded, 5, lambda picture: None)
+    decoder._prefill([row(picture) for picture in prepared[:5]])
+    decoder._remove([1])
+    keys = [layer.keys for layer in decoder._slots.layers]
+    before = [buffer.clone() for buffer in keys]
+    for running in decoder._rows.values():
+        running.tokens.append(0)
+    decoder._step()
+    for old, new in zip(before, keys, strict=True):
+        changed = (old != new).any(dim=1).any(dim=-1)
+        written = {(slot, place) for slot, place in changed.nonzero().tolist()}
+        assert written == {(1, 0)} | {(slot, prepared[slot].n_tokens) for slot in (0, 2, 3, 4)}
+    assert decoder._slots.lengths[1] == 0
+
+
+@pytest.mark.parametrize("finished", [[0, 1, 2, 3, 4, 5], [1, 3, 5], [5], [0]])
+def test_rows_with_free_slots_before_them_say_the_same(engine, prepared, alone, finished):
+    lengths = {job: 3 if job in finished else MOST for job in range(7)}
+    said, _ = decode(engine, Arriving([prepared[:7]]), 7, lengths)
+    assert said == {job: alone[job][: lengths[job]] for job in range(7)}
+
+
+def test_out_of_memory_while_reading_halves_what_is_read_together_and_keeps_the_rows(engine, caplog):
+    def refuse(module: object, args: object, inputs: dict[str, torch.Tensor]) -> None:
+        if len(inputs["grid_thw"]) > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    expected = texts(captions(engine, mixed_pictures(), 8))
+    hook = engine.loaded.model.model.visual.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        with caplog.at_level(logging.WARNING):
+            completions = captions(engine, mixed_pictures(), 8)
+    finally:
+        hook.remove()
+        engine.decoder._group_limit = continuous.GROUP_TOKENS
+    assert texts(completions) == expected
+    assert engine.batch_size == 8
+    assert caplog.messages == [
+        "out of memory reading 6 pictures at a time: continuing with 3",
+        "out of memory reading 3 pictures at a time: continuing with 1",
+    ]
 
 
 # --- which models, how many rows -------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 from rococap.demo import MODEL
 from rococap.engines import Completion, Options
 from rococap.engines.checkpoint import choose_dtype, folder_digest
-from rococap.engines.decoding import Row, collate, share
+from rococap.engines.decoding import Row, collate, is_out_of_memory, share
 from rococap.engines.hf import TransformersEngine
 from rococap.engines.static import _Meter
 from rococap.recipe import Recipe
@@ -221,8 +221,45 @@ def test_out_of_memory_halves_the_batch_and_loses_no_picture(engine, alone):
         completions = captions(engine, mixed_pictures(), 8)
     assert texts(completions) == texts(alone)
     assert engine.batch_size == 2
-    assert {c.batch_size for c in completions} == {2}
+    assert {c.batch_size for c in completions} <= {2, 3}
     assert all(c.flags == "" for c in completions)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_only_allocations_that_failed_in_a_library_count_as_out_of_memory(message, expected):
+    assert is_out_of_memory(RuntimeError(message)) == expected
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+
+
+def test_an_error_of_the_device_ends_the_engine(engine):
+    def refuse(module: object, args: object, inputs: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    hook = engine.loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            captions(engine, mixed_pictures()[:2])
+    finally:
+        hook.remove()
+
+
+def test_cudnn_attention_is_off_before_the_first_attention_and_stored_with_the_versions(engine):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        again = loaded(MODEL)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert again.info.versions["cudnn_attention"] == "off"
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def test_out_of_memory_under_way_begins_again_with_half_the_rows(engine, alone):

@@ -1,0 +1,135 @@
+"""Measures how much threads that prepare pictures slow down the thread that launches kernels: they share Python's lock.
+
+The launching thread runs decoding steps of a model with 28 layers, so narrow that its operators take next to no time:
+as on a GPU, what takes time is Python and PyTorch's dispatch. The peer is the same work in processes of their own,
+which compete for the cores, but not for the lock.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+if __name__ == "__main__":
+    sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+import torch
+from launches import write_deep_model
+from PIL import Image
+
+from rococap.engines import Options
+from rococap.engines.decoding import Row
+from rococap.engines.hf import TransformersEngine
+from rococap.recipe import Recipe
+
+SIDE = 512
+PREPARERS = (1, 2, 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, in each of which all cases take a turn")
+    parser.add_argument("--steps", type=int, default=20, help="steps in a turn")
+    parser.add_argument("--switch-interval", type=float, default=sys.getswitchinterval(), help="seconds")
+    options = parser.parse_args()
+    sys.setswitchinterval(options.switch_interval)
+    with tempfile.TemporaryDirectory(prefix="bench_preparers_") as folder:
+        engine = _load(str(write_deep_model(Path(folder) / "deep")))
+        _measure(engine, options)
+
+
+def _measure(engine: TransformersEngine, options: argparse.Namespace) -> None:
+    rates: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for _ in range(options.rounds):
+        rates.setdefault(("alone", 0), []).append((_turn(engine, options.steps), 0.0))
+        for n in PREPARERS:
+            for kind, preparing in (("threads", _threads), ("processes", _processes)):
+                with preparing(engine, n) as count:
+                    before, started = count(), time.perf_counter()
+                    ms = _turn(engine, options.steps)
+                    rate = (count() - before) / (time.perf_counter() - started)
+                rates.setdefault((kind, n), []).append((ms, rate))
+    print("| preparing | steps, ms | against alone | pictures/s prepared |\n| --- | ---: | ---: | ---: |")
+    alone = median(ms for ms, _ in rates["alone", 0])
+    for (kind, n), turns in rates.items():
+        ms, rate = median(ms for ms, _ in turns), median(rate for _, rate in turns)
+        print(f"| {n} {kind} | {ms:.1f} | {ms / alone:.2f} | {rate:.0f} |")
+
+
+def _load(model: str) -> TransformersEngine:
+    engine = TransformersEngine(Recipe(model=model, dtype="float32"), Options(device="cpu", batch_size=1))
+    engine.load()
+    torch.set_num_threads(1)
+    return engine
+
+
+def _turn(engine: TransformersEngine, steps: int) -> float:
+    """Milliseconds of a decoding step of one row."""
+    decoder = engine.decoder
+    decoder._prefill([Row(engine.prepare(0, Image.new("RGB", (56, 56))), 0.0, [0])])
+    took = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        decoder._step()
+        took.append(time.perf_counter() - started)
+        decoder._rows[0].tokens.append(0)
+    decoder._clear()
+    return 1000 * median(took)
+
+
+@contextmanager
+def _threads(engine: TransformersEngine, n: int) -> Iterator[Callable[[], int]]:
+    """Prepares pictures in threads until the end; yields a function that says how many so far."""
+    done = [0] * n
+    over = threading.Event()
+
+    def prepare(number: int) -> None:
+        picture = Image.effect_noise((SIDE, SIDE), 64).convert("RGB")
+        while not over.is_set():
+            engine.prepare(0, picture)
+            done[number] += 1
+
+    threads = [threading.Thread(target=prepare, args=(number,)) for number in range(n)]
+    for thread in threads:
+        thread.start()
+    yield lambda: sum(done)
+    over.set()
+    for thread in threads:
+        thread.join()
+
+
+@contextmanager
+def _processes(engine: TransformersEngine, n: int) -> Iterator[Callable[[], int]]:
+    context = multiprocessing.get_context("spawn")
+    done, over, ready = context.Array("q", n), context.Event(), context.Barrier(n + 1)
+    arguments = (engine.recipe.model, done, over, ready)
+    processes = [context.Process(target=_prepare, args=(number, *arguments)) for number in range(n)]
+    for process in processes:
+        process.start()
+    ready.wait()
+    yield lambda: sum(done)
+    over.set()
+    for process in processes:
+        process.join()
+
+
+def _prepare(number: int, model: str, done: list[int], over: threading.Event, ready: threading.Barrier) -> None:
+    engine = _load(model)
+    picture = Image.effect_noise((SIDE, SIDE), 64).convert("RGB")
+    ready.wait()
+    while not over.is_set():
+        engine.prepare(0, picture)
+        done[number] += 1
+
+
+if __name__ == "__main__":
+    main()
