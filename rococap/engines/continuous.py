@@ -33,7 +33,7 @@ GROUP_TOKENS = 16_384
 """At most how many prompt tokens are prefilled together, which bounds the memory for it."""
 WIDTH = 32
 """Steps read, and buffers grow, in multiples of this many tokens."""
-SPARSE = 0.75
+SPARSE = 0.9
 """If fewer than this share of the first slots are in use, a step copies the keys and values of just these: at the end,
 when no more pictures come."""
 NOT_FINITE = -1

@@ -48,7 +48,7 @@ def _fuse_norm(norm: nn.Module) -> None:
         return
 
     def forward(hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, weight.shape, weight, eps)
+        return rms_norm(hidden_states, weight.shape, norm.weight, eps)
 
     sample = torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
     if torch.allclose(norm(sample), forward(sample), rtol=TOLERANCE[weight.dtype], atol=TOLERANCE[weight.dtype]):
