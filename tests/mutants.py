@@ -895,6 +895,22 @@ MUTANTS = (
         "engines/test_adapters.py::test_the_estimate_of_the_memory_is_what_the_weights_take",
     ),
     mutant(
+        "copies-untold",
+        "nobody hears of a transformers that copies keys and values at each step",
+        "_warn_of_copies",
+        "if n > 1 and not hasattr",
+        "if n > 1 and hasattr",
+        "engines/test_engines.py::test_a_transformers_that_copies_keys_and_values_at_each_step_is_named_with_the_remedy",
+    ),
+    mutant(
+        "copies-of-nothing",
+        "models without shared keys are warned of, too",
+        "_warn_of_copies",
+        "if n > 1 and not hasattr",
+        "if n > 0 and not hasattr",
+        "engines/test_engines.py::test_a_model_whose_query_heads_share_no_keys_is_not_warned_of",
+    ),
+    mutant(
         "blind-to-drawings",
         "alike captions of pictures of one scene count as proof that the model is blind",
         "check",

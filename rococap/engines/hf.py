@@ -17,6 +17,7 @@ from PIL.Image import new as new_picture
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
+from transformers.integrations import sdpa_attention
 
 from rococap.data import images
 from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, adapters, continuous, families
@@ -91,6 +92,7 @@ class TransformersEngine:
         # Replaced, not updated: the checkpoint's own settings would apply wherever a field is unset.
         model.generation_config = _generation_config(self.recipe, ends, pad)
         self.loaded = Loaded(model, tokenizer, self.device, frozenset(ends), pad, self.recipe.max_new_tokens)
+        _warn_of_copies(model)
         self.decoder = self._choose_decoder()
         self._info = _info(self.recipe, model, self.device, self.dtype, adapter)
 
@@ -374,6 +376,17 @@ def _multiply(conv: nn.Conv3d) -> None:
         return linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)[..., None, None, None]
 
     conv.forward = forward  # type: ignore[assignment, method-assign]
+
+
+def _warn_of_copies(model: nn.Module) -> None:
+    """Warns of a transformers that copies keys and values at each step, for every query head that shares them."""
+    n = max(getattr(module, "num_key_value_groups", 1) for module in model.modules())
+    if n > 1 and not hasattr(sdpa_attention, "pack_gqa"):
+        log.warning(
+            "transformers %s copies the keys and values of this model %d-fold at every decode step, which slows "
+            "captioning down. Upgrade it: pip install -U 'transformers>=5.23,<6'",
+            *(version("transformers"), n),
+        )
 
 
 def _generation_config(recipe: Recipe, ends: list[int], pad_token: int) -> GenerationConfig:
