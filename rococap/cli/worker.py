@@ -138,8 +138,8 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 @click.option(
     "--accept-new-rules",
     is_flag=True,
-    help="Continue a run that began under older rules for opening pictures and ending captions. It then has captions "
-    "under both, which every manifest records.",
+    help="Continue a run that began under older rules for opening pictures, quantising weights and ending captions. It "
+    "then has captions under both, which every manifest records.",
 )
 @click.option(
     "--lease-ttl",

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from PIL.Image import Image
 
-from rococap.recipe import RULES, Recipe
+from rococap.recipe import Recipe
 
 EngineName = Literal["transformers", "vllm", "openai"]
 Decode = Literal["auto", "continuous", "static"]
@@ -53,9 +53,9 @@ class EngineInfo:
     adapter: str = ""
 
     def resolved(self) -> dict[str, Any]:
-        """What a run pins so that it never mixes models: all workers of a run agree on all of it."""
-        pinned = {"engine": self.name, "dtype": self.dtype, "revision": self.revision, "digest": self.digest}
-        return pinned | ({"adapter": self.adapter} if self.adapter else {}) | {"rules": RULES}
+        """The state of the model, which a run pins so that it never mixes two: all its workers agree on all of it."""
+        state = {"engine": self.name, "dtype": self.dtype, "revision": self.revision, "digest": self.digest}
+        return state | ({"adapter": self.adapter} if self.adapter else {})
 
 
 @dataclass(frozen=True, slots=True)

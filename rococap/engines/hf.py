@@ -17,6 +17,7 @@ from PIL.Image import new as new_picture
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
+from transformers.integrations import sdpa_attention
 
 from rococap.data import images
 from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, adapters, continuous, families
@@ -99,6 +100,7 @@ class TransformersEngine:
         # Replaced, not updated: the checkpoint's own settings would apply wherever a field is unset.
         model.generation_config = _generation_config(self.recipe, ends, pad)
         self.loaded = Loaded(model, tokenizer, self.device, frozenset(ends), pad, self.recipe.max_new_tokens)
+        _warn_of_copies(model)
         self.decoder = self._choose_decoder()
         if isinstance(self.decoder, ContinuousDecoder):
             self._set_up(self.decoder)
@@ -194,7 +196,7 @@ class TransformersEngine:
         settings: dict[str, Any] = {"dtype": self.dtype}
         if self.recipe.load_in is not None:
             settings |= {
-                "quantization_config": _quantisation(self.recipe.load_in, self.dtype),
+                "quantization_config": _quantisation(self.recipe.load_in, self.dtype, name, source),
                 "device_map": {"": self.device},
             }
         if self.options.device_map is not None and not self._fits(name, source):
@@ -293,27 +295,49 @@ def disable_cudnn_attention() -> None:
     (pytorch/pytorch#193893). Call this before the first attention.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-    log.debug("cuDNN attention is off")
+    log.info("cuDNN attention is off")
 
 
 def _cudnn_attention() -> str:
     return "on" if torch.backends.cuda.cudnn_sdp_enabled() else "off"  # type: ignore[no-untyped-call]
 
 
-def _quantisation(load_in: LoadIn, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """LLM.int8 (Dettmers et al. 2022), or 4-bit NormalFloat (Dettmers et al. 2023) with arithmetic in `dtype`."""
+def _quantisation(load_in: LoadIn, dtype: torch.dtype, name: str, source: dict[str, Any]) -> BitsAndBytesConfig:
+    """LLM.int8 (Dettmers et al. 2022), or 4-bit NormalFloat (Dettmers et al. 2023) with arithmetic in `dtype`.
+
+    Quantises the language model's layers only: its head and the vision tower are small, and no later layer makes up for
+    what they lose.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("--load-in needs bitsandbytes. Install it: pip install 'rococap[bitsandbytes]'")
+    model = _without_weights(name, source)
+    layers = _language_layers(model)
+    others = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer not in layers]
+    kept = {"llm_int8_skip_modules": others}  # in spite of its name, for 4 bits too
     if load_in == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return BitsAndBytesConfig(load_in_8bit=True, **kept)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **kept)
+
+
+def _without_weights(name: str, source: dict[str, Any]) -> Any:
+    """Returns the model that a configuration describes, with tensors that have shapes and no content."""
+    with reading(name, source["revision"]), torch.device("meta"):
+        config = AutoConfig.from_pretrained(name, **source)
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=source["trust_remote_code"])
+
+
+def _language_layers(model: Any) -> set[nn.Linear]:
+    """Returns the linear layers inside the numbered layers of the language model."""
+    numbered = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
+    return {layer for layers in numbered for layer in layers.modules() if isinstance(layer, nn.Linear)}
 
 
 def _weight_bytes(name: str, source: dict[str, Any], dtype: torch.dtype, load_in: LoadIn | None) -> int:
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name, **source))
+    model = _without_weights(name, source)
     bits = {"8bit": 8, "4bit": 4, None: 8 * dtype.itemsize}[load_in]
-    return int(sum(parameter.numel() for parameter in model.parameters())) * bits // 8
+    n_quantised = sum(layer.weight.numel() for layer in _language_layers(model))
+    n_others = sum(parameter.numel() for parameter in model.parameters()) - n_quantised
+    return int(n_others * dtype.itemsize + n_quantised * bits // 8)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -395,6 +419,17 @@ def _multiply(conv: nn.Conv3d) -> None:
         return linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)[..., None, None, None]
 
     conv.forward = forward  # type: ignore[assignment, method-assign]
+
+
+def _warn_of_copies(model: nn.Module) -> None:
+    """Warns of a transformers that copies keys and values at each step, for every query head that shares them."""
+    n = max(getattr(module, "num_key_value_groups", 1) for module in model.modules())
+    if n > 1 and not hasattr(sdpa_attention, "pack_gqa"):
+        log.warning(
+            "transformers %s copies the keys and values of this model %d-fold at every decode step, which slows "
+            "captioning down. Upgrade it: pip install -U 'transformers>=5.23,<6'",
+            *(version("transformers"), n),
+        )
 
 
 def _generation_config(recipe: Recipe, ends: list[int], pad_token: int) -> GenerationConfig:

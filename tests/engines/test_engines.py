@@ -8,14 +8,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from engine_steps import PHANTOMS, Pictures, captions, error_of, loaded, mixed_pictures, texts
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import AutoModelForImageTextToText
+from transformers.integrations import sdpa_attention
 
 from rococap.demo import MODEL
 from rococap.engines import Completion, Options
@@ -455,6 +459,38 @@ def test_the_patches_of_a_picture_are_projected_as_the_stock_model_does(engine):
     assert ours.proj.forward.__qualname__.startswith("_multiply")
     larger = torch.randn(2, 3, 4, 14, 14)  # no single patch
     assert torch.allclose(ours.proj(larger), theirs.proj(larger), atol=1e-5)
+
+
+def copies_told_of(caplog, model: Path = MODEL) -> list[str]:
+    loaded(model, Options(device="cpu", batch_size=5))
+    return [message for message in caplog.messages if "-fold at every decode step" in message]
+
+
+def test_a_transformers_that_copies_keys_and_values_at_each_step_is_named_with_the_remedy(monkeypatch, caplog):
+    monkeypatch.delattr(sdpa_attention, "pack_gqa", raising=False)
+    assert copies_told_of(caplog) == [
+        f"transformers {version('transformers')} copies the keys and values of this model 2-fold at every decode step, "
+        "which slows captioning down. Upgrade it: pip install -U 'transformers>=5.23,<6'"
+    ]
+
+
+def test_a_model_whose_query_heads_share_no_keys_is_not_warned_of(monkeypatch, caplog, tmp_path):
+    monkeypatch.delattr(sdpa_attention, "pack_gqa", raising=False)
+    monkeypatch.setitem(families.TEXT, "num_key_value_heads", families.TEXT["num_attention_heads"])
+    assert copies_told_of(caplog, families.qwen2_vl(tmp_path)) == []
+
+
+def test_the_installed_transformers_is_warned_of_only_if_it_copies_keys_at_a_decode_step(monkeypatch, caplog):
+    attention, heads = functional.scaled_dot_product_attention, set()
+
+    def attend(query: torch.Tensor, key: torch.Tensor, *args: object, **named: object) -> torch.Tensor:
+        if named.get("attn_mask") is not None and key.shape[2] > query.shape[2]:
+            heads.add(key.shape[1])
+        return attention(query, key, *args, **named)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
+    captions(loaded(options=Options(device="cpu", batch_size=5)), mixed_pictures(), 5)
+    assert heads == ({4} if copies_told_of(caplog) else {2}), "the demo model has 4 heads for queries and 2 for keys"
 
 
 def test_a_folder_that_is_not_there_is_refused():

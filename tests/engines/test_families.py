@@ -163,8 +163,9 @@ def test_code_that_comes_with_a_model_is_not_run_unless_the_recipe_says_so(tmp_p
     )
     stock = AutoModelForImageTextToText.from_pretrained(MODEL)
     save_file({name: tensor.clone() for name, tensor in stock.state_dict().items()}, folder / "model.safetensors")
-    engine = loaded(folder, trust_remote_code=True)
-    assert type(engine.loaded.model).__name__ == "OwnModel"
+    for load_in in ("4bit", None):
+        engine = loaded(folder, trust_remote_code=True, load_in=load_in)
+        assert type(engine.loaded.model).__name__ == "OwnModel"
 
 
 def test_a_model_that_transformers_has_no_class_for_is_refused_with_its_sister(tmp_path):
