@@ -40,10 +40,10 @@ def reduce_kernels(model: nn.Module, device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def _fuse_norm(norm: nn.Module) -> None:
+def _fuse_norm(norm: Any) -> None:
     """Computes a root-mean-square norm as one kernel instead of six, if it is plain: Gemma's, for example, is not."""
-    weight: Any = norm.weight
-    eps: Any = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    weight = norm.weight
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if eps is None:
         return
 
