@@ -51,7 +51,8 @@ def _fuse_norm(norm: Any) -> None:
         return rms_norm(hidden_states, weight.shape, norm.weight, eps)
 
     sample = torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
-    if torch.allclose(norm(sample), forward(sample), rtol=TOLERANCE[weight.dtype], atol=TOLERANCE[weight.dtype]):
+    tolerance = TOLERANCE[weight.dtype]
+    if torch.allclose(norm(sample), forward(sample), rtol=tolerance, atol=tolerance):
         norm.forward = forward
 
 

@@ -95,3 +95,25 @@ def test_prompts_and_steps_mix_no_tensors_of_two_devices(family, tmp_path, monke
                 running.tokens.append(0)
             decoder._step()
         assert decoder._slots.said.device == decoder._slots.layers[0].keys.device == GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_replayed_step_is_bit_for_bit_a_step_of_the_same_shape():
+    engine = engine_steps.loaded(options=Options(device="cuda:0", batch_size=8), max_pixels=50_000)
+    decoder = engine.decoder
+    assert decoder._graphs
+    pictures = [engine.prepare(number, image) for number, image in enumerate(mixed_pictures()[:6])]
+    tokens, keys = [], []
+    for replayed in (True, False):
+        decoder._prefill([row(picture) for picture in pictures])
+        width = decoder._slots.size[1]
+        for _ in range(10):
+            if replayed:
+                assert decoder._graphs.replay(8, width)
+            else:
+                decoder._decode(8, width)
+        tokens.append(decoder._slots.said.tolist())
+        keys.append([layer.keys[:6].clone() for layer in decoder._slots.layers])
+        decoder._remove(list(decoder._rows))
+    assert tokens[0] == tokens[1]
+    assert all(torch.equal(one, other) for one, other in zip(*keys, strict=True))
