@@ -10,25 +10,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rococap.engines import Completion, Failure, Prepared
+from rococap.engines import Completion, Failure, Prepared, Request
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The processor's tensors for one picture, and the picture itself in case it has to be shrunk."""
+    """The processor's tensors for one request, its limit, and the request itself in case its pictures are to shrink."""
 
     tensors: dict[str, Tensor]
-    picture: Image
+    request: Request
+    max_new_tokens: int
     flags: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model on its device, and what ends a caption: a token in `ends`, or `max_new_tokens`."""
+    """A model on its device, and what ends a caption: a token in `ends`, or the limit of its request.
+
+    No request has a limit above `max_new_tokens`.
+    """
 
     model: Any
     tokenizer: Any
@@ -38,7 +41,8 @@ class Loaded:
     max_new_tokens: int
 
     def is_over(self, row: "Row") -> bool:
-        return not row.is_finite or row.tokens[-1] in self.ends or len(row.tokens) == self.max_new_tokens
+        limit: int = row.picture.inputs.max_new_tokens
+        return not row.is_finite or row.tokens[-1] in self.ends or len(row.tokens) == limit
 
     def batch(self, pictures: Sequence[Prepared]) -> dict[str, Tensor]:
         """Makes one left-padded batch on the device."""

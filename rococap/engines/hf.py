@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
 
 from rococap.data import images
-from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, adapters, continuous, families
+from rococap.engines import Completion, EngineInfo, Options, Prepared, Request, Source, adapters, continuous, families
 from rococap.engines.checkpoint import (
     choose_dtype,
     end_tokens,
@@ -35,7 +35,7 @@ from rococap.engines.decoding import Inputs, Loaded, dtype_name, free_memory
 from rococap.engines.packing import pack
 from rococap.engines.sizing import USUAL_SIDE, choose_limit
 from rococap.engines.static import StaticDecoder
-from rococap.engines.template import ADVICE, chat_prompt
+from rococap.engines.template import ADVICE, chat_prompt, messages_prompt
 from rococap.errors import ModelError, PictureError
 from rococap.recipe import LoadIn, Recipe
 
@@ -108,7 +108,7 @@ class TransformersEngine:
             log.info("pictures are reduced to --max-pixels beforehand: how to set bounds for %s is unknown", model_type)
         self.prompt = chat_prompt(self.processor, self.recipe.prompt, name)
         try:
-            self.prepare(0, new_picture("RGB", (USUAL_SIDE, USUAL_SIDE)))
+            self.prepare(0, Request([new_picture("RGB", (USUAL_SIDE, USUAL_SIDE))]))
         except PictureError as error:
             raise ModelError(
                 f"The processor of {name} rejects pictures with the prompt that its chat template makes: "
@@ -127,28 +127,35 @@ class TransformersEngine:
     def batch_size(self, size: int) -> None:
         self.decoder.limit = size
 
-    def prepare(self, job_id: int, picture: Image) -> Prepared:
+    def prepare(self, job_id: int, request: Request) -> Prepared:
+        limit = request.limit(self.recipe)
         if self._reduces:
-            picture = images.reduced(picture, self.recipe.max_pixels)
+            reduced = [images.reduced(picture, self.recipe.max_pixels) for picture in request.pictures]
+            request = replace(request, pictures=reduced)
         try:
-            tensors = self._process(picture)
+            tensors = self._process(request)
         except ValueError as error:
-            raise PictureError("unprocessable", f"The model's processor rejects this picture: {error}") from error
-        return Prepared(job_id, Inputs(tensors, picture), tensors["input_ids"].shape[1])
+            n = len(request.pictures)
+            what = "this picture" if n == 1 else f"these {n} pictures"
+            raise PictureError("unprocessable", f"The model's processor rejects {what}: {error}") from error
+        return Prepared(job_id, Inputs(tensors, request, limit), tensors["input_ids"].shape[1])
 
-    def _process(self, picture: Image) -> dict[str, Tensor]:
-        """Returns the processor's output, with the prompt from a cache.
+    def _process(self, request: Request) -> dict[str, Tensor]:
+        """Returns the processor's output, with the recipe's prompt from a cache.
 
         Half of the processor's time goes into the prompt, in which only the number of image tokens varies, with the
         shape of the processed picture. Prompts are not cached if they depend on more than the image processor returns.
         """
+        pictures = list(request.pictures)
+        if request.messages is not None:
+            return self._process_whole(messages_prompt(self.processor, request.messages, self.recipe.model), pictures)
         if not self._keeps_prompts:
-            return self._process_whole(picture)
-        image = dict(self.processor.image_processor(images=[picture], return_tensors="pt"))
+            return self._process_whole(self.prompt, pictures)
+        image = dict(self.processor.image_processor(images=pictures, return_tensors="pt"))
         shape = _shape(image)
         text = self._texts.get(shape)  # looked up only once, since another thread may clear the cache
         if text is None:
-            whole = self._process_whole(picture)
+            whole = self._process_whole(self.prompt, pictures)
             if shape is None or not all(name in whole and torch.equal(whole[name], image[name]) for name in image):
                 self._keeps_prompts = False
                 return whole
@@ -157,8 +164,8 @@ class TransformersEngine:
             text = self._texts[shape] = {name: tensor for name, tensor in whole.items() if name not in image}
         return text | image
 
-    def _process_whole(self, picture: Image) -> dict[str, Tensor]:
-        return dict(self.processor(text=[self.prompt], images=[picture], return_tensors="pt"))
+    def _process_whole(self, prompt: str, pictures: list[Image]) -> dict[str, Tensor]:
+        return dict(self.processor(text=[prompt], images=pictures, return_tensors="pt"))
 
     def run(self, source: Source) -> Iterator[Completion]:
         return self.decoder.run(source)
@@ -214,16 +221,20 @@ class TransformersEngine:
         return None if continuous.is_known(self.loaded.model) else "its cache is of an unsupported kind"
 
     def _shrink(self, picture: Prepared) -> Prepared | None:
-        """Prepares a smaller version of a picture, with a flag; None if fewer pixels make no fewer tokens."""
-        image = picture.inputs.picture
-        while min(image.size) > 1:
-            image = image.resize([max(1, round(side * SHRINK)) for side in image.size], Resampling.LANCZOS)
-            smaller = self.prepare(picture.job_id, image)
+        """Prepares a request with smaller pictures, with a flag; None if fewer pixels make no fewer tokens."""
+        request: Request = picture.inputs.request
+        while any(min(image.size) > 1 for image in request.pictures):
+            request = replace(request, pictures=[_smaller(image) for image in request.pictures])
+            smaller = self.prepare(picture.job_id, request)
             if smaller.n_tokens < picture.n_tokens:
                 message = "out of memory with one picture of %d prompt tokens: reduced to %d by using fewer pixels"
                 log.warning(message, picture.n_tokens, smaller.n_tokens)
                 return replace(smaller, inputs=replace(smaller.inputs, flags="fewer_pixels"))
         return None
+
+
+def _smaller(picture: Image) -> Image:
+    return picture.resize([max(1, round(side * SHRINK)) for side in picture.size], Resampling.LANCZOS)
 
 
 def _shape(image: Mapping[str, object]) -> Hashable:
