@@ -984,6 +984,22 @@ MUTANTS = (
         "replace(request, max_new_tokens=None, pictures=",
         "engines/test_requests.py::test_pictures_too_large_together_are_all_reduced_and_their_messages_and_limit_stay",
     ),
+    mutant(
+        "tells-the-end",
+        "the token that ends an answer is told like one of its text",
+        "tell",
+        " and row.tokens[-1] not in ends",
+        "",
+        "engines/test_requests.py::test_the_tokens_told_of_every_row_are_those_of_its_completion_and_come_before_it",
+    ),
+    mutant(
+        "tells-from-where-it-was",
+        "a row that begins again in a static batch keeps the tokens from before",
+        "StaticDecoder._generate",
+        "            row.tokens.clear()\n",
+        "            pass\n",
+        "engines/test_requests.py::test_a_row_that_begins_again_is_told_from_its_first_token_again",
+    ),
 )
 
 

@@ -5,7 +5,7 @@ An engine knows no database, no data set and no lease. Importing this module doe
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL.Image import Image
 
@@ -179,6 +179,21 @@ class Source(Protocol):
         """
 
 
+@runtime_checkable
+class Streaming(Source, Protocol):
+    """A source that also wants the tokens of each answer as they come. The engine `openai` does not stream."""
+
+    def tokens(self, job_id: int, start: int, ids: Sequence[int]) -> None:
+        """Gets a row's new tokens after a step: those at the positions `start`, `start` + 1, … of its answer.
+
+        Called on the thread of `run`, before `step` and before the row's completion. The token that ends the answer is
+        not among them, so that all `ids`, decoded without special tokens, are the completion's text. After running out
+        of memory a row begins again at 0: whoever passes tokens on skips the positions that it has passed on before.
+        They hold the same tokens in float32; in half precision, or in fewer pixels, they may differ. The completion is
+        what counts, also if it is a failure.
+        """
+
+
 class Engine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
@@ -200,7 +215,7 @@ class Engine(Protocol):
     def run(self, source: Source) -> Iterator[Completion]:
         """Yields exactly one completion per request taken and not abandoned, as each finishes, until the source ends.
 
-        Raises ModelError if the engine can caption no further picture.
+        Tells a Streaming source the tokens meanwhile. Raises ModelError if the engine can caption no further picture.
         """
 
     def close(self) -> None:

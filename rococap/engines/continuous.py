@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from rococap.engines import Completion, Prepared, Source, gather
-from rococap.engines.decoding import Loaded, Row, free_memory, out_of_memory, share
+from rococap.engines import Completion, Prepared, Source, Streaming, gather
+from rococap.engines.decoding import Loaded, Row, free_memory, out_of_memory, share, tell
 
 log = logging.getLogger(__name__)
 
@@ -149,9 +149,11 @@ class ContinuousDecoder:
         self._slots = Slots(len(DynamicCache(config=loaded.model.config).layers), loaded.device)
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
+        self._listener: Streaming | None = None
 
     def run(self, source: Source) -> Iterator[Completion]:
         """Captions the source's pictures, as specified by Engine.run."""
+        self._listener = source if isinstance(source, Streaming) else None
         while self._take(source):
             group = self._next_group()
             started = time.perf_counter()
@@ -272,6 +274,8 @@ class ContinuousDecoder:
             row.is_finite = not is_bad
             if self.loaded.is_over(row):
                 finished.add(slot)
+        if self._listener is not None:
+            tell(self._listener, active, self.loaded.ends)
         done = [self._rows[slot] for slot in sorted(finished)]
         self._remove(finished)
         for row in done:

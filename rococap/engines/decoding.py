@@ -5,7 +5,7 @@ mm_token_type_ids, it captions the wrong picture fluently, without an error. Kno
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rococap.engines import Completion, Failure, Prepared, Request
+from rococap.engines import Completion, Failure, Prepared, Request, Streaming
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,13 @@ class Row:
             latency_ms=(now - self.taken_at) * 1000,
             batch_size=self.batch_size,
         )
+
+
+def tell(source: Streaming, rows: Iterable[Row], ends: Set[int]) -> None:
+    """Tells a source the latest token of each row, unless that ends it."""
+    for row in rows:
+        if row.is_finite and row.tokens[-1] not in ends:
+            source.tokens(row.picture.job_id, len(row.tokens) - 1, row.tokens[-1:])
 
 
 def share(rows: Sequence[Row], seconds: float) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from rococap.engines import Completion, Prepared, Source, gather
-from rococap.engines.decoding import Loaded, Row, free_memory, out_of_memory, share
+from rococap.engines import Completion, Prepared, Source, Streaming, gather
+from rococap.engines.decoding import Loaded, Row, free_memory, out_of_memory, share, tell
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]  # transformers ships no t
 
     def __init__(self, source: Source, rows: Sequence[Row], loaded: Loaded) -> None:
         self.source = source
+        self.listener = source if isinstance(source, Streaming) else None
         self.rows = rows
         self.loaded = loaded
         self.abandoned: set[int] = set()
@@ -97,6 +98,8 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]  # transformers ships no t
         self._share(time.perf_counter())
         for slot in self.active:
             self.rows[slot].tokens.append(newest[slot])
+        if self.listener is not None:
+            tell(self.listener, (self.rows[slot] for slot in self.active), self.loaded.ends)
         lost = self.source.step(len(self.active))
         self.abandoned |= {slot for slot in self.active if self.rows[slot].picture.job_id in lost}
         self.active -= self.abandoned | {slot for slot in self.active if self.loaded.is_over(self.rows[slot])}

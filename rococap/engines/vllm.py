@@ -34,6 +34,7 @@ from rococap.engines import (
     Prepared,
     Request,
     Source,
+    Streaming,
     adapters,
     families,
     files,
@@ -150,6 +151,7 @@ class VLLMEngine:
         return Prepared(job_id, Inputs(inputs, sampling), len(inputs["prompt_token_ids"]))
 
     def run(self, source: Source) -> Iterator[Completion]:
+        listener = source if isinstance(source, Streaming) else None
         rows: dict[str, Row] = {}
         while (taken := self._take(source, len(rows))) or rows:
             yield from self._add(taken, rows)
@@ -158,6 +160,8 @@ class VLLMEngine:
             started = time.perf_counter()
             outputs = [output for output in self._llm.step() if output.request_id in rows]
             n_decoded = sum(bool(rows[output.request_id].tokens) for output in outputs)
+            if listener is not None:
+                self._tell(listener, outputs, rows)
             yield from self._charge(outputs, rows, started)
             self._abandon(source.step(n_decoded), rows)
 
@@ -186,6 +190,14 @@ class VLLMEngine:
                 )
             else:
                 rows[name] = Row(picture, now, [])
+
+    def _tell(self, listener: Streaming, outputs: list[Any], rows: dict[str, Row]) -> None:
+        """Tells the tokens of a step, which the rows do not have yet."""
+        for output in outputs:
+            row = rows[output.request_id]
+            ids = [id for id in output.outputs[0].token_ids if id not in self.loaded.ends]
+            if ids and not output.metrics.is_corrupted:
+                listener.tokens(row.picture.job_id, len(row.tokens), ids)
 
     def _charge(self, outputs: list[Any], rows: dict[str, Row], started: float) -> Iterator[Completion]:
         """Charges a step to the rows that got a token in it, or to all if it only read parts of prompts.

@@ -1,12 +1,14 @@
-"""Requests: messages with pictures, and limits of their own."""
+"""Requests: messages with pictures, limits of their own, and tokens that are told as they come."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 from engine_steps import (
     PHANTOMS,
+    Pictures,
     Requests,
     answers,
     captions,
@@ -226,3 +228,102 @@ def test_pictures_too_large_together_are_all_reduced_and_their_messages_and_limi
         (answer,) = answers(engine, [Request(images, TALK, 5)])
     assert (answer.flags, answer.prompt_tokens) == ("fewer_pixels", expected.prompt_tokens)
     assert (answer.text, answer.finish_reason, answer.new_tokens) == (expected.text, "length", 5)
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------
+
+
+class Listening(Requests):
+    """A Source that is told tokens; `told` are those at each position, by job, and `calls` (step, job, start)."""
+
+    def __init__(self, engine: TransformersEngine, requests: Sequence[Request]) -> None:
+        super().__init__(engine, requests)
+        self.told: dict[int, dict[int, int]] = {}
+        self.calls: list[tuple[int, int, int]] = []
+
+    def tokens(self, job_id: int, start: int, ids: Sequence[int]) -> None:
+        self.calls.append((self.steps, job_id, start))
+        for position, token in enumerate(ids, start):
+            assert self.told.setdefault(job_id, {}).setdefault(position, token) == token, "it was another before"
+
+    def all_of(self, job_id: int) -> list[int]:
+        told = self.told.get(job_id, {})
+        assert list(told) == list(range(len(told)))
+        return list(told.values())
+
+
+def asked_for_tokens() -> list[Request]:
+    images = mixed_pictures()
+    captioned = [Request([image], max_new_tokens=[None, 4, 1][n % 3]) for n, image in enumerate(images)]
+    return [*captioned, Request(images[:3], TALK), Request(images[3:6], TALK, 9)]
+
+
+def test_the_tokens_told_of_every_row_are_those_of_its_completion_and_come_before_it(engine):
+    engine.decoder.limit = 5
+    source = Listening(engine, asked_for_tokens())
+    done = 0
+    for completion in engine.run(source):
+        told = source.all_of(completion.job_id)
+        assert engine.processor.tokenizer.decode(told, skip_special_tokens=True) == completion.text
+        assert len(told) == completion.new_tokens - (completion.finish_reason == "stop")
+        done += 1
+    assert done == len(asked_for_tokens())
+
+
+def test_a_row_is_told_one_token_a_step_and_none_twice(engine):
+    engine.decoder.limit = 5
+    source = Listening(engine, asked_for_tokens())
+    list(engine.run(source))
+    for job_id in source.told:
+        steps = [at for at, told, _ in source.calls if told == job_id]
+        assert steps == sorted(set(steps))
+        assert [start for _, told, start in source.calls if told == job_id] == list(range(len(steps)))
+
+
+def test_a_row_that_begins_again_is_told_from_its_first_token_again(engine):
+    requests = asked_for_tokens()
+    expected = texts(answers(engine, requests, 1))
+    engine.decoder.limit = 8
+    source = Listening(engine, requests)
+    step = source.step
+    with ExitStack() as later:
+
+        def fills_up(rows: int) -> set[int]:
+            if source.steps == 10:
+                later.enter_context(memory_for(engine, rows=2))
+            return step(rows)
+
+        source.step = fills_up
+        completions = sorted(engine.run(source), key=lambda completion: completion.job_id)
+    assert texts(completions) == expected
+    starts = [start for _, job_id, start in source.calls if job_id == 0]
+    n = completions[0].new_tokens - 1
+    assert starts[-n:] == list(range(n))
+    assert len(starts) > n
+    for completion in completions:
+        told = engine.processor.tokenizer.decode(source.all_of(completion.job_id), skip_special_tokens=True)
+        assert told == completion.text
+
+
+def test_an_abandoned_row_is_told_no_more_tokens(engine):
+    engine.decoder.limit = 16
+    source = Listening(engine, [Request([image]) for image in mixed_pictures()[:4]])
+    step = source.step
+
+    def loses(rows: int) -> set[int]:
+        source.lost = {1} if source.steps >= 3 else set()
+        return step(rows)
+
+    source.step = loses
+    assert sorted(completion.job_id for completion in engine.run(source)) == [0, 2, 3]
+    assert len(source.told[1]) == 4
+
+
+def test_a_source_that_does_not_listen_costs_nothing(engine, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("nobody listens")
+
+    monkeypatch.setattr(f"rococap.engines.{engine.options.decode}.tell", refuse)
+    assert all(completion.text for completion in engine.run(Pictures(engine, mixed_pictures()[:2])))
+    with pytest.raises(AssertionError, match="nobody listens"):
+        list(engine.run(Listening(engine, [Request([BLANK])])))

@@ -218,6 +218,20 @@ def test_a_requests_own_limit_holds_and_changes_no_neighbour(engine):
 
 
 @needs_vllm
+def test_the_tokens_told_are_those_of_the_completion(engine):
+    class Listening(Pictures):
+        def tokens(self, job_id: int, start: int, ids: Sequence[int]) -> None:
+            assert start == len(told.setdefault(job_id, []))
+            told[job_id] += ids
+
+    told: dict[int, list[int]] = {}
+    for completion in engine.run(Listening(engine, PICTURES)):
+        ids = told[completion.job_id]
+        assert engine.loaded.tokenizer.decode(ids, skip_special_tokens=True) == completion.text
+        assert len(ids) == completion.new_tokens - (completion.finish_reason == "stop")
+
+
+@needs_vllm
 def test_several_pictures_in_a_request_are_refused(engine):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
     with pytest.raises(PictureError, match="The engine vllm takes one picture in a request, not 2"):
