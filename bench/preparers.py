@@ -26,7 +26,7 @@ import torch
 from launches import write_deep_model
 from PIL import Image
 
-from rococap.engines import Options
+from rococap.engines import Options, Request
 from rococap.engines.decoding import Row
 from rococap.engines.hf import TransformersEngine
 from rococap.recipe import Recipe
@@ -75,7 +75,7 @@ def _load(model: str) -> TransformersEngine:
 def _turn(engine: TransformersEngine, steps: int) -> float:
     """Milliseconds of a decoding step of one row."""
     decoder = engine.decoder
-    decoder._prefill([Row(engine.prepare(0, Image.new("RGB", (56, 56))), 0.0, [0])])
+    decoder._prefill([Row(engine.prepare(0, Request([Image.new("RGB", (56, 56))])), 0.0, [0])])
     took = []
     for _ in range(steps):
         started = time.perf_counter()
@@ -93,9 +93,9 @@ def _threads(engine: TransformersEngine, n: int) -> Iterator[Callable[[], int]]:
     over = threading.Event()
 
     def prepare(number: int) -> None:
-        picture = Image.effect_noise((SIDE, SIDE), 64).convert("RGB")
+        request = Request([Image.effect_noise((SIDE, SIDE), 64).convert("RGB")])
         while not over.is_set():
-            engine.prepare(0, picture)
+            engine.prepare(0, request)
             done[number] += 1
 
     threads = [threading.Thread(target=prepare, args=(number,)) for number in range(n)]
@@ -124,10 +124,10 @@ def _processes(engine: TransformersEngine, n: int) -> Iterator[Callable[[], int]
 
 def _prepare(number: int, model: str, done: list[int], over: threading.Event, ready: threading.Barrier) -> None:
     engine = _load(model)
-    picture = Image.effect_noise((SIDE, SIDE), 64).convert("RGB")
+    request = Request([Image.effect_noise((SIDE, SIDE), 64).convert("RGB")])
     ready.wait()
     while not over.is_set():
-        engine.prepare(0, picture)
+        engine.prepare(0, request)
         done[number] += 1
 
 

@@ -1112,6 +1112,63 @@ MUTANTS = (
         "all(",
         "worker/test_fetcher.py::test_what_is_leased_is_the_running_rows_and_one_claim_and_row_groups_are_read_once",
     ),
+    # --- requests ---
+    mutant(
+        "limit-of-the-recipe-for-all",
+        "an answer goes on to the recipe's limit although its request has a smaller one",
+        "Loaded.is_over",
+        "row.picture.inputs.max_new_tokens",
+        "self.max_new_tokens",
+        "engines/test_requests.py::test_a_requests_own_limit_holds_and_changes_no_neighbour",
+    ),
+    mutant(
+        "limit-beyond-the-buffers",
+        "a request may ask for more tokens than buffers have room for",
+        "Request.limit",
+        "if self.max_new_tokens > recipe.max_new_tokens:",
+        "if False:",
+        "engines/test_requests.py::test_a_limit_above_the_recipes_is_refused",
+    ),
+    mutant(
+        "dropped-in-silence",
+        "an instruction that the chat template drops is not missed",
+        "messages_prompt",
+        "    if lack := _lack(prompt, messages, _tokens(processor, OF_A_PICTURE)):\n",
+        '    if lack := "":\n',
+        "engines/test_requests.py::test_what_a_template_cannot_render_or_drops_is_refused",
+    ),
+    mutant(
+        "pictures-in-other-places",
+        "a server gets the pictures of a request in reverse order",
+        "_with_pictures",
+        "iter(pictures)",
+        "iter(pictures[::-1])",
+        "engines/test_openai.py::test_messages_arrive_with_their_pictures_in_their_places_and_their_limit",
+    ),
+    mutant(
+        "shrinks-its-limit-away",
+        "a request whose pictures are reduced loses its limit",
+        "TransformersEngine._shrink",
+        "replace(request, pictures=",
+        "replace(request, max_new_tokens=None, pictures=",
+        "engines/test_requests.py::test_pictures_too_large_together_are_all_reduced_and_their_messages_and_limit_stay",
+    ),
+    mutant(
+        "tells-the-end",
+        "the token that ends an answer is told like one of its text",
+        "tell",
+        " and row.tokens[-1] not in ends",
+        "",
+        "engines/test_requests.py::test_the_tokens_told_of_every_row_are_those_of_its_completion_and_come_before_it",
+    ),
+    mutant(
+        "tells-from-where-it-was",
+        "a row that begins again in a static batch keeps the tokens from before",
+        "StaticDecoder._generate",
+        "            row.tokens.clear()\n",
+        "            pass\n",
+        "engines/test_requests.py::test_a_row_that_begins_again_is_told_from_its_first_token_again",
+    ),
 )
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from rococap.engines import Completion, Prepared, Source, decoding, gather
-from rococap.engines.decoding import Loaded, Row, free_memory, is_out_of_memory, out_of_memory, share
+from rococap.engines import Completion, Prepared, Source, Streaming, decoding, gather
+from rococap.engines.decoding import Loaded, Row, free_memory, is_out_of_memory, out_of_memory, share, tell
 from rococap.engines.graphs import Graphs
 from rococap.engines.precompute import GRID, join, keeps_grid
 
@@ -200,9 +200,11 @@ class ContinuousDecoder:
         self._waiting: deque[Row] = deque()
         self._group_limit = GROUP_TOKENS
         """How many pictures are read together at most; lowered when the device runs out of memory."""
+        self._listener: Streaming | None = None
 
     def run(self, source: Source) -> Iterator[Completion]:
         """Captions the source's pictures, as specified by Engine.run."""
+        self._listener = source if isinstance(source, Streaming) else None
         while self._take(source):
             group = self._next_group()
             started = time.perf_counter()
@@ -358,6 +360,8 @@ class ContinuousDecoder:
             row.is_finite = said[slot] != NOT_FINITE
             if self.loaded.is_over(row):
                 finished.append(slot)
+        if self._listener is not None:
+            tell(self._listener, [self._rows[slot] for slot in slots], self.loaded.ends)
         done = [self._rows[slot] for slot in finished]
         self._remove(finished)
         for row in done:

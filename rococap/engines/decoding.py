@@ -6,27 +6,27 @@ mm_token_type_ids, it captions the wrong picture fluently, without an error. Kno
 
 import gc
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rococap.engines import Completion, Failure, Prepared
+from rococap.engines import Completion, Failure, Prepared, Request, Streaming
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The processor's tensors for one picture, and the picture itself in case it has to be shrunk.
+    """The processor's tensors for one request, its limit, and the request itself in case its pictures are to shrink.
 
-    `precomputed` is what the decoder computed from them beforehand, if it does so.
+    `precomputed` is what the decoder computed from the tensors beforehand, if it does so.
     """
 
     tensors: dict[str, Tensor]
-    picture: Image
+    request: Request
+    max_new_tokens: int
     precomputed: "Precomputed | None" = None
     flags: str = ""
 
@@ -45,7 +45,10 @@ class Precomputed:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model on its device, and what ends a caption: a token in `ends`, or `max_new_tokens`."""
+    """A model on its device, and what ends a caption: a token in `ends`, or the limit of its request.
+
+    No request has a limit above `max_new_tokens`.
+    """
 
     model: Any
     tokenizer: Any
@@ -55,7 +58,8 @@ class Loaded:
     max_new_tokens: int
 
     def is_over(self, row: "Row") -> bool:
-        return not row.is_finite or row.tokens[-1] in self.ends or len(row.tokens) == self.max_new_tokens
+        limit: int = row.picture.inputs.max_new_tokens
+        return not row.is_finite or row.tokens[-1] in self.ends or len(row.tokens) == limit
 
     def batch(self, pictures: Sequence[Prepared], on_host: Set[str] = frozenset()) -> dict[str, Tensor]:
         """Makes one left-padded batch on the device, except for the tensors named in `on_host`.
@@ -116,6 +120,13 @@ class Row:
             latency_ms=(now - self.taken_at) * 1000,
             batch_size=self.batch_size,
         )
+
+
+def tell(source: Streaming, rows: Iterable[Row], ends: Set[int]) -> None:
+    """Tells a source the latest token of each row, unless that ends it."""
+    for row in rows:
+        if row.is_finite and row.tokens[-1] not in ends:
+            source.tokens(row.picture.job_id, len(row.tokens) - 1, row.tokens[-1:])
 
 
 def share(rows: Sequence[Row], seconds: float) -> None:

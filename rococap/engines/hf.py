@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 from transformers.integrations import sdpa_attention
 
 from rococap.data import images
-from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, adapters, continuous, families
+from rococap.engines import Completion, EngineInfo, Options, Prepared, Request, Source, adapters, continuous, families
 from rococap.engines.checkpoint import (
     choose_dtype,
     end_tokens,
@@ -38,7 +38,7 @@ from rococap.engines.packing import pack
 from rococap.engines.precompute import precompute
 from rococap.engines.sizing import USUAL_SIDE, choose_limit, longest
 from rococap.engines.static import StaticDecoder
-from rococap.engines.template import ADVICE, chat_prompt
+from rococap.engines.template import ADVICE, chat_prompt, messages_prompt
 from rococap.errors import ModelError, PictureError
 from rococap.recipe import LoadIn, Recipe
 
@@ -120,7 +120,7 @@ class TransformersEngine:
             log.info("pictures are reduced to --max-pixels beforehand: how to set bounds for %s is unknown", model_type)
         self.prompt = chat_prompt(self.processor, self.recipe.prompt, name)
         try:
-            self.prepare(0, new_picture("RGB", (USUAL_SIDE, USUAL_SIDE)))
+            self.prepare(0, Request([new_picture("RGB", (USUAL_SIDE, USUAL_SIDE))]))
         except PictureError as error:
             raise ModelError(
                 f"The processor of {name} rejects pictures with the prompt that its chat template makes: "
@@ -139,15 +139,19 @@ class TransformersEngine:
     def batch_size(self, size: int) -> None:
         self.decoder.limit = size
 
-    def prepare(self, job_id: int, picture: Image) -> Prepared:
+    def prepare(self, job_id: int, request: Request) -> Prepared:
+        limit = request.limit(self.recipe)
         if self._reduces:
-            picture = images.reduced(picture, self.recipe.max_pixels)
+            reduced = [images.reduced(picture, self.recipe.max_pixels) for picture in request.pictures]
+            request = replace(request, pictures=reduced)
         try:
-            tensors, precomputed = self._process(picture)
+            tensors, precomputed = self._process(request)
         except ValueError as error:
-            raise PictureError("unprocessable", f"The model's processor rejects this picture: {error}") from error
+            n = len(request.pictures)
+            what = "this picture" if n == 1 else f"these {n} pictures"
+            raise PictureError("unprocessable", f"The model's processor rejects {what}: {error}") from error
         staged = {name: self._staged(tensor) for name, tensor in tensors.items()}
-        return Prepared(job_id, Inputs(staged, picture, precomputed), tensors["input_ids"].shape[1])
+        return Prepared(job_id, Inputs(staged, request, limit, precomputed), tensors["input_ids"].shape[1])
 
     def _staged(self, tensor: Tensor) -> Tensor:
         """Casts pixels to the model's type, as the model itself would, and pins them so that copying need not wait."""
@@ -156,19 +160,22 @@ class TransformersEngine:
         tensor = tensor.to(self.dtype)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
-    def _process(self, picture: Image) -> Prompt:
-        """Returns the processor's output, with the prompt from a cache, and what the decoder computes from it.
+    def _process(self, request: Request) -> Prompt:
+        """Returns the processor's output, with the recipe's prompt from a cache, and what the decoder computes from it.
 
         Half of the processor's time goes into the prompt, in which only the number of image tokens varies, with the
         shape of the processed picture. Prompts are not cached if they depend on more than the image processor returns.
         """
+        pictures = list(request.pictures)
+        if request.messages is not None:
+            return self._process_whole(messages_prompt(self.processor, request.messages, self.recipe.model), pictures)
         if not self._keeps_prompts:
-            return self._process_whole(picture)
-        image = dict(self.processor.image_processor(images=[picture], return_tensors="pt"))
+            return self._process_whole(self.prompt, pictures)
+        image = dict(self.processor.image_processor(images=pictures, return_tensors="pt"))
         shape = _shape(image)
         prompt = self._prompts.get(shape)  # looked up only once, since another thread may clear the cache
         if prompt is None:
-            whole, precomputed = self._process_whole(picture)
+            whole, precomputed = self._process_whole(self.prompt, pictures)
             if shape is None or not all(name in whole and torch.equal(whole[name], image[name]) for name in image):
                 self._keeps_prompts = False
                 return whole, precomputed
@@ -178,8 +185,8 @@ class TransformersEngine:
             prompt = self._prompts[shape] = text, precomputed
         return prompt[0] | image, prompt[1]
 
-    def _process_whole(self, picture: Image) -> Prompt:
-        tensors = dict(self.processor(text=[self.prompt], images=[picture], return_tensors="pt"))
+    def _process_whole(self, prompt: str, pictures: list[Image]) -> Prompt:
+        tensors = dict(self.processor(text=[prompt], images=pictures, return_tensors="pt"))
         return tensors, precompute(self.loaded.model, tensors) if self._precomputes else None
 
     def run(self, source: Source) -> Iterator[Completion]:
@@ -244,16 +251,20 @@ class TransformersEngine:
         return None if continuous.is_known(self.loaded.model) else "its cache is of an unsupported kind"
 
     def _shrink(self, picture: Prepared) -> Prepared | None:
-        """Prepares a smaller version of a picture, with a flag; None if fewer pixels make no fewer tokens."""
-        image = picture.inputs.picture
-        while min(image.size) > 1:
-            image = image.resize([max(1, round(side * SHRINK)) for side in image.size], Resampling.LANCZOS)
-            smaller = self.prepare(picture.job_id, image)
+        """Prepares a request with smaller pictures, with a flag; None if fewer pixels make no fewer tokens."""
+        request: Request = picture.inputs.request
+        while any(min(image.size) > 1 for image in request.pictures):
+            request = replace(request, pictures=[_smaller(image) for image in request.pictures])
+            smaller = self.prepare(picture.job_id, request)
             if smaller.n_tokens < picture.n_tokens:
                 message = "out of memory with one picture of %d prompt tokens: reduced to %d by using fewer pixels"
                 log.warning(message, picture.n_tokens, smaller.n_tokens)
                 return replace(smaller, inputs=replace(smaller.inputs, flags="fewer_pixels"))
         return None
+
+
+def _smaller(picture: Image) -> Image:
+    return picture.resize([max(1, round(side * SHRINK)) for side in picture.size], Resampling.LANCZOS)
 
 
 def _shape(image: Mapping[str, object]) -> Hashable:

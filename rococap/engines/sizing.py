@@ -11,7 +11,7 @@ import psutil
 import torch
 from PIL import Image
 
-from rococap.engines import Prepared
+from rococap.engines import Prepared, Request
 from rococap.engines.continuous import GROUP_TOKENS, ContinuousDecoder
 from rococap.engines.decoding import free_memory, is_out_of_memory
 
@@ -32,7 +32,7 @@ USUAL_SIDE = 512
 """The side of a typical picture in pixels."""
 
 
-def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Image.Image], Prepared], max_pixels: int) -> int:
+def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Request], Prepared], max_pixels: int) -> int:
     """Returns as many rows as there is memory for, or fewer if these yield about as many tokens per second.
 
     On a GPU it prefills the largest picture that the recipe allows, as many times as are ever prefilled together, so
@@ -41,7 +41,7 @@ def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Image.Image
     """
     on_gpu = decoder.loaded.device.type == "cuda"
     side = math.isqrt(max_pixels) if on_gpu else min(USUAL_SIDE, math.isqrt(max_pixels))
-    picture = prepare(0, Image.effect_noise((side, side), 64).convert("RGB"))
+    picture = prepare(0, Request([Image.effect_noise((side, side), 64).convert("RGB")]))
     n_read = max(1, GROUP_TOKENS // picture.n_tokens) if on_gpu else 1
     room = MEMORY_SHARE * _available(decoder.loaded.device)
     rates: dict[int, float] = {}
@@ -64,12 +64,12 @@ def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Image.Image
     return chosen
 
 
-def longest(prepare: Callable[[int, Image.Image], Prepared], max_pixels: int) -> Prepared:
+def longest(prepare: Callable[[int, Request], Prepared], max_pixels: int) -> Prepared:
     """Returns a picture with as many prompt tokens as the recipe allows: rounding makes that depend on its shape."""
     sides = (
         (math.isqrt(max_pixels * width // height), math.isqrt(max_pixels * height // width)) for width, height in SHAPES
     )
-    return max((prepare(0, Image.new("RGB", size)) for size in sides), key=lambda picture: picture.n_tokens)
+    return max((prepare(0, Request([Image.new("RGB", size)])) for size in sides), key=lambda picture: picture.n_tokens)
 
 
 def _available(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rococap.demo import MODEL
 from rococap.demo.phantoms import HELD_OUT_SEEDS, draw
-from rococap.engines import Completion, Options, Prepared, continuous
+from rococap.engines import Completion, Options, Prepared, Request, continuous
 from rococap.engines.decoding import Loaded, Row
 from rococap.engines.hf import TransformersEngine
 from rococap.engines.sizing import choose_limit
@@ -83,7 +83,7 @@ def prepared(engine) -> list[Prepared]:
         engine._prompts.clear()
         assert (engine.prompt == asked) == (prompt == RECIPE.prompt)
         for size in SIZES:
-            made.append(engine.prepare(len(made), pictures[len(made)].resize(size)))
+            made.append(engine.prepare(len(made), Request([pictures[len(made)].resize(size)])))
     engine.prompt = asked
     engine._prompts.clear()
     assert len({picture.n_tokens for picture in made}) > 8
@@ -287,5 +287,5 @@ def test_measuring_leaves_the_decoder_as_it_was(engine, prepared, alone):
 
 
 def test_a_picture_of_noise_is_not_larger_than_the_recipe_allows(engine):
-    picture = engine.prepare(0, Image.effect_noise((512, 512), 64).convert("RGB"))
+    picture = engine.prepare(0, Request([Image.effect_noise((512, 512), 64).convert("RGB")]))
     assert picture.n_tokens < 512 * 512 / 784 + 40

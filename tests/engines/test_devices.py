@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import masking_utils
 
 from rococap.demo import MODEL
-from rococap.engines import Options, Prepared, decoding
+from rococap.engines import Options, Prepared, Request, decoding
 from rococap.engines.continuous import ContinuousDecoder
 from rococap.engines.precompute import functions, keeps_grid, tower
 
@@ -74,7 +74,7 @@ def to_gpu(model: nn.Module, mode: FakeTensorMode) -> None:
 def test_prompts_and_steps_mix_no_tensors_of_two_devices(family, tmp_path, monkeypatch):
     folder = MODEL if family == "demo" else FAMILIES[family](tmp_path)
     engine = engine_steps.loaded(folder, Options(device="cpu", batch_size=8))
-    pictures = [engine.prepare(number, image) for number, image in enumerate(mixed_pictures()[:4])]
+    pictures = [engine.prepare(number, Request([image])) for number, image in enumerate(mixed_pictures()[:4])]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def upload(tensor: Tensor, device: torch.device) -> Tensor:  # without pinned memory, which needs CUDA
@@ -102,7 +102,7 @@ def test_a_replayed_step_is_bit_for_bit_a_step_of_the_same_shape():
     engine = engine_steps.loaded(options=Options(device="cuda:0", batch_size=8), max_pixels=50_000)
     decoder = engine.decoder
     assert decoder._graphs
-    pictures = [engine.prepare(number, image) for number, image in enumerate(mixed_pictures()[:6])]
+    pictures = [engine.prepare(number, Request([image])) for number, image in enumerate(mixed_pictures()[:6])]
     tokens, keys = [], []
     for replayed in (True, False):
         decoder._prefill([row(picture) for picture in pictures])

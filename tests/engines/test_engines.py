@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
 import families
 import pytest
 import torch
-from engine_steps import PHANTOMS, Pictures, captions, error_of, loaded, mixed_pictures, texts
+from engine_steps import PHANTOMS, Pictures, captions, error_of, loaded, memory_for, mixed_pictures, texts
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.integrations import sdpa_attention
 
 from rococap.demo import MODEL
-from rococap.engines import Completion, Options
+from rococap.engines import Completion, Options, Request
 from rococap.engines.checkpoint import choose_dtype, folder_digest
 from rococap.engines.decoding import Row, collate, is_out_of_memory, share
 from rococap.engines.hf import TransformersEngine
@@ -72,7 +72,9 @@ def test_right_padding_would_be_noticed(engine, alone, monkeypatch):
 
 def test_a_collated_batch_is_what_the_processor_makes_of_the_pictures_together(engine):
     images = mixed_pictures()[:4]
-    ours = collate([engine.prepare(n, image).inputs.tensors for n, image in enumerate(images)], engine.loaded.pad)
+    ours = collate(
+        [engine.prepare(n, Request([image])).inputs.tensors for n, image in enumerate(images)], engine.loaded.pad
+    )
     theirs = engine.processor(text=[engine.prompt] * 4, images=images, return_tensors="pt", padding=True)
     assert ours.keys() == theirs.keys()
     assert {name: torch.equal(ours[name], theirs[name]) for name in ours} == dict.fromkeys(ours, True)
@@ -80,7 +82,7 @@ def test_a_collated_batch_is_what_the_processor_makes_of_the_pictures_together(e
 
 def test_a_prompt_that_was_kept_for_a_pictures_shape_is_what_the_processor_says(engine):
     images = [PHANTOMS[0].image.convert("RGB").resize(size) for size in [(112, 112), (150, 90), (112, 112), (150, 90)]]
-    ours = [engine.prepare(0, image).inputs.tensors for image in images]
+    ours = [engine.prepare(0, Request([image])).inputs.tensors for image in images]
     theirs = [dict(engine.processor(text=[engine.prompt], images=[image], return_tensors="pt")) for image in images]
     assert ours[2]["input_ids"] is ours[0]["input_ids"], "it was not kept"
     for mine, its in zip(ours, theirs, strict=True):
@@ -120,7 +122,7 @@ def test_a_steps_time_is_shared_over_the_rows_that_were_active_in_it(engine):
 def test_a_static_batchs_time_goes_to_the_rows_that_have_not_ended(engine):
     source = Pictures(engine, [PHANTOMS[0].image.convert("RGB")] * 3)
     rows = [Row(picture, 0.0, []) for picture in source.prepared]
-    meter = _Meter(source, rows, frozenset([0]))
+    meter = _Meter(source, rows, engine.loaded)
     meter.since = 0.0
     meter._share(0.3)
     meter.active = {0, 2}
@@ -161,11 +163,11 @@ def test_the_recipes_pixel_bounds_hold_for_a_folder_as_qwen2_vl_was_published(fo
     (folder / "processor_config.json").unlink()
     (folder / "preprocessor_config.json").write_text(json.dumps(old | {"processor_class": "Qwen2VLProcessor"}))
     picture = Image.new("RGB", (900, 700))
-    grid = loaded(folder, max_pixels=10_000).prepare(1, picture).inputs.tensors["image_grid_thw"]
+    grid = loaded(folder, max_pixels=10_000).prepare(1, Request([picture])).inputs.tensors["image_grid_thw"]
     assert grid.tolist() == [[1, 6, 8]]
     grid = (
         loaded(folder, min_pixels=100_352, max_pixels=200_704)
-        .prepare(1, Image.new("RGB", (56, 56)))
+        .prepare(1, Request([Image.new("RGB", (56, 56))]))
         .inputs.tensors["image_grid_thw"]
     )
     assert grid.prod() * 196 >= 100_352
@@ -202,22 +204,6 @@ def test_the_digest_changes_with_a_weight_and_not_with_a_readme(folder):
 
 
 # --- trouble ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def memory_for(engine: TransformersEngine, rows: int = 1000, tokens: int = 100_000) -> Iterator[None]:
-    """The real model on a device with room for so many rows at once, and prompts of so many tokens."""
-
-    def refuse(module: object, args: object, inputs: dict[str, torch.Tensor]) -> None:
-        n, width = inputs["input_ids"].shape
-        if n > rows or width > tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    hook = engine.loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def test_out_of_memory_halves_the_batch_and_loses_no_picture(engine, alone):

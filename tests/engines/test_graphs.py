@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine_steps import captions, mixed_pictures, row, texts
 
+from rococap.engines import Request
 from rococap.engines.continuous import WIDTH
 from rococap.engines.graphs import Graphs, rows_up_to, widths_up_to
 from rococap.engines.hf import TransformersEngine
@@ -128,7 +129,8 @@ def test_graphs_are_captured_anew_when_the_buffers_are_and_not_while_rows_run(en
     graphs, shapes = recording(decoder._decode)
     monkeypatch.setattr(decoder, "_graphs", graphs)
     small, *_, large = sorted(
-        (engine.prepare(n, image) for n, image in enumerate(mixed_pictures())), key=lambda picture: picture.n_tokens
+        (engine.prepare(n, Request([image])) for n, image in enumerate(mixed_pictures())),
+        key=lambda picture: picture.n_tokens,
     )
     decoder.limit = 2
     decoder.use_graphs(small)

@@ -10,7 +10,7 @@ from engine_steps import mixed_pictures, row
 from launches import counted, write_deep_model
 from transformers.cache_utils import DynamicCache
 
-from rococap.engines import Options, Prepared
+from rococap.engines import Options, Prepared, Request
 from rococap.engines.continuous import WIDTH
 from rococap.engines.decoding import collate
 from rococap.engines.hf import TransformersEngine
@@ -34,7 +34,7 @@ def engine(request, folder) -> Iterator[TransformersEngine]:
 
 @pytest.fixture
 def pictures(engine) -> list[Prepared]:
-    prepared = [engine.prepare(number, image) for number, image in enumerate(mixed_pictures()[:ROWS])]
+    prepared = [engine.prepare(number, Request([image])) for number, image in enumerate(mixed_pictures()[:ROWS])]
     assert len({picture.n_tokens for picture in prepared}) > 4
     return prepared
 
