@@ -1,8 +1,9 @@
-"""Measures how much threads that prepare pictures slow down the thread that launches kernels: they share Python's lock.
+"""Measures how much threads that prepare pictures hold up the thread that launches kernels: they share Python's lock.
 
-The launching thread runs decoding steps of a model with 28 layers, so narrow that its operators take next to no time:
-as on a GPU, what takes time is Python and PyTorch's dispatch. The peer is the same work in processes of their own,
-which compete for the cores, but not for the lock.
+The launching thread takes turns between launching and waiting, as it does on a GPU that reads prompts. What it launches
+are steps of a model with 28 layers, so narrow that its operators take next to no time: what takes time is Python and
+PyTorch's dispatch. Pictures are prepared all the time in threads, in threads that begin no picture while kernels are
+launched, as rococap does it, and in processes of their own, which compete for the cores, but not for the lock.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -33,36 +34,36 @@ from rococap.recipe import Recipe
 
 SIDE = 512
 PREPARERS = (1, 2, 4)
+YIELDS = threading.Event()
+"""Set while the launching thread asks the others to yield."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds, in each of which all cases take a turn")
-    parser.add_argument("--steps", type=int, default=20, help="steps in a turn")
-    parser.add_argument("--switch-interval", type=float, default=sys.getswitchinterval(), help="seconds")
+    parser.add_argument("--launches", type=int, default=8, help="times that kernels are launched in a turn")
+    parser.add_argument("--wait", type=float, default=0.2, help="seconds for which the GPU works on them")
     options = parser.parse_args()
-    sys.setswitchinterval(options.switch_interval)
     with tempfile.TemporaryDirectory(prefix="bench_preparers_") as folder:
         engine = _load(str(write_deep_model(Path(folder) / "deep")))
         _measure(engine, options)
 
 
 def _measure(engine: TransformersEngine, options: argparse.Namespace) -> None:
-    rates: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    ways = {"threads": _threads, "threads that yield": _yielding, "processes": _processes}
+    cases = [("", 0)] + [(way, n) for n in PREPARERS for way in ways]
+    turns: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in cases}
     for _ in range(options.rounds):
-        rates.setdefault(("alone", 0), []).append((_turn(engine, options.steps), 0.0))
-        for n in PREPARERS:
-            for kind, preparing in (("threads", _threads), ("processes", _processes)):
-                with preparing(engine, n) as count:
-                    before, started = count(), time.perf_counter()
-                    ms = _turn(engine, options.steps)
-                    rate = (count() - before) / (time.perf_counter() - started)
-                rates.setdefault((kind, n), []).append((ms, rate))
-    print("| preparing | steps, ms | against alone | pictures/s prepared |\n| --- | ---: | ---: | ---: |")
-    alone = median(ms for ms, _ in rates["alone", 0])
-    for (kind, n), turns in rates.items():
-        ms, rate = median(ms for ms, _ in turns), median(rate for _, rate in turns)
-        print(f"| {n} {kind} | {ms:.1f} | {ms / alone:.2f} | {rate:.0f} |")
+        for way, n in cases:
+            with ways[way](engine, n) if n else nullcontext(lambda: 0) as count:
+                before, started = count(), time.perf_counter()
+                ms = _turn(engine, options.launches, options.wait)
+                turns[way, n].append((ms, (count() - before) / (time.perf_counter() - started)))
+    alone = median(ms for ms, _ in turns["", 0])
+    print("| preparing in | launching, ms | against alone | pictures/s prepared |\n| --- | ---: | ---: | ---: |")
+    for (way, n), measured in turns.items():
+        ms, rate = median(ms for ms, _ in measured), median(rate for _, rate in measured)
+        print(f"| {n} {way} | {ms:.0f} | {ms / alone:.2f} | {rate:.0f} |")
 
 
 def _load(model: str) -> TransformersEngine:
@@ -72,18 +73,30 @@ def _load(model: str) -> TransformersEngine:
     return engine
 
 
-def _turn(engine: TransformersEngine, steps: int) -> float:
-    """Milliseconds of a decoding step of one row."""
+def _turn(engine: TransformersEngine, launches: int, wait: float) -> float:
+    """Milliseconds that five steps take to launch, the median of so many times."""
     decoder = engine.decoder
     decoder._prefill([Row(engine.prepare(0, Request([Image.new("RGB", (56, 56))])), 0.0, [0])])
-    took = []
-    for _ in range(steps):
+    width, took = decoder._slots.size[1], []
+    for _ in range(launches):
         started = time.perf_counter()
-        decoder._step()
+        if YIELDS.is_set():
+            decoder.may_prepare.clear()
+        for _ in range(5):
+            decoder._decode(1, width)
+        decoder.may_prepare.set()
         took.append(time.perf_counter() - started)
-        decoder._rows[0].tokens.append(0)
+        time.sleep(wait)
     decoder._clear()
     return 1000 * median(took)
+
+
+@contextmanager
+def _yielding(engine: TransformersEngine, n: int) -> Iterator[Callable[[], int]]:
+    YIELDS.set()
+    with _threads(engine, n) as count:
+        yield count
+    YIELDS.clear()
 
 
 @contextmanager

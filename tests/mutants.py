@@ -946,7 +946,7 @@ MUTANTS = (
     mutant(
         "one-position-too-early",
         "a caption begins at the position of the prompt's last token",
-        "ContinuousDecoder._prefill",
+        "ContinuousDecoder._place",
         "positions[..., -1] + 1",
         "positions[..., -1]",
         SAME,
@@ -1067,7 +1067,7 @@ MUTANTS = (
     mutant(
         "graphs-of-buffers-that-are-gone",
         "graphs are replayed after the buffers grew",
-        "ContinuousDecoder._prefill",
+        "ContinuousDecoder._place",
         "            self._graphs.clear()\n",
         "            pass\n",
         "engines/test_graphs.py::test_graphs_are_captured_anew_when_the_buffers_are_and_not_while_rows_run",
@@ -1075,7 +1075,7 @@ MUTANTS = (
     mutant(
         "graphs-captured-among-rows",
         "graphs are captured while rows run, which the trial steps would move on",
-        "ContinuousDecoder._prefill",
+        "ContinuousDecoder._place",
         "if self._uses_graphs and not self._graphs and not self._rows:",
         "if self._uses_graphs and not self._graphs:",
         "engines/test_graphs.py::test_graphs_are_captured_anew_when_the_buffers_are_and_not_while_rows_run",

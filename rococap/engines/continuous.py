@@ -11,6 +11,7 @@ Iteration-level scheduling is Orca's (Yu et al., OSDI 2022). Knows no queue: pic
 
 import inspect
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -201,6 +202,11 @@ class ContinuousDecoder:
         self._group_limit = GROUP_TOKENS
         """How many pictures are read together at most; lowered when the device runs out of memory."""
         self._listener: Streaming | None = None
+        self._yields_to_launches = loaded.device.type == "cuda"
+        self.may_prepare = threading.Event()
+        """Cleared while a GPU is given a prompt to read. Threads that prepare pictures meanwhile would compete for
+        Python's lock at each of its 6,700 operators, and the GPU would wait."""
+        self.may_prepare.set()
 
     def run(self, source: Source) -> Iterator[Completion]:
         """Captions the source's pictures, as specified by Engine.run."""
@@ -277,9 +283,17 @@ class ContinuousDecoder:
             group.append(self._waiting.popleft())
         return group
 
-    @torch.inference_mode()
     def _prefill(self, group: Sequence[Row]) -> list[int]:
         """Reads pictures and prompts, and gives each row a slot and its first token. Returns the slots."""
+        if self._yields_to_launches:
+            self.may_prepare.clear()
+        try:
+            return self._place(group)
+        finally:
+            self.may_prepare.set()
+
+    @torch.inference_mode()
+    def _place(self, group: Sequence[Row]) -> list[int]:
         cache, logits, positions = self._read([row.picture for row in group])
         lengths = [row.picture.n_tokens for row in group]
         slots = self._slots

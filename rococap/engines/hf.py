@@ -5,6 +5,7 @@ Knows no queue. How rows are decoded is up to `continuous` and `static`.
 
 import importlib.util
 import logging
+import threading
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -73,6 +74,8 @@ class TransformersEngine:
         self._prompts: dict[Hashable, Prompt] = {}
         self._keeps_prompts = True
         self._precomputes = False
+        self._may_prepare = threading.Event()
+        self._may_prepare.set()
         self._reduces = False
 
     def load(self) -> None:
@@ -141,6 +144,7 @@ class TransformersEngine:
 
     def prepare(self, job_id: int, request: Request) -> Prepared:
         limit = request.limit(self.recipe)
+        self._may_prepare.wait()
         if self._reduces:
             reduced = [images.reduced(picture, self.recipe.max_pixels) for picture in request.pictures]
             request = replace(request, pictures=reduced)
@@ -236,6 +240,7 @@ class TransformersEngine:
     def _set_up(self, decoder: ContinuousDecoder) -> None:
         """Chooses how many rows to run at once, unless the user did, and captures CUDA graphs for them."""
         self._precomputes = True
+        self._may_prepare = decoder.may_prepare
         self._prompts.clear()
         if self.options.batch_size is None:
             decoder.limit = choose_limit(decoder, self.prepare, self.recipe.max_pixels)

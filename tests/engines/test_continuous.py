@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 
 import pytest
@@ -220,6 +221,26 @@ def test_out_of_memory_while_reading_halves_what_is_read_together_and_keeps_the_
         "out of memory reading 6 pictures at a time: continuing with 3",
         "out of memory reading 3 pictures at a time: continuing with 1",
     ]
+
+
+def test_on_a_gpu_no_picture_is_begun_while_prompts_are_read(engine, prepared, monkeypatch):
+    decoder = engine.decoder
+    preparing: list[Future[Prepared]] = []
+    began_meanwhile = []
+
+    def prepare_beside(module: object, args: object, inputs: object) -> None:
+        preparing.append(pool.submit(engine.prepare, 1, Request([mixed_pictures()[0]])))
+        began_meanwhile.append(bool(wait(preparing, timeout=1).done))
+
+    hook = engine.loaded.model.register_forward_pre_hook(prepare_beside, with_kwargs=True)
+    with ThreadPoolExecutor(1) as pool:
+        for on_gpu in (True, False):
+            monkeypatch.setattr(decoder, "_yields_to_launches", on_gpu)
+            decoder._prefill([row(prepared[0])])
+            assert preparing.pop().result(timeout=60).n_tokens > 0
+            decoder._clear()
+    hook.remove()
+    assert began_meanwhile == [False, True]
 
 
 # --- which models, how many rows -------------------------------------------------------------------------------
