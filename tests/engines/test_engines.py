@@ -62,11 +62,11 @@ def test_a_batch_of_mixed_sizes_says_the_same_as_one_picture_at_a_time(engine, a
 
 
 def test_right_padding_would_be_noticed(engine, alone, monkeypatch):
-    def pad_right(tensor, prompt_shape, width, fill):
-        gap = (0, width - tensor.shape[1])
-        return torch.nn.functional.pad(tensor, gap, value=fill) if tensor.shape == prompt_shape else tensor
+    def pad_right(tensor, width, fill=0):
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]), value=fill)
 
-    monkeypatch.setattr("rococap.engines.decoding._pad_left", pad_right)
+    monkeypatch.setattr("rococap.engines.decoding.pad_left", pad_right)  # of the prompts
+    monkeypatch.setattr("rococap.engines.precompute.pad_left", pad_right)  # of their positions
     assert texts(captions(engine, mixed_pictures(), 5)) != texts(alone)
 
 
