@@ -25,7 +25,7 @@ from rococap import db
 from rococap.data.datasets import locate
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
-from rococap.engines import Options
+from rococap.engines import Options, Request
 from rococap.engines.hf import TransformersEngine
 from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
@@ -51,7 +51,7 @@ class Case:
 
     def prepare(self, engine: TransformersEngine) -> list[Any]:
         pictures = ways.pictures_of(self.root)
-        return [engine.prepare(number, picture) for number, picture in enumerate(pictures, 1)]
+        return [engine.prepare(number, Request([picture])) for number, picture in enumerate(pictures, 1)]
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
-from rococap.engines import Options
+from rococap.engines import Options, Request
 from rococap.recipe import Recipe
 from rococap.worker.dry_run import from_memory
 
@@ -54,7 +54,7 @@ def _shares(recipe: Recipe, root: Path, n: int) -> list[float]:
     """The share of each kind in the wall time of the main thread, which calls all operators."""
     engine = ways.load(recipe, Options(device="cpu", batch_size=16), ways.uneven_lengths(n, 33, 128))
     pictures = zip(range(1, n + 1), ways.pictures_of(root), strict=False)
-    prepared = [engine.prepare(number, picture) for number, picture in pictures]
+    prepared = [engine.prepare(number, Request([picture])) for number, picture in pictures]
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         started = time.perf_counter()
         from_memory(engine, prepared)

@@ -29,7 +29,7 @@ from report import Line, alternate, ratio_line, show
 
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
-from rococap.engines import Engine, Options
+from rococap.engines import Engine, Options, Request
 from rococap.engines.vllm import VLLMEngine
 from rococap.recipe import Recipe
 from rococap.worker.dry_run import from_memory
@@ -128,7 +128,7 @@ def _take_turns(options: argparse.Namespace) -> None:
     pictures = list(ways.pictures_of(options.root))
     lengths = ways.uneven_lengths(len(pictures), MEAN, LONGEST) if options.forced else None
     engine = LOAD[options.engine](recipe, Options(options.engine, batch_size=options.batch_size, device="cpu"), lengths)
-    prepared = [engine.prepare(number, picture) for number, picture in enumerate(pictures, 1)]
+    prepared = [engine.prepare(number, Request([picture])) for number, picture in enumerate(pictures, 1)]
     print("ready", engine.batch_size, flush=True)
     for _ in sys.stdin:
         seconds, completions = from_memory(engine, prepared)

@@ -18,8 +18,11 @@ OMITTED_AT_DEFAULT = ("trust_remote_code", "load_in", "adapter_base", "frame")
 """Fields added after the first release: left out of the JSON while at their defaults, so that the hashes of older runs
 stay valid."""
 RULES = 2
-"""Version of the rules for opening pictures and ending captions, incremented whenever texts change under an unchanged
-recipe. A run pins the version it was started under; a run that pinned none was started under version 1."""
+"""Version of the rules for opening pictures, quantising weights and ending captions, incremented whenever texts change
+under an unchanged recipe. A run pins the version it was started under (`Recipe.rules`); a run that pinned none was
+started under version 1."""
+QUANTISED_RULES = 3
+"""The version for quantised weights: as version 2, but only the layers of the language model are quantised."""
 
 _PLACEHOLDER = re.compile(r"\{\s*(caption|original_caption|image_id|split|cui)\s*\}")
 
@@ -102,6 +105,11 @@ class Recipe:
     def hash(self) -> str:
         """SHA-256 of `to_json()`, in hex."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def rules(self) -> int:
+        """The version of the rules that a run with this recipe is started under."""
+        return RULES if self.load_in is None else QUANTISED_RULES
 
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
         """The fields in which the two recipes differ: name -> (this one's value, the other's value)."""

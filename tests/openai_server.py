@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from PIL import Image
 
+from rococap import engines
 from rococap.engines import Completion, Engine, Prepared
 
 Request = dict[str, Any]
@@ -219,8 +220,14 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
 
 
 def picture_of(request: Request) -> Image.Image:
-    url = request["messages"][0]["content"][0]["image_url"]["url"]
-    return Image.open(BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))).convert("RGB")
+    """The first one."""
+    parts = (part for message in request["messages"] for part in message["content"])
+    return decoded(next(part for part in parts if part["type"] == "image_url"))
+
+
+def decoded(part: dict[str, Any]) -> Image.Image:
+    data = part["image_url"]["url"].removeprefix("data:image/png;base64,")
+    return Image.open(BytesIO(base64.b64decode(data))).convert("RGB")
 
 
 def _json(content: object) -> bytes:
@@ -261,7 +268,7 @@ class Batched:
     def __call__(self, picture: Image.Image, request: Request) -> Completion:
         with self._changed:
             number = next(self._numbers)
-        prepared = self._engine.prepare(number, picture)
+        prepared = self._engine.prepare(number, engines.Request([picture]))
         with self._changed:
             asked = self._asked[number] = Future()
             if not self._ready:

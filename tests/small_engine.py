@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from PIL import Image
 from sqlalchemy import Engine, event
 
 from rococap import db
 from rococap.data import datasets
-from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Source, gather
+from rococap.engines import Completion, EngineInfo, Failure, Options, Prepared, Request, Source, gather
 from rococap.errors import PictureError
 from rococap.queue import Run
 from rococap.recipe import Recipe
@@ -75,7 +74,8 @@ class SmallEngine:
     def close(self) -> None:
         pass
 
-    def prepare(self, job_id: int, picture: Image.Image) -> Prepared:
+    def prepare(self, job_id: int, request: Request) -> Prepared:
+        (picture,) = request.pictures
         grey = int(np.asarray(picture)[0, 0, 0])
         if grey in self.unprepared:
             raise PictureError("unprocessable", "The small engine cannot take this picture.")

@@ -157,7 +157,9 @@ def prompts_command(prompts: Path | None, as_json: bool) -> None:
     help="any: apply the adapter even if it names another base model than --model.",
 )
 @click.option(
-    "--load-in", type=click.Choice(LOAD_IN), help="Quantise the weights with bitsandbytes, for models that do not fit."
+    "--load-in",
+    type=click.Choice(LOAD_IN),
+    help="Quantise the layers of the language model with bitsandbytes, for models that do not fit.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model. Review it first.")
 @prompt_options

@@ -66,6 +66,12 @@ def engine_options(command: F) -> F:
             "other. auto: continuous if the model supports it.",
         ),
         click.option(
+            "--graphs/--no-graphs",
+            default=True,
+            show_default=True,
+            help="With continuous decoding on a GPU: replay steps from CUDA graphs.",
+        ),
+        click.option(
             "--device-map",
             type=click.Choice(["auto"]),
             help="auto: spread a model that does not fit on one GPU over all of them, with accelerate.",
@@ -132,8 +138,8 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 @click.option(
     "--accept-new-rules",
     is_flag=True,
-    help="Continue a run that began under older rules for opening pictures and ending captions. It then has captions "
-    "under both, which every manifest records.",
+    help="Continue a run that began under older rules for opening pictures, quantising weights and ending captions. It "
+    "then has captions under both, which every manifest records.",
 )
 @click.option(
     "--lease-ttl",

@@ -5,30 +5,50 @@ mm_token_type_ids, it captions the wrong picture fluently, without an error. Kno
 """
 
 import gc
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rococap.engines import Completion, Failure, Prepared
+from rococap.engines import Completion, Failure, Prepared, Request, Streaming
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The processor's tensors for one picture, and the picture itself in case it has to be shrunk."""
+    """The processor's tensors for one request, its limit, and the request itself in case its pictures are to shrink.
+
+    `precomputed` is what the decoder computed from the tensors beforehand, if it does so.
+    """
 
     tensors: dict[str, Tensor]
-    picture: Image
+    request: Request
+    max_new_tokens: int
+    precomputed: "Precomputed | None" = None
     flags: str = ""
 
 
 @dataclass(frozen=True, slots=True)
+class Precomputed:
+    """What the model would compute from the shape of a prompt and its picture; on the CPU.
+
+    `positions` are the position ids, of shape [..., 1, tokens]; `tower` is further input of the vision tower, by the
+    name of the model's argument, with an entry for each patch.
+    """
+
+    positions: Tensor
+    tower: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model on its device, and what ends a caption: a token in `ends`, or `max_new_tokens`."""
+    """A model on its device, and what ends a caption: a token in `ends`, or the limit of its request.
+
+    No request has a limit above `max_new_tokens`.
+    """
 
     model: Any
     tokenizer: Any
@@ -38,17 +58,30 @@ class Loaded:
     max_new_tokens: int
 
     def is_over(self, row: "Row") -> bool:
-        return not row.is_finite or row.tokens[-1] in self.ends or len(row.tokens) == self.max_new_tokens
+        limit: int = row.picture.inputs.max_new_tokens
+        return not row.is_finite or row.tokens[-1] in self.ends or len(row.tokens) == limit
 
-    def batch(self, pictures: Sequence[Prepared]) -> dict[str, Tensor]:
-        """Makes one left-padded batch on the device."""
-        inputs = collate([picture.inputs.tensors for picture in pictures], self.pad)
-        return {name: self._to_device(tensor) for name, tensor in inputs.items()}
+    def batch(self, pictures: Sequence[Prepared], on_host: Set[str] = frozenset()) -> dict[str, Tensor]:
+        """Makes one left-padded batch on the device, except for the tensors named in `on_host`.
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        Pixels are joined on the device: on the CPU, that would keep the thread waiting that launches the kernels.
+        """
+        rows = [
+            {name: self.upload(tensor) if tensor.is_floating_point() else tensor for name, tensor in row.items()}
+            for row in (picture.inputs.tensors for picture in pictures)
+        ]
+        joined = collate(rows, self.pad)
+        return {name: tensor if name in on_host else self.upload(tensor) for name, tensor in joined.items()}
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        return upload(tensor, self.device)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor to the device, unless it is there already, without waiting for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass(slots=True)
@@ -89,11 +122,26 @@ class Row:
         )
 
 
+def tell(source: Streaming, rows: Iterable[Row], ends: Set[int]) -> None:
+    """Tells a source the latest token of each row, unless that ends it."""
+    for row in rows:
+        if row.is_finite and row.tokens[-1] not in ends:
+            source.tokens(row.picture.job_id, len(row.tokens) - 1, row.tokens[-1:])
+
+
 def share(rows: Sequence[Row], seconds: float) -> None:
     """Divides a step's time among the rows active in it."""
     for row in rows:
         row.share_ms += seconds * 1000 / len(rows)
         row.batch_size = max(row.batch_size, len(rows))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device lacked memory: PyTorch, or cuBLAS or cuDNN, whose handles and workspaces need some as well."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(_LIBRARY_OUT_OF_MEMORY.search(str(error)))
+
+
+_LIBRARY_OUT_OF_MEMORY = re.compile(r"CU(BLAS|DNN)_STATUS_\w*ALLOC\w*_FAILED")
 
 
 def out_of_memory(picture: Prepared) -> Completion:
@@ -127,8 +175,13 @@ def _filled_up(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return pad(tensor, [n for gap in reversed(gaps) for n in (0, gap)]) if any(gaps) else tensor
 
 
+def pad_left(tensor: Tensor, width: int, fill: int = 0) -> Tensor:
+    """Pads the last dimension on the left."""
+    return pad(tensor, (width - tensor.shape[-1], 0), value=fill)
+
+
 def _pad_left(tensor: Tensor, prompt_shape: torch.Size, width: int, fill: int) -> Tensor:
-    return pad(tensor, (width - tensor.shape[1], 0), value=fill) if tensor.shape == prompt_shape else tensor
+    return pad_left(tensor, width, fill) if tensor.shape == prompt_shape else tensor
 
 
 def free_memory(device: torch.device) -> None:

@@ -5,6 +5,7 @@ Knows no queue. How rows are decoded is up to `continuous` and `static`.
 
 import importlib.util
 import logging
+import threading
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,9 +18,10 @@ from PIL.Image import new as new_picture
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
+from transformers.integrations import sdpa_attention
 
 from rococap.data import images
-from rococap.engines import Completion, EngineInfo, Options, Prepared, Source, adapters, continuous, families
+from rococap.engines import Completion, EngineInfo, Options, Prepared, Request, Source, adapters, continuous, families
 from rococap.engines.checkpoint import (
     choose_dtype,
     end_tokens,
@@ -31,21 +33,25 @@ from rococap.engines.checkpoint import (
     type_of,
 )
 from rococap.engines.continuous import ContinuousDecoder
-from rococap.engines.decoding import Inputs, Loaded, dtype_name, free_memory
+from rococap.engines.decoding import Inputs, Loaded, Precomputed, dtype_name, free_memory
+from rococap.engines.kernels import reduce_kernels
 from rococap.engines.packing import pack
-from rococap.engines.sizing import USUAL_SIDE, choose_limit
+from rococap.engines.precompute import precompute
+from rococap.engines.sizing import USUAL_SIDE, choose_limit, longest
 from rococap.engines.static import StaticDecoder
-from rococap.engines.template import ADVICE, chat_prompt
+from rococap.engines.template import ADVICE, chat_prompt, messages_prompt
 from rococap.errors import ModelError, PictureError
 from rococap.recipe import LoadIn, Recipe
 
 log = logging.getLogger(__name__)
 
 Size = tuple[int, ...]
+Prompt = tuple[dict[str, Tensor], Precomputed | None]
+"""The processor's tensors, and what the decoder computed from them, if it does so."""
 
 STATIC_BATCH = 16
 """Pictures in a static batch, unless the user chose a number."""
-MAX_TEXTS = 2_000
+MAX_PROMPTS = 2_000
 """How many tokenized prompts are kept, one for each shape that pictures take."""
 SMALL_TABLE = 32
 """Tensors of fewer elements than this describe a picture's shape, such as its grid."""
@@ -65,13 +71,18 @@ class TransformersEngine:
         self.options = options
         self.device = _device(options.device)
         self.dtype = choose_dtype(recipe.dtype, self.device)
-        self._texts: dict[Hashable, dict[str, Tensor]] = {}
+        self._prompts: dict[Hashable, Prompt] = {}
         self._keeps_prompts = True
+        self._precomputes = False
+        self._may_prepare = threading.Event()
+        self._may_prepare.set()
         self._reduces = False
 
     def load(self) -> None:
         quieten()
+        disable_cudnn_attention()
         if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # graphs are captured, and memory is pinned, for the current one
             torch.set_num_threads(1)  # each of the threads that prepare pictures would start one per core
         name, revision = self.recipe.model, self.recipe.revision
         families.check_name(name)
@@ -83,6 +94,7 @@ class TransformersEngine:
         if self.recipe.adapter is not None:
             model, adapter = adapters.apply(model, self.recipe)
         model = model.eval()
+        reduce_kernels(model, self.device)
         if self.device.type == "cpu" and self.recipe.load_in is None:
             pack(model)
         tokenizer = self.processor.tokenizer
@@ -91,7 +103,10 @@ class TransformersEngine:
         # Replaced, not updated: the checkpoint's own settings would apply wherever a field is unset.
         model.generation_config = _generation_config(self.recipe, ends, pad)
         self.loaded = Loaded(model, tokenizer, self.device, frozenset(ends), pad, self.recipe.max_new_tokens)
+        _warn_of_copies(model)
         self.decoder = self._choose_decoder()
+        if isinstance(self.decoder, ContinuousDecoder):
+            self._set_up(self.decoder)
         self._info = _info(self.recipe, model, self.device, self.dtype, adapter)
 
     def _load_processor(self, name: str, source: dict[str, Any]) -> None:
@@ -108,7 +123,7 @@ class TransformersEngine:
             log.info("pictures are reduced to --max-pixels beforehand: how to set bounds for %s is unknown", model_type)
         self.prompt = chat_prompt(self.processor, self.recipe.prompt, name)
         try:
-            self.prepare(0, new_picture("RGB", (USUAL_SIDE, USUAL_SIDE)))
+            self.prepare(0, Request([new_picture("RGB", (USUAL_SIDE, USUAL_SIDE))]))
         except PictureError as error:
             raise ModelError(
                 f"The processor of {name} rejects pictures with the prompt that its chat template makes: "
@@ -127,40 +142,60 @@ class TransformersEngine:
     def batch_size(self, size: int) -> None:
         self.decoder.limit = size
 
-    def prepare(self, job_id: int, picture: Image) -> Prepared:
+    def prepare(self, job_id: int, request: Request) -> Prepared:
+        limit = request.limit(self.recipe)
+        self._may_prepare.wait()
         if self._reduces:
-            picture = images.reduced(picture, self.recipe.max_pixels)
+            reduced = [images.reduced(picture, self.recipe.max_pixels) for picture in request.pictures]
+            request = replace(request, pictures=reduced)
         try:
-            tensors = self._process(picture)
+            tensors, precomputed = self._process(request)
         except ValueError as error:
-            raise PictureError("unprocessable", f"The model's processor rejects this picture: {error}") from error
-        return Prepared(job_id, Inputs(tensors, picture), tensors["input_ids"].shape[1])
+            n = len(request.pictures)
+            what = "this picture" if n == 1 else f"these {n} pictures"
+            raise PictureError("unprocessable", f"The model's processor rejects {what}: {error}") from error
+        staged = {name: self._staged(tensor) for name, tensor in tensors.items()}
+        return Prepared(job_id, Inputs(staged, request, limit, precomputed), tensors["input_ids"].shape[1])
 
-    def _process(self, picture: Image) -> dict[str, Tensor]:
-        """Returns the processor's output, with the prompt from a cache.
+    def _staged(self, tensor: Tensor) -> Tensor:
+        """Casts pixels to the model's type, as the model itself would, and pins them so that copying need not wait."""
+        if not tensor.is_floating_point():
+            return tensor
+        tensor = tensor.to(self.dtype)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _process(self, request: Request) -> Prompt:
+        """Returns the processor's output, with the recipe's prompt from a cache, and what the decoder computes from it.
 
         Half of the processor's time goes into the prompt, in which only the number of image tokens varies, with the
         shape of the processed picture. Prompts are not cached if they depend on more than the image processor returns.
         """
+        pictures = list(request.pictures)
+        if request.messages is not None:
+            return self._process_whole(messages_prompt(self.processor, request.messages, self.recipe.model), pictures)
         if not self._keeps_prompts:
-            return self._process_whole(picture)
-        image = dict(self.processor.image_processor(images=[picture], return_tensors="pt"))
+            return self._process_whole(self.prompt, pictures)
+        image = dict(self.processor.image_processor(images=pictures, return_tensors="pt"))
         shape = _shape(image)
-        text = self._texts.get(shape)  # looked up only once, since another thread may clear the cache
-        if text is None:
-            whole = self._process_whole(picture)
+        prompt = self._prompts.get(shape)  # looked up only once, since another thread may clear the cache
+        if prompt is None:
+            whole, precomputed = self._process_whole(self.prompt, pictures)
             if shape is None or not all(name in whole and torch.equal(whole[name], image[name]) for name in image):
                 self._keeps_prompts = False
-                return whole
-            if len(self._texts) == MAX_TEXTS:
-                self._texts.clear()
-            text = self._texts[shape] = {name: tensor for name, tensor in whole.items() if name not in image}
-        return text | image
+                return whole, precomputed
+            if len(self._prompts) == MAX_PROMPTS:
+                self._prompts.clear()
+            text = {name: tensor for name, tensor in whole.items() if name not in image}
+            prompt = self._prompts[shape] = text, precomputed
+        return prompt[0] | image, prompt[1]
 
-    def _process_whole(self, picture: Image) -> dict[str, Tensor]:
-        return dict(self.processor(text=[self.prompt], images=[picture], return_tensors="pt"))
+    def _process_whole(self, prompt: str, pictures: list[Image]) -> Prompt:
+        tensors = dict(self.processor(text=[prompt], images=pictures, return_tensors="pt"))
+        return tensors, precompute(self.loaded.model, tensors) if self._precomputes else None
 
     def run(self, source: Source) -> Iterator[Completion]:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # this may be another thread than the one that loaded the model
         return self.decoder.run(source)
 
     def close(self) -> None:
@@ -172,7 +207,7 @@ class TransformersEngine:
         settings: dict[str, Any] = {"dtype": self.dtype}
         if self.recipe.load_in is not None:
             settings |= {
-                "quantization_config": _quantisation(self.recipe.load_in, self.dtype),
+                "quantization_config": _quantisation(self.recipe.load_in, self.dtype, name, source),
                 "device_map": {"": self.device},
             }
         if self.options.device_map is not None and not self._fits(name, source):
@@ -200,10 +235,17 @@ class TransformersEngine:
             raise ModelError(f"{self.recipe.model} cannot be decoded continuously: {reason}. Use --decode static.")
         if way == "static":
             return StaticDecoder(self.loaded, self.options.batch_size or STATIC_BATCH, self._shrink)
-        decoder = ContinuousDecoder(self.loaded, self.options.batch_size or 1, self._shrink)
+        return ContinuousDecoder(self.loaded, self.options.batch_size or 1, self._shrink)
+
+    def _set_up(self, decoder: ContinuousDecoder) -> None:
+        """Chooses how many rows to run at once, unless the user did, and captures CUDA graphs for them."""
+        self._precomputes = True
+        self._may_prepare = decoder.may_prepare
+        self._prompts.clear()
         if self.options.batch_size is None:
             decoder.limit = choose_limit(decoder, self.prepare, self.recipe.max_pixels)
-        return decoder
+        if self.device.type == "cuda" and self.options.graphs:
+            decoder.use_graphs(longest(self.prepare, self.recipe.max_pixels))
 
     def _why_static(self) -> str | None:
         """Why continuous decoding is not possible; None if it is."""
@@ -214,16 +256,20 @@ class TransformersEngine:
         return None if continuous.is_known(self.loaded.model) else "its cache is of an unsupported kind"
 
     def _shrink(self, picture: Prepared) -> Prepared | None:
-        """Prepares a smaller version of a picture, with a flag; None if fewer pixels make no fewer tokens."""
-        image = picture.inputs.picture
-        while min(image.size) > 1:
-            image = image.resize([max(1, round(side * SHRINK)) for side in image.size], Resampling.LANCZOS)
-            smaller = self.prepare(picture.job_id, image)
+        """Prepares a request with smaller pictures, with a flag; None if fewer pixels make no fewer tokens."""
+        request: Request = picture.inputs.request
+        while any(min(image.size) > 1 for image in request.pictures):
+            request = replace(request, pictures=[_smaller(image) for image in request.pictures])
+            smaller = self.prepare(picture.job_id, request)
             if smaller.n_tokens < picture.n_tokens:
                 message = "out of memory with one picture of %d prompt tokens: reduced to %d by using fewer pixels"
                 log.warning(message, picture.n_tokens, smaller.n_tokens)
                 return replace(smaller, inputs=replace(smaller.inputs, flags="fewer_pixels"))
         return None
+
+
+def _smaller(picture: Image) -> Image:
+    return picture.resize([max(1, round(side * SHRINK)) for side in picture.size], Resampling.LANCZOS)
 
 
 def _shape(image: Mapping[str, object]) -> Hashable:
@@ -257,20 +303,57 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _quantisation(load_in: LoadIn, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """LLM.int8 (Dettmers et al. 2022), or 4-bit NormalFloat (Dettmers et al. 2023) with arithmetic in `dtype`."""
+def disable_cudnn_attention() -> None:
+    """Makes attention use other kernels than cuDNN's, PyTorch's default on Hopper and on some Blackwell GPUs.
+
+    cuDNN builds a plan for every new shape, which takes 23 to 440 ms (sgl-project/sglang#4650,
+    huggingface/transformers#48163), and it was reported to corrupt the text of models with few key-value heads
+    (pytorch/pytorch#193893). Call this before the first attention.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    log.info("cuDNN attention is off")
+
+
+def _cudnn_attention() -> str:
+    return "on" if torch.backends.cuda.cudnn_sdp_enabled() else "off"  # type: ignore[no-untyped-call]
+
+
+def _quantisation(load_in: LoadIn, dtype: torch.dtype, name: str, source: dict[str, Any]) -> BitsAndBytesConfig:
+    """LLM.int8 (Dettmers et al. 2022), or 4-bit NormalFloat (Dettmers et al. 2023) with arithmetic in `dtype`.
+
+    Quantises the language model's layers only: its head and the vision tower are small, and no later layer makes up for
+    what they lose.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("--load-in needs bitsandbytes. Install it: pip install 'rococap[bitsandbytes]'")
+    model = _without_weights(name, source)
+    layers = _language_layers(model)
+    others = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer not in layers]
+    kept = {"llm_int8_skip_modules": others}  # in spite of its name, for 4 bits too
     if load_in == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return BitsAndBytesConfig(load_in_8bit=True, **kept)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **kept)
+
+
+def _without_weights(name: str, source: dict[str, Any]) -> Any:
+    """Returns the model that a configuration describes, with tensors that have shapes and no content."""
+    with reading(name, source["revision"]), torch.device("meta"):
+        config = AutoConfig.from_pretrained(name, **source)
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=source["trust_remote_code"])
+
+
+def _language_layers(model: Any) -> set[nn.Linear]:
+    """Returns the linear layers inside the numbered layers of the language model."""
+    numbered = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
+    return {layer for layers in numbered for layer in layers.modules() if isinstance(layer, nn.Linear)}
 
 
 def _weight_bytes(name: str, source: dict[str, Any], dtype: torch.dtype, load_in: LoadIn | None) -> int:
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name, **source))
+    model = _without_weights(name, source)
     bits = {"8bit": 8, "4bit": 4, None: 8 * dtype.itemsize}[load_in]
-    return int(sum(parameter.numel() for parameter in model.parameters())) * bits // 8
+    n_quantised = sum(layer.weight.numel() for layer in _language_layers(model))
+    n_others = sum(parameter.numel() for parameter in model.parameters()) - n_quantised
+    return int(n_others * dtype.itemsize + n_quantised * bits // 8)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -354,6 +437,17 @@ def _multiply(conv: nn.Conv3d) -> None:
     conv.forward = forward  # type: ignore[assignment, method-assign]
 
 
+def _warn_of_copies(model: nn.Module) -> None:
+    """Warns of a transformers that copies keys and values at each step, for every query head that shares them."""
+    n = max(getattr(module, "num_key_value_groups", 1) for module in model.modules())
+    if n > 1 and not hasattr(sdpa_attention, "pack_gqa"):
+        log.warning(
+            "transformers %s copies the keys and values of this model %d-fold at every decode step, which slows "
+            "captioning down. Upgrade it: pip install -U 'transformers>=5.23,<6'",
+            *(version("transformers"), n),
+        )
+
+
 def _generation_config(recipe: Recipe, ends: list[int], pad_token: int) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=recipe.max_new_tokens,
@@ -375,7 +469,7 @@ def _info(recipe: Recipe, model: Any, device: torch.device, dtype: torch.dtype, 
     packages += ["peft"] * (recipe.adapter is not None) + ["bitsandbytes"] * (recipe.load_in is not None)
     return EngineInfo(
         name="transformers",
-        versions={package: version(package) for package in packages},
+        versions={package: version(package) for package in packages} | {"cudnn_attention": _cudnn_attention()},
         model=recipe.model,
         revision="" if folder.is_dir() else commit,
         dtype=dtype_name(dtype),

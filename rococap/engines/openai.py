@@ -14,19 +14,21 @@ import queue as fifo
 import random
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL.Image import Image
 
 from rococap import open_files
 from rococap.data import images
-from rococap.engines import LINGER_SEC, Completion, EngineInfo, Failure, Options, Prepared, Source
+from rococap.engines import LINGER_SEC, Completion, EngineInfo, Failure, Message, Options, Prepared, Request, Source
 from rococap.engines.chat import Answer, Away, NoCaption, Refused, Server
+from rococap.engines.template import question
 from rococap.errors import ModelError, ServerRefuses
 from rococap.recipe import Recipe
 
@@ -90,22 +92,20 @@ class OpenAIEngine:
     def info(self) -> EngineInfo:
         return self._info
 
-    def prepare(self, job_id: int, picture: Image) -> Prepared:
-        picture = images.reduced(picture, self.recipe.max_pixels)
-        n_tokens = math.ceil(picture.width * picture.height / TOKEN_PIXELS)
-        return Prepared(job_id, self._body(_data_url(picture)), n_tokens)
-
-    def _body(self, picture_url: str) -> bytes:
+    def prepare(self, job_id: int, request: Request) -> Prepared:
         recipe = self.recipe
-        content = [{"type": "image_url", "image_url": {"url": picture_url}}, {"type": "text", "text": recipe.prompt}]
+        limit = request.limit(recipe)
+        pictures = [images.reduced(picture, recipe.max_pixels) for picture in request.pictures]
+        messages = [question(recipe.prompt)] if request.messages is None else request.messages
         body: dict[str, object] = {
             "model": self._model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": recipe.max_new_tokens,
+            "messages": _with_pictures(messages, pictures),
+            "max_tokens": limit,
             "temperature": 0,
             "stream": False,
         }
-        return json.dumps(body).encode()
+        n_tokens = sum(math.ceil(picture.width * picture.height / TOKEN_PIXELS) for picture in pictures)
+        return Prepared(job_id, json.dumps(body).encode(), n_tokens)
 
     def run(self, source: Source) -> Iterator[Completion]:
         assert self._server is not None, "not loaded"
@@ -476,6 +476,18 @@ def _refuse_unsupported(recipe: Recipe) -> None:
                 f"The engine openai cannot honour {name} = {value}: the server decides it. "
                 f"Enqueue a run that leaves it at {getattr(default, name)}, or use --engine transformers."
             )
+
+
+def _with_pictures(messages: Sequence[Message], pictures: Sequence[Image]) -> list[Message]:
+    """The messages as chat completions take them, with the pictures in their places."""
+    left = iter(pictures)
+
+    def part(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        if given["type"] == "text":
+            return given
+        return {"type": "image_url", "image_url": {"url": _data_url(next(left))}}
+
+    return [{**message, "content": [part(given) for given in message["content"]]} for message in messages]
 
 
 def _data_url(picture: Image) -> str:

@@ -11,9 +11,9 @@ import psutil
 import torch
 from PIL import Image
 
-from rococap.engines import Prepared
+from rococap.engines import Prepared, Request
 from rococap.engines.continuous import GROUP_TOKENS, ContinuousDecoder
-from rococap.engines.decoding import free_memory
+from rococap.engines.decoding import free_memory, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +26,13 @@ SLOW_SEC = 2.0
 """If a step takes this long, more rows are not measured: starting would take minutes."""
 MEMORY_SHARE = 0.5
 """The share of free memory for keys and values. The rest is for prefilling."""
+SHAPES = ((1, 1), (5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1), (4, 5), (3, 4), (2, 3), (9, 16), (1, 2), (1, 3))
+"""Width and height of pictures as they occur, in proportion."""
 USUAL_SIDE = 512
 """The side of a typical picture in pixels."""
 
 
-def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Image.Image], Prepared], max_pixels: int) -> int:
+def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Request], Prepared], max_pixels: int) -> int:
     """Returns as many rows as there is memory for, or fewer if these yield about as many tokens per second.
 
     On a GPU it prefills the largest picture that the recipe allows, as many times as are ever prefilled together, so
@@ -39,7 +41,7 @@ def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Image.Image
     """
     on_gpu = decoder.loaded.device.type == "cuda"
     side = math.isqrt(max_pixels) if on_gpu else min(USUAL_SIDE, math.isqrt(max_pixels))
-    picture = prepare(0, Image.effect_noise((side, side), 64).convert("RGB"))
+    picture = prepare(0, Request([Image.effect_noise((side, side), 64).convert("RGB")]))
     n_read = max(1, GROUP_TOKENS // picture.n_tokens) if on_gpu else 1
     room = MEMORY_SHARE * _available(decoder.loaded.device)
     rates: dict[int, float] = {}
@@ -47,7 +49,9 @@ def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Image.Image
     while n <= MAX_ROWS["cuda" if on_gpu else "cpu"] and seconds < SLOW_SEC:
         try:
             seconds, row_bytes = decoder.probe(picture, n, min(n, n_read))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             break
         rates[n] = n / seconds
         log.debug("%d rows: %.1f ms a step", n, seconds * 1000)
@@ -58,6 +62,14 @@ def choose_limit(decoder: ContinuousDecoder, prepare: Callable[[int, Image.Image
     chosen = min((n for n, rate in rates.items() if GAIN * rate >= max(rates.values())), default=1)
     log.info("%d pictures at a time: %.0f tokens/s", chosen, rates.get(chosen, 0.0))
     return chosen
+
+
+def longest(prepare: Callable[[int, Request], Prepared], max_pixels: int) -> Prepared:
+    """Returns a picture with as many prompt tokens as the recipe allows: rounding makes that depend on its shape."""
+    sides = (
+        (math.isqrt(max_pixels * width // height), math.isqrt(max_pixels * height // width)) for width, height in SHAPES
+    )
+    return max((prepare(0, Request([Image.new("RGB", size)])) for size in sides), key=lambda picture: picture.n_tokens)
 
 
 def _available(device: torch.device) -> int:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from rococap.engines import Completion, Prepared, Source, gather
-from rococap.engines.decoding import Loaded, Row, free_memory, out_of_memory, share
+from rococap.engines import Completion, Prepared, Source, Streaming, gather
+from rococap.engines.decoding import Loaded, Row, free_memory, is_out_of_memory, out_of_memory, share, tell
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,9 @@ class StaticDecoder:
     def _caption(self, rows: list[Row], source: Source) -> Iterator[Completion]:
         try:
             done = self._generate(rows, source)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             done = None  # handled after the except clause: the error keeps the allocated memory alive
         if done is None:
             yield from self._caption_smaller(rows, source)
@@ -65,26 +67,29 @@ class StaticDecoder:
     @torch.inference_mode()
     def _generate(self, rows: Sequence[Row], source: Source) -> list[Row]:
         """Captions the rows, and returns those that were not abandoned."""
-        meter, finite = _Meter(source, rows, self.loaded.ends), _Finite()
-        inputs = self.loaded.batch([row.picture for row in rows])
-        output = self.loaded.model.generate(
-            **inputs,
+        for row in rows:
+            row.tokens.clear()
+        meter, finite = _Meter(source, rows, self.loaded), _Finite()
+        self.loaded.model.generate(
+            **self.loaded.batch([row.picture for row in rows]),
             stopping_criteria=StoppingCriteriaList([meter]),
             logits_processor=LogitsProcessorList([finite]),
         )
-        new = output[:, inputs["input_ids"].shape[1] :].tolist()
-        for row, tokens, is_bad in zip(rows, new, finite.bad(), strict=True):
-            row.tokens, row.is_finite = tokens, not is_bad
+        for row, is_bad in zip(rows, finite.bad(), strict=True):
+            row.is_finite = not is_bad
         return [row for slot, row in enumerate(rows) if slot not in meter.abandoned]
 
 
 class _Meter(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types
-    """Called by `generate` after every step: divides its time among the active rows, and stops abandoned rows."""
+    """Called by `generate` after every step: divides its time among the active rows, gives each its token, and stops
+    rows that are over or abandoned.
+    """
 
-    def __init__(self, source: Source, rows: Sequence[Row], ends: frozenset[int]) -> None:
+    def __init__(self, source: Source, rows: Sequence[Row], loaded: Loaded) -> None:
         self.source = source
+        self.listener = source if isinstance(source, Streaming) else None
         self.rows = rows
-        self.ends = ends
+        self.loaded = loaded
         self.abandoned: set[int] = set()
         self.active = set(range(len(rows)))
         self.first = True
@@ -93,10 +98,14 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]  # transformers ships no t
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         newest = input_ids[:, -1].tolist()  # waits for the step to finish on the device
         self._share(time.perf_counter())
+        for slot in self.active:
+            self.rows[slot].tokens.append(newest[slot])
+        if self.listener is not None:
+            tell(self.listener, (self.rows[slot] for slot in self.active), self.loaded.ends)
         lost = self.source.step(len(self.active))
         self.abandoned |= {slot for slot in self.active if self.rows[slot].picture.job_id in lost}
-        self.active -= self.abandoned | {slot for slot in self.active if newest[slot] in self.ends}
-        done = [slot in self.abandoned for slot in range(len(self.rows))]
+        self.active -= self.abandoned | {slot for slot in self.active if self.loaded.is_over(self.rows[slot])}
+        done = [slot not in self.active for slot in range(len(self.rows))]
         return torch.tensor(done, device=input_ids.device)
 
     def _share(self, now: float) -> None:

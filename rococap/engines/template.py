@@ -10,8 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rococap.engines import files
-from rococap.errors import ModelError
+from rococap.engines import Message, files
+from rococap.errors import ModelError, PictureError
 
 OF_PROCESSOR = ("chat_template.json", "chat_template.jinja")
 """In the order of precedence in transformers."""
@@ -31,19 +31,16 @@ class Template:
     called: str
     text: str
 
-    def render(self, messages: list[dict[str, Any]], *, asks: bool) -> str:
+    def render(self, messages: Sequence[Message], *, asks: bool) -> str:
         """Renders messages, with the beginning of an answer if it `asks`. Raises ModelError if the template fails."""
         try:
             return str(
                 self.processor.apply_chat_template(
-                    messages, chat_template=self.text, tokenize=False, add_generation_prompt=asks
+                    list(messages), chat_template=self.text, tokenize=False, add_generation_prompt=asks
                 )
             )
         except Exception as error:  # a template is foreign code: its expressions may raise anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise ModelError(
-                f"{self.called} cannot take a picture and a prompt: {type(error).__name__}: {reason}. {ADVICE}"
-            ) from error
+            raise ModelError(f"{self.called} cannot take a picture and a prompt: {_reason(error)}. {ADVICE}") from error
 
 
 def chat_prompt(processor: Any, prompt: str, name: str) -> str:
@@ -54,15 +51,52 @@ def chat_prompt(processor: Any, prompt: str, name: str) -> str:
     """
     files.refuse_placeholders(prompt, _tokens(processor, files.PLACEHOLDERS), name)
     template = _template(processor, name)
-    text = template.render([_question(prompt)], asks=True)
+    text = template.render([question(prompt)], asks=True)
     if any(parts in text for parts in PARTS_AS_TEXT):
         raise ModelError(f"{template.called} renders the picture as text. {ADVICE}")
     pictures = _tokens(processor, OF_A_PICTURE)
     if pictures and not any(token in text for token in pictures):
         raise ModelError(f"{template.called} leaves the picture out. {ADVICE}")
-    if " ".join(prompt.split()) not in " ".join(text.split()):  # some templates strip white space
+    if not _holds(text, prompt):
         raise ModelError(f"{template.called} leaves the prompt out. {ADVICE}")
     return text
+
+
+def messages_prompt(processor: Any, messages: Sequence[Message], name: str) -> str:
+    """Returns the prompt for the messages of a Request, with the beginning of an answer. `name` is the model's.
+
+    Raises PictureError if the template cannot take them or drops a picture, a question or an instruction, and for a
+    text that contains a picture's token.
+    """
+    template, placeholders = _template(processor, name), _tokens(processor, files.PLACEHOLDERS)
+    try:
+        for _, text in _texts(messages):
+            files.refuse_placeholders(text, placeholders, name)
+        prompt = template.render(messages, asks=True)
+    except ModelError as error:
+        cause = error.__cause__
+        reason = f"{template.called} cannot take these messages: {_reason(cause)}." if cause else str(error)
+        raise PictureError("unprocessable", reason) from error
+    if lack := _lack(prompt, messages, _tokens(processor, OF_A_PICTURE)):
+        raise PictureError("unprocessable", f"{template.called} {lack}.")
+    return prompt
+
+
+def _texts(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """The role and text of every part that is a text."""
+    parts = ((message["role"], part) for message in messages for part in message["content"])
+    return [(role, part["text"]) for role, part in parts if part["type"] == "text"]
+
+
+def _lack(prompt: str, messages: Sequence[Message], picture_tokens: set[str]) -> str:
+    """What the template dropped from the messages; "" if it dropped nothing."""
+    n_pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
+    n_places = sum(prompt.count(token) for token in picture_tokens)
+    if picture_tokens and n_places < n_pictures:
+        return f"has places for {n_places} of the {n_pictures} pictures in these messages"
+    # Some templates rewrite earlier answers on purpose, for example without their reasoning.
+    lost = next((text for role, text in _texts(messages) if role != "assistant" and not _holds(prompt, text)), None)
+    return "" if lost is None else f"leaves a part of these messages out: {lost[:60]!r}"
 
 
 def turn_end(processor: Any, name: str) -> int | None:
@@ -70,9 +104,9 @@ def turn_end(processor: Any, name: str) -> int | None:
 
     None if there is no such token, or if the template cannot take an answer.
     """
-    for content, more in product(([{"type": "text", "text": ANSWER}], ANSWER), ([], [_question("another")])):
+    for content, more in product(([{"type": "text", "text": ANSWER}], ANSWER), ([], [question("another")])):
         try:
-            messages = [_question("a question"), {"role": "assistant", "content": content}, *more]
+            messages = [question("a question"), {"role": "assistant", "content": content}, *more]
             text = _template(processor, name).render(messages, asks=False)
         except ModelError:
             continue
@@ -82,8 +116,18 @@ def turn_end(processor: Any, name: str) -> int | None:
     return None
 
 
-def _question(prompt: str) -> dict[str, Any]:
+def question(prompt: str) -> Message:
+    """The message in which captioning asks the prompt about a picture."""
     return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether a text contains a part. White space is not compared: some templates strip it."""
+    return " ".join(part.split()) in " ".join(text.split())
+
+
+def _reason(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')}"
 
 
 def _first_special(tokenizer: Any, text: str) -> int | None:

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,9 @@ from rococap.engines import (
     Failure,
     Options,
     Prepared,
+    Request,
     Source,
+    Streaming,
     adapters,
     families,
     files,
@@ -50,7 +52,7 @@ from rococap.engines.checkpoint import (
     type_of,
 )
 from rococap.engines.decoding import Loaded, Row, dtype_name, free_memory, share
-from rococap.engines.template import chat_prompt
+from rococap.engines.template import chat_prompt, messages_prompt
 from rococap.errors import ModelError, PictureError
 from rococap.recipe import Recipe
 
@@ -72,10 +74,11 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One picture and the prompt, as processed by vLLM."""
+class Inputs:
+    """A request as processed by vLLM, and its SamplingParams."""
 
-    inputs: Any
+    processed: Any
+    sampling: Any
     flags: str = ""
 
 
@@ -101,7 +104,7 @@ class VLLMEngine:
         source = {"revision": recipe.revision, "local_files_only": here}
         trusting = source | {"trust_remote_code": recipe.trust_remote_code}
         model_type = type_of(recipe.model, trusting)
-        processor = load_processor(recipe.model, trusting)
+        self._processor = processor = load_processor(recipe.model, trusting)
         bounds = families.pixel_bounds(model_type, processor.image_processor, recipe)
         self._reduces = bounds is None
         self._prompt = chat_prompt(processor, recipe.prompt, recipe.model)
@@ -114,7 +117,7 @@ class VLLMEngine:
         ends = end_tokens(_generation_config(folder, model), processor, recipe.model)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
         self.loaded = Loaded(model, tokenizer, device, frozenset(ends), pad, recipe.max_new_tokens)
-        self._sampling = _sampling(recipe, ends)
+        self._ends = ends
         self._max_rows = self._llm.vllm_config.scheduler_config.max_num_seqs
         self.limit = self.options.batch_size or min(self._max_rows, MAX_AT_ONCE)
         self._info = _info(recipe, folder, self.loaded)
@@ -131,18 +134,24 @@ class VLLMEngine:
     def batch_size(self, size: int) -> None:
         self.limit = min(size, self._max_rows)
 
-    def prepare(self, job_id: int, picture: Image) -> Prepared:
+    def prepare(self, job_id: int, request: Request) -> Prepared:
+        sampling = _sampling(self.recipe, self._ends, request.limit(self.recipe))
+        picture = _only(request.pictures)
         if self._reduces:
             picture = images.reduced(picture, self.recipe.max_pixels)
-        prompt = {"prompt": self._prompt, "multi_modal_data": {"image": picture}}
+        text = self._prompt
+        if request.messages is not None:
+            text = messages_prompt(self._processor, request.messages, self.recipe.model)
+        prompt = {"prompt": text, "multi_modal_data": {"image": picture}}
         try:
             with self._preparing:  # vLLM's own server never runs a processor in two threads
                 (inputs,) = self._llm.renderer.render_cmpl([prompt])
         except _refusals() as error:
             raise PictureError("unprocessable", f"The model's processor rejects this picture: {error}") from error
-        return Prepared(job_id, Request(inputs), len(inputs["prompt_token_ids"]))
+        return Prepared(job_id, Inputs(inputs, sampling), len(inputs["prompt_token_ids"]))
 
     def run(self, source: Source) -> Iterator[Completion]:
+        listener = source if isinstance(source, Streaming) else None
         rows: dict[str, Row] = {}
         while (taken := self._take(source, len(rows))) or rows:
             yield from self._add(taken, rows)
@@ -151,6 +160,8 @@ class VLLMEngine:
             started = time.perf_counter()
             outputs = [output for output in self._llm.step() if output.request_id in rows]
             n_decoded = sum(bool(rows[output.request_id].tokens) for output in outputs)
+            if listener is not None:
+                self._tell(listener, outputs, rows)
             yield from self._charge(outputs, rows, started)
             self._abandon(source.step(n_decoded), rows)
 
@@ -172,13 +183,21 @@ class VLLMEngine:
         for picture in pictures:
             name = str(picture.job_id)
             try:
-                self._llm.add_request(name, picture.inputs.inputs, self._sampling)
+                self._llm.add_request(name, picture.inputs.processed, picture.inputs.sampling)
             except _refusals() as error:
                 yield Completion(
                     picture.job_id, failure=Failure("unprocessable", f"vLLM rejects this picture: {error}")
                 )
             else:
                 rows[name] = Row(picture, now, [])
+
+    def _tell(self, listener: Streaming, outputs: list[Any], rows: dict[str, Row]) -> None:
+        """Tells the tokens of a step, which the rows do not have yet."""
+        for output in outputs:
+            row = rows[output.request_id]
+            ids = [id for id in output.outputs[0].token_ids if id not in self.loaded.ends]
+            if ids and not output.metrics.is_corrupted:
+                listener.tokens(row.picture.job_id, len(row.tokens), ids)
 
     def _charge(self, outputs: list[Any], rows: dict[str, Row], started: float) -> Iterator[Completion]:
         """Charges a step to the rows that got a token in it, or to all if it only read parts of prompts.
@@ -210,6 +229,13 @@ class VLLMEngine:
             self._llm.abort_request(lost)
         for name in lost:
             del rows[name]
+
+
+def _only(pictures: Sequence[Image]) -> Image:
+    if len(pictures) > 1:
+        message = f"The engine vllm takes one picture in a request, not {len(pictures)}. Use --engine transformers."
+        raise PictureError("unprocessable", message)
+    return pictures[0]
 
 
 def _refusals() -> tuple[type[Exception], ...]:
@@ -321,14 +347,14 @@ def _generation_config(folder: Path, model: Any) -> GenerationConfig:
     return GenerationConfig.from_model_config(model.hf_config)
 
 
-def _sampling(recipe: Recipe, ends: list[int]) -> Any:
+def _sampling(recipe: Recipe, ends: list[int], max_tokens: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         temperature=0.0,
         repetition_penalty=recipe.repetition_penalty,
-        max_tokens=recipe.max_new_tokens,
+        max_tokens=max_tokens,
         stop_token_ids=ends,
         ignore_eos=True,  # vLLM's own end token: ours are in `ends`
         detokenize=False,

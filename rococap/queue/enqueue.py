@@ -22,7 +22,7 @@ from rococap.errors import DatasetError, RunError
 from rococap.progress import Progress, silent
 from rococap.queue import records, runs, status
 from rococap.queue.records import clean_text
-from rococap.recipe import RULES, Recipe
+from rococap.recipe import Recipe
 from rococap.tables import JobState
 
 PAGE = 20_000
@@ -119,7 +119,7 @@ def enqueue_from(
     Raises RunError if the run exists with another recipe or data set, if the recipe is that of `old`, and if `old` has
     no such pictures.
     """
-    if recipe == old.recipe and runs.rules_of(old.resolved or {"rules": RULES}) == RULES:
+    if recipe == old.recipe and runs.rules_of(old.resolved or {"rules": recipe.rules}) == recipe.rules:
         raise RunError(
             f"Run {old.name!r} has the same recipe, which would give the same captions again. Change something: "
             "--prompt, --model, --max-new-tokens, --repetition-penalty …"

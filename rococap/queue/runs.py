@@ -14,12 +14,13 @@ from rococap.db import execute
 from rococap.engines import EngineInfo
 from rococap.errors import RunError
 from rococap.queue.records import time_of
-from rococap.recipe import RULES, Recipe, refuse_placeholders
+from rococap.recipe import Recipe, refuse_placeholders
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run. `resolved` is the model state that it pinned (`EngineInfo.resolved`); None before its first worker.
+    """A run. `resolved` is the model state that it pinned (`EngineInfo.resolved`), with the version of the rules; None
+    before its first worker.
 
     `columns` are those that its data set was registered with.
     """
@@ -125,19 +126,20 @@ def _check_prompt(name: str, recipe: Recipe) -> None:
 
 
 def pin(conn: Connection, run: Run, info: EngineInfo, *, accept_new_rules: bool = False) -> None:
-    """Pins the model state that the run's recipe resolved to on its first worker.
+    """Pins the model state that the run's recipe resolved to on its first worker, and the rules.
 
     A run without captions adopts this version's rules; one with captions does so only with `accept_new_rules`, and
     records it. Raises RunError for a worker whose model state differs from the pinned one.
     """
+    mine = run.recipe.rules
     db.lock(conn, "runs", run.id)
-    pin_first(conn, run, info.resolved())
+    pin_first(conn, run, info.resolved() | {"rules": mine})
     check_pinned(conn, run, info, accept_new_rules=accept_new_rules)
     pinned = get_run(conn, run.name).resolved or {}
-    if (rules := rules_of(pinned)) != RULES:
-        changed = pinned | {"rules": RULES}
+    if (rules := rules_of(pinned)) != mine:
+        changed = pinned | {"rules": mine}
         if n := _n_captioned(conn, run):
-            accepted = {"from": rules, "to": RULES, "captions_before": n, "at": db.now(conn)}
+            accepted = {"from": rules, "to": mine, "captions_before": n, "at": db.now(conn)}
             changed["accepted_rules"] = [*pinned.get("accepted_rules", []), accepted]
         execute(conn, "UPDATE runs SET resolved = ? WHERE id = ?", (json.dumps(changed, sort_keys=True), run.id))
 
@@ -166,25 +168,26 @@ _RULES_KEYS = ("rules", "accepted_rules")
 
 
 def rules_of(resolved: Mapping[str, Any]) -> int:
-    """The version of the rules (`rococap.recipe.RULES`) that a run was started under, or has accepted since."""
+    """The version of the rules (`Recipe.rules`) that a run was started under, or has accepted since."""
     return int(resolved.get("rules", 1))
 
 
 def check_rules(conn: Connection, run: Run, *, accept_new_rules: bool = False) -> None:
-    """Raises RunError if continuing the run would mix captions made under different rules (`rococap.recipe.RULES`)."""
-    pinned = get_run(conn, run.name).resolved
-    rules = RULES if pinned is None else rules_of(pinned)
-    if rules > RULES:
+    """Raises RunError if continuing the run would mix captions made under different rules (`Recipe.rules`)."""
+    pinned, mine = get_run(conn, run.name).resolved, run.recipe.rules
+    rules = mine if pinned is None else rules_of(pinned)
+    if rules > mine:
         raise RunError(
-            f"Run {run.name!r} was started by a newer version of rococap, which has other rules for opening pictures "
-            f"({rules}, here {RULES}), and a run never mixes two. Upgrade rococap."
+            f"Run {run.name!r} was started by a newer version of rococap, which has other rules for opening pictures, "
+            f"quantising weights and ending captions ({rules}, here {mine}), and a run never mixes two. Upgrade "
+            "rococap."
         )
-    if rules < RULES and not accept_new_rules and _n_captioned(conn, run):
+    if rules < mine and not accept_new_rules and _n_captioned(conn, run):
         raise RunError(
-            f"Run {run.name!r} was started under older rules for opening pictures and ending captions ({rules}, here "
-            f"{RULES}), and a run never mixes two. Caption its pictures again: rococap enqueue --run NEW --from "
-            f"{run.name}; or continue, which its manifests will record: rococap worker --run {run.name} "
-            "--accept-new-rules"
+            f"Run {run.name!r} was started under older rules for opening pictures, quantising weights and ending "
+            f"captions ({rules}, here {mine}), and a run never mixes two. Caption its pictures again: rococap enqueue "
+            f"--run NEW --from {run.name}; or continue, which its manifests will record: rococap worker --run "
+            f"{run.name} --accept-new-rules"
         )
 
 

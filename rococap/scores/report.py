@@ -223,7 +223,7 @@ def _facts_of(scored: Scored) -> dict[str, str]:
 
 
 def _rules(resolved: Mapping[str, Any]) -> str:
-    """The version of the rules for opening pictures and ending captions, and any earlier ones that the run had."""
+    """The version of the rules (`Recipe.rules`), and any earlier ones that the run had."""
     accepted = "".join(
         f" ({earlier['from']} for the first {earlier['captions_before']:,} captions)"
         for earlier in resolved.get("accepted_rules", [])

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from rococap.data import PictureReader, Place
 from rococap.data.images import open_picture
 from rococap.db import execute
-from rococap.engines import Completion, Engine, Prepared
+from rococap.engines import Completion, Engine, Prepared, Request
 from rococap.errors import PictureError
 from rococap.queue import PLACE, Run, place_of
 
@@ -84,7 +84,7 @@ def prepare(
             try:
                 picture = open_picture(_bytes(data), frame)
                 loaded = time.perf_counter()
-                prepared.append(engine.prepare(number, picture))
+                prepared.append(engine.prepare(number, Request([picture])))
                 digests[number], size = hashlib.sha256(picture.tobytes()).digest(), picture.size
                 load_sec, prepare_sec = load_sec + loaded - started, prepare_sec + time.perf_counter() - loaded
             except PictureError as error:

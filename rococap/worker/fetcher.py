@@ -17,7 +17,7 @@ from rococap import db, queue
 from rococap.data import PictureReader
 from rococap.data.images import is_blank, open_picture
 from rococap.db import transaction
-from rococap.engines import Completion, Failure
+from rococap.engines import Completion, Failure, Request
 from rococap.errors import DatabaseUnavailable, PictureError
 from rococap.queue import NORMAL, SOLO, SUSPECTS, Claim, Job
 from rococap.worker import clock
@@ -206,7 +206,7 @@ class Fetcher:
                 raise data
             picture = open_picture(data, self._context.run.recipe.frame)
             loaded = time.perf_counter()
-            prepared = self._context.engine.prepare(job.id, picture)
+            prepared = self._context.engine.prepare(job.id, Request([picture]))
         except PictureError as error:
             self._report(Completion(job.id, failure=Failure(error.code, str(error), error.transient)))
             return

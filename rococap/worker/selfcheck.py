@@ -20,7 +20,7 @@ from PIL.Image import Image, fromarray
 from sqlalchemy import Connection
 
 from rococap.data import Place
-from rococap.engines import Completion, Engine, Failure, Prepared
+from rococap.engines import Completion, Engine, Failure, Prepared, Request
 from rococap.errors import PictureError, ServerRefuses
 from rococap.queue import Run
 from rococap.recipe import Recipe
@@ -184,7 +184,7 @@ def _captions_of_drawings(
     a blind model may respond to the number of visual tokens.
     """
     try:
-        prepared = [engine.prepare(number, drawing) for number, drawing in enumerate(_drawings(*size))]
+        prepared = [engine.prepare(number, Request([drawing])) for number, drawing in enumerate(_drawings(*size))]
     except PictureError:
         return set()
     return {completion.text for completion in captions(prepared) if completion.failure is None}

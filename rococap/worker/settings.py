@@ -65,4 +65,5 @@ class Settings:
         """The options that may change an engine's captions: a self-check counts only for workers with the same ones."""
         options = self.options
         size = "auto" if options.batch_size is None else options.batch_size
-        return f"decode {options.decode}, batch size {size}" + (", spread" if options.device_map else "")
+        mode = f"decode {options.decode}, batch size {size}"
+        return mode + (", spread" if options.device_map else "") + ("" if options.graphs else ", no graphs")

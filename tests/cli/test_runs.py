@@ -14,7 +14,7 @@ from sqlalchemy import Engine, event
 from rococap import db, prompts, queue
 from rococap.engines import Completion, Failure
 from rococap.queue import Run
-from rococap.recipe import Recipe
+from rococap.recipe import RULES, Recipe
 
 said = partial(steps.said, "runs")
 
@@ -75,7 +75,7 @@ def test_json_has_everything(database, here):
         "dataset_revision": "",
         "recipe": asdict(run.recipe),
         "recipe_hash": run.recipe.hash,
-        "resolved": INFO.resolved(),
+        "resolved": INFO.resolved() | {"rules": RULES},
         "max_attempts": 5,
         "paused": False,
         "columns": {},

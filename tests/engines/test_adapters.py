@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import engine_steps
 import pytest
 import torch
 from adapters import beside, write_adapter
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from engine_steps import captions, error_of, mixed_pictures, texts
 from families import FAMILIES
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from rococap.demo import MODEL
@@ -418,6 +421,51 @@ def test_quantised_weights_caption_and_say_so(bits):
     layer = engine.loaded.model.model.language_model.layers[0].mlp.up_proj
     assert type(layer).__module__.startswith("bitsandbytes")
     assert "bitsandbytes" in engine.info.versions
+
+
+def quantised(engine: TransformersEngine) -> set[str]:
+    """The names of the layers that bitsandbytes quantised."""
+    layers = engine.loaded.model.named_modules()
+    return {name for name, layer in layers if isinstance(layer, Linear4bit | Linear8bitLt)}
+
+
+IN_LANGUAGE_LAYERS = re.compile(r"model\.(language_model|text_model)\.layers\.\d+\.")
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize("family", ["demo", *FAMILIES])
+def test_only_the_layers_of_the_language_model_are_quantised_in_every_family(tmp_path, family, bits, monkeypatch):
+    monkeypatch.setattr(hf, "reduce_kernels", lambda model, device: None)  # which renames layers
+    folder = MODEL if family == "demo" else FAMILIES[family](tmp_path)
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    engine = loaded(folder, load_in=bits)
+    layers = {name for name, layer in plain.named_modules() if isinstance(layer, nn.Linear)}
+    inside = {name for name in layers if IN_LANGUAGE_LAYERS.match(name)}
+    assert quantised(engine) == inside
+    assert any("vis" in name for name in layers - inside)
+    assert "lm_head" in layers - inside
+    weights = dict(engine.loaded.model.named_parameters())
+    for name, weight in plain.named_parameters():
+        if name.rpartition(".")[0] not in inside:
+            assert torch.equal(weights[name], weight), name
+    said = captions(engine, mixed_pictures()[:4])
+    assert all(caption.failure is None and caption.new_tokens > 1 for caption in said)
+    assert len(set(texts(said))) == 4, "the picture must decide what is said"
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantised_weights_that_the_head_shares_with_the_embeddings_stay_shared(bits):
+    model = loaded(load_in=bits).loaded.model
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", [None, "8bit", "4bit"])
+def test_the_estimate_of_the_memory_is_what_the_weights_take(bits, dtype):
+    engine = loaded(load_in=bits, dtype=dtype)
+    source = {"revision": "main", "local_files_only": True, "trust_remote_code": False}
+    weights = engine.loaded.model.parameters()
+    assert hf._weight_bytes(str(MODEL), source, engine.dtype, bits) == sum(weight.nbytes for weight in weights)
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 
 import pytest
 import torch
+from engine_steps import captions, mixed_pictures, row, texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from rococap.demo import MODEL
 from rococap.demo.phantoms import HELD_OUT_SEEDS, draw
-from rococap.engines import Completion, Options, Prepared, continuous
+from rococap.engines import Completion, Options, Prepared, Request, continuous
 from rococap.engines.decoding import Loaded, Row
 from rococap.engines.hf import TransformersEngine
 from rococap.engines.sizing import choose_limit
@@ -79,12 +81,12 @@ def prepared(engine) -> list[Prepared]:
     asked, made = engine.prompt, []
     for prompt in PROMPTS:
         engine.prompt = asked.replace(RECIPE.prompt, prompt)
-        engine._texts.clear()
+        engine._prompts.clear()
         assert (engine.prompt == asked) == (prompt == RECIPE.prompt)
         for size in SIZES:
-            made.append(engine.prepare(len(made), pictures[len(made)].resize(size)))
+            made.append(engine.prepare(len(made), Request([pictures[len(made)].resize(size)])))
     engine.prompt = asked
-    engine._texts.clear()
+    engine._prompts.clear()
     assert len({picture.n_tokens for picture in made}) > 8
     return made
 
@@ -163,6 +165,84 @@ def test_the_time_of_all_captions_is_the_time_of_the_steps(engine, prepared):
     assert {c.batch_size for c in completions} == {6}
 
 
+# --- slots -----------------------------------------------------------------------------------------------------
+
+
+def test_a_row_keeps_its_slot_and_a_free_one_is_taken_from_the_front(engine, prepared):
+    decoder = continuous.ContinuousDecoder(engine.loaded, 4, lambda picture: None)
+    assert decoder._prefill([row(picture) for picture in prepared[:4]]) == [0, 1, 2, 3]
+    kept = decoder._rows[3]
+    decoder._remove([0, 2])
+    assert decoder._slots.lengths.tolist() == [0, prepared[1].n_tokens, 0, prepared[3].n_tokens]
+    assert decoder._slots.active.tolist() == [0, 1, 0, 1]
+    assert decoder._prefill([row(prepared[4])]) == [0]
+    assert decoder._rows[3] is kept
+
+
+def test_a_step_writes_into_a_free_slot_at_its_first_place_and_nowhere_else(engine, prepared):
+    decoder = continuous.ContinuousDecoder(engine.loaded, 10, lambda picture: None)
+    decoder._prefill([row(picture) for picture in prepared[:10]])
+    decoder._remove([1])
+    keys = [layer.keys for layer in decoder._slots.layers]
+    before = [buffer.clone() for buffer in keys]
+    for running in decoder._rows.values():
+        running.tokens.append(0)
+    decoder._step()
+    for old, new in zip(before, keys, strict=True):
+        changed = (old != new).any(dim=1).any(dim=-1)
+        written = {(slot, place) for slot, place in changed.nonzero().tolist()}
+        assert written == {(1, 0)} | {(slot, prepared[slot].n_tokens) for slot in (0, *range(2, 10))}
+    assert decoder._slots.lengths[1] == 0
+
+
+@pytest.mark.parametrize("finished", [[0, 1, 2, 3, 4, 5], [1, 3, 5], [5], [0]])
+def test_rows_with_free_slots_before_them_say_the_same(engine, prepared, alone, finished):
+    lengths = {job: 3 if job in finished else MOST for job in range(7)}
+    said, _ = decode(engine, Arriving([prepared[:7]]), 7, lengths)
+    assert said == {job: alone[job][: lengths[job]] for job in range(7)}
+
+
+def test_out_of_memory_while_reading_halves_what_is_read_together_and_keeps_the_rows(engine, caplog):
+    def refuse(module: object, args: object, inputs: dict[str, torch.Tensor]) -> None:
+        if len(inputs["grid_thw"]) > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    expected = texts(captions(engine, mixed_pictures(), 8))
+    hook = engine.loaded.model.model.visual.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        with caplog.at_level(logging.WARNING):
+            completions = captions(engine, mixed_pictures(), 8)
+    finally:
+        hook.remove()
+        engine.decoder._group_limit = continuous.GROUP_TOKENS
+    assert texts(completions) == expected
+    assert engine.batch_size == 8
+    assert caplog.messages == [
+        "out of memory reading 6 pictures at a time: continuing with 3",
+        "out of memory reading 3 pictures at a time: continuing with 1",
+    ]
+
+
+def test_on_a_gpu_no_picture_is_begun_while_prompts_are_read(engine, prepared, monkeypatch):
+    decoder = engine.decoder
+    preparing: list[Future[Prepared]] = []
+    began_meanwhile = []
+
+    def prepare_beside(module: object, args: object, inputs: object) -> None:
+        preparing.append(pool.submit(engine.prepare, 1, Request([mixed_pictures()[0]])))
+        began_meanwhile.append(bool(wait(preparing, timeout=1).done))
+
+    hook = engine.loaded.model.register_forward_pre_hook(prepare_beside, with_kwargs=True)
+    with ThreadPoolExecutor(1) as pool:
+        for on_gpu in (True, False):
+            monkeypatch.setattr(decoder, "_yields_to_launches", on_gpu)
+            decoder._prefill([row(prepared[0])])
+            assert preparing.pop().result(timeout=60).n_tokens > 0
+            decoder._clear()
+    hook.remove()
+    assert began_meanwhile == [False, True]
+
+
 # --- which models, how many rows -------------------------------------------------------------------------------
 
 
@@ -228,5 +308,5 @@ def test_measuring_leaves_the_decoder_as_it_was(engine, prepared, alone):
 
 
 def test_a_picture_of_noise_is_not_larger_than_the_recipe_allows(engine):
-    picture = engine.prepare(0, Image.effect_noise((512, 512), 64).convert("RGB"))
+    picture = engine.prepare(0, Request([Image.effect_noise((512, 512), 64).convert("RGB")]))
     assert picture.n_tokens < 512 * 512 / 784 + 40

@@ -7,20 +7,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 
+import families
 import pytest
 import torch
-from engine_steps import PHANTOMS, Pictures, captions, error_of, loaded, mixed_pictures, texts
+from engine_steps import PHANTOMS, Pictures, captions, error_of, loaded, memory_for, mixed_pictures, texts
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import AutoModelForImageTextToText
+from transformers.integrations import sdpa_attention
 
 from rococap.demo import MODEL
-from rococap.engines import Completion, Options
+from rococap.engines import Completion, Options, Request
 from rococap.engines.checkpoint import choose_dtype, folder_digest
-from rococap.engines.decoding import Row, collate, share
+from rococap.engines.decoding import Row, collate, is_out_of_memory, share
 from rococap.engines.hf import TransformersEngine
 from rococap.engines.static import _Meter
 from rococap.recipe import Recipe
@@ -58,17 +62,19 @@ def test_a_batch_of_mixed_sizes_says_the_same_as_one_picture_at_a_time(engine, a
 
 
 def test_right_padding_would_be_noticed(engine, alone, monkeypatch):
-    def pad_right(tensor, prompt_shape, width, fill):
-        gap = (0, width - tensor.shape[1])
-        return torch.nn.functional.pad(tensor, gap, value=fill) if tensor.shape == prompt_shape else tensor
+    def pad_right(tensor, width, fill=0):
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]), value=fill)
 
-    monkeypatch.setattr("rococap.engines.decoding._pad_left", pad_right)
+    monkeypatch.setattr("rococap.engines.decoding.pad_left", pad_right)  # of the prompts
+    monkeypatch.setattr("rococap.engines.precompute.pad_left", pad_right)  # of their positions
     assert texts(captions(engine, mixed_pictures(), 5)) != texts(alone)
 
 
 def test_a_collated_batch_is_what_the_processor_makes_of_the_pictures_together(engine):
     images = mixed_pictures()[:4]
-    ours = collate([engine.prepare(n, image).inputs.tensors for n, image in enumerate(images)], engine.loaded.pad)
+    ours = collate(
+        [engine.prepare(n, Request([image])).inputs.tensors for n, image in enumerate(images)], engine.loaded.pad
+    )
     theirs = engine.processor(text=[engine.prompt] * 4, images=images, return_tensors="pt", padding=True)
     assert ours.keys() == theirs.keys()
     assert {name: torch.equal(ours[name], theirs[name]) for name in ours} == dict.fromkeys(ours, True)
@@ -76,7 +82,7 @@ def test_a_collated_batch_is_what_the_processor_makes_of_the_pictures_together(e
 
 def test_a_prompt_that_was_kept_for_a_pictures_shape_is_what_the_processor_says(engine):
     images = [PHANTOMS[0].image.convert("RGB").resize(size) for size in [(112, 112), (150, 90), (112, 112), (150, 90)]]
-    ours = [engine.prepare(0, image).inputs.tensors for image in images]
+    ours = [engine.prepare(0, Request([image])).inputs.tensors for image in images]
     theirs = [dict(engine.processor(text=[engine.prompt], images=[image], return_tensors="pt")) for image in images]
     assert ours[2]["input_ids"] is ours[0]["input_ids"], "it was not kept"
     for mine, its in zip(ours, theirs, strict=True):
@@ -116,7 +122,7 @@ def test_a_steps_time_is_shared_over_the_rows_that_were_active_in_it(engine):
 def test_a_static_batchs_time_goes_to_the_rows_that_have_not_ended(engine):
     source = Pictures(engine, [PHANTOMS[0].image.convert("RGB")] * 3)
     rows = [Row(picture, 0.0, []) for picture in source.prepared]
-    meter = _Meter(source, rows, frozenset([0]))
+    meter = _Meter(source, rows, engine.loaded)
     meter.since = 0.0
     meter._share(0.3)
     meter.active = {0, 2}
@@ -157,11 +163,11 @@ def test_the_recipes_pixel_bounds_hold_for_a_folder_as_qwen2_vl_was_published(fo
     (folder / "processor_config.json").unlink()
     (folder / "preprocessor_config.json").write_text(json.dumps(old | {"processor_class": "Qwen2VLProcessor"}))
     picture = Image.new("RGB", (900, 700))
-    grid = loaded(folder, max_pixels=10_000).prepare(1, picture).inputs.tensors["image_grid_thw"]
+    grid = loaded(folder, max_pixels=10_000).prepare(1, Request([picture])).inputs.tensors["image_grid_thw"]
     assert grid.tolist() == [[1, 6, 8]]
     grid = (
         loaded(folder, min_pixels=100_352, max_pixels=200_704)
-        .prepare(1, Image.new("RGB", (56, 56)))
+        .prepare(1, Request([Image.new("RGB", (56, 56))]))
         .inputs.tensors["image_grid_thw"]
     )
     assert grid.prod() * 196 >= 100_352
@@ -200,29 +206,50 @@ def test_the_digest_changes_with_a_weight_and_not_with_a_readme(folder):
 # --- trouble ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def memory_for(engine: TransformersEngine, rows: int = 1000, tokens: int = 100_000) -> Iterator[None]:
-    """The real model on a device with room for so many rows at once, and prompts of so many tokens."""
-
-    def refuse(module: object, args: object, inputs: dict[str, torch.Tensor]) -> None:
-        n, width = inputs["input_ids"].shape
-        if n > rows or width > tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    hook = engine.loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def test_out_of_memory_halves_the_batch_and_loses_no_picture(engine, alone):
     with memory_for(engine, rows=3):
         completions = captions(engine, mixed_pictures(), 8)
     assert texts(completions) == texts(alone)
     assert engine.batch_size == 2
-    assert {c.batch_size for c in completions} == {2}
+    assert {c.batch_size for c in completions} <= {2, 3}
     assert all(c.flags == "" for c in completions)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_only_allocations_that_failed_in_a_library_count_as_out_of_memory(message, expected):
+    assert is_out_of_memory(RuntimeError(message)) == expected
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+
+
+def test_an_error_of_the_device_ends_the_engine(engine):
+    def refuse(module: object, args: object, inputs: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    hook = engine.loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            captions(engine, mixed_pictures()[:2])
+    finally:
+        hook.remove()
+
+
+def test_cudnn_attention_is_off_before_the_first_attention_and_stored_with_the_versions(engine):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        again = loaded(MODEL)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert again.info.versions["cudnn_attention"] == "off"
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def test_out_of_memory_under_way_begins_again_with_half_the_rows(engine, alone):
@@ -418,6 +445,38 @@ def test_the_patches_of_a_picture_are_projected_as_the_stock_model_does(engine):
     assert ours.proj.forward.__qualname__.startswith("_multiply")
     larger = torch.randn(2, 3, 4, 14, 14)  # no single patch
     assert torch.allclose(ours.proj(larger), theirs.proj(larger), atol=1e-5)
+
+
+def copies_told_of(caplog, model: Path = MODEL) -> list[str]:
+    loaded(model, Options(device="cpu", batch_size=5))
+    return [message for message in caplog.messages if "-fold at every decode step" in message]
+
+
+def test_a_transformers_that_copies_keys_and_values_at_each_step_is_named_with_the_remedy(monkeypatch, caplog):
+    monkeypatch.delattr(sdpa_attention, "pack_gqa", raising=False)
+    assert copies_told_of(caplog) == [
+        f"transformers {version('transformers')} copies the keys and values of this model 2-fold at every decode step, "
+        "which slows captioning down. Upgrade it: pip install -U 'transformers>=5.23,<6'"
+    ]
+
+
+def test_a_model_whose_query_heads_share_no_keys_is_not_warned_of(monkeypatch, caplog, tmp_path):
+    monkeypatch.delattr(sdpa_attention, "pack_gqa", raising=False)
+    monkeypatch.setitem(families.TEXT, "num_key_value_heads", families.TEXT["num_attention_heads"])
+    assert copies_told_of(caplog, families.qwen2_vl(tmp_path)) == []
+
+
+def test_the_installed_transformers_is_warned_of_only_if_it_copies_keys_at_a_decode_step(monkeypatch, caplog):
+    attention, heads = functional.scaled_dot_product_attention, set()
+
+    def attend(query: torch.Tensor, key: torch.Tensor, *args: object, **named: object) -> torch.Tensor:
+        if named.get("attn_mask") is not None and key.shape[2] > query.shape[2]:
+            heads.add(key.shape[1])
+        return attention(query, key, *args, **named)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
+    captions(loaded(options=Options(device="cpu", batch_size=5)), mixed_pictures(), 5)
+    assert heads == ({4} if copies_told_of(caplog) else {2}), "the demo model has 4 heads for queries and 2 for keys"
 
 
 def test_a_folder_that_is_not_there_is_refused():

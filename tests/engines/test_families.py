@@ -10,14 +10,14 @@ from pathlib import Path
 import engine_steps
 import pytest
 import torch
-from engine_steps import captions, error_of, mixed_pictures, one_by_one, texts
+from engine_steps import answers, captions, error_of, message, mixed_pictures, stock_answers, text, texts
 from families import FAMILIES, SIDE, as_published_in_2024, idefics3
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM
 
 from rococap.demo import MODEL
-from rococap.engines import Options, families
+from rococap.engines import Options, Request, families
 from rococap.engines.continuous import ContinuousDecoder
 from rococap.engines.decoding import collate
 from rococap.engines.hf import TransformersEngine
@@ -48,9 +48,25 @@ def engine(folder) -> Iterator[TransformersEngine]:
 def test_every_family_says_in_batches_what_generate_says_of_one_picture_at_a_time(family, folder, engine):
     images = mixed_pictures()[:8]
     said = texts(captions(engine, images, 5))
-    assert said == one_by_one(folder, engine, images)
+    assert said == stock_answers(folder, engine, [Request([image]) for image in images])
     assert said == texts(captions(engine, images, 1))
     assert len(set(said)) == len(images), "the picture must decide what is said"
+
+
+def test_every_family_takes_several_pictures_and_turns_as_its_stock_classes_do(folder, engine):
+    a, b, c, d, e, f = mixed_pictures()[:6]
+    image, compare, count = {"type": "image"}, text("Compare these:"), text("How many are there?")
+    system, answer = message("system", text("Be brief.")), message("assistant", text("They differ."))
+    requests = [
+        Request([a, b], [message("user", compare, image, image)]),
+        Request([c]),
+        Request([d, e, f], [system, message("user", image, compare, image, image)]),
+        Request([b, a], [message("user", image, compare, image), answer, message("user", count)]),
+        Request([a, f], [message("user", image), answer, message("user", image, count)]),
+    ]
+    said = texts(answers(engine, requests, 5))
+    assert said == stock_answers(folder, engine, requests)
+    assert len(set(said)) == len(said), "the pictures must decide what is said"
 
 
 def test_every_family_but_those_with_another_cache_is_decoded_continuously(family, engine):
@@ -59,7 +75,9 @@ def test_every_family_but_those_with_another_cache_is_decoded_continuously(famil
 
 def test_a_collated_batch_of_every_family_is_what_its_processor_makes_of_the_pictures_together(engine):
     images = mixed_pictures()[:4]
-    ours = collate([engine.prepare(n, image).inputs.tensors for n, image in enumerate(images)], engine.loaded.pad)
+    ours = collate(
+        [engine.prepare(n, Request([image])).inputs.tensors for n, image in enumerate(images)], engine.loaded.pad
+    )
     theirs = engine.processor(
         text=[engine.prompt] * 4, images=[[image] for image in images], return_tensors="pt", padding=True
     )
@@ -73,7 +91,7 @@ def loaded(folder: Path, batch_size: int = 5, **recipe: object) -> TransformersE
 
 def visual_tokens(engine: TransformersEngine, size: tuple[int, int]) -> int:
     """How many of them a picture of that size becomes."""
-    return engine.prepare(1, Image.new("RGB", size)).n_tokens - len(
+    return engine.prepare(1, Request([Image.new("RGB", size)])).n_tokens - len(
         engine.processor.tokenizer(engine.prompt)["input_ids"]
     )
 
@@ -85,10 +103,9 @@ def tokens_of(folder):
     @cache
     def tokens(min_pixels: int, max_pixels: int) -> tuple[int, int]:
         engine = loaded(folder, min_pixels=min_pixels, max_pixels=max_pixels)
-        n = [
-            int((engine.prepare(1, Image.new("RGB", size)).inputs.tensors["input_ids"] == image_token(engine)).sum())
-            for size in ((900, 700), (56, 56))
-        ]
+        blank = (Image.new("RGB", size) for size in ((900, 700), (56, 56)))
+        ids = [engine.prepare(1, Request([picture])).inputs.tensors["input_ids"] for picture in blank]
+        n = [int((tokens == image_token(engine)).sum()) for tokens in ids]
         engine.close()
         return n[0], n[1]
 
@@ -137,7 +154,7 @@ def test_a_folder_as_qwen2_vl_was_published_captions_greedily_within_the_recipes
     mine = loaded(MODEL, max_new_tokens=64, max_pixels=12_544)
     images = [*mixed_pictures(), Image.new("RGB", (900, 700))]
     assert texts(captions(engine, images)) == texts(captions(mine, images))
-    assert engine.prepare(1, images[-1]).inputs.tensors["image_grid_thw"].tolist() == [[1, 6, 8]]
+    assert engine.prepare(1, Request([images[-1]])).inputs.tensors["image_grid_thw"].tolist() == [[1, 6, 8]]
     assert isinstance(engine.decoder, ContinuousDecoder)
 
 
@@ -163,8 +180,9 @@ def test_code_that_comes_with_a_model_is_not_run_unless_the_recipe_says_so(tmp_p
     )
     stock = AutoModelForImageTextToText.from_pretrained(MODEL)
     save_file({name: tensor.clone() for name, tensor in stock.state_dict().items()}, folder / "model.safetensors")
-    engine = loaded(folder, trust_remote_code=True)
-    assert type(engine.loaded.model).__name__ == "OwnModel"
+    for load_in in ("4bit", None):
+        engine = loaded(folder, trust_remote_code=True, load_in=load_in)
+        assert type(engine.loaded.model).__name__ == "OwnModel"
 
 
 def test_a_model_that_transformers_has_no_class_for_is_refused_with_its_sister(tmp_path):
@@ -201,5 +219,5 @@ def test_a_type_of_model_that_the_table_does_not_have_gets_pictures_within_the_b
     with caplog.at_level(logging.INFO):
         engine = loaded(idefics3(tmp_path), max_pixels=10_000)
     assert "pictures are reduced to --max-pixels beforehand: how to set bounds for idefics3 is unknown" in caplog.text
-    picture = engine.prepare(1, Image.new("RGB", (900, 700))).inputs.picture
+    (picture,) = engine.prepare(1, Request([Image.new("RGB", (900, 700))])).inputs.request.pictures
     assert picture.size == (113, 88)

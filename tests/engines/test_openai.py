@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from openai_server import HTML, Batched, ChatServer, Trouble, failing, picture_of, saying, streaming
+from openai_server import HTML, Batched, ChatServer, Trouble, decoded, failing, picture_of, saying, streaming
 from PIL import Image
 from samples import fill, register
 from small_engine import caption_of
@@ -26,12 +26,12 @@ from steps import invoke, select, until
 from rococap import db, queue
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
-from rococap.engines import Completion, Options, Prepared, load_engine
+from rococap.engines import Completion, Options, Prepared, Request, load_engine
 from rococap.engines import chat as chat_module
 from rococap.engines import openai as openai_module
 from rococap.engines.hf import TransformersEngine
 from rococap.engines.openai import OpenAIEngine
-from rococap.errors import ModelError, RunError, ServerRefuses
+from rococap.errors import ModelError, PictureError, RunError, ServerRefuses
 from rococap.recipe import Recipe
 from rococap.worker.process import work
 from rococap.worker.settings import Settings
@@ -44,7 +44,7 @@ class Pictures:
     """A Source over grey pictures that are there from the start; `steps` are what it was told, with the times."""
 
     def __init__(self, engine: OpenAIEngine, greys: Sequence[int], size: tuple[int, int] = (30, 28)) -> None:
-        self.left = [engine.prepare(grey, Image.new("RGB", size, (grey,) * 3)) for grey in greys]
+        self.left = [engine.prepare(grey, Request([Image.new("RGB", size, (grey,) * 3)])) for grey in greys]
         self.steps: list[tuple[float, int]] = []
         self.lost: set[int] = set()
         self.held = 0
@@ -141,11 +141,47 @@ def test_the_request_is_a_picture_and_the_prompt_without_sampling(server, load):
     assert server.paths[-1] == "/v1/chat/completions"
 
 
+def test_messages_arrive_with_their_pictures_in_their_places_and_their_limit(server, load):
+    engine = load()
+    dark, light = (Image.new("RGB", (30, 28), (grey,) * 3) for grey in (10, 200))
+    compare, with_, system = ({"type": "text", "text": text} for text in ("Compare", "with", "Be brief."))
+    image, answer = {"type": "image"}, {"role": "assistant", "content": [{"type": "text", "text": "Yes?"}]}
+    messages = [
+        {"role": "system", "content": [system]},
+        {"role": "user", "content": [compare, image, with_]},
+        answer,
+        {"role": "user", "content": [image]},
+    ]
+    source = Pictures(engine, [])
+    source.left = [engine.prepare(1, Request([dark, light], messages, max_new_tokens=5))]
+    run(engine, source)
+    (request,) = server.requests
+    assert request["max_tokens"] == 5
+    sent = request["messages"]
+    assert [message["role"] for message in sent] == ["system", "user", "assistant", "user"]
+    assert (sent[0]["content"], sent[2]) == ([system], answer)
+    assert (sent[1]["content"][0], sent[1]["content"][2]) == (compare, with_)
+    came = [decoded(part) for part in (sent[1]["content"][1], sent[3]["content"][0])]
+    assert [picture.getpixel((0, 0))[0] for picture in came] == [10, 200]
+
+
+def test_the_recipes_prompt_as_messages_is_the_request_of_captioning(server, load):
+    engine = load(recipe=Recipe(model="tests/small", prompt="What is this?"))
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    picture = Image.effect_noise((60, 40), 90).convert("RGB")
+    assert engine.prepare(1, Request([picture], asked)) == engine.prepare(1, Request([picture]))
+
+
+def test_a_limit_above_the_recipes_is_refused(load):
+    with pytest.raises(PictureError, match=r"^max_new_tokens must be at most 64, as in the recipe, not 65\.$"):
+        load().prepare(1, Request([Image.new("RGB", (30, 28))], max_new_tokens=65))
+
+
 def test_pictures_are_sent_in_at_most_max_pixels_and_in_their_ratio(server, load):
     engine = load(recipe=Recipe(model="tests/small", min_pixels=1, max_pixels=10_000))
     sizes = {1: (100, 100), 2: (400, 200), 3: (2000, 10), 4: (50, 60), 5: (1234, 777)}
     source = Pictures(engine, [])
-    source.left = [engine.prepare(job_id, Image.new("RGB", size)) for job_id, size in sizes.items()]
+    source.left = [engine.prepare(job_id, Request([Image.new("RGB", size)])) for job_id, size in sizes.items()]
     estimates = {picture.job_id: picture.n_tokens for picture in source.left}
     run(engine, source)
     came = [picture_of(request).size for request in server.requests]
@@ -163,7 +199,7 @@ def test_a_picture_arrives_as_it_was(server, load):
     pictures = [grey, marked, coloured]
     for picture in pictures:
         source = Pictures(engine, [])
-        source.left = [engine.prepare(1, picture)]
+        source.left = [engine.prepare(1, Request([picture]))]
         run(engine, source)
     assert [picture_of(request).tobytes() for request in server.requests] == [one.tobytes() for one in pictures]
 
@@ -569,7 +605,7 @@ def test_a_refusal_is_the_pictures_only_once_the_server_captioned_what_it_was_as
     server.of_grey = {1: [failing(400)], 2: [Trouble(delay=0.5)]}
     engine = load(batch_size=2)
     source = Pictures(engine, [1, 2])
-    later = [engine.prepare(3, Image.new("RGB", (30, 28), (3,) * 3))]
+    later = [engine.prepare(3, Request([Image.new("RGB", (30, 28), (3,) * 3)]))]
     order = []
     for completion in engine.run(source):
         order.append((completion.job_id, completion.failure is None))

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from engine_steps import captions, mixed_pictures, one_by_one, texts
+from engine_steps import captions, mixed_pictures, stock_answers, texts
 from families import qwen2_vl
 from torch import nn
 from torch.nn.functional import linear
 
-from rococap.engines import Options, packing
+from rococap.engines import Options, Request, packing
 from rococap.engines.hf import TransformersEngine
 from rococap.recipe import Recipe
 
@@ -47,4 +47,4 @@ def test_an_engine_with_packed_layers_says_what_the_stock_model_says(tmp_path, m
     engine.load()
     assert is_packed(engine.loaded.model.lm_head)
     images = mixed_pictures()[:6]
-    assert texts(captions(engine, images)) == one_by_one(folder, engine, images)
+    assert texts(captions(engine, images)) == stock_answers(folder, engine, [Request([image]) for image in images])

@@ -22,10 +22,10 @@ from rococap import db
 from rococap.data.datasets import locate
 from rococap.demo import MODEL
 from rococap.demo.phantoms import HELD_OUT_SEEDS, draw, write_dataset
-from rococap.engines import Completion, Engine, Options, Prepared, load_engine, vllm
+from rococap.engines import Completion, Engine, Options, Prepared, Request, load_engine, vllm
 from rococap.engines.hf import TransformersEngine, folder_digest
 from rococap.engines.vllm import VLLMEngine
-from rococap.errors import ModelError
+from rococap.errors import ModelError, PictureError
 from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
 
@@ -45,7 +45,7 @@ class Pictures:
     """A Source over pictures that are there from the start, handed out `at_most` at a time."""
 
     def __init__(self, engine: Engine, images: Sequence[Image.Image], at_most: int = 1000) -> None:
-        self.prepared = [engine.prepare(job_id, image) for job_id, image in enumerate(images)]
+        self.prepared = [engine.prepare(job_id, Request([image])) for job_id, image in enumerate(images)]
         self.at_most = at_most
         self.rows: list[int] = []
         self.lost: set[int] = set()
@@ -192,6 +192,53 @@ def test_every_picture_taken_gets_one_completion_with_its_measures(engine):
 
 
 @needs_vllm
+def test_the_recipes_prompt_as_messages_is_answered_as_captioning_is(engine):
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": RECIPE.prompt}]}]
+    source = Pictures(engine, [])
+    source.prepared = [engine.prepare(job_id, Request([image], asked)) for job_id, image in enumerate(PICTURES)]
+    answers = sorted(engine.run(source), key=lambda completion: completion.job_id)
+    assert said(answers) == said(captions(engine, PICTURES))
+
+
+@needs_vllm
+def test_a_requests_own_limit_holds_and_changes_no_neighbour(engine):
+    whole = captions(engine, PICTURES[:4])
+    source = Pictures(engine, [])
+    limits = [None, 3, 64, 1]
+    source.prepared = [
+        engine.prepare(job_id, Request([image], max_new_tokens=limit))
+        for job_id, (image, limit) in enumerate(zip(PICTURES[:4], limits, strict=True))
+    ]
+    answers = sorted(engine.run(source), key=lambda completion: completion.job_id)
+    assert said([answers[0], answers[2]]) == said([whole[0], whole[2]])
+    assert [(answer.finish_reason, answer.new_tokens) for answer in (answers[1], answers[3])] == [
+        ("length", 3),
+        ("length", 1),
+    ]
+
+
+@needs_vllm
+def test_the_tokens_told_are_those_of_the_completion(engine):
+    class Listening(Pictures):
+        def tokens(self, job_id: int, start: int, ids: Sequence[int]) -> None:
+            assert start == len(told.setdefault(job_id, []))
+            told[job_id] += ids
+
+    told: dict[int, list[int]] = {}
+    for completion in engine.run(Listening(engine, PICTURES)):
+        ids = told[completion.job_id]
+        assert engine.loaded.tokenizer.decode(ids, skip_special_tokens=True) == completion.text
+        assert len(ids) == completion.new_tokens - (completion.finish_reason == "stop")
+
+
+@needs_vllm
+def test_several_pictures_in_a_request_are_refused(engine):
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
+    with pytest.raises(PictureError, match="The engine vllm takes one picture in a request, not 2"):
+        engine.prepare(1, Request(PICTURES[:2], messages))
+
+
+@needs_vllm
 def test_a_caption_that_is_cut_says_so(load):
     (completion,) = captions(load(MODEL, max_new_tokens=5), PICTURES[:1])
     assert (completion.finish_reason, completion.new_tokens) == ("length", 5)
@@ -236,7 +283,7 @@ def test_the_recipes_pixel_bounds_hold(load):
     rows = captions(engine, [Image.new("RGB", (900, 700)), Image.new("RGB", (56, 56))])
     transformers = TransformersEngine(engine.recipe, Options(device="cpu"))
     transformers.load()
-    ours = [transformers.prepare(1, Image.new("RGB", size)).n_tokens for size in [(900, 700), (56, 56)]]
+    ours = [transformers.prepare(1, Request([Image.new("RGB", size)])).n_tokens for size in [(900, 700), (56, 56)]]
     assert [row.prompt_tokens for row in rows] == ours == [17 + 12, 17 + 4]
 
 

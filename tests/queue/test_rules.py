@@ -1,6 +1,7 @@
-"""Captions made by different rules of opening pictures and ending captions never mix unless that is asked for."""
+"""Captions made under different rules never mix unless that is asked for."""
 
 import json
+import re
 
 import pytest
 from samples import fill, register, write_shard
@@ -18,7 +19,7 @@ from rococap.worker.store import Outcome
 
 pytestmark = pytest.mark.every_database
 
-OLDER = {key: value for key, value in INFO.resolved().items() if key != "rules"}
+OLDER = INFO.resolved()
 """What runs pinned before there were rules."""
 
 
@@ -61,9 +62,9 @@ def test_a_run_begun_under_older_rules_stops_with_the_next_step(begun):
     with pytest.raises(RunError) as caught:
         work(begun, Settings(self_check=False), load=lambda *_: loaded.append(1) or SmallEngine())
     assert str(caught.value) == (
-        "Run 'default' was started under older rules for opening pictures and ending captions (1, here 2), and a run "
-        "never mixes two. Caption its pictures again: rococap enqueue --run NEW --from default; or continue, which its "
-        "manifests will record: rococap worker --run default --accept-new-rules"
+        "Run 'default' was started under older rules for opening pictures, quantising weights and ending captions (1, "
+        "here 2), and a run never mixes two. Caption its pictures again: rococap enqueue --run NEW --from default; or "
+        "continue, which its manifests will record: rococap worker --run default --accept-new-rules"
     )
     assert loaded == [], "the model is not loaded for nothing"
     assert (done(begun), pinned(begun)) == (3, OLDER)
@@ -172,6 +173,72 @@ def test_a_run_that_accepted_new_rules_restores_its_own_older_files(begun, tmp_p
     run_worker(begun, accept_new_rules=True)
     result = restore.restore(begun, run, tmp_path / "captions.csv")
     assert (result.restored, result.known) == (0, 3)
+
+
+# --- quantised weights -------------------------------------------------------------------------------------------
+
+QUANTISED = Recipe(model="tests/small", load_in="4bit")
+
+
+@pytest.fixture
+def quantised(database, tmp_path) -> Engine:
+    """A run of quantised weights, 8 pictures and 3 captions that were made under the rules of all runs."""
+    fill(database, tmp_path / "set", 8, recipe=QUANTISED)
+    run_worker(database, limit=3)
+    pin(database, OLDER | {"rules": 2})
+    return database
+
+
+@pytest.mark.parametrize(("load_in", "rules"), [(None, 2), ("8bit", 3), ("4bit", 3)])
+def test_rules_3_are_for_quantised_weights_alone(database, tmp_path, load_in, rules):
+    fill(database, tmp_path / "set", 2, recipe=Recipe(model="tests/small", load_in=load_in))
+    run_worker(database)
+    assert pinned(database) == OLDER | {"rules": rules}
+
+
+def test_a_run_begun_under_rules_2_goes_on_without_a_word(begun, caplog):
+    pin(begun, OLDER | {"rules": 2})
+    assert run_worker(begun).done == 5
+    assert pinned(begun) == OLDER | {"rules": 2}
+    assert "rules" not in caplog.text
+
+
+def test_a_quantised_run_begun_under_rules_2_mixes_only_if_that_is_asked_for(quantised):
+    with pytest.raises(RunError, match=re.escape("quantising weights and ending captions (2, here 3)")):
+        run_worker(quantised)
+    assert (done(quantised), pinned(quantised)) == (3, OLDER | {"rules": 2})
+    assert run_worker(quantised, accept_new_rules=True).done == 5
+    accepted = pinned(quantised)
+    (record,) = accepted.pop("accepted_rules")
+    assert (record["from"], record["to"], record["captions_before"]) == (2, 3, 3)
+    assert accepted == OLDER | {"rules": 3}
+
+
+def test_a_quantised_run_begun_before_there_were_rules_is_refused_too(quantised):
+    pin(quantised, OLDER)
+    with pytest.raises(RunError, match=re.escape("(1, here 3)")):
+        run_worker(quantised)
+
+
+def test_a_quantised_run_without_captions_takes_rules_3_silently(database, tmp_path):
+    fill(database, tmp_path / "set", 4, recipe=QUANTISED)
+    pin(database, OLDER | {"rules": 2})
+    assert run_worker(database).done == 4
+    assert pinned(database) == OLDER | {"rules": 3}
+
+
+def test_pictures_of_a_quantised_run_under_rules_2_are_captioned_anew_by_the_same_recipe(quantised):
+    with db.transaction(quantised) as conn:
+        old = queue.get_run(conn, "default")
+    assert enqueue_from(quantised, old, ["train"], run="again", recipe=QUANTISED) == [Enqueued("train", new=8)]
+    pin(quantised, OLDER | {"rules": 3})
+    with db.transaction(quantised) as conn:
+        old = queue.get_run(conn, "default")
+    with pytest.raises(RunError, match="has the same recipe"):
+        enqueue_from(quantised, old, ["train"], run="third", recipe=QUANTISED)
+
+
+# --- more splits -------------------------------------------------------------------------------------------------
 
 
 def test_a_second_split_of_a_run_under_older_rules_may_be_enqueued(begun, tmp_path):

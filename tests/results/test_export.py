@@ -22,7 +22,7 @@ from rococap import files as files_module
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import RococapError, RunError
 from rococap.queue import Run
-from rococap.recipe import Recipe
+from rococap.recipe import RULES, Recipe
 from rococap.results import checkpoints, export, formats, snapshot
 from rococap.results import manifest as manifest_module
 from rococap.results import restore as restore_module
@@ -250,7 +250,7 @@ def test_the_manifest_names_what_made_the_captions(database, run, out):
     assert manifest["recipe"]["model"] == "tests/small"
     assert manifest["recipe"]["prompt"] == "Describe this medical image in detail."
     assert manifest["recipe_hash"] == run.recipe.hash
-    assert manifest["resolved"] == INFO.resolved()
+    assert manifest["resolved"] == INFO.resolved() | {"rules": RULES}
     assert (manifest["run"], manifest["split"], manifest["rows"], manifest["missing"]) == ("default", "train", 1, 29)
     assert manifest["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert "Not for clinical use" in manifest["note"]
@@ -514,7 +514,7 @@ def test_the_manifest_pins_what_the_lost_database_had_pinned(database, other, ru
     new = fill(other, tmp_path / "set", 30)
     restore(other, new, path)
     with db.transaction(other) as conn:
-        assert queue.get_run(conn, "default").resolved == INFO.resolved()
+        assert queue.get_run(conn, "default").resolved == INFO.resolved() | {"rules": RULES}
 
 
 def test_a_file_of_another_recipe_or_model_is_refused(database, other, run, out, tmp_path):

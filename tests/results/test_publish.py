@@ -29,7 +29,7 @@ from rococap import db, files, queue
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.errors import RococapError, RunError
 from rococap.queue import Run
-from rococap.recipe import Recipe
+from rococap.recipe import RULES, Recipe
 from rococap.results import card as card_module
 from rococap.results import checkpoints, export, formats, imageclef, publish, restore, snapshot
 from rococap.results.formats import fold
@@ -643,7 +643,7 @@ def test_the_card_says_what_made_the_captions_and_what_they_are_not_for(database
     assert about == {
         key: value for key, value in json.loads((out / "rococap.json").read_text()).items() if key != "files"
     }
-    assert about["resolved"] == INFO.resolved()
+    assert about["resolved"] == INFO.resolved() | {"rules": RULES}
 
 
 @pytest.mark.parametrize(

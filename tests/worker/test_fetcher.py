@@ -147,7 +147,7 @@ def test_holdings_tell_how_full_the_steps_were_and_how_long_the_engine_waited(he
 
 def test_whatever_breaks_while_preparing_ends_the_worker(database, tmp_path):
     class Broken(SmallEngine):
-        def prepare(self, job_id, picture):
+        def prepare(self, job_id, request):
             raise RuntimeError("not about this picture")
 
     fill(database, tmp_path / "set", 12)

@@ -465,11 +465,11 @@ def test_the_demonstration_model_passes(phantoms, database, demo):
 
 
 def test_padding_on_the_wrong_side_is_noticed(phantoms, database, demo, monkeypatch):
-    def pad_right(tensor, prompt_shape, width, fill):
-        gap = (0, width - tensor.shape[1])
-        return torch.nn.functional.pad(tensor, gap, value=fill) if tensor.shape == prompt_shape else tensor
+    def pad_right(tensor, width, fill=0):
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]), value=fill)
 
-    monkeypatch.setattr("rococap.engines.decoding._pad_left", pad_right)
+    monkeypatch.setattr("rococap.engines.decoding.pad_left", pad_right)  # of the prompts
+    monkeypatch.setattr("rococap.engines.precompute.pad_left", pad_right)  # of their positions
     checked = check(phantoms, database, demo)
     assert not checked.passed
     assert checked.reason.startswith("a picture is captioned '")

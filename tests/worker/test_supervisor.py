@@ -120,7 +120,7 @@ def test_processes_are_labelled_by_device():
 EVERY_SETTING = Settings(
     "a",
     ("train", "test"),
-    Options("openai", "http://host/v1", "vl", "cuda:1", 7, "static", "auto"),
+    Options("openai", "http://host/v1", "vl", "cuda:1", 7, "static", "auto", False),
     9,
     True,
     False,
