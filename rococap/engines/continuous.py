@@ -196,6 +196,9 @@ class ContinuousDecoder:
         self._slots = Slots(len(DynamicCache(config=loaded.model.config).layers), loaded.device)
         self._graphs = Graphs(self._decode, loaded.device)
         self._uses_graphs = False
+        self._longest = 0
+        """For how many prompt tokens the buffers have room at least."""
+        self._reserving = False
         self._on_host = frozenset([GRID] if keeps_grid(loaded.model) else [])
         self._rows: dict[int, Row] = {}
         self._waiting: deque[Row] = deque()
@@ -251,10 +254,18 @@ class ContinuousDecoder:
         return time.perf_counter() - started
 
     def use_graphs(self, picture: Prepared) -> None:
-        """Replays steps from CUDA graphs from now on, with buffers for rows as long as this picture's."""
-        self._uses_graphs = True
-        self._prefill([Row(picture, 0.0, [])])
-        self._remove([0])
+        """Replays steps from CUDA graphs from now on, with buffers for rows as long as this picture's.
+
+        If there is no memory for so many rows, graphs are captured once fewer of them run.
+        """
+        self._uses_graphs, self._longest = True, picture.n_tokens
+        try:
+            self._prefill([Row(picture, 0.0, [])])
+            self._remove([0])
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._clear()
 
     # --- rows come ---
 
@@ -297,8 +308,11 @@ class ContinuousDecoder:
         cache, logits, positions = self._read([row.picture for row in group])
         lengths = [row.picture.n_tokens for row in group]
         slots = self._slots
-        if slots.reserve(cache, positions, self.limit, max(lengths) + self.loaded.max_new_tokens):
+        self._reserving = True
+        tokens = max(self._longest, *lengths) + self.loaded.max_new_tokens
+        if slots.reserve(cache, positions, self.limit, tokens):
             self._graphs.clear()
+        self._reserving = False
         if self._uses_graphs and not self._graphs and not self._rows:
             self._uses_graphs = self._graphs.capture(*slots.size, WIDTH)
         free = [slot for slot in range(slots.size[0]) if slot not in self._rows][: len(group)]
@@ -392,30 +406,32 @@ class ContinuousDecoder:
     def _clear(self) -> None:
         """Forgets all rows, and frees the buffers."""
         self._rows = {}
+        self._reserving = False
         self._graphs.clear()
         self._slots.clear()
 
     def _retreat(self, group: Sequence[Row]) -> Iterator[Completion]:
         """Continues with less after running out of memory: first it reads half as many pictures at a time.
 
-        When it cannot even read one beside the rows in progress, it restarts all rows, half as many at a time. A single
-        one shrinks, or fails.
+        When it cannot even read one beside the rows in progress, or has no memory for the buffers of so many rows, it
+        restarts all of them, half as many at a time. A single one shrinks, or fails.
         """
-        if len(group) > 1:
+        if len(group) > 1 and not self._reserving:
             self._waiting.extendleft(reversed(group))
             self._group_limit = len(group) // 2
             free_memory(self.loaded.device)
             log.warning("out of memory reading %d pictures at a time: continuing with %d", len(group), len(group) // 2)
             return
         rows = [*(self._rows[slot] for slot in sorted(self._rows)), *group]
+        n = self.limit if self._reserving else len(rows)
         for row in rows:
             row.tokens.clear()
         self._waiting.extendleft(reversed(rows))
         self._clear()
         free_memory(self.loaded.device)
-        if len(rows) > 1:
-            self.limit = len(rows) // 2
-            log.warning("out of memory with %d pictures at a time: continuing with %d", len(rows), self.limit)
+        if n > 1:
+            self.limit = n // 2
+            log.warning("out of memory with %d pictures at a time: continuing with %d", n, self.limit)
             return
         row = self._waiting.popleft()
         smaller = self._shrink(row.picture)

@@ -10,7 +10,7 @@ import torch
 from engine_steps import captions, mixed_pictures, row, texts
 
 from rococap.engines import Request
-from rococap.engines.continuous import WIDTH
+from rococap.engines.continuous import WIDTH, ContinuousDecoder
 from rococap.engines.graphs import Graphs, rows_up_to, widths_up_to
 from rococap.engines.hf import TransformersEngine
 from rococap.engines.sizing import longest
@@ -51,6 +51,12 @@ def engine() -> Iterator[TransformersEngine]:
     engine = engine_steps.loaded()
     yield engine
     engine.close()
+
+
+def forget_graphs(decoder: ContinuousDecoder) -> None:
+    """Leaves the decoder to the next test as it was."""
+    decoder._uses_graphs, decoder._longest = False, 0
+    decoder._clear()
 
 
 def recording(step: Callable[[int, int], None]) -> tuple[Graphs, list[tuple[int, int]]]:
@@ -120,8 +126,31 @@ def test_captions_from_graphs_are_those_of_steps_without(engine, monkeypatch):
     assert not steps, "a step was run that no graph held"
     assert captured == 4 * len(widths_up_to(tokens, WIDTH))
     assert len(set(shapes[captured:])) > 1
-    decoder._uses_graphs = False
+    forget_graphs(decoder)
+
+
+def test_a_batch_for_which_there_is_no_memory_gets_graphs_once_it_is_smaller(engine, monkeypatch, caplog):
+    expected = texts(captions(engine, mixed_pictures(), 4))
+    decoder = engine.decoder
+    graphs, shapes = recording(decoder._decode)
+    monkeypatch.setattr(decoder, "_graphs", graphs)
+    reserve = decoder._slots.reserve
+
+    def refuse(like: object, positions: object, rows: int, tokens: int) -> bool:
+        if rows > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return reserve(like, positions, rows, tokens)
+
     decoder._clear()
+    monkeypatch.setattr(decoder._slots, "reserve", refuse)
+    decoder.limit = 8
+    decoder.use_graphs(longest(engine.prepare, engine.recipe.max_pixels))
+    assert not graphs
+    assert texts(captions(engine, mixed_pictures(), 8)) == expected
+    assert decoder.limit <= 4
+    assert graphs
+    assert max(n for n, _ in shapes) <= 4
+    forget_graphs(decoder)
 
 
 def test_graphs_are_captured_anew_when_the_buffers_are_and_not_while_rows_run(engine, monkeypatch, caplog):
@@ -143,8 +172,7 @@ def test_graphs_are_captured_anew_when_the_buffers_are_and_not_while_rows_run(en
     decoder._prefill([row(large)])
     assert graphs
     assert max(width for _, width in shapes) == decoder._slots.size[1]
-    decoder._uses_graphs = False
-    decoder._clear()
+    forget_graphs(decoder)
 
 
 @pytest.mark.parametrize("max_pixels", [50_000, 200_704])
