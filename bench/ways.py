@@ -55,10 +55,14 @@ def load(recipe: Recipe, options: Options, lengths: Sequence[int] | None = None)
     engine = TransformersEngine(recipe, options)
     engine.load()
     if lengths is not None:
-        loaded = engine.loaded
-        engine.loaded = Forced(**{field.name: getattr(loaded, field.name) for field in fields(loaded)}, lengths=lengths)
-        engine.decoder.loaded = engine.loaded
+        force(engine, lengths)
     return engine
+
+
+def force(engine: TransformersEngine, lengths: Sequence[int]) -> None:
+    """Makes a loaded engine's captions as long as this, from now on."""
+    loaded = {field.name: getattr(engine.loaded, field.name) for field in fields(Loaded)}
+    engine.loaded = engine.decoder.loaded = Forced(**loaded, lengths=lengths)
 
 
 def whole_worker(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> tuple[float, float]:
@@ -66,6 +70,7 @@ def whole_worker(engine: Engine, root: Path, folder: Path, recipe: Recipe) -> tu
     database = db.connect(f"sqlite:///{folder / 'queue.db'}")
     enqueue(database, locate(str(root), ["train"]), ["train"], run="default", recipe=recipe)
     outcome = work(database, Settings(self_check=False), load=lambda *_: Ready(engine))
+    assert not outcome.failed, outcome
     with db.transaction(database) as conn:
         model_ms = db.execute(conn, "SELECT sum(processing_ms) FROM captions").scalar_one()
     database.dispose()
@@ -123,11 +128,12 @@ class Stock:
         """New tokens, shape (rows, longest). With forced lengths, each row ends at its own, and no token ends it
         earlier.
         """
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         width = inputs["input_ids"].shape[1]
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": self.max_new_tokens}
         if lengths is not None:
             settings |= {"max_new_tokens": max(lengths), "eos_token_id": None}
-            settings["stopping_criteria"] = StoppingCriteriaList([Lengths(lengths, width)])
+            settings["stopping_criteria"] = StoppingCriteriaList([Lengths(lengths, width, self.model.device)])
         with torch.inference_mode():
             return self.model.generate(**inputs, **settings)[:, width:]
 
@@ -135,8 +141,8 @@ class Stock:
 class Lengths(StoppingCriteria):  # type: ignore[misc]
     """Ends each row of a batch at its forced length; `width` is the length of the prompt."""
 
-    def __init__(self, lengths: Sequence[int], width: int) -> None:
-        self.lengths, self.width = torch.tensor(lengths), width
+    def __init__(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
+        self.lengths, self.width = torch.tensor(lengths, device=device), width
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         return self.lengths <= input_ids.shape[1] - self.width

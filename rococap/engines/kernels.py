@@ -112,6 +112,7 @@ def _joined(parameters: Sequence[Tensor]) -> nn.Parameter:
 # --- The vision tower on a GPU ---------------------------------------------------------------------------------
 
 
+@torch.inference_mode()  # the same mode as that of pictures: another would make the first picture compile again
 def compile_vision(model: Any) -> bool:
     """Fuses the vision tower's rotation and activation, which otherwise pass over memory 25 times and three times.
 
@@ -127,7 +128,7 @@ def compile_vision(model: Any) -> bool:
             rotate(*_sample(vision))
         if activations:
             activate = torch.compile(_quick_gelu, dynamic=True)
-            activate(_sample(vision)[0].flatten(1))
+            activate(_sample(vision)[0].flatten(1).contiguous())
     except Exception as error:  # torch.compile raises anything
         reason = str(error).strip().partition("\n")[0]
         log.warning("the vision tower is not compiled, so that reading pictures is slower: %s", reason)
@@ -145,11 +146,13 @@ def _quick_gelu(rows: Tensor) -> Tensor:
 
 
 def _sample(vision: Any) -> tuple[Tensor, ...]:
-    """Queries, keys, cosines and sines of 64 patches, laid out as the tower's attention lays them out."""
+    """Queries, keys, cosines and sines of 64 patches, laid out as the tower's attention lays them out.
+
+    Anything else that they have in common would be compiled in, and pictures would compile again.
+    """
     attention = next(module for module in vision.modules() if hasattr(module, "qkv"))
     weight, heads = attention.qkv.weight, attention.num_heads
     size = weight.shape[1] // heads
     rows = torch.ones(64, 3, heads, size, dtype=vision.dtype, device=weight.device)
     query, key, _ = rows.permute(1, 0, 2, 3).unbind(0)
-    angles = torch.ones(64, size, device=weight.device)
-    return query, key, angles, angles
+    return query, key, torch.ones(64, size, device=weight.device), torch.ones(64, size, device=weight.device)

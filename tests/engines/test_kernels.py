@@ -9,6 +9,7 @@ import torch
 from engine_steps import captions, mixed_pictures, texts
 from families import FAMILIES
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import AutoModelForImageTextToText
 
 from rococap.demo import MODEL
@@ -89,7 +90,9 @@ def test_captions_with_a_compiled_vision_tower_are_those_without(monkeypatch):
     expected = texts(captions(engine, mixed_pictures()))
     assert compile_vision(engine.loaded.model)
     assert modeling_qwen2_vl.apply_rotary_pos_emb_vision is not plain
+    compiled = counters["stats"]["unique_graphs"]
     assert texts(captions(engine, mixed_pictures())) == expected
+    assert counters["stats"]["unique_graphs"] == compiled, "pictures waited for another compilation"
 
 
 def test_a_vision_tower_that_cannot_be_compiled_stays_as_it_is_and_the_log_says_so(monkeypatch, caplog):
