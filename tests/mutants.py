@@ -1086,7 +1086,7 @@ MUTANTS = (
         "Graphs.replay",
         "shape[0] >= n and shape[1] >= width",
         "shape[0] >= n",
-        "engines/test_graphs.py::test_captions_from_graphs_are_those_of_steps_without",
+        "engines/test_graphs.py::test_every_step_is_run_once_before_it_is_captured_and_the_smallest_that_holds_it_is_replayed",
     ),
     mutant(
         "rows-before-groups",
