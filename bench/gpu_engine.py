@@ -18,7 +18,7 @@ from torch import nn
 from rococap.demo import MODEL
 from rococap.demo import recipe as demo_recipe
 from rococap.demo.phantoms import HELD_OUT_SEEDS, draw
-from rococap.engines import Completion, Options, Prepared, Source, continuous, decoding
+from rococap.engines import Completion, Options, Prepared, Request, Source, continuous, decoding
 from rococap.engines.continuous import ContinuousDecoder
 from rococap.engines.decoding import Row
 from rococap.engines.graphs import widths_up_to
@@ -65,7 +65,7 @@ def _captions(images: Sequence[Any], options: Options, dtype: Dtype = "float32")
     engine = TransformersEngine(Recipe(model=str(MODEL), max_new_tokens=recipe.max_new_tokens, dtype=dtype), options)
     with plain_rotation():
         engine.load()
-        prepared = [engine.prepare(number, image) for number, image in enumerate(images)]
+        prepared = [engine.prepare(number, Request([image])) for number, image in enumerate(images)]
         found = {completion.job_id: _said(completion) for completion in engine.run(Given(prepared))}
         engine.close()
     return [found[number] for number in range(len(images))]

@@ -18,7 +18,7 @@ from PIL.Image import Image
 
 from rococap.data.images import open_picture
 from rococap.demo.phantoms import SCHEMA
-from rococap.engines import Prepared
+from rococap.engines import Prepared, Request
 from rococap.worker import fetcher
 from rococap.worker.dry_run import from_memory
 from rococap.worker.telemetry import gpu_of
@@ -248,7 +248,7 @@ def _preparing(bench: Bench, pngs: Sequence[bytes]) -> Figures:
         started = time.perf_counter()
         picture = open_picture(png, 1)
         opened = time.perf_counter()
-        bench.engine.prepare(0, picture)
+        bench.engine.prepare(0, Request([picture]))
         open_sec, prepare_sec = open_sec + opened - started, prepare_sec + time.perf_counter() - opened
     return {"open_ms": 1000 * open_sec / len(pngs), "prepare_ms": 1000 * prepare_sec / len(pngs), "pictures": len(pngs)}
 

@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 import rococap
 from rococap.demo import MODEL
 from rococap.demo.phantoms import HELD_OUT_SEEDS, draw
-from rococap.engines import Options, Prepared, hf
+from rococap.engines import Options, Prepared, Request, hf, weights
 from rococap.engines.continuous import NOT_FINITE, ContinuousDecoder
 from rococap.engines.decoding import Row, free_memory
 from rococap.engines.graphs import Graphs
@@ -283,7 +283,7 @@ class Bench:
         known = self._prepared.setdefault(side, [])
         want = min(n, self.scale.turn)
         if len(known) < want:
-            known += [self.engine.prepare(0, image) for image in self.images(side, want)[len(known) :]]
+            known += [self.engine.prepare(0, Request([image])) for image in self.images(side, want)[len(known) :]]
         return [replace(known[number % want], job_id=number + 1) for number in range(n)]
 
     def forget_pictures(self) -> None:
@@ -325,7 +325,7 @@ class _Random:
 def random_weights(device: torch.device, *modules: Any) -> Iterator[None]:
     """Makes the engine, or the modules that are named, make up the weights of the models that they load."""
     with ExitStack() as stack:
-        for module in modules or [hf]:
+        for module in modules or [weights]:
             stack.enter_context(patch.object(module, "AutoModelForImageTextToText", _Random(device)))
         yield
 
@@ -341,7 +341,7 @@ def _is_finite(engine: TransformersEngine) -> bool:
     """Whether the logits of a small picture are, when it is read and at the next step."""
     decoder = engine.decoder
     assert isinstance(decoder, ContinuousDecoder)
-    picture = engine.prepare(1, Image.effect_noise((112, 112), 64).convert("RGB"))
+    picture = engine.prepare(1, Request([Image.effect_noise((112, 112), 64).convert("RGB")]))
     decoder._prefill([Row(picture, 0.0, [])])
     tokens: list[int] = decoder._slots.said[:1].tolist()
     decoder._rows[0].tokens += tokens

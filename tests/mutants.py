@@ -1014,7 +1014,7 @@ MUTANTS = (
         "keeps_grid",
         'return hasattr(functions(tower(model)), "get_vision_position_ids")',
         "return False",
-        "engines/test_launches.py::test_a_prefill_of_8_pictures_hardly_ever_reads_from_the_device",
+        "engines/test_launches.py::test_a_prefill_of_8_pictures_reads_nothing_from_the_device_but_its_tokens",
     ),
     mutant(
         "two-reads-a-step",

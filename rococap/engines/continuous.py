@@ -199,7 +199,7 @@ class ContinuousDecoder:
         self._longest = 0
         """For how many prompt tokens the buffers have room at least."""
         self._reserving = False
-        self._on_host = frozenset([GRID] if keeps_grid(loaded.model) else [])
+        self._on_host = {"attention_mask"} | ({GRID} if keeps_grid(loaded.model) else set())
         self._rows: dict[int, Row] = {}
         self._waiting: deque[Row] = deque()
         self._group_limit = GROUP_TOKENS
@@ -326,8 +326,11 @@ class ContinuousDecoder:
         model = self.loaded.model
         precomputed = join([picture.inputs.precomputed for picture in pictures])
         cache = DynamicCache(config=model.config)
+        inputs = self.loaded.batch(pictures, self._on_host)
+        del inputs["attention_mask"]
         output = model(
-            **self.loaded.batch(pictures, self._on_host),
+            **inputs,
+            attention_mask=self._causal_mask([picture.n_tokens for picture in pictures]),
             **{name: self.loaded.upload(tensor) for name, tensor in precomputed.tower.items()},
             position_ids=self.loaded.upload(precomputed.positions),
             past_key_values=cache,
@@ -335,6 +338,18 @@ class ContinuousDecoder:
             logits_to_keep=1,
         )
         return cache, output.logits[:, -1], precomputed.positions
+
+    def _causal_mask(self, lengths: Sequence[int]) -> Tensor | None:
+        """Which tokens of a left-padded batch see which, of shape [rows, 1, tokens, tokens]; None without padding.
+
+        Given the lengths alone, the model would read from the device whether there is any padding.
+        """
+        longest = max(lengths)
+        if min(lengths) == longest:
+            return None
+        places = torch.arange(longest, device=self.loaded.device)
+        starts = self._slots.upload([longest - length for length in lengths])
+        return (places <= places[:, None]) & (places >= starts[:, None, None, None])
 
     # --- rows continue ---
 

@@ -3,8 +3,8 @@
 Knows no queue. How rows are decoded is up to `continuous` and `static`.
 """
 
-import importlib.util
 import logging
+import os
 import threading
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
@@ -15,13 +15,22 @@ from typing import Any
 import torch
 from PIL.Image import Image, Resampling
 from PIL.Image import new as new_picture
-from torch import Tensor, nn
-from torch.nn.functional import linear
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
-from transformers.integrations import sdpa_attention
+from torch import Tensor
+from transformers import GenerationConfig
 
 from rococap.data import images
-from rococap.engines import Completion, EngineInfo, Options, Prepared, Request, Source, adapters, continuous, families
+from rococap.engines import (
+    Completion,
+    EngineInfo,
+    Options,
+    Prepared,
+    Request,
+    Source,
+    adapters,
+    continuous,
+    families,
+    weights,
+)
 from rococap.engines.checkpoint import (
     choose_dtype,
     end_tokens,
@@ -29,23 +38,21 @@ from rococap.engines.checkpoint import (
     is_here_or_unreachable,
     load_processor,
     quieten,
-    reading,
     type_of,
 )
 from rococap.engines.continuous import ContinuousDecoder
 from rococap.engines.decoding import Inputs, Loaded, Precomputed, dtype_name, free_memory
-from rococap.engines.kernels import reduce_kernels
+from rococap.engines.kernels import reduce_kernels, warn_of_copies
 from rococap.engines.packing import pack
 from rococap.engines.precompute import precompute
 from rococap.engines.sizing import USUAL_SIDE, choose_limit, longest
 from rococap.engines.static import StaticDecoder
 from rococap.engines.template import ADVICE, chat_prompt, messages_prompt
 from rococap.errors import ModelError, PictureError
-from rococap.recipe import LoadIn, Recipe
+from rococap.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-Size = tuple[int, ...]
 Prompt = tuple[dict[str, Tensor], Precomputed | None]
 """The processor's tensors, and what the decoder computed from them, if it does so."""
 
@@ -55,8 +62,6 @@ MAX_PROMPTS = 2_000
 """How many tokenized prompts are kept, one for each shape that pictures take."""
 SMALL_TABLE = 32
 """Tensors of fewer elements than this describe a picture's shape, such as its grid."""
-NO_ADAPTER = {"subfolder": "no-adapter", "local_files_only": True}
-"""Makes transformers find no adapter beside the weights, which it would apply silently. See `adapters.apply`."""
 WEIGHTS_SHARE = 0.8
 """The share of a GPU's free memory that the weights may take."""
 SHRINK = 0.7
@@ -84,6 +89,9 @@ class TransformersEngine:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # graphs are captured, and memory is pinned, for the current one
             torch.set_num_threads(1)  # each of the threads that prepare pictures would start one per core
+            # A check that there is a place in the prompt for every part of the picture, as the processor makes it: it
+            # reads from the device, and waits for the vision tower.
+            os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
         name, revision = self.recipe.model, self.recipe.revision
         families.check_name(name)
         source: dict[str, Any] = {"revision": revision, "local_files_only": is_here_or_unreachable(name, revision)}
@@ -103,7 +111,7 @@ class TransformersEngine:
         # Replaced, not updated: the checkpoint's own settings would apply wherever a field is unset.
         model.generation_config = _generation_config(self.recipe, ends, pad)
         self.loaded = Loaded(model, tokenizer, self.device, frozenset(ends), pad, self.recipe.max_new_tokens)
-        _warn_of_copies(model)
+        warn_of_copies(model)
         self.decoder = self._choose_decoder()
         if isinstance(self.decoder, ContinuousDecoder):
             self._set_up(self.decoder)
@@ -207,19 +215,19 @@ class TransformersEngine:
         settings: dict[str, Any] = {"dtype": self.dtype}
         if self.recipe.load_in is not None:
             settings |= {
-                "quantization_config": _quantisation(self.recipe.load_in, self.dtype, name, source),
+                "quantization_config": weights.quantisation(self.recipe.load_in, self.dtype, name, source),
                 "device_map": {"": self.device},
             }
         if self.options.device_map is not None and not self._fits(name, source):
             settings["device_map"] = self.options.device_map
-        model = _load_model(name, source, settings)
+        model = weights.load(name, source, settings)
         return model if "device_map" in settings else model.to(self.device)
 
     def _fits(self, name: str, source: dict[str, Any]) -> bool:
         """Whether the weights leave enough memory on one GPU for keys, values and prefilling."""
         if self.device.type != "cuda":
             raise ModelError("--device-map auto spreads a model over GPUs, but there are none. Leave it out.")
-        n_bytes, free = _weight_bytes(name, source, self.dtype, self.recipe.load_in), _free_bytes(self.device)
+        n_bytes, free = weights.n_bytes(name, source, self.dtype, self.recipe.load_in), _free_bytes(self.device)
         if n_bytes <= WEIGHTS_SHARE * free:
             log.info("%s fits on %s, so it is not spread over all GPUs", name, self.device)
             return True
@@ -318,134 +326,8 @@ def _cudnn_attention() -> str:
     return "on" if torch.backends.cuda.cudnn_sdp_enabled() else "off"  # type: ignore[no-untyped-call]
 
 
-def _quantisation(load_in: LoadIn, dtype: torch.dtype, name: str, source: dict[str, Any]) -> BitsAndBytesConfig:
-    """LLM.int8 (Dettmers et al. 2022), or 4-bit NormalFloat (Dettmers et al. 2023) with arithmetic in `dtype`.
-
-    Quantises the language model's layers only: its head and the vision tower are small, and no later layer makes up for
-    what they lose.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("--load-in needs bitsandbytes. Install it: pip install 'rococap[bitsandbytes]'")
-    model = _without_weights(name, source)
-    layers = _language_layers(model)
-    others = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer not in layers]
-    kept = {"llm_int8_skip_modules": others}  # in spite of its name, for 4 bits too
-    if load_in == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, **kept)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **kept)
-
-
-def _without_weights(name: str, source: dict[str, Any]) -> Any:
-    """Returns the model that a configuration describes, with tensors that have shapes and no content."""
-    with reading(name, source["revision"]), torch.device("meta"):
-        config = AutoConfig.from_pretrained(name, **source)
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=source["trust_remote_code"])
-
-
-def _language_layers(model: Any) -> set[nn.Linear]:
-    """Returns the linear layers inside the numbered layers of the language model."""
-    numbered = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
-    return {layer for layers in numbered for layer in layers.modules() if isinstance(layer, nn.Linear)}
-
-
-def _weight_bytes(name: str, source: dict[str, Any], dtype: torch.dtype, load_in: LoadIn | None) -> int:
-    model = _without_weights(name, source)
-    bits = {"8bit": 8, "4bit": 4, None: 8 * dtype.itemsize}[load_in]
-    n_quantised = sum(layer.weight.numel() for layer in _language_layers(model))
-    n_others = sum(parameter.numel() for parameter in model.parameters()) - n_quantised
-    return int(n_others * dtype.itemsize + n_quantised * bits // 8)
-
-
 def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
-
-
-def _load_model(name: str, source: dict[str, Any], settings: dict[str, Any]) -> Any:
-    with reading(name, source["revision"]):
-        model, loading = AutoModelForImageTextToText.from_pretrained(
-            name,
-            **source,
-            **settings,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, where both shapes are known
-            adapter_kwargs=NO_ADAPTER,
-        )
-    _check_weights(name, model, loading)
-    for module in model.modules():
-        if isinstance(module, nn.Conv3d):
-            _multiply(module)
-    return model
-
-
-def _check_weights(name: str, model: nn.Module, loading: dict[str, Any]) -> None:
-    """Raises ModelError for weights that transformers, with just a warning, would leave random or ignore."""
-    if others := sorted(loading["mismatched_keys"]) or _quantised_otherwise(model):
-        weight, stored, wanted = others[0]
-        raise ModelError(
-            f"{name}: the weight {weight} has the shape {_shape_of(stored)} in the file, but {_shape_of(wanted)} in "
-            "config.json, so these belong to two models. Copy the config.json that was saved with the weights, or "
-            "download both again."
-        )
-    if lacking := sorted(loading["missing_keys"]):
-        raise ModelError(f"{name} lacks {len(lacking)} weights ({lacking[0]} …). Download it again, or name another.")
-    if unknown := sorted(loading["unexpected_keys"]):
-        if layers := [weight for weight in unknown if _is_beyond(model, weight)]:
-            raise ModelError(
-                f"{name}: config.json has no layer for {len(layers)} weights ({layers[0]} …), so these belong to two "
-                "models. Copy the config.json that was saved with the weights, or download both again."
-            )
-        log.warning("%s: %d weights are not part of the model and are ignored (%s …)", name, len(unknown), unknown[0])
-
-
-def _quantised_otherwise(model: nn.Module) -> list[tuple[str, Size, Size]]:
-    """(name, stored shape, expected shape) of weights that differ: bitsandbytes accepts any shape from the file."""
-    found: list[tuple[str, Size, Size]] = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
-            whole = getattr(layer.weight, "quant_state", None) or layer.weight
-            stored, wanted = tuple(whole.shape), (layer.out_features, layer.in_features)
-            if stored != wanted:
-                found.append((f"{name}.weight", stored, wanted))
-    return found
-
-
-def _shape_of(size: Size) -> str:
-    return " x ".join(map(str, size))
-
-
-def _is_beyond(model: nn.Module, weight: str) -> bool:
-    """Whether a weight belongs to a layer after the model's last layer of that kind."""
-    modules = dict(model.named_modules())
-    parts = weight.split(".")
-    numbered = [(modules.get(".".join(parts[:i])), int(part)) for i, part in enumerate(parts) if part.isdecimal()]
-    return any(isinstance(layers, nn.ModuleList) and number >= len(layers) for layers, number in numbered)
-
-
-def _multiply(conv: nn.Conv3d) -> None:
-    """Computes a convolution whose input is a single patch as what it is, a matrix product.
-
-    As a convolution in bfloat16, it takes seconds with cuDNN on some GPUs and, on a CPU, a tenth of the time to read a
-    picture.
-    """
-
-    def forward(patches: Tensor) -> Tensor:
-        if patches.shape[2:] != conv.kernel_size or conv.padding != (0, 0, 0) or conv.groups != 1:
-            return nn.Conv3d.forward(conv, patches)
-        return linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)[..., None, None, None]
-
-    conv.forward = forward  # type: ignore[assignment, method-assign]
-
-
-def _warn_of_copies(model: nn.Module) -> None:
-    """Warns of a transformers that copies keys and values at each step, for every query head that shares them."""
-    n = max(getattr(module, "num_key_value_groups", 1) for module in model.modules())
-    if n > 1 and not hasattr(sdpa_attention, "pack_gqa"):
-        log.warning(
-            "transformers %s copies the keys and values of this model %d-fold at every decode step, which slows "
-            "captioning down. Upgrade it: pip install -U 'transformers>=5.23,<6'",
-            *(version("transformers"), n),
-        )
 
 
 def _generation_config(recipe: Recipe, ends: list[int], pad_token: int) -> GenerationConfig:

@@ -1,5 +1,6 @@
 """Adapters, quantised weights and spread models: each with the real demonstration model."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from rococap.demo import MODEL
-from rococap.engines import Options, hf
+from rococap.engines import Options, hf, weights
 from rococap.engines.checkpoint import folder_digest
 from rococap.engines.continuous import ContinuousDecoder
 from rococap.engines.hf import TransformersEngine
@@ -407,7 +408,7 @@ def test_a_damaged_adapter_is_refused(tmp_path, adapter):
     ],
 )
 def test_an_extra_that_is_not_installed_is_named(monkeypatch, package, recipe, message):
-    find = hf.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == package else find(name, *more))
     assert error_of(Recipe(model=str(MODEL), **recipe)) == message
 
@@ -465,7 +466,7 @@ def test_the_estimate_of_the_memory_is_what_the_weights_take(bits, dtype):
     engine = loaded(load_in=bits, dtype=dtype)
     source = {"revision": "main", "local_files_only": True, "trust_remote_code": False}
     weights = engine.loaded.model.parameters()
-    assert hf._weight_bytes(str(MODEL), source, engine.dtype, bits) == sum(weight.nbytes for weight in weights)
+    assert weights.n_bytes(str(MODEL), source, engine.dtype, bits) == sum(weight.nbytes for weight in weights)
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
@@ -507,8 +508,8 @@ class Card(TransformersEngine):
 def test_a_model_is_spread_by_accelerate_only_where_it_does_not_fit(monkeypatch, caplog, free, is_spread):
     """1.74 million parameters of 4 bytes, in four fifths of what is free."""
     monkeypatch.setattr(hf, "_free_bytes", lambda device: free)
-    load, asked = hf._load_model, []
-    monkeypatch.setattr(hf, "_load_model", lambda *given: asked.append(given[2]) or load(*given))
+    load, asked = weights.load, []
+    monkeypatch.setattr(weights, "load", lambda *given: asked.append(given[2]) or load(*given))
     recipe = Recipe(model=str(MODEL), dtype="float32", max_new_tokens=24)
     engine = Card(recipe, Options(device="cpu", batch_size=5, device_map="auto"))
     with caplog.at_level(logging.INFO):

@@ -15,7 +15,6 @@ from rococap.engines.continuous import WIDTH
 from rococap.engines.decoding import collate
 from rococap.engines.hf import TransformersEngine
 
-MAX_READS = 6
 MAX_KERNELS = 800
 ROWS = 8
 
@@ -58,15 +57,24 @@ def step(decoder) -> list[int]:
     return slots
 
 
-def test_a_prefill_of_8_pictures_hardly_ever_reads_from_the_device(engine, pictures):
+def test_a_prefill_of_8_pictures_reads_nothing_from_the_device_but_its_tokens(engine, pictures, monkeypatch):
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")  # as the engine sets it on a GPU
     engine.decoder._prefill([row(pictures[0])])
     engine.decoder._remove([0])
     with counted(engine.decoder) as launches:
         slots = engine.decoder._prefill([row(picture) for picture in pictures])
         list(engine.decoder._charge(slots, 0.0))
     engine.decoder._clear()
-    assert launches.reads["tolist"] == 1
-    assert 1 < launches.reads.total() <= MAX_READS, launches.reads
+    assert launches.reads == {"tolist": 1}
+
+
+def test_prompts_of_one_length_need_no_mask(engine, pictures):
+    decoder = engine.decoder
+    assert decoder._causal_mask([7, 7, 7]) is None
+    assert decoder._causal_mask([1, 3]).tolist() == [
+        [[[False, False, False], [False, False, False], [False, False, True]]],
+        [[[True, False, False], [True, True, False], [True, True, True]]],
+    ]
 
 
 def test_what_is_computed_on_the_cpu_beforehand_changes_no_bit_of_the_logits(engine, pictures):
