@@ -1,7 +1,7 @@
 """Speeds up large linear layers on a CPU, in float32: their weights are laid out for oneDNN in advance.
 
 PyTorch lays them out again in every call: batches of 4 to 32 rows then take 1.3 to 2.6 times as long (docs/log.md).
-For small layers the overhead of the call outweighs this, and a single row gains nothing. Knows no model in particular.
+For small layers the overhead of the call outweighs this. Knows no model in particular.
 """
 
 import logging
@@ -9,7 +9,6 @@ import logging
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +46,6 @@ def _pack(layer: nn.Linear) -> None:
     packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
 
     def forward(rows: Tensor) -> Tensor:
-        if rows.numel() == layer.in_features:
-            return linear(rows, layer.weight, layer.bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, layer.bias, "none", [], "")
         return product
 
