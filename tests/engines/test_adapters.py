@@ -465,8 +465,9 @@ def test_quantised_weights_that_the_head_shares_with_the_embeddings_stay_shared(
 def test_the_estimate_of_the_memory_is_what_the_weights_take(bits, dtype):
     engine = loaded(load_in=bits, dtype=dtype)
     source = {"revision": "main", "local_files_only": True, "trust_remote_code": False}
-    weights = engine.loaded.model.parameters()
-    assert weights.n_bytes(str(MODEL), source, engine.dtype, bits) == sum(weight.nbytes for weight in weights)
+    parameters = engine.loaded.model.parameters()
+    taken = sum(parameter.nbytes for parameter in parameters)
+    assert weights.n_bytes(str(MODEL), source, engine.dtype, bits) == taken
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
