@@ -838,6 +838,22 @@ MUTANTS = (
         "data/test_dicom.py::test_monochrome1_is_inverted",
     ),
     mutant(
+        "places-in-answers",
+        "a caption that holds a place for a picture becomes an answer",
+        "unusable",
+        "if control := control_in(answer):",
+        "if False:",
+        "results/test_publish.py::test_a_caption_with_a_place_for_a_picture_is_left_out_and_told",
+    ),
+    mutant(
+        "originals-over-generated",
+        "an export of originals replaces one of generated captions",
+        "is_another",
+        '("run", "recipe_hash", "format", "text")',
+        '("run", "recipe_hash", "format")',
+        "results/test_publish.py::test_originals_do_not_replace_generated_captions",
+    ),
+    mutant(
         "headers-published",
         "a DICOM file is published with its header",
         "as_file",
