@@ -174,7 +174,8 @@ def _scores_text(scores: dict[str, Any], split: str) -> str:
         for why, names in reasons.items()
     ]
     tables = (_overall_table(list(names), runs, paired), _modalities_table(runs))
-    return "\n\n".join([f"{split}: {counts}", tables[0], "\n".join(notes), tables[1], "\n".join(not_computed)]).rstrip()
+    parts = [f"{split}: {counts}", tables[0], "\n".join(notes), *_without_near_duplicates(list(names), runs), tables[1]]
+    return "\n\n".join([*parts, "\n".join(not_computed)]).rstrip()
 
 
 def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[Any]) -> str:
@@ -193,6 +194,21 @@ def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[A
         for row in rows:
             row += [_score(paired[0][key].get(row[0])) for key in ("differences", "p")]
     return within_80(header, rows, *range(1, len(runs) + 1))
+
+
+def _without_near_duplicates(names: Sequence[str], runs: Sequence[Any]) -> list[str]:
+    """The scores without pictures that have near-duplicates in another split; empty while these are not known."""
+    known = [(run["run"], without) for run in runs if (without := run["without_near_duplicates"])]
+    left_out = [f"{without['left_out']} of {run}" for run, without in known if without["left_out"]]
+    unseen = any(without["not_hashed"] for _, without in known)
+    note = "Not all pictures have been looked at: rococap doctor --leaks" if unseen else ""
+    if not left_out:
+        return [f"No picture is known to have a near-duplicate in another split.\n{note}".rstrip()] if known else []
+    header = ["score", *(cut(run, WIDEST_SCORE) for run, _ in known)]
+    rows = [[name, *(_score(without["metrics"].get(name)) for _, without in known)] for name in names]
+    heading = f"Without captions whose picture has a near-duplicate in another split ({', '.join(left_out)}):"
+    table = within_80(header, rows, *range(1, len(known) + 1))
+    return [f"{textwrap.fill(heading, 80)}\n{table}\n{note}".rstrip()]
 
 
 def _score(value: float | None, interval: Sequence[float] | None = None) -> str:
