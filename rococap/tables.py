@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA = "0005"
+SCHEMA = "0006"
 """The alembic revision that this code reads and writes."""
 
 
@@ -105,6 +105,16 @@ images = Table(
     Column("caption", Text, nullable=False),
     Column("cui", Text, nullable=False),  # concepts joined by ";", as in ImageCLEF's files
     UniqueConstraint("dataset_id", "split", "image_id"),
+    sqlite_strict=True,
+)
+
+# Perceptual hashes, by which near-duplicate pictures are found: see `scores.leaks`.
+image_hashes = Table(
+    "image_hashes",
+    metadata,
+    _to("image_id", "images.id", primary_key=True),
+    Column("algorithm", Text, primary_key=True),
+    Column("hash", Text, nullable=False),  # hexadecimal
     sqlite_strict=True,
 )
 

@@ -23,6 +23,7 @@ TABLES = {
     "captions",
     "datasets",
     "failures",
+    "image_hashes",
     "images",
     "jobs",
     "leases",

@@ -25,6 +25,7 @@ INSERT INTO datasets VALUES (1, '/data/rocov2', '', '{"image": "IMG"}');
 INSERT INTO shards VALUES (1, 1, 'data/train-00000-of-00001.parquet', 'train', 2, 1, 1000, 'aa');
 INSERT INTO images VALUES (1, 1, 'train', 'train_1', 1, 0, 0, 'An X-ray.', 'C0040405');
 INSERT INTO images VALUES (2, 1, 'train', 'train_2', 1, 0, 1, 'A CT.', '');
+INSERT INTO image_hashes VALUES (1, 'dhash-16', 'ff00'), (2, 'dhash-16', '00ff');
 INSERT INTO runs (id, name, dataset_id, recipe, recipe_hash, created_at) VALUES (1, 'default', 1, '{}', 'bb', 5);
 INSERT INTO workers (id, uuid, host, pid, device, engine, versions, started_at, seen_at)
     VALUES (1, 'cc', 'host', 1, 'cpu', 'hf', '{}', 5, 5);
@@ -168,7 +169,7 @@ def test_the_migrations_make_what_the_models_say_word_for_word(engine, tmp_path)
 
 def test_every_table_is_strict_and_only_lease_ids_are_never_used_again(path):
     sql = {name: text for (kind, name), text in schema_of(path).items() if kind == "table" and name in TABLES}
-    assert len(sql) == 11
+    assert len(sql) == 12
     assert {name: text.endswith(")STRICT") for name, text in sql.items()} == dict.fromkeys(sql, True)
     assert [name for name, text in sql.items() if "AUTOINCREMENT" in text] == ["leases"]
     assert "(id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT," in sql["leases"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -30,6 +30,9 @@ from rococap.cli.options import (
 from rococap.cli.tables import cut, significant, within_80
 from rococap.data import SPLITS
 from rococap.errors import RococapError
+
+if TYPE_CHECKING:
+    from rococap.results.messages import Text
 
 
 @cli.command("compare")
@@ -171,7 +174,8 @@ def _scores_text(scores: dict[str, Any], split: str) -> str:
         for why, names in reasons.items()
     ]
     tables = (_overall_table(list(names), runs, paired), _modalities_table(runs))
-    return "\n\n".join([f"{split}: {counts}", tables[0], "\n".join(notes), tables[1], "\n".join(not_computed)]).rstrip()
+    parts = [f"{split}: {counts}", tables[0], "\n".join(notes), *_without_near_duplicates(list(names), runs), tables[1]]
+    return "\n\n".join([*parts, "\n".join(not_computed)]).rstrip()
 
 
 def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[Any]) -> str:
@@ -190,6 +194,21 @@ def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[A
         for row in rows:
             row += [_score(paired[0][key].get(row[0])) for key in ("differences", "p")]
     return within_80(header, rows, *range(1, len(runs) + 1))
+
+
+def _without_near_duplicates(names: Sequence[str], runs: Sequence[Any]) -> list[str]:
+    """The scores without pictures that have near-duplicates in another split; empty while these are not known."""
+    known = [(run["run"], without) for run in runs if (without := run["without_near_duplicates"])]
+    left_out = [f"{without['left_out']} of {run}" for run, without in known if without["left_out"]]
+    unseen = any(without["not_hashed"] for _, without in known)
+    note = "Not all pictures have been looked at: rococap doctor --leaks" if unseen else ""
+    if not left_out:
+        return [f"No picture is known to have a near-duplicate in another split.\n{note}".rstrip()] if known else []
+    header = ["score", *(cut(run, WIDEST_SCORE) for run, _ in known)]
+    rows = [[name, *(_score(without["metrics"].get(name)) for _, without in known)] for name in names]
+    heading = f"Without captions whose picture has a near-duplicate in another split ({', '.join(left_out)}):"
+    table = within_80(header, rows, *range(1, len(known) + 1))
+    return [f"{textwrap.fill(heading, 80)}\n{table}\n{note}".rstrip()]
 
 
 def _score(value: float | None, interval: Sequence[float] | None = None) -> str:
@@ -266,12 +285,14 @@ def report_command(
 
 
 FILES = ("csv", "parquet", "jsonl")
-FOLDERS = ("hf", "webdataset", "kohya")
+FOLDERS = ("hf", "webdataset", "kohya", "messages")
+TEXTS = ("generated", "original")
 _ONLY_FOR = {
     "excel_safe": ("csv",),
     "allow_missing": ("imageclef",),
     "require_complete": (*FILES, *FOLDERS),
     "push": ("hf",),
+    "text": ("messages",),
     "follow": FILES,
     "checkpoint_every": FILES,
 }
@@ -315,6 +336,13 @@ _FILE_ENDING = re.compile(r"\.(?!v?\d+$)\w{1,8}")
     "byte-order mark, which Excel needs to show accents. `restore` removes both. Checkpoint segments are not changed.",
 )
 @strip_option
+@click.option(
+    "--text",
+    type=click.Choice(TEXTS),
+    default="generated",
+    show_default=True,
+    help="messages: train on the run's captions, or on the data set's own, which every picture of the run has.",
+)
 @click.option("--allow-missing", is_flag=True, help="imageclef: write an empty caption for pictures that have none.")
 @click.option(
     "--push",
@@ -335,6 +363,7 @@ def export_command(
     require_complete: bool,
     excel_safe: bool,
     strip_reasoning: bool,
+    text: "Text",
     allow_missing: bool,
     push: str | None,
 ) -> None:
@@ -352,6 +381,8 @@ def export_command(
                          of 1,000 pictures each
     kohya                a folder per split: each picture and its caption, in
                          two files of one name
+    messages             a folder for LLaMA-Factory, ms-swift and TRL: pictures,
+                         and the prompt with the caption as its answer
     """
     format = format or _format_of(output)
     for name, formats in _ONLY_FOR.items():
@@ -361,6 +392,9 @@ def export_command(
             )
     if push is not None and not push.strip():
         raise click.UsageError("--push needs the name of a data set: OWNER/NAME.")
+    if text == "original" and (require_complete or strip_reasoning):
+        option = "--require-complete" if require_complete else "--strip-reasoning"
+        raise click.UsageError(f"{option} is about the run's captions: leave it out with --text original.")
     if follow and not checkpoint_every:
         raise click.UsageError("--follow writes checkpoints: give --checkpoint-every N, with N above 0.")
     _check_output(output, format, len(splits))
@@ -368,7 +402,7 @@ def export_command(
     with db.transaction(database) as conn:
         run = queue.find_run(conn, run_name)
     if format in FOLDERS:
-        _export_folder(database, run, splits, format, output, require_complete, strip_reasoning, push)
+        _export_folder(database, run, splits, format, output, require_complete, strip_reasoning, text, push)
         return
     paths = {split: _export_path(run.name, split, format, output) for split in splits}
     if format == "imageclef":
@@ -432,26 +466,26 @@ def _export_folder(
     output: Path | None,
     require_complete: bool,
     strip_reasoning: bool,
+    text: "Text",
     push: str | None,
 ) -> None:
     from rococap.results import hub, publish
 
     if push:
         hub.check_login()
-    folder = output or _results(run.name) / f"medical_captions_{format}"
+    folder = output or _results(run.name) / f"{'original' if text == 'original' else 'medical'}_captions_{format}"
     with progress_bar() as progress:
         written = publish.publish(
             *(database, run, splits, folder, format),
             require_complete=require_complete,
             strip_reasoning=strip_reasoning,
+            text=text,
             progress=progress,
         )
     for part in written:
         click.echo(f"{folder} {part.split}: {part.captions} captions{_left(part.missing)}")
-        if lost := part.without_picture:
-            click.echo(f"  {len(lost)} more were left out, because their pictures cannot be read:")
-            for image_id, reason in list(lost.items())[:SHOWN_FAILURES]:
-                click.echo(f"  {image_id}: {reason}")
+        _echo_left_out(part.without_picture, "because their pictures cannot be read")
+        _echo_left_out(part.without_text, "because their captions cannot be answers")
     named = (run.dataset, run.recipe.model, run.recipe.adapter)
     if local := [name for name in named if name and Path(name).is_absolute()]:
         click.echo(f"  The files name {' and '.join(local)}: check that others may read that")
@@ -459,6 +493,13 @@ def _export_folder(
         pushed = hub.push(folder, push, f"Captions of {', '.join(splits)} by {run.recipe.model}")
         visibility = "private, until you change that in its settings" if pushed.private else "public"
         click.echo(f"{pushed.url}: {visibility}")
+
+
+def _echo_left_out(reasons: dict[str, str], why: str) -> None:
+    if reasons:
+        click.echo(f"  {len(reasons)} more were left out, {why}:")
+    for image_id, reason in list(reasons.items())[:SHOWN_FAILURES]:
+        click.echo(f"  {image_id}: {reason}")
 
 
 def _left(missing: int) -> str:

@@ -6,12 +6,13 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rococap import db
 from rococap.cli.options import (
+    SHOWN_FAILURES,
     cli,
     db_option,
     echo_json,
@@ -26,15 +27,27 @@ from rococap.cli.tables import aligned, as_table, in_hours, shortened, significa
 from rococap.cli.worker import check_engine, engine_options
 from rococap.data import SPLITS
 
+if TYPE_CHECKING:
+    from rococap.scores.leaks import Leaks
+
 
 @cli.command("doctor")
+@click.option(
+    "--leaks",
+    is_flag=True,
+    help="Instead, look for pictures of one split that are in another one too, exactly or nearly. Reads every enqueued "
+    "picture once; if it is stopped, the next call goes on.",
+)
 @json_option
 @db_option
-def doctor_command(as_json: bool) -> None:
+def doctor_command(leaks: bool, as_json: bool) -> None:
     """Check this machine, the database, the data set and the model.
 
-    The exit code is 1 if something is wrong.
+    The exit code is 1 if something is wrong, with --leaks if there are near-duplicates.
     """
+    if leaks:
+        _find_leaks(as_json)
+        return
     from rococap.doctor import Verdict, examine
 
     target = click.get_current_context().find_root().obj
@@ -47,6 +60,37 @@ def doctor_command(as_json: bool) -> None:
         echo_json([asdict(check) for check in checks])
     if any(check.verdict == Verdict.FAIL for check in checks):
         sys.exit(1)
+
+
+def _find_leaks(as_json: bool) -> None:
+    from rococap.scores import leaks
+
+    database = open_database()
+    with progress_bar() as progress:
+        found = leaks.find(database, progress)
+    if as_json:
+        about = {"algorithm": leaks.ALGORITHM, "bits": leaks.BITS, "distance": leaks.DISTANCE}
+        echo_json({**about, "datasets": [asdict(one) for one in found]})
+    else:
+        click.echo("\n\n".join(_leaks_text(one) for one in found))
+    if any(one.pairs for one in found):
+        sys.exit(1)
+
+
+def _leaks_text(found: "Leaks") -> str:
+    counts = ", ".join(f"{n} of {split}" for split, n in found.hashed.items()) or "none"
+    lines = [f"{found.dataset}: pictures with a hash: {counts}; {found.new} of them new"]
+    if found.unreadable:
+        lines.append(f"  {len(found.unreadable)} pictures cannot be read:")
+    lines += [f"  {one.split} {one.image_id}: {one.reason}" for one in found.unreadable[:SHOWN_FAILURES]]
+    if len(found.hashed) < 2:
+        lines.append("  There is no other split to compare with: enqueue one, then run this again.")
+    else:
+        lines.append(f"  Near-duplicates in different splits: {len(found.pairs)}")
+    for pair in found.pairs:
+        (one, other), (first, second) = pair.splits, pair.image_ids
+        lines.append(f"  {one} {first} = {other} {second} ({pair.distance} bits differ)")
+    return "\n".join(lines)
 
 
 @cli.command("migrate")

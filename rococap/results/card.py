@@ -18,7 +18,8 @@ class Written:
     """What a published folder holds of one split.
 
     `missing` counts the jobs that are not done. `without_picture` maps image_id to the reason for images that were
-    captioned but left out, because their pictures can no longer be read.
+    captioned but left out, because their pictures can no longer be read, and `without_text` for those whose captions
+    the format cannot hold.
     """
 
     split: str
@@ -26,6 +27,7 @@ class Written:
     missing: int
     flags: dict[str, int]
     without_picture: dict[str, str] = field(default_factory=dict)
+    without_text: dict[str, str] = field(default_factory=dict)
 
 
 CARD = Path(__file__).with_name("card.md.jinja")

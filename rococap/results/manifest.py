@@ -46,8 +46,10 @@ def is_ours(existing: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
 
 
 def is_another(existing: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether the existing manifest is of another run, recipe or format than the new one."""
-    return any(existing.get(name) != new[name] for name in ("run", "recipe_hash", "format"))
+    """Whether the existing manifest is of another run, recipe or format than the new one, or of other texts: `text` is
+    only in manifests of the format messages.
+    """
+    return any(existing.get(name) != new.get(name) for name in ("run", "recipe_hash", "format", "text"))
 
 
 def lost_splits(existing: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import chain, islice
@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 import pandas as pd
 import pyarrow as pa
+from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
 from rococap import queue
@@ -33,6 +34,7 @@ from rococap.files import cannot_write, fsync, read_json, write_json
 from rococap.progress import Progress, silent
 from rococap.queue import Counts, Run, place_of
 from rococap.queue.enqueue import LONGEST_ID
+from rococap.results import messages
 from rococap.results.card import Written, card
 from rococap.results.formats import SCHEMA, write_frames
 from rococap.results.manifest import as_options, is_another, is_ours, lost_splits, manifest_of, stripped
@@ -42,8 +44,10 @@ from rococap.results.snapshot import (
     Read,
     check_complete,
     done_pages,
+    enqueued_pages,
     finished_until,
     frame_of,
+    newest_job,
     short_reads,
 )
 
@@ -57,27 +61,34 @@ def publish(
     *,
     require_complete: bool = False,
     strip_reasoning: bool = False,
+    text: messages.Text = "generated",
     progress: Progress = silent,
 ) -> list[Written]:
-    """Writes the done images of the splits, in data set order, to one folder; `format` is hf, webdataset or kohya.
+    """Writes the done images of the splits, in data set order, to one folder; `format` is hf, webdataset, kohya or
+    messages.
 
-    Raises RunError if the run lacks a split or has no captions, IncompleteError if `require_complete` and some images
-    are not done, DatasetError if the format includes pictures and the data set is not available, RococapError if the
-    folder cannot be written or holds files that rococap did not write. On failure an older folder stays as it was.
+    `text` is for the format messages. With "original" it writes the data set's own captions, of all images that the run
+    was given, done or not.
+
+    Raises RunError if the run lacks a split, has no captions, or has a prompt that the format cannot hold;
+    IncompleteError if `require_complete` and some images are not done; DatasetError if the format includes pictures and
+    the data set is not available; RococapError if the folder cannot be written or holds files that rococap did not
+    write. On failure an older folder stays as it was.
     """
     with transaction(database) as conn:
         counts = [queue.counts_of(conn, run, [split])[0] for split in splits]
-        cutoff = finished_until(conn, [run], splits)
-    if not any(count.done for count in counts):
+        cutoff = newest_job(conn) if text == "original" else finished_until(conn, [run], splits)
+    source = _Source(database, run, cutoff, strip_reasoning, progress, text)
+    if not any(source.expected(count) for count in counts):
         raise RunError(
             f"Run {run.name!r} has captioned nothing of {', '.join(splits)} yet: start rococap worker --run {run.name}"
         )
     if require_complete:
         for count in counts:
             check_complete(run, count.split, count.done, count.total)
-    source = _Source(database, run, cutoff, strip_reasoning, progress)
     folder = folder.resolve()
     new = {"run": run.name, "recipe_hash": run.recipe.hash, "format": format, "splits": splits}
+    new |= {"text": text} if format == "messages" else {}
     _check_replaceable(folder, new)
     # Checked again at the end: an export may take hours, and somebody may edit the older folder meanwhile.
     with _replacing_folder(folder, lambda: _check_replaceable(folder, new)) as partial:
@@ -87,6 +98,10 @@ def publish(
             "splits": {entry.split: _manifest_entry(entry) for entry in written},
         }
         manifest |= stripped(strip_reasoning)
+        if format == "messages":
+            manifest |= {"text": text}
+        if text == "original":
+            manifest |= {"note": messages.ORIGINALS_NOTE}
         if format == "hf":
             (partial / "README.md").write_text(card(run, written, manifest), encoding="utf-8")
         write_json(partial / MANIFEST, manifest | {"files": _listing(partial)})
@@ -96,21 +111,47 @@ def publish(
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where the captions are read from, and which of them: those of a run that were done by the cutoff."""
+    """Where the captions are read from, and which of them: those of a run that were done by the cutoff. If `text` is
+    "original", the cutoff is the newest job instead, and the captions are the data set's own.
+    """
 
     database: Database
     run: Run
     cutoff: int
     strip_reasoning: bool
     progress: Progress
+    text: messages.Text = "generated"
 
     def pages(self, read: Read, split: str, columns: str) -> Iterator[Sequence[Sequence[Any]]]:
         return done_pages(read, self.run, split, self.cutoff, columns, strip_reasoning=self.strip_reasoning)
+
+    def pages_for_pictures(self, split: str) -> Iterator[Sequence[Sequence[Any]]]:
+        """Pages of `_SAMPLE_COLUMNS`. Each is a transaction of its own, on PostgreSQL too: there, a transaction that
+        idles for a minute while pictures are read is terminated.
+        """
+
+        def read() -> AbstractContextManager[Connection]:
+            return transaction(self.database)
+
+        if self.text == "original":
+            return enqueued_pages(read, self.run, split, self.cutoff, _ORIGINAL_COLUMNS)
+        return self.pages(read, split, _SAMPLE_COLUMNS)
+
+    def expected(self, counts: Counts) -> int:
+        """How many captions of a split are to be written."""
+        return counts.total if self.text == "original" else counts.done
+
+    def nothing_written(self, counts: Counts) -> Written:
+        """The entry of a split before its captions are written. Flags are marks on generated captions."""
+        flags = {} if self.text == "original" else dict(counts.flags)
+        return Written(counts.split, 0, counts.total - self.expected(counts), flags)
 
 
 def _manifest_entry(written: Written) -> dict[str, Any]:
     entry = asdict(written)
     del entry["split"]
+    if not written.without_text:
+        del entry["without_text"]
     return entry
 
 
@@ -155,9 +196,10 @@ def _check_replaceable(folder: Path, new: dict[str, Any]) -> None:
     if not is_ours(existing):
         raise RococapError(f"{folder} exists and was not written by rococap: choose another folder with --output.")
     if is_another(existing, new):
+        kind = f"run {existing.get('run')}, format {existing.get('format')}"
+        kind += f", text {existing['text']}" if "text" in existing else ""
         raise RococapError(
-            f"{folder} holds another export (run {existing.get('run')}, format {existing.get('format')}). Move it "
-            "away, or choose another folder with --output."
+            f"{folder} holds another export ({kind}). Move it away, or choose another folder with --output."
         )
     if others := lost_splits(existing, new):
         raise RococapError(
@@ -253,6 +295,7 @@ class _Sample:
 
     key: str
     files: dict[str, bytes]
+    image_id: str
 
 
 def _write_tars(samples: Iterator[_Sample], folder: Path, split: str) -> int:
@@ -284,9 +327,9 @@ def _with_pictures(
 ) -> Callable[[_Source, Sequence[Counts], Path], list[Written]]:
     def write_all(source: _Source, counts: Sequence[Counts], folder: Path) -> list[Written]:
         run = source.run
-        splits = [count.split for count in counts if count.done]
+        splits = [count.split for count in counts if source.expected(count)]
         located = datasets.locate(run.dataset, splits, run.dataset_revision or None)
-        written = [Written(count.split, 0, count.total - count.done, dict(count.flags)) for count in counts]
+        written = [source.nothing_written(count) for count in counts]
         with PictureReader(located.root) as reader:
             for count, entry in zip(counts, written, strict=True):
                 entry.captions = write(_samples(source, count, reader, entry.without_picture), folder, count.split)
@@ -295,28 +338,71 @@ def _with_pictures(
     return write_all
 
 
+def _write_messages(source: _Source, counts: Sequence[Counts], folder: Path) -> list[Written]:
+    run = source.run
+    if control := messages.control_in(run.recipe.prompt):
+        raise RunError(
+            f"The prompt of run {run.name!r} contains {control}, which a trainer would not take for text. Export a run "
+            f"with another prompt: rococap enqueue --run NAME --from {run.name} --prompt …"
+        )
+    without_text: dict[str, dict[str, str]] = {count.split: {} for count in counts}
+
+    def write(samples: Iterator[_Sample], folder: Path, split: str) -> int:
+        usable = _usable(samples, source.text, without_text[split])
+        return _write_conversations(usable, run.recipe.prompt, folder, split)
+
+    written = _with_pictures(write)(source, counts, folder)
+    for entry in written:
+        entry.without_text = without_text[entry.split]
+    reasons = [reason for entry in written for reason in entry.without_text.values()]
+    if reasons and not any(entry.captions for entry in written):
+        raise RunError(f"Run {run.name!r} has no caption that can be written. For the first picture: {reasons[0]}")
+    write_json(folder / messages.DATASET_INFO, messages.dataset_info([one.split for one in written if one.captions]))
+    return written
+
+
+def _usable(samples: Iterator[_Sample], text: messages.Text, without_text: dict[str, str]) -> Iterator[_Sample]:
+    """The samples whose caption can be an answer. The reasons of the others are entered in `without_text`."""
+    for sample in samples:
+        if reason := messages.unusable(sample.files[".txt"].decode(), text):
+            without_text[sample.image_id] = reason
+        else:
+            yield sample
+
+
+def _write_conversations(samples: Iterator[_Sample], prompt: str, folder: Path, split: str) -> int:
+    done = 0
+    (folder / split).mkdir()
+    with (folder / messages.file_name(split)).open("w", encoding="ascii") as file:
+        for sample in samples:
+            done += 1
+            ending, data = next(iter(sample.files.items()))
+            picture = f"{split}/{sample.key}{ending}"
+            (folder / picture).write_bytes(data)
+            file.write(messages.line_of(prompt, sample.files[".txt"].decode(), picture))
+    return done
+
+
 _SAMPLE_COLUMNS = (
     "j.image_id, (SELECT path FROM shards WHERE shards.id = i.shard_id), i.split, i.row_group, i.row_in_group, "
     "i.image_id, i.caption, c.text, c.flags, i.cui"
 )
+_ORIGINAL_COLUMNS = _SAMPLE_COLUMNS.replace("c.text, c.flags", "i.caption, ''")
 
 
 def _samples(
     source: _Source, counts: Counts, reader: PictureReader, without_picture: dict[str, str]
 ) -> Iterator[_Sample]:
-    # Each page is a transaction of its own, on PostgreSQL too: there, a transaction that idles for a minute while
-    # pictures are read is terminated.
-    pages = source.pages(lambda: transaction(source.database), counts.split, _SAMPLE_COLUMNS)
-    for n, row in enumerate(chain.from_iterable(pages), 1):
+    for n, row in enumerate(chain.from_iterable(source.pages_for_pictures(counts.split)), 1):
         place = place_of(row[1:6], source.run.columns)
         try:
             yield _sample(source.run, place, reader.picture(place), *row[6:])
         except PictureError as error:
             without_picture[place.image_id] = str(error)
-        source.progress(f"{counts.split}: exporting", n, counts.done)
+        source.progress(f"{counts.split}: exporting", n, source.expected(counts))
 
 
-def _sample(run: Run, place: Place, picture: bytes, original: str, generated: str, flags: str, cui: str) -> _Sample:
+def _sample(run: Run, place: Place, picture: bytes, original: str, caption: str, flags: str, cui: str) -> _Sample:
     metadata = {
         "image_id": place.image_id,
         "original_caption": original,
@@ -327,7 +413,8 @@ def _sample(run: Run, place: Place, picture: bytes, original: str, generated: st
     }
     sidecar = json.dumps(metadata, ensure_ascii=False)
     ending, data = as_file(picture, run.recipe.frame)
-    return _Sample(_key(place.image_id), {ending: data, ".txt": generated.encode(), ".json": sidecar.encode()})
+    files = {ending: data, ".txt": caption.encode(), ".json": sidecar.encode()}
+    return _Sample(_key(place.image_id), files, place.image_id)
 
 
 def _key(image_id: str) -> str:
@@ -345,4 +432,5 @@ _WRITERS = {
     "hf": _write_hub_layout,
     "webdataset": _with_pictures(_write_tars),
     "kohya": _with_pictures(_write_pairs),
+    "messages": _write_messages,
 }

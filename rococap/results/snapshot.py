@@ -100,6 +100,30 @@ def done_pages(
         yield [(*row[:at], without_reasoning(row[at]), *row[at + 1 :]) for row in rows] if strip_reasoning else rows
 
 
+def newest_job(conn: Connection) -> int:
+    """The highest id of a job, 0 if there is none. As a cutoff, it excludes what is enqueued later."""
+    return int(execute(conn, "SELECT COALESCE(max(id), 0) FROM jobs").scalar_one())
+
+
+def enqueued_pages(read: Read, run: Run, split: str, newest: int, columns: str) -> Iterator[Sequence[Sequence[Any]]]:
+    """Pages of the rows of a split that were enqueued up to the job `newest`, captioned or not, in data set order.
+
+    `columns` is a select list over j (the job) and i (its image), and must begin with j.image_id.
+    """
+    select = (
+        f"SELECT {columns} FROM jobs j JOIN images i ON i.id = j.image_id "
+        "WHERE j.run_id = ? AND j.split = ? AND j.id <= ? AND j.image_id > ? ORDER BY j.image_id LIMIT ?"
+    )
+    after = 0
+    while True:
+        with read() as conn:
+            rows = execute(conn, select, (run.id, split, newest, after, PAGE)).fetchall()
+        if not rows:
+            return
+        after = rows[-1][0]
+        yield rows
+
+
 @contextmanager
 def short_reads(database: Database) -> Iterator[Read]:
     """A function that opens a connection for one page.

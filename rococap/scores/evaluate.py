@@ -33,7 +33,7 @@ from rococap.results.export import FOLDER
 from rococap.results.formats import write_frames
 from rococap.results.manifest import manifest_path, stripped
 from rococap.results.snapshot import PAGE, Read, done_pages, finished_until, short_reads
-from rococap.scores import concepts, metrics
+from rococap.scores import concepts, leaks, metrics
 from rococap.scores.metrics import ORDERS, Vector
 
 BLEUS = tuple(f"bleu_{order}" for order in range(1, ORDERS + 1))
@@ -295,7 +295,8 @@ class Scored:
 
     `counts` maps each kind in COUNTED to its counts, shape (captions, counts); `values` every other score to its
     values, shape (captions,), NaN where undefined. `not_computed` maps a score to the reason why there is none.
-    `missing` counts the jobs of the split that are not done.
+    `missing` counts the jobs of the split that are not done. `duplicates` says which pictures have near-duplicates in
+    other splits; None if no pictures of the split or of any other were hashed.
     """
 
     run: Run
@@ -307,6 +308,7 @@ class Scored:
     not_computed: dict[str, str]
     missing: int = 0
     warnings: list[str] = field(default_factory=list)
+    duplicates: leaks.Known | None = None
 
     def statistics(self) -> Matrix:
         """One row per caption, shape (captions, columns): all counts, and for every other score its value and whether
@@ -365,6 +367,35 @@ def _interval(values: Vector) -> tuple[float, float] | None:
 
 def _number(value: Any) -> float | None:
     return None if np.isnan(value) else float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutNear:
+    """The summary of the captions whose pictures have no near-duplicate in another split.
+
+    `left_out` counts the others. `not_hashed` counts pictures that were never looked at, and are not left out.
+    """
+
+    left_out: int
+    not_hashed: int
+    summary: Summary
+
+
+def without_near_duplicates(scored: Scored, overall: Summary) -> WithoutNear | None:
+    """None while it is not known which pictures have near-duplicates. `overall` summarises all captions."""
+    known = scored.duplicates
+    if known is None:
+        return None
+    kept = np.array([pair.image_id not in known.near for pair in scored.pairs])
+    not_hashed = sum(pair.image_id not in known.hashed for pair in scored.pairs)
+    left_out = len(kept) - int(kept.sum())
+    if not left_out:
+        summary = overall
+    elif left_out == len(kept):
+        summary = Summary(0, {}, {})
+    else:
+        summary = summarise(_only(scored, np.flatnonzero(kept), scored, is_part=True))
+    return WithoutNear(left_out, not_hashed, summary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,9 +504,16 @@ def evaluate(
             result.missing = counts[run.name, split].total - len(result.pairs)
             result.warnings = list(_warnings(result, n_images[split]))
             scored.append(result)
+    _add_duplicates(database, runs[0], scored)
     by_split = [[result for result in scored if result.split == split] for split in splits]
     paired = [pair_up(results[0], other) for results in by_split for other in results[1:]]
     return Evaluation(list(chain.from_iterable(by_split)), paired, strip_reasoning)
+
+
+def _add_duplicates(database: Database, run: Run, scored: Sequence[Scored]) -> None:
+    known = leaks.known(database, run.dataset_id, list(dict.fromkeys(one.split for one in scored)))
+    for one in scored:
+        one.duplicates = known.get(one.split)
 
 
 def _images(conn: Connection, run: Run) -> dict[str, int]:
@@ -632,12 +670,26 @@ def _run_json(scored: Scored) -> dict[str, Any]:
         "missing": scored.missing,
         "metrics": overall.metrics,
         "intervals": overall.intervals,
+        "without_near_duplicates": _without_json(without_near_duplicates(scored, overall)),
         "not_computed": scored.not_computed,
         "by_modality": {
             name: {"n": summary.n, "metrics": summary.metrics, "intervals": summary.intervals}
             for name, summary in by_modality.items()
         },
         "warnings": scored.warnings,
+    }
+
+
+def _without_json(without: WithoutNear | None) -> dict[str, Any] | None:
+    if without is None:
+        return None
+    summary = without.summary
+    return {
+        "n": summary.n,
+        "left_out": without.left_out,
+        "not_hashed": without.not_hashed,
+        "metrics": summary.metrics,
+        "intervals": summary.intervals,
     }
 
 

@@ -176,7 +176,7 @@ def test_a_folder_may_have_a_number_behind_a_dot(here, name):
     assert said("export", "--split", "train", "--output", name).startswith(f"{name}/medical_captions_train.csv: ")
 
 
-@pytest.mark.parametrize("format", ["hf", "webdataset", "kohya"])
+@pytest.mark.parametrize("format", ["hf", "webdataset", "kohya", "messages"])
 @pytest.mark.parametrize("name", ["x.tar", "x.csv", "x.Parquet"])
 def test_a_format_that_is_a_folder_is_not_written_to_the_name_of_a_file(here, format, name):
     assert f"{name} looks like a file, but {format} is written to a folder: name one; if " in refused(

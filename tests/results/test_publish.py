@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -159,6 +160,23 @@ def pair_rows(folder: Path) -> list[Row]:
     return [(path.stem, None, path.read_bytes().decode()) for path in sorted((folder / "train").glob("*.txt"))]
 
 
+def conversations(folder: Path, split: str = "train") -> list[tuple[str, str, str]]:
+    """The question, the answer and the path of the picture of each line."""
+    lines = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text("utf-8").splitlines()]
+    assert [list(line) for line in lines] == [["messages", "images"]] * len(lines)
+    roles = [[message["role"] for message in line["messages"]] for line in lines]
+    assert roles == [["user", "assistant"]] * len(lines)
+    texts = [[message["content"] for message in line["messages"]] for line in lines]
+    pictures = [line["images"] for line in lines]
+    return [(question, answer, picture) for (question, answer), [picture] in zip(texts, pictures, strict=True)]
+
+
+def message_rows(folder: Path) -> list[Row]:
+    rows = conversations(folder)
+    assert all((folder / path).is_file() for _, _, path in rows)
+    return [(Path(path).stem, None, answer) for _, answer, path in rows]
+
+
 READERS: dict[str, Callable[[Path], list[Row]]] = {
     "parquet": table_rows,
     "jsonl": table_rows,
@@ -166,6 +184,7 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     "hf": hub_rows,
     "webdataset": tar_rows,
     "kohya": pair_rows,
+    "messages": message_rows,
 }
 
 
@@ -194,11 +213,11 @@ def test_captions_that_are_awkward_come_out_as_they_went_in(database, root, out,
         rows = READERS[format](out)
     assert [row[0] for row in rows] == [f"train_{n:05}" for n in range(len(texts))]
     assert [row[2] for row in rows] == generated
-    assert [row[1] for row in rows] == (texts if format != "kohya" else [None] * len(texts))
+    assert [row[1] for row in rows] == (texts if format not in ("kohya", "messages") else [None] * len(texts))
 
 
 @pytest.mark.every_database
-@pytest.mark.parametrize("format", ["hf", "webdataset", "kohya", "imageclef"])
+@pytest.mark.parametrize("format", ["hf", "webdataset", "kohya", "messages", "imageclef"])
 def test_what_was_captioned_while_the_clock_ran_ahead_is_published(database, root, out, format):
     write_data_set(root, [f"Original {n}." for n in range(12)])
     run = enqueue(database, root)
@@ -382,6 +401,10 @@ def test_several_splits_make_one_folder_whose_files_name_them(database, root, ou
             for one in ("validation/validation_00000", "validation/validation_00001")
             for end in ("png", "txt")
         ],
+        "messages": [
+            *("dataset_info.json", "train.jsonl", "train/train_00000.png", "train/train_00001.png"),
+            *("validation.jsonl", "validation/validation_00000.png", "validation/validation_00001.png"),
+        ],
     }.items():
         written = publish.publish(database, run, ["train", "validation"], out / format, format)
         assert [(one.split, one.captions, one.missing, one.flags) for one in written] == [
@@ -399,7 +422,7 @@ def test_several_splits_make_one_folder_whose_files_name_them(database, root, ou
         }
 
 
-@pytest.mark.parametrize("format", ["hf", "webdataset", "kohya"])
+@pytest.mark.parametrize("format", ["hf", "webdataset", "kohya", "messages"])
 def test_a_folder_is_replaced_by_a_whole_one_or_stays_as_it_was(database, root, out, monkeypatch, format):
     write_data_set(root, ["o"] * 12)
     run = enqueue(database, root)
@@ -459,7 +482,7 @@ def test_what_a_killed_export_left_is_in_nobodys_way(database, root, out):
 
 def test_the_same_captions_make_the_same_folder(database, root, out):
     run = filled(database, root)
-    for format in ("hf", "webdataset", "kohya"):
+    for format in ("hf", "webdataset", "kohya", "messages"):
         publish.publish(database, run, ["train"], out / format, format)
         publish.publish(database, run, ["train"], out / "again" / format, format)
         assert content(out / format) == content(out / "again" / format)
@@ -509,7 +532,8 @@ def test_a_folder_with_more_in_it_than_would_come_again_is_not_replaced(database
 
 
 @pytest.mark.parametrize(
-    ("format", "name"), [("kohya", "train/train_00000.txt"), ("hf", "README.md"), ("hf", "rococap.json")]
+    ("format", "name"),
+    [("kohya", "train/train_00000.txt"), ("messages", "train.jsonl"), ("hf", "README.md"), ("hf", "rococap.json")],
 )
 @pytest.mark.parametrize("edit", ["longer", "same length", "older file"])
 def test_a_file_that_was_edited_is_kept(database, root, out, format, name, edit):
@@ -747,6 +771,178 @@ def test_a_shard_that_is_gone_ends_the_export_and_leaves_nothing(database, root,
     assert [path.name for path in out.parent.iterdir() if "out" in path.name] == []
 
 
+# --- conversations ---------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_the_picture_the_prompt_and_the_caption(database, root, out):
+    write_data_set(root, [f"Original {n}." for n in range(3)])
+    run = enqueue(database, root, recipe=Recipe(model="tests/small", prompt=" What is this?\nBe brief. "))
+    caption(database, run, ["One.", "Two."])
+    publish.publish(database, run, ["train"], out, "messages")
+    question = "<image> What is this?\nBe brief. "
+    assert conversations(out) == [
+        (question, "One.", "train/train_00000.png"),
+        (question, "Two.", "train/train_00001.png"),
+    ]
+    assert [(out / path).read_bytes() for _, _, path in conversations(out)] == [picture(0), picture(1)]
+    about = json.loads((out / "rococap.json").read_text())
+    assert (about["text"], about["recipe"]["prompt"]) == ("generated", run.recipe.prompt)
+    assert about["note"].startswith("Machine-generated captions, not reviewed by clinicians")
+    assert about["splits"]["train"] == {"captions": 2, "missing": 1, "flags": {}, "without_picture": {}}
+
+
+def test_llama_factory_finds_the_files_of_each_split_that_has_captions(database, root, out):
+    write_data_set(root, ["o"] * 2, split="validation")
+    write_data_set(root, ["o"] * 2, split="test")
+    write_data_set(root, ["o"] * 2)
+    run = enqueue(database, root, ["train", "validation", "test"])
+    caption(database, run, ["a"])
+    caption(database, run, ["b"], "validation")
+    publish.publish(database, run, ["train", "validation", "test"], out, "messages")
+    described = {
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "images": "images"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    }
+    assert json.loads((out / "dataset_info.json").read_text()) == {
+        "rococap_train": {"file_name": "train.jsonl"} | described,
+        "rococap_validation": {"file_name": "validation.jsonl"} | described,
+    }
+
+
+def test_load_dataset_reads_the_conversations(database, root, out):
+    from datasets import load_dataset
+
+    write_data_set(root, AWKWARD)
+    run = enqueue(database, root)
+    caption(database, run, AWKWARD)
+    publish.publish(database, run, ["train"], out, "messages")
+    data = load_dataset("json", data_files=str(out / "train.jsonl"), cache_dir=str(out.parent / "cache"))["train"]
+    assert [row["messages"][1]["content"] for row in data] == AWKWARD
+    assert [row["images"] for row in data] == [[f"train/train_{n:05}.png"] for n in range(len(AWKWARD))]
+
+
+@pytest.mark.every_database
+def test_originals_are_written_for_every_picture_of_the_run_captioned_or_not(database, root, out, monkeypatch):
+    monkeypatch.setattr(snapshot, "PAGE", 5)
+    write_data_set(root, [f"Original {n}." for n in range(12)])
+    run = enqueue(database, root, limit=11)
+    caption(database, run, ["!!!!!!!!!!!!", "b"])
+    [written] = publish.publish(database, run, ["train"], out, "messages", text="original")
+    assert (written.captions, written.missing, written.flags) == (11, 0, {})
+    assert [answer for _, answer, _ in conversations(out)] == [f"Original {n}." for n in range(11)]
+    assert all((out / path).is_file() for _, _, path in conversations(out))
+    about = json.loads((out / "rococap.json").read_text())
+    assert about["text"] == "original"
+    assert about["note"] == (
+        "Captions of the data set, under its licence, with the prompt of the run. Not for clinical use."
+    )
+
+
+def test_what_is_enqueued_during_an_export_of_originals_is_left_for_the_next(database, root, out, monkeypatch):
+    monkeypatch.setattr(snapshot, "PAGE", 2)
+    write_data_set(root, [f"Original {n}." for n in range(6)])
+    run = enqueue(database, root, limit=4)
+
+    def enqueue_more(what: str, done: int, total: int) -> None:
+        assert total == 4
+        register(database, root, ["train"])
+
+    [written] = publish.publish(database, run, ["train"], out, "messages", text="original", progress=enqueue_more)
+    assert written.captions == 4
+
+
+def test_originals_that_are_missing_are_told_and_a_set_without_any_makes_no_folder(database, root, out):
+    write_data_set(root, ["First.", "", " \n", "Last."])
+    run = enqueue(database, root)
+    [written] = publish.publish(database, run, ["train"], out, "messages", text="original")
+    assert [answer for _, answer, _ in conversations(out)] == ["First.", "Last."]
+    assert written.without_text == dict.fromkeys(["train_00001", "train_00002"], "The data set has no caption for it.")
+    assert json.loads((out / "rococap.json").read_text())["splits"]["train"]["without_text"] == written.without_text
+    assert [name for name in names(out) if name.endswith(".png")] == ["train/train_00000.png", "train/train_00003.png"]
+    unlabelled = root.with_name("unlabelled")
+    write_data_set(unlabelled, [""] * 3)
+    register(database, unlabelled, ["train"], run="other")
+    with db.transaction(database) as conn:
+        other = queue.get_run(conn, "other")
+    with pytest.raises(RunError) as error:
+        publish.publish(database, other, ["train"], out.with_name("new"), "messages", text="original")
+    assert str(error.value) == (
+        "Run 'other' has no caption that can be written. For the first picture: The data set has no caption for it."
+    )
+    assert not out.with_name("new").exists()
+
+
+@pytest.mark.parametrize("text", ["generated", "original"])
+def test_a_caption_with_a_place_for_a_picture_is_left_out_and_told(database, root, out, text):
+    texts = ["A.", "see <image> B", "<|image_pad|>", "<video>", "<audio>", "a<|im_end|>b", "< image>", "<IMAGE> <b>"]
+    write_data_set(root, texts)
+    run = enqueue(database, root)
+    caption(database, run, texts)
+    [written] = publish.publish(database, run, ["train"], out, "messages", text=text)
+    assert [answer for _, answer, _ in conversations(out)] == ["A.", "< image>", "<IMAGE> <b>"]
+    assert list(written.without_text) == [f"train_{n:05}" for n in range(1, 6)]
+    assert written.without_text["train_00001"] == (
+        "Its caption contains <image>, which a trainer would not take for text."
+    )
+    assert all(question.count("<image>") == 1 for question, _, _ in conversations(out))
+
+
+def test_a_prompt_with_a_place_for_a_picture_is_refused(database, root, out):
+    write_data_set(root, ["o"])
+    run = enqueue(database, root, recipe=Recipe(model="tests/small", prompt="What is in <image>?"))
+    caption(database, run, ["a"])
+    with pytest.raises(RunError) as error:
+        publish.publish(database, run, ["train"], out, "messages")
+    assert str(error.value) == (
+        "The prompt of run 'default' contains <image>, which a trainer would not take for text. Export a run with "
+        "another prompt: rococap enqueue --run NAME --from default --prompt …"
+    )
+    assert not out.exists()
+
+
+def test_originals_do_not_replace_generated_captions(database, root, out):
+    run = filled(database, root, 2)
+    publish.publish(database, run, ["train"], out, "messages")
+    before = content(out)
+    with pytest.raises(RococapError) as error:
+        publish.publish(database, run, ["train"], out, "messages", text="original")
+    assert str(error.value) == (
+        f"{out} holds another export (run default, format messages, text generated). Move it away, or choose another "
+        "folder with --output."
+    )
+    assert content(out) == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rococap import db, queue
+from rococap.results import publish
+
+database = db.connect(sys.argv[1])
+with db.transaction(database) as conn:
+    run = queue.get_run(conn, "default")
+
+def kill(what, done, total):
+    if done == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+publish.publish(database, run, ["train"], Path(sys.argv[2]), "messages", progress=kill)
+"""
+
+
+def test_a_killed_export_of_conversations_leaves_the_older_folder_whole(database, url, root, out):
+    run = filled(database, root, 4)
+    publish.publish(database, run, ["train"], out, "messages")
+    before = content(out)
+    done = subprocess.run([sys.executable, "-c", KILLED, url, str(out)], timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert content(out) == before
+    publish.publish(database, run, ["train"], out, "messages")
+    assert content(out) == before
+
+
 # --- the command -----------------------------------------------------------------------------------------------
 
 
@@ -769,7 +965,7 @@ def test_the_command_writes_each_format_and_says_what_is_missing(database, url, 
     assert invoke(url, "--format", "hf").stdout == (
         f"results_medical/medical_captions_hf train: 3 captions; 1 of the split are not done\n{names_local}"
     )
-    for format in ("webdataset", "kohya"):
+    for format in ("webdataset", "kohya", "messages"):
         assert invoke(url, "--format", format, "--output", f"{format} set").stdout == (
             f"{format} set train: 2 captions; 1 of the split are not done\n"
             "  1 more were left out, because their pictures cannot be read:\n"
@@ -781,6 +977,22 @@ def test_the_command_writes_each_format_and_says_what_is_missing(database, url, 
         "submission_train.csv",
         "submission_train.json",
     ]
+
+
+def test_the_command_says_which_captions_are_no_answers(database, url, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_data_set(root, ["<image>", "An original."])
+    run = enqueue(database, root)
+    caption(database, run, ["a"])
+    assert invoke(url, "--format", "messages").exit_code == 0
+    told = invoke(url, "--format", "messages", "--text", "original").stdout
+    assert told.startswith(
+        "results_medical/original_captions_messages train: 1 captions\n"
+        "  1 more were left out, because their captions cannot be answers:\n"
+        "  train_00000: Its caption contains <image>, which a trainer would not take for text.\n"
+    )
+    folders = [tmp_path / "results_medical" / f"{name}_captions_messages" for name in ("original", "medical")]
+    assert [[answer for _, answer, _ in conversations(folder)] for folder in folders] == [["An original."], ["a"]]
 
 
 def test_every_path_that_the_files_name_is_told(database, url, root, out):
@@ -807,6 +1019,18 @@ def test_every_path_that_the_files_name_is_told(database, url, root, out):
         (
             ["--format", "imageclef", "--require-complete"],
             "--require-complete does not apply to imageclef, only to csv,",
+        ),
+        (
+            ["--format", "kohya", "--text", "original"],
+            "--text does not apply to kohya, only to messages: leave it out.",
+        ),
+        (
+            ["--format", "messages", "--text", "original", "--strip-reasoning"],
+            "--strip-reasoning is about the run's captions: leave it out with --text original.",
+        ),
+        (
+            ["--format", "messages", "--text", "original", "--require-complete"],
+            "--require-complete is about the run's captions: leave it out with --text original.",
         ),
         (["--allow-missing"], "--allow-missing does not apply to csv, only to imageclef: leave it out."),
         (
