@@ -166,7 +166,14 @@ def _schedule_options(command: F) -> F:
             metavar="N",
             help="Longer captions end with an earlier sentence, or are left out. [default: what the run may write]",
         ),
-        click.option("--seed", type=click.IntRange(0, 2**31), default=1, show_default=True, metavar="N"),
+        click.option(
+            "--seed",
+            type=click.IntRange(0, 2**31),
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="Decides the order of the pictures, dropout and how a LoRA begins.",
+        ),
         click.option(
             "--device",
             type=click.Choice(["auto", "cpu"]),
