@@ -87,6 +87,7 @@ def finetune(job: Job, modality_of: ModalityOf, report: Report) -> Outcome:
     plan = _plan(job, chosen, evaluated)
     check_plan(job.output, plan)
     if (finished := result.read(job.output)) is not None:
+        Checkpoints(job.output, job.settings.keep).clear()  # a kill may have come between the result and this
         return Outcome(job.output, True, finished["steps"], finished["steps"], len(chosen), 0, 0, finished["skipped"])
     return _Training(job, plan, chosen, evaluated, report).run()
 

@@ -3,6 +3,7 @@
 The optimizer, the schedule, mixed precision and several processes are its own.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -28,16 +29,28 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # transformers ships
         self.remove_callback(transformers.PrinterCallback)
         self.checkpoints = checkpoints
         self._ahead: Ahead | None = None
+        self._ids: list[str] = []  # of the pictures in the step under way
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        ids = inputs.pop("image_ids")
+        self._ids += inputs.pop("image_ids")
         step_loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(step_loss):
-            raise ModelError(
-                f"The loss of step {self.state.global_step + 1} is not finite; its pictures are {', '.join(ids)}. "
-                "Nothing was learned from them. Start again in another folder with a lower --lr, or leave them out."
-            )
+        self._check_finite("loss", step_loss)
         return step_loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Called once for each step, before anything is learned from it."""
+        norm = super()._clip_grad_norm(model)
+        self._check_finite("gradient", norm)
+        self._ids.clear()
+        return norm
+
+    def _check_finite(self, what: str, value: Any) -> None:
+        if not math.isfinite(float(value)):
+            raise ModelError(
+                f"The {what} of step {self.state.global_step + 1} is not finite; its pictures are "
+                f"{', '.join(self._ids)}. Nothing was learned from them. Start again in another folder with a lower "
+                "--lr, or leave them out."
+            )
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         inputs.pop("image_ids")

@@ -174,7 +174,6 @@ def test_if_no_picture_can_be_read_it_says_why(engine, tmp_path, output):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_its_pictures(engine, tmp_path, output, monkeypatch):
     ready(engine, tmp_path)
-    monkeypatch.setattr("rococap.training.train.MOST_AT_ONCE", 2)
     step = Trainer.training_step
 
     def overflowing(trainer, model, inputs, *rest):
@@ -186,6 +185,22 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_its_pictures(eng
     with pytest.raises(ModelError, match=r"loss of step 3 is not finite; its pictures are train_0000\d, train_0000\d"):
         train(engine, output)
     assert len(losses(output)) == 2
+    assert Checkpoints(output, 2).steps() == [2]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(engine, tmp_path, output, monkeypatch):
+    ready(engine, tmp_path)
+    step = Trainer.training_step
+
+    def overflowing(trainer, model, *rest):
+        loss = step(trainer, model, *rest)
+        if trainer.state.global_step == 2:
+            next(weight for weight in model.parameters() if weight.requires_grad).grad.fill_(math.inf)
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", overflowing)
+    with pytest.raises(ModelError, match=r"gradient of step 3 is not finite; its pictures are train_\d+, train_\d+\."):
+        train(engine, output)
     assert Checkpoints(output, 2).steps() == [2]
 
 
@@ -272,10 +287,13 @@ def test_a_finished_training_is_not_done_again(engine, tmp_path, output, monkeyp
     ready(engine, tmp_path)
     train(engine, output, max_steps=2)
     before = adapter(output)
+    left = Checkpoints(output, 2).path(2)
+    left.mkdir(parents=True)  # as after a kill right after the result was written
     monkeypatch.setattr(training, "TransformersEngine", None)  # it is not even loaded
     outcome = train(engine, output, max_steps=2)
     assert (outcome.is_finished, outcome.steps) == (True, 2)
     assert are_equal(adapter(output), before)
+    assert not left.exists()
 
 
 def test_only_the_newest_checkpoints_are_kept(engine, tmp_path, output, monkeypatch):
