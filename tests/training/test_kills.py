@@ -71,7 +71,9 @@ def test_after_a_kill_the_weights_are_those_of_an_undisturbed_training(engine, u
     killed(moment, url, output, **changes)
     before = Checkpoints(output, 2).latest()
     assert before == (3 if moment == "step" else 2)
-    train(engine, output, **changes)
+    seen = []
+    train(engine, output, seen.append, **changes)
+    assert seen[0].step == before + 1
     assert are_equal(adapter(output), adapter(undisturbed))
     logged = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged] == list(range(1, QUICK["max_steps"] + 1))
