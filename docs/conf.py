@@ -33,6 +33,7 @@ docs/guide
 docs/models
 docs/operations
 docs/scores
+docs/finetuning
 docs/publishing
 docs/cli
 docs/performance

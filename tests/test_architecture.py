@@ -20,7 +20,7 @@ PLAN = (
     {"engines"},
     {"queue"},
     {"results"},
-    {"scores", "worker"},
+    {"scores", "training", "worker"},
     {"doctor"},
     {"demo"},
     {"cli"},
@@ -86,3 +86,8 @@ def test_what_a_worker_holds_knows_neither_who_fills_nor_who_empties_it():
     assert holdings in all_imports(fetcher) & all_imports(store)
     assert store not in all_imports(fetcher)
     assert fetcher not in all_imports(store)
+
+
+def test_only_the_commands_and_the_demo_know_of_training():
+    importers = {package_of(module) for module in MODULES if any(".training" in other for other in all_imports(module))}
+    assert importers - {"training"} <= {"cli", "demo"}

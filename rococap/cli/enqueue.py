@@ -2,7 +2,7 @@
 
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,10 @@ prompts_option = click.option(
 )
 
 
-def prompt_options(command: F) -> F:
-    """Adds the alternative ways to give the prompt; `_prompt` accepts one of them."""
+def prompt_options(default: str) -> Callable[[F], F]:
+    """Adds the alternative ways to give the prompt; `chosen_prompt` accepts one of them."""
     options = (
-        click.option("--prompt", help=f"Prompt sent with every picture. [default: {DEFAULT_PROMPT}]"),
+        click.option("--prompt", help=f"Prompt sent with every picture. [default: {default}]"),
         click.option("--preset", metavar="NAME", help="Instead of --prompt: a name from `rococap prompts`."),
         click.option(
             "--prompt-file",
@@ -58,12 +58,16 @@ def prompt_options(command: F) -> F:
         ),
         prompts_option,
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
-def _prompt(prompt: str | None, preset: str | None, file: Path | None, prompts: Path | None) -> str:
+def chosen_prompt(prompt: str | None, preset: str | None, file: Path | None, prompts: Path | None) -> str:
     from rococap import prompts as library
 
     if sum(source is not None for source in (prompt, preset, file)) > 1:
@@ -162,7 +166,7 @@ def prompts_command(prompts: Path | None, as_json: bool) -> None:
     help="Quantise the layers of the language model with bitsandbytes, for models that do not fit.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model. Review it first.")
-@prompt_options
+@prompt_options(DEFAULT_PROMPT)
 @click.option(
     "--repetition-penalty",
     type=click.FloatRange(0.1, 10),
@@ -240,21 +244,21 @@ def enqueue_command(
 
     _check_enqueue(ctx, source, bool(splits), bool(flags))
     _check_run_name(run_name)
-    recipe["model"] = _model(recipe["model"])
+    recipe["model"] = named_model(recipe["model"])
     if recipe["adapter"] is not None:
         recipe["adapter"] = _absolute_if_folder(recipe["adapter"], "an adapter")
-    recipe["prompt"] = _prompt(prompt, preset, prompt_file, prompts)
+    recipe["prompt"] = chosen_prompt(prompt, preset, prompt_file, prompts)
     database = open_database(may_be_new=source is None)
     if source is not None:
         old, splits_of_old = _find_source(database, source, splits)
         inherited = {name: value for name, value in asdict(old.recipe).items() if name not in GREEDY}
-        new_recipe = _recipe(inherited | _explicit(ctx, recipe))
+        new_recipe = checked_recipe(inherited | explicit(ctx, recipe))
         with progress_bar() as progress:
             results = registration.enqueue_from(
                 database, old, splits_of_old, run=run_name, recipe=new_recipe, flags=flags, progress=progress
             )
     else:
-        new_recipe = _recipe(recipe)
+        new_recipe = checked_recipe(recipe)
         column_names = Columns.parse(columns) if columns is not None else STANDARD
         revision = dataset_revision or _pinned_revision(database, run_name, dataset, config or "")
         located = replace(datasets.locate(dataset, splits, revision, config or ""), columns=column_names)
@@ -273,7 +277,7 @@ def enqueue_command(
         _echo_enqueued(run_name, result)
 
 
-def _recipe(fields: dict[str, Any]) -> Recipe:
+def checked_recipe(fields: dict[str, Any]) -> Recipe:
     from rococap.engines import files
 
     try:
@@ -308,7 +312,7 @@ def _find_source(database: Database, name: str, splits: Sequence[str]) -> tuple[
         return run, [counts.split for counts in queue.counts_of(conn, run, splits or SPLITS)]
 
 
-def _explicit(ctx: click.Context, recipe: dict[str, Any]) -> dict[str, Any]:
+def explicit(ctx: click.Context, recipe: dict[str, Any]) -> dict[str, Any]:
     """The fields of the recipe that were set on the command line."""
     names = dict.fromkeys(recipe, ()) | {"prompt": ("prompt", "preset", "prompt_file")}
     return {
@@ -335,7 +339,7 @@ def _check_run_name(name: str) -> None:
         )
 
 
-def _model(model: str) -> str:
+def named_model(model: str) -> str:
     from rococap.engines import families
 
     families.check_name(model)

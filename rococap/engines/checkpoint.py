@@ -187,3 +187,11 @@ def folder_digest(folder: Path) -> str:
             content = hashlib.file_digest(file, "sha256")
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + content.digest())
     return digest.hexdigest()
+
+
+def identity(model: Any, name: str) -> tuple[str, str]:
+    """Returns the commit of a loaded model on the hub, "" for a folder, and what identifies its exact weights."""
+    if (folder := Path(name)).is_dir():
+        return "", folder_digest(folder)
+    commit = getattr(model.config, "_commit_hash", None) or ""
+    return commit, commit

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from rococap.engines import (
 from rococap.engines.checkpoint import (
     choose_dtype,
     end_tokens,
-    folder_digest,
+    identity,
     is_here_or_unreachable,
     load_processor,
     quieten,
@@ -84,6 +83,29 @@ class TransformersEngine:
         self._reduces = False
 
     def load(self) -> None:
+        model, adapter = self.load_plain()
+        model = model.eval()
+        reduce_kernels(model, self.device)
+        if self.device.type == "cpu" and self.recipe.load_in is None:
+            pack(model)
+        name = self.recipe.model
+        tokenizer = self.processor.tokenizer
+        ends = end_tokens(model.generation_config, self.processor, name)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+        # Replaced, not updated: the checkpoint's own settings would apply wherever a field is unset.
+        model.generation_config = _generation_config(self.recipe, ends, pad)
+        self.loaded = Loaded(model, tokenizer, self.device, frozenset(ends), pad, self.recipe.max_new_tokens)
+        warn_of_copies(model)
+        self.decoder = self._choose_decoder()
+        if isinstance(self.decoder, ContinuousDecoder):
+            self._set_up(self.decoder)
+        self._info = _info(self.recipe, model, self.device, self.dtype, adapter)
+
+    def load_plain(self) -> tuple[Any, str]:
+        """Loads the processor, and returns the model as transformers makes it and its adapter's digest, "" if none.
+
+        What else `load` does to a model serves captioning alone. Fine-tuning trains this one, and `prepare` works.
+        """
         quieten()
         disable_cudnn_attention()
         if self.device.type == "cuda":
@@ -98,24 +120,7 @@ class TransformersEngine:
         source["trust_remote_code"] = self.recipe.trust_remote_code
         self._load_processor(name, source)
         model = self._load_model(name, source)
-        adapter = ""
-        if self.recipe.adapter is not None:
-            model, adapter = adapters.apply(model, self.recipe)
-        model = model.eval()
-        reduce_kernels(model, self.device)
-        if self.device.type == "cpu" and self.recipe.load_in is None:
-            pack(model)
-        tokenizer = self.processor.tokenizer
-        ends = end_tokens(model.generation_config, self.processor, name)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-        # Replaced, not updated: the checkpoint's own settings would apply wherever a field is unset.
-        model.generation_config = _generation_config(self.recipe, ends, pad)
-        self.loaded = Loaded(model, tokenizer, self.device, frozenset(ends), pad, self.recipe.max_new_tokens)
-        warn_of_copies(model)
-        self.decoder = self._choose_decoder()
-        if isinstance(self.decoder, ContinuousDecoder):
-            self._set_up(self.decoder)
-        self._info = _info(self.recipe, model, self.device, self.dtype, adapter)
+        return (model, "") if self.recipe.adapter is None else adapters.apply(model, self.recipe)
 
     def _load_processor(self, name: str, source: dict[str, Any]) -> None:
         """Loads and tests the processor before the weights, which take minutes: its faults affect every picture."""
@@ -345,17 +350,16 @@ def _generation_config(recipe: Recipe, ends: list[int], pad_token: int) -> Gener
 
 
 def _info(recipe: Recipe, model: Any, device: torch.device, dtype: torch.dtype, adapter: str) -> EngineInfo:
-    folder = Path(recipe.model)
-    commit = getattr(model.config, "_commit_hash", None) or ""
+    commit, digest = identity(model, recipe.model)
     packages = ["rococap", "torch", "transformers", "accelerate", "pillow"]
     packages += ["peft"] * (recipe.adapter is not None) + ["bitsandbytes"] * (recipe.load_in is not None)
     return EngineInfo(
         name="transformers",
         versions={package: version(package) for package in packages} | {"cudnn_attention": _cudnn_attention()},
         model=recipe.model,
-        revision="" if folder.is_dir() else commit,
+        revision=commit,
         dtype=dtype_name(dtype),
         device=str(device),
-        digest=folder_digest(folder) if folder.is_dir() else commit,
+        digest=digest,
         adapter=adapter,
     )

@@ -32,7 +32,7 @@ def quantisation(load_in: LoadIn, dtype: torch.dtype, name: str, source: dict[st
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("--load-in needs bitsandbytes. Install it: pip install 'rococap[bitsandbytes]'")
     model = _without_weights(name, source)
-    layers = _language_layers(model)
+    layers = language_layers(model)
     others = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer not in layers]
     kept = {"llm_int8_skip_modules": others}  # in spite of its name, for 4 bits too
     if load_in == "8bit":
@@ -47,7 +47,7 @@ def _without_weights(name: str, source: dict[str, Any]) -> Any:
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=source["trust_remote_code"])
 
 
-def _language_layers(model: Any) -> set[nn.Linear]:
+def language_layers(model: Any) -> set[nn.Linear]:
     """Returns the linear layers inside the numbered layers of the language model."""
     numbered = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
     return {layer for layers in numbered for layer in layers.modules() if isinstance(layer, nn.Linear)}
@@ -57,7 +57,7 @@ def n_bytes(name: str, source: dict[str, Any], dtype: torch.dtype, load_in: Load
     """Returns the size of the weights in memory, without loading them."""
     model = _without_weights(name, source)
     bits = {"8bit": 8, "4bit": 4, None: 8 * dtype.itemsize}[load_in]
-    n_quantised = sum(layer.weight.numel() for layer in _language_layers(model))
+    n_quantised = sum(layer.weight.numel() for layer in language_layers(model))
     n_others = sum(parameter.numel() for parameter in model.parameters()) - n_quantised
     return int(n_others * dtype.itemsize + n_quantised * bits // 8)
 

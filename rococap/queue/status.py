@@ -8,11 +8,11 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from rococap.data import SPLITS
+from rococap.data import SPLITS, Place
 from rococap.db import execute
 from rococap.errors import RunError
 from rococap.flags import FLAGS
-from rococap.queue.records import NORMAL, SOLO, SUSPECTS, Telemetry, Timing, flagged, time_of
+from rococap.queue.records import NORMAL, PLACE, SOLO, SUSPECTS, Telemetry, Timing, flagged, place_of, time_of
 from rococap.queue.runs import Run, get_run, list_runs, only_or_default, refuse_deleted
 from rococap.tables import JobState
 
@@ -112,6 +112,16 @@ class Failed:
     attempts: int
 
 
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A picture of a run with its original caption, which may be "", and its concepts (UMLS CUIs). `id` orders them."""
+
+    id: int
+    place: Place
+    caption: str
+    concepts: frozenset[str]
+
+
 def counts(conn: Connection, *, now: int | None = None) -> list[Counts]:
     """The counts of every run and split, in order of run and split. The cost does not depend on the number of pictures:
     the counts come from the tallies, and the rates from recent leases.
@@ -181,6 +191,21 @@ def _rates(conn: Connection, at: int) -> dict[tuple[int, str], float]:
         for run_id, split, n_done, first in rows
         if n_done
     }
+
+
+def labelled(conn: Connection, run: Run, split: str, *, after: int = 0, limit: int = 1_000) -> list[Labelled]:
+    """Up to `limit` pictures of a run that were not cancelled, in data set order, that come after the id `after`."""
+    rows = execute(
+        conn,
+        f"SELECT j.image_id, {PLACE}, i.caption, i.cui FROM jobs j "
+        "JOIN images i ON i.id = j.image_id JOIN shards s ON s.id = i.shard_id "
+        "WHERE j.run_id = ? AND j.split = ? AND j.image_id > ? AND j.status <> 'cancelled' ORDER BY j.image_id LIMIT ?",
+        (run.id, split, after, limit),
+    ).fetchall()
+    return [
+        Labelled(image_id, place_of(place, run.columns), caption, frozenset(filter(None, cui.split(";"))))
+        for image_id, *place, caption, cui in rows
+    ]
 
 
 def unfinished(conn: Connection, run: Run, splits: Sequence[str]) -> dict[str, int]:

@@ -15,6 +15,10 @@ from rococap.queue import Run
 STRIPPED = "strip_reasoning"
 """The manifest key of captions from which the reasoning was removed."""
 
+TRAINING = "rococap_training.json"
+"""A file in the folder of a trained adapter or model, which says what it was trained on. `evaluate` reads its keys
+`dataset`, a name, and `splits`, a list."""
+
 
 def stripped(strip_reasoning: bool) -> dict[str, bool]:
     """The manifest entry for captions from which the reasoning was removed; empty if it was not."""

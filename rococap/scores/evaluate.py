@@ -31,7 +31,7 @@ from rococap.queue import Run, find_runs
 from rococap.results import formats
 from rococap.results.export import FOLDER
 from rococap.results.formats import write_frames
-from rococap.results.manifest import manifest_path, stripped
+from rococap.results.manifest import TRAINING, manifest_path, stripped
 from rococap.results.snapshot import PAGE, Read, done_pages, finished_until, short_reads
 from rococap.scores import concepts, leaks, metrics
 from rococap.scores.metrics import ORDERS, Vector
@@ -45,8 +45,6 @@ STORE = 500  # captions whose scores are stored in one transaction: no more are 
 LONGEST_NAME = 150  # bytes of a file name that run names may take; file systems limit the whole name to 255
 NO_ORIGINALS = "There are no originals: the data set has no captions for these pictures."
 NO_CONCEPTS = "There are no originals and no concepts: the data set has neither for these pictures."
-TRAINING = "rococap_training.json"
-"""A file in the folder of a trained adapter or model: {"dataset": name, "splits": [splits that it was trained on]}."""
 
 Matrix = npt.NDArray[np.float64]
 

@@ -710,6 +710,7 @@ COMMANDS = [
     ["runs"],
     ["compare", "default"],
     ["evaluate", "--split", "train"],
+    ["finetune", "--split", "train", "--output", "tuned"],
     ["report", "--split", "train"],
 ]
 
