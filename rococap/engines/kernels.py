@@ -4,6 +4,7 @@ Decoding is limited by the number of kernels, and reading pictures by passes ove
 what it does not recognise, such as layers with an adapter or with quantised weights, stays as it is.
 """
 
+import inspect
 import logging
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -57,9 +58,10 @@ def warn_of_copies(model: nn.Module) -> None:
 @torch.inference_mode()
 def _fuse_norm(norm: Any) -> None:
     """Computes a root-mean-square norm as one kernel instead of six, if it is plain: Gemma's, for example, is not."""
-    weight = norm.weight
+    weight = getattr(norm, "weight", None)
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if eps is None:
+    takes_one = len(inspect.signature(norm.forward).parameters) == 1  # others have a gate, for example
+    if weight is None or eps is None or weight.dtype not in TOLERANCE or not takes_one:
         return
 
     def forward(hidden_states: Tensor) -> Tensor:
@@ -78,7 +80,8 @@ def _merge(module: nn.Module, names: Sequence[str]) -> None:
     """Computes projections of the same input as one product."""
     layers = [getattr(module, name, None) for name in names]
     plain = [layer for layer in layers if type(layer) is nn.Linear]
-    if len(plain) < len(names) or len({(layer.bias is None, layer.in_features) for layer in plain}) > 1:
+    kinds = {(layer.bias is None, layer.in_features, layer.weight.dtype, layer.weight.device) for layer in plain}
+    if len(plain) < len(names) or len(kinds) > 1:
         return
     product = _Product(plain)
     for index, name in enumerate(names):

@@ -71,6 +71,29 @@ def test_only_norms_that_are_plain_are_fused(tmp_path):
     assert all("forward" in vars(norm) for norm in norms)
 
 
+def test_norms_of_another_form_stay_as_they_are():
+    class UnscaledRMSNorm(nn.Module):
+        eps = 1e-6
+
+        def forward(self, rows):
+            return rows
+
+    class GatedRMSNorm(nn.RMSNorm):
+        def forward(self, rows, gate):
+            return super().forward(rows) * gate
+
+    model = nn.ModuleList([UnscaledRMSNorm(), GatedRMSNorm(8, eps=1e-6), nn.RMSNorm(8, eps=1e-6, dtype=torch.float64)])
+    reduce_kernels(model, CPU)
+    assert not any("forward" in vars(norm) for norm in model)
+
+
+def test_projections_of_several_types_stay_as_they_are():
+    layer = nn.Module()
+    layer.gate_proj, layer.up_proj = nn.Linear(8, 4), nn.Linear(8, 4, dtype=torch.bfloat16)
+    reduce_kernels(layer, CPU)
+    assert type(layer.gate_proj) is nn.Linear
+
+
 def test_captions_with_fewer_kernels_are_those_of_the_model_as_it_comes(monkeypatch):
     images = mixed_pictures()
     ours = engine_steps.loaded()
