@@ -90,14 +90,20 @@ def done_pages(
         f"SELECT {columns} {DONE}j.status = 'done' AND j.finished_at <= ? AND j.image_id > ? "
         "ORDER BY j.image_id LIMIT ?"
     )
+    for rows in _pages(read, select, (run.id, split, cutoff)):
+        yield [(*row[:at], without_reasoning(row[at]), *row[at + 1 :]) for row in rows] if strip_reasoning else rows
+
+
+def _pages(read: Read, select: str, values: tuple[object, ...]) -> Iterator[Sequence[Sequence[Any]]]:
+    """Pages of a query whose last two parameters are the id before the page, which is its first column, and a limit."""
     after = 0
     while True:
         with read() as conn:
-            rows = execute(conn, select, (run.id, split, cutoff, after, PAGE)).fetchall()
+            rows = execute(conn, select, (*values, after, PAGE)).fetchall()
         if not rows:
             return
         after = rows[-1][0]
-        yield [(*row[:at], without_reasoning(row[at]), *row[at + 1 :]) for row in rows] if strip_reasoning else rows
+        yield rows
 
 
 def newest_job(conn: Connection) -> int:
@@ -114,14 +120,7 @@ def enqueued_pages(read: Read, run: Run, split: str, newest: int, columns: str) 
         f"SELECT {columns} FROM jobs j JOIN images i ON i.id = j.image_id "
         "WHERE j.run_id = ? AND j.split = ? AND j.id <= ? AND j.image_id > ? ORDER BY j.image_id LIMIT ?"
     )
-    after = 0
-    while True:
-        with read() as conn:
-            rows = execute(conn, select, (run.id, split, newest, after, PAGE)).fetchall()
-        if not rows:
-            return
-        after = rows[-1][0]
-        yield rows
+    return _pages(read, select, (run.id, split, newest))
 
 
 @contextmanager
