@@ -913,7 +913,7 @@ MUTANTS = (
     mutant(
         "adapter-beside-put-on",
         "an adapter beside the weights is applied silently",
-        "_load_model",
+        "load",
         "            adapter_kwargs=NO_ADAPTER,\n",
         "",
         "engines/test_adapters.py::test_an_adapter_beside_a_models_weights_is_told_of_and_not_put_on",
@@ -921,7 +921,7 @@ MUTANTS = (
     mutant(
         "vision-quantised",
         "--load-in quantises the vision tower and the head too",
-        "_quantisation",
+        "quantisation",
         "isinstance(layer, nn.Linear) and layer not in layers]",
         "False]",
         "engines/test_adapters.py::test_only_the_layers_of_the_language_model_are_quantised_in_every_family",
@@ -929,7 +929,7 @@ MUTANTS = (
     mutant(
         "head-quantised",
         "--load-in quantises the head too",
-        "_quantisation",
+        "quantisation",
         "isinstance(layer, nn.Linear) and layer not in layers]",
         'isinstance(layer, nn.Linear) and layer not in layers and path != "lm_head"]',
         "engines/test_adapters.py::test_only_the_layers_of_the_language_model_are_quantised_in_every_family",
@@ -937,7 +937,7 @@ MUTANTS = (
     mutant(
         "all-counted-as-quantised",
         "the estimate of the memory takes the vision tower and the embeddings for quantised",
-        "_weight_bytes",
+        "n_bytes",
         "n_others * dtype.itemsize",
         "n_others * bits // 8",
         "engines/test_adapters.py::test_the_estimate_of_the_memory_is_what_the_weights_take",
@@ -945,7 +945,7 @@ MUTANTS = (
     mutant(
         "copies-untold",
         "nobody hears of a transformers that copies keys and values at each step",
-        "_warn_of_copies",
+        "warn_of_copies",
         "if n > 1 and not hasattr",
         "if n > 1 and hasattr",
         "engines/test_engines.py::test_a_transformers_that_copies_keys_and_values_at_each_step_is_named_with_the_remedy",
@@ -953,7 +953,7 @@ MUTANTS = (
     mutant(
         "copies-of-nothing",
         "models without shared keys are warned of, too",
-        "_warn_of_copies",
+        "warn_of_copies",
         "if n > 1 and not hasattr",
         "if n > 0 and not hasattr",
         "engines/test_engines.py::test_a_model_whose_query_heads_share_no_keys_is_not_warned_of",
@@ -1140,7 +1140,7 @@ MUTANTS = (
         "rows-before-groups",
         "out of memory while reading restarts the rows in progress",
         "ContinuousDecoder._retreat",
-        "        if len(group) > 1:\n",
+        "        if len(group) > 1 and not self._reserving:\n",
         "        if False:\n",
         "engines/test_continuous.py::test_out_of_memory_while_reading_halves_what_is_read_together_and_keeps_the_rows",
     ),

@@ -21,6 +21,7 @@ from rococap.data import PictureReader, Place
 from rococap.data.images import open_picture
 from rococap.db import transaction
 from rococap.errors import DatasetError, PictureError, RococapError
+from rococap.files import replacing
 from rococap.queue import Run
 
 ModalityOf = Callable[[Collection[str]], str]
@@ -143,7 +144,8 @@ class Skipped:
             # A process that was killed while it wrote may have left half a line.
             lines = path.read_text(encoding="utf-8").split("\n")[:-1]
             self.codes = {entry["image_id"]: entry["code"] for entry in map(json.loads, lines)}
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            with replacing(path) as partial:
+                partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def add(self, image_id: str, error: PictureError) -> None:
         with self._lock:

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from rococap.files import replacing
+
 LOG = "log.jsonl"
 PLOT = "loss.png"
 
@@ -44,7 +46,8 @@ class Log:
     def rewind(self, step: int) -> None:
         """Drops what was logged after a step, which is done again from its checkpoint."""
         kept = [entry for entry in self.entries() if entry["step"] <= step]
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        with replacing(self.path) as partial:
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
     def add(self, entry: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
