@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
 
-from report import Clock, Line, alternate, compare, show, timed
+from report import Clock, Line, alternate, compare, memory_mb, show, timed
 from rows import SPLIT, connect, fill
 
 from rococap import db, queue
@@ -59,15 +59,9 @@ def grown(database: Path, name: str) -> float:
 
 def grow(name: str, database: Path) -> None:
     db.connect(f"sqlite:///{database}").dispose()
-    base = _memory("VmRSS")
+    base = memory_mb("VmRSS")
     WRITERS[name](database, database.with_name("grown.csv"))
-    print(_memory("VmHWM") - base)
-
-
-def _memory(field: str) -> float:
-    # Not ru_maxrss from getrusage: a process inherits it from its parent, even across exec, and that may be larger.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+    print(memory_mb("VmHWM") - base)
 
 
 def measure(database: Path, rows: int, n_rounds: int) -> list[Line]:

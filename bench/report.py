@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeVar
 
 Clock = Literal["wall", "cpu", "user"]
@@ -75,6 +76,13 @@ def timed(work: Callable[[], object]) -> Took:
     wall, after = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_SELF)
     user = after.ru_utime - before.ru_utime
     return Took(wall, user + after.ru_stime - before.ru_stime, user)
+
+
+def memory_mb(field: str) -> float:
+    """The memory of this process: `field` is VmRSS for what is resident now, or VmHWM for its peak."""
+    # Not ru_maxrss from getrusage: a process inherits it from its parent, even across exec, and that may be larger.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
 def alternate(rounds: int, *works: Callable[[], T]) -> list[tuple[T, ...]]:
