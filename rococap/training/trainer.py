@@ -135,7 +135,7 @@ def arguments(**settings: Any) -> TrainingArguments:
     """What is the same for every training, and the given settings."""
     args = TrainingArguments(
         **settings,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         lr_scheduler_type="cosine",
         max_grad_norm=1.0,
         logging_steps=1,
