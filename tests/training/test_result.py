@@ -79,6 +79,10 @@ def test_the_command_reports_as_json_and_refuses_bad_options(engine, url, tmp_pa
     assert (shown["is_finished"], shown["steps"], shown["examples"]) == (True, 1, 4)
     assert "none of" in refused(*common, "--modality", "photograph", code=2)
     assert "--accumulate goes with a number" in refused(*common, "--accumulate", "2", code=2)
+    other = ("--output", str(tmp_path / "other"))
+    assert "no device 'gpu'" in refused(*common, *other, "--device", "gpu")
+    assert "so not 'cuda:99'" in refused(*common, *other, "--device", "cuda:99")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_merged_adapter_is_a_plain_model_that_says_the_same(engine, tmp_path):
