@@ -34,7 +34,7 @@ for command in json.loads(sys.argv[1]):
     try:
         cli.main(command)
     except SystemExit as ended:
-        print("exit code", ended.code, flush=True)
+        print(f"exit code {ended.code}\\n", end="")  # in one piece: the other process prints, too
 """
 """Runs commands in turn. The second process alone gets a signal, in the third step of a training."""
 
