@@ -19,7 +19,7 @@ from rococap import db, queue
 from rococap.demo import phantoms
 from rococap.errors import RococapError
 from rococap.queue import Run
-from rococap.scores import evaluate, leaks
+from rococap.scores import evaluate, leaks, report
 
 needs_imagehash = pytest.mark.skipif(find_spec("imagehash") is None, reason="needs ImageHash")
 
@@ -412,3 +412,23 @@ def test_evaluate_shows_the_scores_without_near_duplicates_beside_the_others(dat
     without = json.loads((tmp_path / "scores.json").read_text())["runs"][0]["without_near_duplicates"]
     [line] = [line for line in told.split(heading)[1].splitlines() if line.startswith("bleu_1 ")]
     assert line.split() == ["bleu_1", f"{without['metrics']['bleu_1']:.3f}"]
+
+
+def test_a_report_shows_the_scores_without_near_duplicates_beside_the_others(database, scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_plots", lambda *_: [])
+
+    def made() -> str:
+        report.report(database, [], "train", tmp_path / "report.html", pictures=0)
+        return " ".join((tmp_path / "report.html").read_text().split())
+
+    assert "near-duplicates" not in made()
+    keep(database, train_00000=FAR, train_00001=NEAR, test_00000=HASH)
+    told, scores = made(), of_train(database)
+    assert "default</span> without near-duplicates</th>" in told
+    assert "in another split too, exactly or nearly (1 of default)" in told
+    assert "Not all pictures were examined" in told
+    row = told[told.index(">ROUGE-L <") :]
+    cells = [cell.partition("<")[0] for cell in row[: row.index("</tr>")].split('<td class="n">')[1:]]
+    found = [scores["metrics"]["rouge_l"], scores["without_near_duplicates"]["metrics"]["rouge_l"]]
+    assert cells == [f"{value:.3f}" for value in found]
+    assert cells[0] != cells[1]
