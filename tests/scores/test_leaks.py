@@ -4,9 +4,11 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ def write(root: Path, **splits: list[bytes]) -> None:
         write_shard(root, split, range(len(pictures)), pictures=dict(enumerate(pictures)))
 
 
-def run_of(database: Engine, root: Path, *splits: str, name: str = "default", **options: int) -> Run:
+def run_of(database: Engine, root: Path, *splits: str, name: str = "default", **options: Any) -> Run:
     register(database, root, splits, run=name, **options)
     with db.transaction(database) as conn:
         return queue.get_run(conn, name)
@@ -181,12 +183,34 @@ def test_a_killed_search_goes_on_where_it_was(database, url, root, drawings, mon
     assert kept_hashes(database)[:4] == before
     assert ids_of(found) == [("train_00000", "test_00000"), ("train_00001", "test_00001")]
 
-    def hashed_again(data: bytes) -> str:
+    def hashed_again(data: bytes, frame: int) -> str:
         raise AssertionError
 
     monkeypatch.setattr(leaks, "hash_of", hashed_again)
     [again] = leaks.find(database)
     assert (again.new, again.pairs) == (0, found.pairs)
+
+
+@needs_imagehash
+@pytest.mark.every_database
+def test_of_files_that_hold_several_frames_those_that_runs_caption_are_hashed(database, root, drawings, monkeypatch):
+    monkeypatch.setattr(leaks, "ROWS_PER_READ", 1)
+    a, b, c = drawings[:3]
+    file = BytesIO()
+    a.copy().save(file, "TIFF", save_all=True, append_images=[b.copy()])
+    write(root, train=[file.getvalue(), as_png(c)], test=[as_png(b), as_png(c)])
+    first = run_of(database, root, "train", "test")
+    [found] = leaks.find(database)
+    assert ids_of(found) == [("train_00001", "test_00001")]
+
+    second = run_of(database, root, "train", name="second", limit=1, recipe=replace(first.recipe, frame=2))
+    assert leaks.known(database, second, ["train"]) == {}
+    [found] = leaks.find(database)
+    assert (found.hashed, found.new) == ({"train": 2, "test": 2}, 1)
+    assert ids_of(found) == [("train_00000", "test_00000"), ("train_00001", "test_00001")]
+    assert leaks.known(database, first, ["train"])["train"].near == {"train_00001"}
+    assert leaks.known(database, second, ["train"])["train"] == leaks.Known(*[frozenset({"train_00000"})] * 2)
+    assert leaks.known(database, first, ["test"])["test"].near == {"test_00000", "test_00001"}
 
 
 @needs_imagehash
