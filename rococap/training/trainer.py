@@ -6,7 +6,6 @@ The optimizer, the schedule, mixed precision and several processes are its own.
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +50,16 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # transformers ships
 
     def _check_finite(self, norm: float) -> None:
         """The norm is that of the gradients of all processes, but each knows its own loss only."""
-        all_overflowing, all_ids = (
-            list(chain.from_iterable(lists)) for lists in zip(*gathered((self._overflowing, self._ids)), strict=True)
+        reports = gathered((self._overflowing, self._ids))
+        overflowing = [id for ids, _ in reports for id in ids]
+        if not overflowing and math.isfinite(norm):
+            return
+        what, ids = ("loss", overflowing) if overflowing else ("gradient", [id for _, ids in reports for id in ids])
+        error = ModelError(
+            f"The {what} of step {self.state.global_step + 1} is not finite; its pictures are {', '.join(ids)}. "
+            "Nothing was learned from them. Start again in another folder with a lower --lr, or leave them out."
         )
-        if all_overflowing or not math.isfinite(norm):
-            what, ids = ("loss", all_overflowing) if all_overflowing else ("gradient", all_ids)
-            error = ModelError(
-                f"The {what} of step {self.state.global_step + 1} is not finite; its pictures are {', '.join(ids)}. "
-                "Nothing was learned from them. Start again in another folder with a lower --lr, or leave them out."
-            )
-            raise known_to_all(error)
+        raise known_to_all(error)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         inputs.pop("image_ids")
