@@ -176,10 +176,10 @@ def _schedule_options(command: F) -> F:
         ),
         click.option(
             "--device",
-            type=click.Choice(["auto", "cpu"]),
             default="auto",
             show_default=True,
-            help="auto: the first GPU, or the CPU if there is none.",
+            metavar="auto|cpu|cuda:N",
+            help="auto: the first GPU, or the CPU if there is none. With `accelerate launch`, each process's own.",
         ),
     )
 
@@ -274,13 +274,18 @@ def finetune_command(
     recipe = _recipe(run.recipe, explicit(ctx, recipe_fields))
 
     from rococap.scores import concepts as known
+    from rococap.training import processes
     from rococap.training.examples import Selection
     from rococap.training.train import Job, finetune
 
     _check_modalities(modalities, [one.name for one in known.CONCEPTS if one.kind == "modality"])
     selection = Selection(split, modalities, concepts, limit, targets)
-    with _training_progress() as report:
-        outcome = finetune(Job(database, run, recipe, selection, settings, output.resolve()), known.modality, report)
+    job = Job(database, run, recipe, selection, settings, output.resolve())
+    with processes.joined(settings.device):
+        with _training_progress(is_shown=processes.is_main()) as report:
+            outcome = finetune(job, known.modality, report)
+        if not processes.is_main():
+            return
     if as_json:
         echo_json(asdict(outcome) | {"output": str(output)})
     else:
@@ -288,10 +293,12 @@ def finetune_command(
 
 
 def _merge(adapter: Path, output: Path) -> None:
-    from rococap.training import result
+    from rococap.training import processes, result
 
-    result.merge(adapter.resolve(), output.resolve())
-    click.echo(f"{output} holds the whole model, in float32.")
+    with processes.joined("cpu"):
+        processes.decided(lambda: result.merge(adapter.resolve(), output.resolve()))
+        if processes.is_main():
+            click.echo(f"{output} holds the whole model, in float32.")
 
 
 def _recipe(of_run: Recipe, given: dict[str, Any]) -> Recipe:
@@ -328,7 +335,7 @@ def _echo_outcome(outcome: Any, run: str, settings: Settings, output: Path) -> N
 
 
 @contextmanager
-def _training_progress() -> Iterator[Callable[[Any], None]]:
+def _training_progress(*, is_shown: bool) -> Iterator[Callable[[Any], None]]:
     """Yields `report(progress)`: a live line on a terminal, and a log line every ten seconds elsewhere."""
     console = stderr_console()
     last = time.monotonic()
@@ -337,7 +344,7 @@ def _training_progress() -> Iterator[Callable[[Any], None]]:
         per_min, left = 60 * progress.steps_per_sec, duration(progress.left_sec)
         return f"step {progress.step} of {progress.steps}, loss {progress.loss:.4f}, {per_min:.0f}/min, {left} to go"
 
-    if console.is_terminal:
+    if console.is_terminal and is_shown:
         with console.status("loading the model") as status:
             yield lambda progress: status.update(line(progress))
         return

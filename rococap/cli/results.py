@@ -111,6 +111,12 @@ EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
     multiple=True,
     help="Compute this score too. It needs an extra of rococap; without a GPU, BERTScore takes hours. May be repeated.",
 )
+@click.option(
+    "--card",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Also write the scores into the model card of this fine-tuned model, which one of the runs captions with.",
+)
 @strip_option
 @json_option
 @db_option
@@ -119,6 +125,7 @@ def evaluate_command(
     names: tuple[str, ...],
     output: Path | None,
     also: tuple[str, ...],
+    card: Path | None,
     strip_reasoning: bool,
     as_json: bool,
 ) -> None:
@@ -130,9 +137,12 @@ def evaluate_command(
     """
     from rococap.scores import compare as comparison
     from rococap.scores import evaluate as evaluation
+    from rococap.scores import model_card
 
     if output is not None:
         comparison.check_suffix(output)
+    if card is not None:
+        model_card.check(card)
     database = open_database()
     with progress_bar() as progress:
         found = evaluation.evaluate(
@@ -141,12 +151,16 @@ def evaluate_command(
     scores = evaluation.to_json(found)
     path = output or evaluation.default_path(found, "scores", ".parquet")
     rows = evaluation.write(found, path, scores)
+    if card is not None:
+        model_card.write(card, found, scores)
     if as_json:
         echo_json(scores)
     else:
         shown = [split for split in splits if any(run["split"] == split for run in scores["runs"])]
         click.echo("\n\n".join(_scores_text(scores, split) for split in shown))
         click.echo(f"\n{path}: {rows} captions")
+        if card is not None:
+            click.echo(f"{card}: scores in the model card")
     for warning in dict.fromkeys(text for run in scores["runs"] for text in run["warnings"]):
         click.echo(f"Warning: {warning}", err=True)
     scored = {(run["run"], run["split"]) for run in scores["runs"]}

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from rococap.engines import files
-from rococap.engines.checkpoint import adapter_beside, folder_digest, is_here_or_unreachable
+from rococap.engines.checkpoint import adapter_beside, is_here_or_unreachable
 from rococap.errors import ModelError
 from rococap.recipe import Recipe
 
@@ -75,7 +75,7 @@ def apply(model: Any, recipe: Recipe) -> tuple[Any, str]:
         )
     # PEFT has already inserted its layers into the model.
     is_quantised = recipe.load_in is not None
-    return (adapted.get_base_model() if is_quantised else adapted.merge_and_unload()), folder_digest(folder)
+    return (adapted.get_base_model() if is_quantised else adapted.merge_and_unload()), files.folder_digest(folder)
 
 
 def _load(model: Any, folder: Path) -> tuple[Any, list[str]]:

@@ -3,7 +3,6 @@
 Serves every engine that runs the model itself. Knows no picture and no queue.
 """
 
-import hashlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -24,8 +23,6 @@ from rococap.engines.template import turn_end
 from rococap.errors import ModelError
 
 log = logging.getLogger(__name__)
-
-MODEL_FILES = frozenset({".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".txt"})
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -179,19 +176,9 @@ def end_tokens(config: GenerationConfig, processor: Any, name: str) -> list[int]
     raise ModelError(f"{name} names no token that ends a caption. Copy the eos_token_id from its base model.")
 
 
-def folder_digest(folder: Path) -> str:
-    """SHA-256, in hex, over the names and contents of the files in a model folder that affect captions."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in MODEL_FILES):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256")
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + content.digest())
-    return digest.hexdigest()
-
-
 def identity(model: Any, name: str) -> tuple[str, str]:
     """Returns the commit of a loaded model on the hub, "" for a folder, and what identifies its exact weights."""
     if (folder := Path(name)).is_dir():
-        return "", folder_digest(folder)
+        return "", files.folder_digest(folder)
     commit = getattr(model.config, "_commit_hash", None) or ""
     return commit, commit

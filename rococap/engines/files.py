@@ -3,6 +3,7 @@
 Does not import torch, so that an unusable model can be refused when a run is registered. Downloads nothing.
 """
 
+import hashlib
 import json
 import re
 import shlex
@@ -22,6 +23,7 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+MODEL_FILES = frozenset({".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".txt"})
 OBJECTS = (
     CONFIG,
     "added_tokens.json",
@@ -113,6 +115,16 @@ def hub_name(model: str) -> str:
     """Returns the name on the hub if `model` is a path into the hub's or ModelScope's cache, or else `model` itself."""
     found = _IN_A_CACHE.search(model.replace("\\", "/"))
     return (found["hub"] or found["modelscope"]).replace("--", "/", 1) if found else model
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256, in hex, over the names and contents of the files in a model folder that affect captions."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in MODEL_FILES):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256")
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + content.digest())
+    return digest.hexdigest()
 
 
 def last_part(model: str) -> str:

@@ -73,7 +73,7 @@ class TransformersEngine:
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe = recipe
         self.options = options
-        self.device = _device(options.device)
+        self.device = find_device(options.device)
         self.dtype = choose_dtype(recipe.dtype, self.device)
         self._prompts: dict[Hashable, Prompt] = {}
         self._keeps_prompts = True
@@ -302,7 +302,11 @@ def _shape(image: Mapping[str, object]) -> Hashable:
 # --- Loading ---------------------------------------------------------------------------------------------------
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of this name. auto is the first GPU, or the CPU if there is none.
+
+    Raises ModelError if it does not exist.
+    """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:

@@ -41,11 +41,9 @@ from rococap.engines import (
     gather,
 )
 from rococap.engines.checkpoint import (
-    MODEL_FILES,
     cannot_load,
     choose_dtype,
     end_tokens,
-    folder_digest,
     is_here_or_unreachable,
     load_processor,
     quieten,
@@ -275,8 +273,9 @@ def _folder(name: str, source: dict[str, Any]) -> Path:
     """The folder of the model's files, downloaded if necessary. Given a name, vLLM would ask the hub for each file."""
     if Path(name).is_dir():
         return Path(name)
+    patterns = [f"*{suffix}" for suffix in sorted(files.MODEL_FILES)]
     try:
-        return Path(snapshot_download(name, **source, allow_patterns=[f"*{suffix}" for suffix in sorted(MODEL_FILES)]))
+        return Path(snapshot_download(name, **source, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise cannot_load(name, source["revision"], error) from error
 
@@ -372,7 +371,7 @@ def _info(recipe: Recipe, folder: Path, loaded: Loaded) -> EngineInfo:
         revision="" if is_local else folder.name,  # the hub's cache names a snapshot by its commit
         dtype=dtype_name(loaded.model.dtype),
         device=str(loaded.device),
-        digest=folder_digest(folder) if is_local else folder.name,
+        digest=files.folder_digest(folder) if is_local else folder.name,
     )
 
 

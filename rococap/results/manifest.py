@@ -18,6 +18,10 @@ STRIPPED = "strip_reasoning"
 TRAINING = "rococap_training.json"
 """A file in the folder of a trained adapter or model, which says what it was trained on. `evaluate` reads its keys
 `dataset`, a name, and `splits`, a list."""
+MODEL_CARD = "README.md"
+"""The model card in the same folder. `evaluate --card` replaces what is between these two lines of it."""
+SCORES_BEGIN = "<!-- scores -->"
+SCORES_END = "<!-- end of scores -->"
 
 
 def stripped(strip_reasoning: bool) -> dict[str, bool]:

@@ -502,16 +502,20 @@ def evaluate(
             result.missing = counts[run.name, split].total - len(result.pairs)
             result.warnings = list(_warnings(result, n_images[split]))
             scored.append(result)
-    _add_duplicates(database, runs[0], scored)
+    _add_duplicates(database, scored)
     by_split = [[result for result in scored if result.split == split] for split in splits]
     paired = [pair_up(results[0], other) for results in by_split for other in results[1:]]
     return Evaluation(list(chain.from_iterable(by_split)), paired, strip_reasoning)
 
 
-def _add_duplicates(database: Database, run: Run, scored: Sequence[Scored]) -> None:
-    known = leaks.known(database, run.dataset_id, list(dict.fromkeys(one.split for one in scored)))
+def _add_duplicates(database: Database, scored: Sequence[Scored]) -> None:
+    by_frame: dict[int, list[Scored]] = {}
     for one in scored:
-        one.duplicates = known.get(one.split)
+        by_frame.setdefault(one.run.recipe.frame, []).append(one)
+    for of_frame in by_frame.values():
+        known = leaks.known(database, of_frame[0].run, list(dict.fromkeys(one.split for one in of_frame)))
+        for one in of_frame:
+            one.duplicates = known.get(one.split)
 
 
 def _images(conn: Connection, run: Run) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Finds near-duplicate pictures in different splits of a data set, by perceptual hashes kept in the database.
 
 A hash is computed once for each picture, and finding the pairs only reads hashes. The pictures are those that some run
-was given. ImageHash, which is in the extra `leaks`, is needed to compute hashes and not to compare them.
+was given, and of files that hold several frames, those that runs caption. ImageHash, which is in the extra `leaks`, is
+needed to compute hashes and not to compare them.
 """
 
 import os
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from rococap.progress import Progress, silent
 from rococap.queue import Run, place_of
 
 ALGORITHM = "dhash-16"
-"""The name under which hashes are kept. One that is computed in another way needs another name."""
+"""The name under which hashes of first frames are kept. One that is computed in another way needs another name."""
 SIDE = 16
 BITS = 2 * SIDE * SIDE
 WORDS = BITS // 64
@@ -105,19 +107,28 @@ def find(database: Database, progress: Progress = silent) -> list[Leaks]:
 
 
 def _find(database: Database, runs: Sequence[Run], progress: Progress) -> Leaks:
-    new, unreadable = _hash_pictures(database, runs, progress)
+    by_frame: dict[int, list[Run]] = {}
+    for run in runs:
+        by_frame.setdefault(run.recipe.frame, []).append(run)
+    new, unreadable = 0, []
+    for _, of_frame in sorted(by_frame.items()):
+        n_new, failed = _hash_pictures(database, of_frame, progress)
+        new += n_new
+        unreadable += failed
     found = _read(database, runs[0].dataset_id)
-    hashed = Counter(found.splits)
+    hashed = Counter(split for split, _ in set(zip(found.splits, found.image_ids, strict=True)))
     in_order = {split: hashed[split] for split in SPLITS if split in hashed}
     return Leaks(runs[0].dataset, runs[0].dataset_revision, in_order, new, unreadable, _pairs(found))
 
 
-def known(database: Database, dataset_id: int, splits: Sequence[str]) -> dict[str, Known]:
-    """What is known of each of these splits; nothing if it or all others have no hash."""
-    all_known = _read(database, dataset_id)
+def known(database: Database, run: Run, splits: Sequence[str]) -> dict[str, Known]:
+    """What is known of the pictures in each of these splits, in the frame that the run captions; nothing if they, or
+    all other splits, have no hash.
+    """
+    all_known = _read(database, run.dataset_id)
     found = {}
     for split in splits:
-        mine, others = all_known.of(split), all_known.beside(split)
+        mine, others = all_known.of(split).by(_algorithm(run.recipe.frame)), all_known.beside(split)
         if len(mine) and len(others):
             near = {mine.image_ids[at] for at, _, _ in _close(mine.hashes, others.hashes)}
             found[split] = Known(frozenset(mine.image_ids), frozenset(near))
@@ -128,29 +139,30 @@ def known(database: Database, dataset_id: int, splits: Sequence[str]) -> dict[st
 
 
 def _hash_pictures(database: Database, runs: Sequence[Run], progress: Progress) -> tuple[int, list[Unreadable]]:
-    """Returns the number of pictures that were hashed, and those that could not be."""
+    """Returns the number of pictures that were hashed, and those that could not be. The runs caption the same frame."""
     with transaction(database) as conn:
         left = _unhashed_by_split(conn, runs)
     if not left:
         return 0, []
     _check_installed()
-    run, total = runs[0], sum(left.values())
+    run, frame, total = runs[0], runs[0].recipe.frame, sum(left.values())
+    step = f"{run.dataset}: hashing" + (f" frame {frame}" if frame > 1 else "")
     located = datasets.locate(run.dataset, list(left), run.dataset_revision or None)
     new, unreadable = 0, []
     # Pillow and numpy release the interpreter while they decode and scale, so threads use every core.
     with PictureReader(located.root) as reader, ThreadPoolExecutor(os.cpu_count()) as pool:
         for page in _unhashed(database, runs):
             places = [place_of(row[1:], run.columns) for row in page]
-            results = list(pool.map(_hash_or_error, reader.read(places)))
-            hashes = [(row[0], ALGORITHM, one) for row, one in zip(page, results, strict=True) if isinstance(one, str)]
+            results = list(pool.map(partial(_hash_or_error, frame=frame), reader.read(places)))
+            hashed = [(row[0], one) for row, one in zip(page, results, strict=True) if isinstance(one, str)]
             unreadable += [
                 Unreadable(place.split, place.image_id, str(one))
                 for place, one in zip(places, results, strict=True)
                 if isinstance(one, PictureError)
             ]
-            _keep(database, hashes)
-            new += len(hashes)
-            progress(f"{run.dataset}: hashing", new + len(unreadable), total)
+            _keep(database, [(number, _algorithm(frame), one) for number, one in hashed])
+            new += len(hashed)
+            progress(step, new + len(unreadable), total)
     return new, unreadable
 
 
@@ -161,23 +173,27 @@ def _check_installed() -> None:
         raise RococapError(f"Hashing pictures needs ImageHash ({error}): pip install 'rococap[leaks]'") from error
 
 
-def _hash_or_error(read: tuple[Place, bytes | PictureError]) -> str | PictureError:
+def _algorithm(frame: int) -> str:
+    return ALGORITHM if frame == 1 else f"{ALGORITHM} frame {frame}"
+
+
+def _hash_or_error(read: tuple[Place, bytes | PictureError], frame: int) -> str | PictureError:
     _, data = read
     if isinstance(data, PictureError):
         return data
     try:
-        return hash_of(data)
+        return hash_of(data, frame)
     except PictureError as error:
         return error
 
 
-def hash_of(data: bytes) -> str:
-    """The hash of a picture file, in hexadecimal: for each field of a grid, whether it is brighter than its neighbour
-    on the left, and then, than the one above. Raises PictureError if the picture cannot be opened.
+def hash_of(data: bytes, frame: int = 1) -> str:
+    """The hash of a frame, counted from 1, of a picture file, in hexadecimal: for each field of a grid, whether it is
+    brighter than its neighbour on the left, and then, than the one above. Raises PictureError if it cannot be opened.
     """
     from imagehash import dhash, dhash_vertical
 
-    picture = open_picture(data)
+    picture = open_picture(data, frame)
     return f"{dhash(picture, SIDE)}{dhash_vertical(picture, SIDE)}"
 
 
@@ -200,7 +216,7 @@ def _condition(runs: Sequence[Run]) -> str:
 
 
 def _values(runs: Sequence[Run]) -> tuple[int | str, ...]:
-    return (runs[0].dataset_id, *(run.id for run in runs), ALGORITHM)
+    return (runs[0].dataset_id, *(run.id for run in runs), _algorithm(runs[0].recipe.frame))
 
 
 def _unhashed_by_split(conn: Connection, runs: Sequence[Run]) -> dict[str, int]:
@@ -229,10 +245,11 @@ def _unhashed(database: Database, runs: Sequence[Run]) -> Iterator[Sequence[Sequ
 
 @dataclass(frozen=True, slots=True)
 class _Hashed:
-    """Pictures with their hashes, in data set order."""
+    """Pictures with their hashes, in data set order: a row for each frame that was hashed."""
 
     splits: list[str]
     image_ids: list[str]
+    algorithms: list[str]
     hashes: Hashes
 
     def __len__(self) -> int:
@@ -241,33 +258,45 @@ class _Hashed:
     def of(self, split: str) -> "_Hashed":
         return self._where([one == split for one in self.splits])
 
+    def by(self, algorithm: str) -> "_Hashed":
+        return self._where([one == algorithm for one in self.algorithms])
+
     def beside(self, split: str) -> "_Hashed":
         return self._where([one != split for one in self.splits])
 
     def _where(self, chosen: Sequence[bool]) -> "_Hashed":
         rows = np.flatnonzero(chosen)
-        return _Hashed([self.splits[at] for at in rows], [self.image_ids[at] for at in rows], self.hashes[rows])
+        return _Hashed(
+            [self.splits[at] for at in rows],
+            [self.image_ids[at] for at in rows],
+            [self.algorithms[at] for at in rows],
+            self.hashes[rows],
+        )
 
 
 def _read(database: Database, dataset_id: int) -> _Hashed:
     sql = (
-        "SELECT h.image_id, i.split, i.image_id, h.hash FROM image_hashes h JOIN images i ON i.id = h.image_id "
-        "WHERE h.algorithm = ? AND h.image_id > ? AND i.dataset_id = ? ORDER BY h.image_id LIMIT ?"
+        "SELECT h.image_id, h.algorithm, i.split, i.image_id, h.hash FROM image_hashes h "
+        "JOIN images i ON i.id = h.image_id WHERE (h.algorithm = ? OR h.algorithm LIKE ?) "
+        "AND (h.image_id, h.algorithm) > (?, ?) AND i.dataset_id = ? ORDER BY h.image_id, h.algorithm LIMIT ?"
     )
+    algorithms: list[str] = []
     splits: list[str] = []
     image_ids: list[str] = []
     digits: list[str] = []
-    after = 0
+    after = (0, "")
     while True:
         with transaction(database) as conn:
-            rows = execute(conn, sql, (ALGORITHM, after, dataset_id, ROWS_PER_READ)).fetchall()
+            values = (ALGORITHM, f"{ALGORITHM} frame %", *after, dataset_id, ROWS_PER_READ)
+            rows = execute(conn, sql, values).fetchall()
         if not rows:
             break
-        after = rows[-1][0]
-        splits += [row[1] for row in rows]
-        image_ids += [row[2] for row in rows]
-        digits += [row[3] for row in rows]
-    return _Hashed(splits, image_ids, words_of(digits))
+        after = (rows[-1][0], rows[-1][1])
+        algorithms += [row[1] for row in rows]
+        splits += [row[2] for row in rows]
+        image_ids += [row[3] for row in rows]
+        digits += [row[4] for row in rows]
+    return _Hashed(splits, image_ids, algorithms, words_of(digits))
 
 
 def words_of(hashes: Sequence[str]) -> Hashes:
@@ -278,14 +307,15 @@ def words_of(hashes: Sequence[str]) -> Hashes:
 def _pairs(hashed: _Hashed) -> list[Near]:
     """The near-duplicates in different splits: by pair of splits, the most alike first."""
     parts = {split: hashed.of(split) for split in SPLITS}
-    found = []
+    found: list[Near] = []
     for number, one in enumerate(SPLITS):
         for other in SPLITS[number + 1 :]:
             close = _close(parts[one].hashes, parts[other].hashes)
-            found += [
-                Near((one, other), (parts[one].image_ids[at], parts[other].image_ids[to]), distance)
-                for at, to, distance in sorted(close, key=lambda near: (near[2], near[0], near[1]))
-            ]
+            nearest: dict[tuple[str, str], Near] = {}  # of the frames of two pictures
+            for at, to, distance in sorted(close, key=lambda near: (near[2], near[0], near[1])):
+                ids = parts[one].image_ids[at], parts[other].image_ids[to]
+                nearest.setdefault(ids, Near((one, other), ids, distance))
+            found += nearest.values()
     return found
 
 

@@ -172,6 +172,7 @@ def _page(
         made_by=[_made_by(one) for one in evaluated.scored],
         summary=[(explained(name), name) for name in SUMMARY],
         scores=_score_rows(results),
+        without=_without_near_duplicates(results),
         paired=results["paired"],
         by_modality=_modality_rows(results),
         modality_scores=[explained(name) for name in BY_MODALITY],
@@ -253,12 +254,13 @@ def _decoding(recipe: Recipe) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """A score: for each run its value and interval, or the reason why there is none, and for each further run the
-    difference from the first run and p.
+    """A score: for each run its value and interval, or the reason why there is none; its value for each of the
+    `_without_near_duplicates`; and for each further run the difference from the first run and p.
     """
 
     score: Explained
     cells: list[tuple[str, str]]
+    without: list[str]
     differences: list[tuple[str, str]]
 
 
@@ -268,10 +270,17 @@ def _score_rows(results: Mapping[str, Any]) -> list[ScoreRow]:
         ScoreRow(
             explained(name),
             [_cell(run, name) for run in results["runs"]],
+            [rounded(found["metrics"].get(name)) for _, found in _without_near_duplicates(results)],
             [(rounded(one["differences"].get(name), 3, "+"), rounded(one["p"].get(name))) for one in results["paired"]],
         )
         for name in names
     ]
+
+
+def _without_near_duplicates(results: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
+    """(index, results) of the runs that have captions of pictures with near-duplicates, without those captions."""
+    known = [(at, run["without_near_duplicates"]) for at, run in enumerate(results["runs"])]
+    return [(at, found) for at, found in known if found and found["left_out"]]
 
 
 def _cell(run: Mapping[str, Any], name: str) -> tuple[str, str]:

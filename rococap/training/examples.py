@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rococap.db import transaction
 from rococap.errors import DatasetError, PictureError, RococapError
 from rococap.files import replacing
 from rococap.queue import Run
+from rococap.training import processes
 
 ModalityOf = Callable[[Collection[str]], str]
 """Returns the name of the modality among a picture's concepts."""
@@ -134,13 +136,17 @@ def digest(examples: Sequence[Example]) -> str:
 
 
 class Skipped:
-    """The pictures that could not be read, each listed once, in a file of JSON lines that outlives the process."""
+    """The pictures that could not be read, each listed once, in a file of JSON lines that outlives the process.
+
+    Only the main process writes the file: what the others skip, they tell it in `gather`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.codes: dict[str, str] = {}
+        self._untold: list[dict[str, str]] = []
         self._lock = threading.Lock()
-        if path.exists():
+        if processes.is_main() and path.exists():
             # A process that was killed while it wrote may have left half a line.
             lines = path.read_text(encoding="utf-8").split("\n")[:-1]
             self.codes = {entry["image_id"]: entry["code"] for entry in map(json.loads, lines)}
@@ -148,13 +154,27 @@ class Skipped:
                 partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def add(self, image_id: str, error: PictureError) -> None:
+        self._list({"image_id": image_id, "code": error.code, "message": str(error)})
+
+    def gather(self) -> None:
+        """Adds what the other processes have skipped. All of them call this together."""
         with self._lock:
-            if image_id in self.codes:
+            untold, self._untold = self._untold, []
+        told = chain.from_iterable(processes.gathered(untold))
+        if processes.is_main():
+            for entry in told:
+                self._list(entry)
+
+    def _list(self, entry: dict[str, str]) -> None:
+        with self._lock:
+            if entry["image_id"] in self.codes:
                 return
-            self.codes[image_id] = error.code
-            line = json.dumps({"image_id": image_id, "code": error.code, "message": str(error)}, ensure_ascii=False)
+            self.codes[entry["image_id"]] = entry["code"]
+            if not processes.is_main():
+                self._untold.append(entry)
+                return
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def counts(self) -> dict[str, int]:
         """The number of skipped pictures by failure code."""
@@ -178,7 +198,7 @@ class Pictures:
         self.examples = examples
         self._frame = frame
         self._prepare = prepare
-        self._skipped = skipped
+        self.skipped = skipped
         self._reader = PictureReader(root)
         self._pool = ThreadPoolExecutor(threads, "prepare")
 
@@ -193,8 +213,8 @@ class Pictures:
         for step in range(1, n):
             if found := self._read([(indices[-1] + step) % n]):
                 return found
-        codes = ", ".join(f"{code} ({n})" for code, n in self._skipped.counts().items())
-        raise DatasetError(f"None of the {n} pictures can be read: {codes}. {self._skipped.path} lists them.")
+        codes = ", ".join(f"{code} ({n})" for code, n in self.skipped.counts().items())
+        raise DatasetError(f"None of the {n} pictures can be read: {codes}. {self.skipped.path} lists them.")
 
     def _read(self, indices: Sequence[int]) -> list[Any]:
         """What could be read, in the order asked for, whatever order the places are read in."""
@@ -211,7 +231,7 @@ class Pictures:
                 raise data
             return self._prepare(index, open_picture(data, self._frame))
         except PictureError as error:
-            self._skipped.add(self.examples[index].place.image_id, error)
+            self.skipped.add(self.examples[index].place.image_id, error)
             return None
 
     def close(self) -> None:

@@ -15,9 +15,7 @@ from rococap.engines.hf import TransformersEngine
 from rococap.errors import RococapError
 from rococap.files import cannot_write, fsync, read_json, write_json
 from rococap.recipe import Recipe
-from rococap.results.manifest import TRAINING
-
-CARD = "README.md"
+from rococap.results.manifest import MODEL_CARD, SCORES_BEGIN, SCORES_END, TRAINING
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -41,7 +39,7 @@ def write(folder: Path, model: Any, recipe: Recipe, facts: dict[str, Any]) -> No
             recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
         )
         processor.save_pretrained(partial)
-        (partial / CARD).write_text(_card(facts), encoding="utf-8")
+        (partial / MODEL_CARD).write_text(_card(facts), encoding="utf-8")
         for path in sorted(partial.rglob("*")):
             fsync(path)
         for path in sorted(partial.iterdir()):
@@ -110,8 +108,12 @@ applies as well.
 
 ## Scores
 
-Not evaluated yet: `rococap evaluate --run RUN --split test` prints them. It was trained on
+{SCORES_BEGIN}
+
+Not evaluated yet: `rococap evaluate --run RUN --split test --card DIR` writes them here. It was trained on
 {", ".join(facts["splits"])}, so evaluate another split.
+
+{SCORES_END}
 
 ## Recipe
 

@@ -26,7 +26,7 @@ from rococap.engines.hf import TransformersEngine
 from rococap.errors import ModelError
 from rococap.queue import Run
 from rococap.recipe import Recipe
-from rococap.training import result, targets
+from rococap.training import processes, result, targets
 from rococap.training.checkpoints import SKIPPED, Checkpoints, check_base, check_plan
 from rococap.training.collate import Captions, Collator, Learned, Row, end_of_caption, row
 from rococap.training.examples import Example, ModalityOf, Pictures, Selection, Skipped, digest, select
@@ -78,9 +78,27 @@ class Job:
 def finetune(job: Job, modality_of: ModalityOf, report: Report) -> Outcome:
     """Trains, or continues the training in the output folder, and writes the result there.
 
+    Of the processes that `processes.joined` connects, all call this, and the main one's outcome is complete.
+
     Raises RunError and DatasetError if there is nothing to train on, ModelError if the model cannot be trained, and
     RococapError for an output folder that holds something else or cannot be written.
     """
+    device = processes.own_device(job.settings.device)
+    start = processes.decided(lambda: _start(job, modality_of))
+    return start if isinstance(start, Outcome) else _Training(job, device, start, report).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a training begins with: everything that decides the weights, by name, and the pictures."""
+
+    plan: dict[str, Any]
+    chosen: list[Example]
+    evaluated: list[Example]
+
+
+def _start(job: Job, modality_of: ModalityOf) -> _Start | Outcome:
+    """Checks what is asked for and claims the output folder. Returns the outcome if it holds the result already."""
     _check(job)
     chosen = select(job.database, job.run, job.selection, modality_of)
     evaluated = _evaluated(job, modality_of)
@@ -89,7 +107,7 @@ def finetune(job: Job, modality_of: ModalityOf, report: Report) -> Outcome:
     if (finished := result.read(job.output)) is not None:
         Checkpoints(job.output, job.settings.keep).clear()  # a kill may have come between the result and this
         return Outcome(job.output, True, finished["steps"], finished["steps"], len(chosen), 0, 0, finished["skipped"])
-    return _Training(job, plan, chosen, evaluated, report).run()
+    return _Start(plan, chosen, evaluated)
 
 
 def _check(job: Job) -> None:
@@ -113,7 +131,6 @@ def _evaluated(job: Job, modality_of: ModalityOf) -> list[Example]:
 
 
 def _plan(job: Job, chosen: list[Example], evaluated: list[Example]) -> dict[str, Any]:
-    """Everything that decides the weights, by name."""
     recipe = job.recipe
     plan = {name: getattr(recipe, name) for name in OF_RECIPE}
     plan |= {"dataset": job.run.dataset, "dataset_revision": job.run.dataset_revision}
@@ -121,20 +138,17 @@ def _plan(job: Job, chosen: list[Example], evaluated: list[Example]) -> dict[str
     plan |= {"pictures": len(chosen), "pictures_digest": digest(chosen)}
     if evaluated:
         plan |= {"eval_pictures_digest": digest(evaluated)}
-    return plan | job.settings.plan(recipe)
+    return plan | job.settings.plan(recipe) | {"processes": processes.count()}
 
 
 class _Training:
     """One training, from loading the model to writing the result."""
 
-    def __init__(
-        self, job: Job, plan: dict[str, Any], chosen: list[Example], evaluated: list[Example], report: Report
-    ) -> None:
+    def __init__(self, job: Job, device: torch.device, start: _Start, report: Report) -> None:
         self.job = job
-        self.plan = plan
+        self.device = device
+        self.start = start
         self.settings = job.settings
-        self.chosen = chosen
-        self.evaluated = evaluated
         self.report = report
         self.checkpoints = Checkpoints(job.output, job.settings.keep)
         self.skipped = Skipped(job.output / SKIPPED)
@@ -143,16 +157,18 @@ class _Training:
 
     def run(self) -> Outcome:
         self._load()
-        learned = self.captions.learned(self.chosen)
+        learned = self.captions.learned(self.start.chosen)
         if not learned.examples:
-            raise ModelError(
+            error = ModelError(
                 f"All {learned.refused} captions are longer than --max-caption-tokens {self.captions.limit}: raise it."
             )
+            raise processes.known_to_all(error)
         trainer = self._fit(learned)
+        self.skipped.gather()
         done, total = trainer.state.global_step, trainer.state.max_steps
-        is_finished = not self.stop.is_asked or done >= total
+        is_finished = not self.stop.is_agreed or done >= total
         counts = (len(learned.examples), learned.shortened, learned.refused, self.skipped.counts())
-        if is_finished and trainer.is_world_process_zero():
+        if is_finished and processes.is_main():
             self._finish(trainer, learned)
         return Outcome(self.job.output, is_finished, done, total, *counts)
 
@@ -160,12 +176,11 @@ class _Training:
 
     def _load(self) -> None:
         """Loads model and processor by the code that captioning loads them with, in the precision of training."""
-        device = _device(self.settings.device)
-        recipe = replace(self.job.recipe, dtype=_weights_dtype(self.job.recipe, self.settings, device))
-        self.engine = TransformersEngine(recipe, Options(device=device))
+        recipe = replace(self.job.recipe, dtype=_weights_dtype(self.job.recipe, self.settings, self.device))
+        self.engine = TransformersEngine(recipe, Options(device=str(self.device)))
         model, _ = self.engine.load_plain()
         self.base_revision, self.base_digest = identity(model, recipe.model)
-        check_base(self.job.output, self.base_digest)
+        processes.decided(lambda: check_base(self.job.output, self.base_digest))
         tokenizer = self.engine.processor.tokenizer
         end = end_of_caption(model, self.engine.processor, recipe.model)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
@@ -184,13 +199,14 @@ class _Training:
             prompt = self.engine.prepare(index, Request([picture])).inputs.tensors
             return row(learned.examples[index].place.image_id, prompt, learned.tokens[index])
 
-        threads = 1 if self.engine.device.type == "cpu" else min(8, max(1, (os.cpu_count() or 1) // 2))
+        threads = 1 if self.device.type == "cpu" else min(8, max(1, (os.cpu_count() or 1) // 2))
         return Pictures(learned.examples, located.root, recipe.frame, prepare, self.skipped, threads)
 
     def _trainer(self, pictures: Pictures, evaluated: Pictures | None, size: int, accumulate: int) -> Trainer:
-        settings, device = self.settings, self.engine.device
+        settings = self.settings
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.job.output / "tensorboard"))
         args = arguments(
+            self.device,
             output_dir=str(self.checkpoints.staging),
             per_device_train_batch_size=size,
             per_device_eval_batch_size=size,
@@ -202,7 +218,6 @@ class _Training:
             seed=settings.seed,
             data_seed=settings.seed,
             bf16=self._autocasts(),
-            use_cpu=device.type == "cpu",
             save_steps=settings.save_every,
             eval_strategy="no" if evaluated is None else "steps",
             eval_steps=None if evaluated is None else settings.eval_every,
@@ -223,18 +238,18 @@ class _Training:
 
     def _autocasts(self) -> bool:
         """Whether to compute in bfloat16: where the GPU has it, unless the recipe demands float32."""
-        return _has_bfloat16(self.engine.device) and self.job.recipe.dtype != "float32"
+        return _has_bfloat16(self.device) and self.job.recipe.dtype != "float32"
 
     def _checkpoints_activations(self) -> bool:
         chosen = self.settings.checkpointing
-        return self.engine.device.type == "cuda" if chosen is None else chosen
+        return self.device.type == "cuda" if chosen is None else chosen
 
     # --- training ---
 
     def _fit(self, learned: Learned) -> Trainer:
         with ExitStack() as stack:
             pictures = stack.enter_context(closing(self._pictures(learned)))
-            of_evaluation = self.captions.learned(self.evaluated)
+            of_evaluation = self.captions.learned(self.start.evaluated)
             evaluated = None
             if of_evaluation.examples:
                 evaluated = stack.enter_context(closing(self._pictures(of_evaluation)))
@@ -243,11 +258,14 @@ class _Training:
     def _fit_in_memory(self, pictures: Pictures, evaluated: Pictures | None) -> Trainer:
         """Trains with the batch size that was chosen, or with the largest that fits in memory.
 
-        Smaller batches change nothing else, since more of them then make a step.
+        Smaller batches change nothing else, since more of them then make a step. Several processes do not look for one:
+        while one of them runs out of memory, the others wait for it in the middle of the step.
         """
         settings = self.settings
-        size = settings.batch_size or MOST_AT_ONCE
-        per_step = size * (settings.accumulate or 1) if settings.batch_size else EFFECTIVE_BATCH
+        per_step = max(1, EFFECTIVE_BATCH // processes.count())  # of this process
+        size = settings.batch_size or min(MOST_AT_ONCE, per_step)
+        if settings.batch_size:
+            per_step = size * (settings.accumulate or 1)
         while True:
             trainer = self._trainer(pictures, evaluated, size, per_step // size)
             start = self.checkpoints.latest() or 0
@@ -257,18 +275,18 @@ class _Training:
             except RuntimeError as error:
                 if not is_out_of_memory(error) or trainer.state.global_step > start:
                     raise
-                if settings.batch_size or size == 1:
+                if settings.batch_size or size == 1 or processes.count() > 1:
                     raise self._too_large(size) from error
             finally:
                 trainer.stop_reading()
             size //= 2
             log.warning("out of memory: continuing with %d pictures at a time, and as many in a step", size)
             self.model.zero_grad()
-            free_memory(self.engine.device)
+            free_memory(self.device)
 
     def _train(self, trainer: Trainer) -> None:
         step = self.checkpoints.latest()
-        if trainer.is_world_process_zero():
+        if processes.is_main():
             self.log.rewind(step or 0)
         resumed = None if step is None else self.checkpoints.path(step)
         if resumed is not None:
@@ -296,7 +314,7 @@ class _Training:
             else "--method lora"
             if self.settings.method == "full"
             else "--load-in 4bit"
-            if self.job.recipe.load_in is None and self.engine.device.type == "cuda"
+            if self.job.recipe.load_in is None and self.device.type == "cuda"
             else f"--max-pixels {self.job.recipe.max_pixels // 2}"
         )
         return ModelError(f"Out of memory at the first step. What lowers it most now is {advice}.")
@@ -318,7 +336,7 @@ class _Training:
             "base": self.job.recipe.model,
             "base_revision": self.base_revision,
             "base_digest": self.base_digest,
-            "plan": self.plan,
+            "plan": self.start.plan,
             "steps": steps,
             "seed": self.settings.seed,
             "skipped": self.skipped.counts(),
@@ -330,25 +348,18 @@ class _Training:
         self.checkpoints.clear()
 
 
-def _device(name: str) -> str:
-    """The device of this process: with `accelerate launch`, each has a GPU of its own."""
-    if name == "auto" and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return name
-
-
 def _has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _weights_dtype(recipe: Recipe, settings: Settings, device: str) -> Any:
+def _weights_dtype(recipe: Recipe, settings: Settings, device: torch.device) -> Any:
     """The dtype of the weights: bfloat16 for those that a LoRA leaves alone, where the GPU has it, and else float32.
 
     Trained weights are float32: in bfloat16, most updates would be rounded away.
     """
-    if settings.method == "full" or recipe.dtype == "float32" or device in ("cpu", "auto"):
+    if settings.method == "full" or recipe.dtype == "float32":
         return "float32"
-    return "bfloat16" if _has_bfloat16(torch.device(device)) else "float32"
+    return "bfloat16" if _has_bfloat16(device) else "float32"
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from rococap.errors import ModelError
 from rococap.training.ahead import Ahead
 from rococap.training.checkpoints import Checkpoints
 from rococap.training.collate import loss
+from rococap.training.processes import gathered, known_to_all
 
 WEIGHTS = "trained.safetensors"
 
@@ -29,28 +30,36 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # transformers ships
         self.remove_callback(transformers.PrinterCallback)
         self.checkpoints = checkpoints
         self._ahead: Ahead | None = None
-        self._ids: list[str] = []  # of the pictures in the step under way
+        self._ids: list[str] = []  # of this process's pictures in the step under way
+        self._overflowing: list[str] = []  # those whose loss is not finite
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self._ids += inputs.pop("image_ids")
+        ids = inputs.pop("image_ids")
         step_loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self._check_finite("loss", step_loss)
+        self._ids += ids
+        if not math.isfinite(float(step_loss)):
+            self._overflowing += ids
         return step_loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Called once for each step, before anything is learned from it."""
         norm = super()._clip_grad_norm(model)
-        self._check_finite("gradient", norm)
+        self._check_finite(float(norm))
         self._ids.clear()
         return norm
 
-    def _check_finite(self, what: str, value: Any) -> None:
-        if not math.isfinite(float(value)):
-            raise ModelError(
-                f"The {what} of step {self.state.global_step + 1} is not finite; its pictures are "
-                f"{', '.join(self._ids)}. Nothing was learned from them. Start again in another folder with a lower "
-                "--lr, or leave them out."
-            )
+    def _check_finite(self, norm: float) -> None:
+        """The norm is that of the gradients of all processes, but each knows its own loss only."""
+        reports = gathered((self._overflowing, self._ids))
+        overflowing = [id for ids, _ in reports for id in ids]
+        if not overflowing and math.isfinite(norm):
+            return
+        what, ids = ("loss", overflowing) if overflowing else ("gradient", [id for _, ids in reports for id in ids])
+        error = ModelError(
+            f"The {what} of step {self.state.global_step + 1} is not finite; its pictures are {', '.join(ids)}. "
+            "Nothing was learned from them. Start again in another folder with a lower --lr, or leave them out."
+        )
+        raise known_to_all(error)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         inputs.pop("image_ids")
@@ -75,6 +84,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # transformers ships
         step, is_main = self.state.global_step, self.is_world_process_zero()
         writing: AbstractContextManager[Path | None] = self.checkpoints.writing(step) if is_main else nullcontext()
         with writing as staging:
+            self.train_dataset.skipped.gather()
             self.accelerator.wait_for_everyone()  # until what was staged before is gone
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # until each process has staged its random state
@@ -112,13 +122,15 @@ def _lift(staging: Path) -> None:
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]
-    """Saves and stops after the step under way, once `is_asked` is set."""
+    """Saves and stops all processes after the step under way, once `is_asked` is set in any of them."""
 
     def __init__(self) -> None:
         self.is_asked = False
+        self.is_agreed = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if self.is_asked:
+        self.is_agreed = any(gathered(self.is_asked))
+        if self.is_agreed:
             control.should_save = control.should_training_stop = True
         return control
 
@@ -131,9 +143,10 @@ class SaveEvaluated(TrainerCallback):  # type: ignore[misc]
         return control
 
 
-def arguments(**settings: Any) -> TrainingArguments:
+def arguments(device: torch.device, **settings: Any) -> TrainingArguments:
     """What is the same for every training, and the given settings."""
     args = TrainingArguments(
+        use_cpu=device.type == "cpu",
         **settings,
         optim="adamw_torch_fused",
         lr_scheduler_type="cosine",
@@ -151,4 +164,7 @@ def arguments(**settings: Any) -> TrainingArguments:
         ddp_find_unused_parameters=False,
     )
     args._n_gpu = min(1, args.n_gpu)  # otherwise Trainer copies the model to every GPU it sees, in one process
+    if device.type == "cuda":
+        args._setup_devices = device  # a process on its own would always use the first GPU
+        torch.cuda.set_device(device)
     return args

@@ -21,8 +21,8 @@ from transformers import AutoModelForImageTextToText
 
 from rococap.demo import MODEL
 from rococap.engines import Options, hf, weights
-from rococap.engines.checkpoint import folder_digest
 from rococap.engines.continuous import ContinuousDecoder
+from rococap.engines.files import folder_digest
 from rococap.engines.hf import TransformersEngine
 from rococap.engines.static import StaticDecoder
 from rococap.errors import ModelError

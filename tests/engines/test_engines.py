@@ -23,8 +23,9 @@ from transformers.integrations import sdpa_attention
 
 from rococap.demo import MODEL
 from rococap.engines import Completion, Options, Request
-from rococap.engines.checkpoint import choose_dtype, folder_digest
+from rococap.engines.checkpoint import choose_dtype
 from rococap.engines.decoding import Row, collate, is_out_of_memory, share
+from rococap.engines.files import folder_digest
 from rococap.engines.hf import TransformersEngine
 from rococap.engines.static import _Meter
 from rococap.recipe import Recipe

@@ -23,7 +23,7 @@ from rococap.data.datasets import locate
 from rococap.demo import MODEL
 from rococap.demo.phantoms import HELD_OUT_SEEDS, draw, write_dataset
 from rococap.engines import Completion, Engine, Options, Prepared, Request, load_engine, vllm
-from rococap.engines.checkpoint import folder_digest
+from rococap.engines.files import folder_digest
 from rococap.engines.hf import TransformersEngine
 from rococap.engines.vllm import VLLMEngine
 from rococap.errors import ModelError, PictureError

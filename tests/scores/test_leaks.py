@@ -4,9 +4,11 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from rococap import db, queue
 from rococap.demo import phantoms
 from rococap.errors import RococapError
 from rococap.queue import Run
-from rococap.scores import evaluate, leaks
+from rococap.scores import evaluate, leaks, report
 
 needs_imagehash = pytest.mark.skipif(find_spec("imagehash") is None, reason="needs ImageHash")
 
@@ -56,7 +58,7 @@ def write(root: Path, **splits: list[bytes]) -> None:
         write_shard(root, split, range(len(pictures)), pictures=dict(enumerate(pictures)))
 
 
-def run_of(database: Engine, root: Path, *splits: str, name: str = "default", **options: int) -> Run:
+def run_of(database: Engine, root: Path, *splits: str, name: str = "default", **options: Any) -> Run:
     register(database, root, splits, run=name, **options)
     with db.transaction(database) as conn:
         return queue.get_run(conn, name)
@@ -181,12 +183,34 @@ def test_a_killed_search_goes_on_where_it_was(database, url, root, drawings, mon
     assert kept_hashes(database)[:4] == before
     assert ids_of(found) == [("train_00000", "test_00000"), ("train_00001", "test_00001")]
 
-    def hashed_again(data: bytes) -> str:
+    def hashed_again(data: bytes, frame: int) -> str:
         raise AssertionError
 
     monkeypatch.setattr(leaks, "hash_of", hashed_again)
     [again] = leaks.find(database)
     assert (again.new, again.pairs) == (0, found.pairs)
+
+
+@needs_imagehash
+@pytest.mark.every_database
+def test_of_files_that_hold_several_frames_those_that_runs_caption_are_hashed(database, root, drawings, monkeypatch):
+    monkeypatch.setattr(leaks, "ROWS_PER_READ", 1)
+    a, b, c = drawings[:3]
+    file = BytesIO()
+    a.copy().save(file, "TIFF", save_all=True, append_images=[b.copy()])
+    write(root, train=[file.getvalue(), as_png(c)], test=[as_png(b), as_png(c)])
+    first = run_of(database, root, "train", "test")
+    [found] = leaks.find(database)
+    assert ids_of(found) == [("train_00001", "test_00001")]
+
+    second = run_of(database, root, "train", name="second", limit=1, recipe=replace(first.recipe, frame=2))
+    assert leaks.known(database, second, ["train"]) == {}
+    [found] = leaks.find(database)
+    assert (found.hashed, found.new) == ({"train": 2, "test": 2}, 1)
+    assert ids_of(found) == [("train_00000", "test_00000"), ("train_00001", "test_00001")]
+    assert leaks.known(database, first, ["train"])["train"].near == {"train_00001"}
+    assert leaks.known(database, second, ["train"])["train"] == leaks.Known(*[frozenset({"train_00000"})] * 2)
+    assert leaks.known(database, first, ["test"])["test"].near == {"test_00000", "test_00001"}
 
 
 @needs_imagehash
@@ -412,3 +436,23 @@ def test_evaluate_shows_the_scores_without_near_duplicates_beside_the_others(dat
     without = json.loads((tmp_path / "scores.json").read_text())["runs"][0]["without_near_duplicates"]
     [line] = [line for line in told.split(heading)[1].splitlines() if line.startswith("bleu_1 ")]
     assert line.split() == ["bleu_1", f"{without['metrics']['bleu_1']:.3f}"]
+
+
+def test_a_report_shows_the_scores_without_near_duplicates_beside_the_others(database, scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_plots", lambda *_: [])
+
+    def made() -> str:
+        report.report(database, [], "train", tmp_path / "report.html", pictures=0)
+        return " ".join((tmp_path / "report.html").read_text().split())
+
+    assert "near-duplicates" not in made()
+    keep(database, train_00000=FAR, train_00001=NEAR, test_00000=HASH)
+    told, scores = made(), of_train(database)
+    assert "default</span> without near-duplicates</th>" in told
+    assert "in another split too, exactly or nearly (1 of default)" in told
+    assert "Not all pictures were examined" in told
+    row = told[told.index(">ROUGE-L <") :]
+    cells = [cell.partition("<")[0] for cell in row[: row.index("</tr>")].split('<td class="n">')[1:]]
+    found = [scores["metrics"]["rouge_l"], scores["without_near_duplicates"]["metrics"]["rouge_l"]]
+    assert cells == [f"{value:.3f}" for value in found]
+    assert cells[0] != cells[1]

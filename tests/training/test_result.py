@@ -11,7 +11,7 @@ from steps import captions, refused, said
 from training_steps import MODEL, RECIPE, ready, train
 
 from rococap import db, queue
-from rococap.engines.checkpoint import folder_digest
+from rococap.engines.files import folder_digest
 from rococap.results.manifest import TRAINING
 
 
@@ -28,8 +28,14 @@ def test_a_run_with_the_adapter_says_what_it_learned_and_evaluate_warns(tuned, u
     said("enqueue", "--db", url, "--run", "tuned", "--from", "default", "--adapter", str(tuned))
     said("worker", "--db", url, "--run", "tuned", "--device", "cpu", "--no-self-check")
     assert set(captions(engine).values()) == {"A chest X-ray."}
-    shown = said("evaluate", "--db", url, "--run", "tuned", "--split", "train", "--json")
+    assert "Not evaluated yet" in (tuned / "README.md").read_text()
+    evaluate = ("evaluate", "--db", url, "--run", "tuned", "--split", "train", "--json")
+    shown = said(*evaluate, "--card", str(tuned))
     assert "was trained on train of this data set" in shown
+    card = (tuned / "README.md").read_text()
+    assert "4 captions of run `tuned`" in card
+    assert "tuned was trained on train of this data set" in card
+    assert "Not evaluated yet" not in card
 
 
 def test_the_marker_says_what_made_it(tuned, engine, tmp_path):
@@ -79,6 +85,10 @@ def test_the_command_reports_as_json_and_refuses_bad_options(engine, url, tmp_pa
     assert (shown["is_finished"], shown["steps"], shown["examples"]) == (True, 1, 4)
     assert "none of" in refused(*common, "--modality", "photograph", code=2)
     assert "--accumulate goes with a number" in refused(*common, "--accumulate", "2", code=2)
+    other = ("--output", str(tmp_path / "other"))
+    assert "no device 'gpu'" in refused(*common, *other, "--device", "gpu")
+    assert "so not 'cuda:99'" in refused(*common, *other, "--device", "cuda:99")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_merged_adapter_is_a_plain_model_that_says_the_same(engine, tmp_path):
