@@ -32,6 +32,7 @@ CONTENTS = """
 docs/guide
 docs/models
 docs/operations
+docs/web
 docs/scores
 docs/finetuning
 docs/publishing

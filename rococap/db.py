@@ -23,6 +23,7 @@ from sqlalchemy import Engine as Database
 from sqlalchemy.engine import URL, CursorResult, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import DatabaseError as DriverError
+from sqlalchemy.pool import NullPool
 
 from rococap import open_files
 from rococap.errors import DatabaseError, DatabaseUnavailable
@@ -118,15 +119,19 @@ def default_url() -> str:
 # --- Opening ---------------------------------------------------------------------------------------------------
 
 
-def connect(url: str, *, create: bool = True, must_exist: bool = False, force: bool = False) -> Database:
+def connect(
+    url: str, *, create: bool = True, must_exist: bool = False, force: bool = False, pooled: bool = True
+) -> Database:
     """Opens the database at `url` and checks its schema; an empty or missing database gets its tables.
 
     With `must_exist`, a missing SQLite file is an error instead of being created. With `create=False` the database is
     opened as it is, whatever its schema. With `force` it may be on a file system where SQLite's locks do not work.
+    Unless `pooled`, an SQLite file is opened anew for each transaction, which therefore notices a file that was removed
+    or replaced.
     Raises DatabaseError for an invalid URL, a network file system without `force`, a missing file with `must_exist`, a
     database that is not rococap's, and one with another schema version.
     """
-    database = _create(_parse(url), force)
+    database = _create(_parse(url), force, pooled)
     if must_exist and database.dialect.name == "sqlite" and not os.path.exists(database.url.database or ""):
         raise DatabaseError(
             f"There is no database {database.url.database}. Name yours with --db, or create it by registering "
@@ -192,10 +197,12 @@ def _cannot_open(url: str, error: Exception) -> DatabaseError:
     )
 
 
-def _create(url: URL, force: bool) -> Database:
+def _create(url: URL, force: bool, pooled: bool) -> Database:
     if url.get_backend_name() == "sqlite":
         _check_folder(Path(url.database or ""), force)
-        database = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": 0})
+        database = create_engine(
+            url, isolation_level="AUTOCOMMIT", connect_args={"timeout": 0}, poolclass=None if pooled else NullPool
+        )
         event.listen(database, "connect", _set_pragmas)
         return database
     settings = {name: value for name, value in POSTGRESQL_SETTINGS.items() if name not in url.query}
@@ -318,10 +325,7 @@ def stay(database: Database, sql: str, params: Row) -> None:
         finally:
             cursor.close()
         if not is_same:
-            raise DatabaseError(
-                f"{shown(database.url)} is not the database that this process started with: it was "
-                "replaced. Start again, with the one that you want."
-            )
+            raise replaced(database.url)
 
     def check_behind_a_pooler(connection: Any, record: object, _proxy: object) -> None:
         if connection.prepare_threshold is None:  # a pooler may reconnect to the server without our noticing
@@ -330,6 +334,14 @@ def stay(database: Database, sql: str, params: Row) -> None:
     event.listen(database, "connect", check)
     if database.dialect.name == "postgresql":
         event.listen(database, "checkout", check_behind_a_pooler)
+
+
+def replaced(url: URL) -> DatabaseError:
+    """The error for a database whose rows are not those that this process has seen."""
+    return DatabaseError(
+        f"{shown(url)} is not the database that this process started with: it was "
+        "replaced. Start again, with the one that you want."
+    )
 
 
 def explain(error: DBAPIError, url: URL | None = None) -> str:

@@ -13,7 +13,7 @@ import rococap
 ROOT = Path(rococap.__file__).parent
 
 PLAN = (
-    {"errors", "recipe", "flags", "open_files", "progress", "tables"},
+    {"errors", "recipe", "figures", "flags", "open_files", "progress", "tables"},
     {"files", "prompts", "urls"},
     {"db"},
     {"data"},
@@ -21,7 +21,7 @@ PLAN = (
     {"queue"},
     {"results"},
     {"scores", "training", "worker"},
-    {"doctor"},
+    {"doctor", "web"},
     {"demo"},
     {"cli"},
 )

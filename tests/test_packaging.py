@@ -134,6 +134,7 @@ for command in json.loads(sys.argv[1]):
     loaded[" ".join(command)] = sorted(sys.modules)
 print(json.dumps(loaded))
 """
+WEB = {"fastapi", "starlette", "uvicorn"}
 MODEL = {"torch", "torchvision", "transformers", "accelerate", "safetensors", "datasets"}
 
 
@@ -152,6 +153,7 @@ def test_only_workers_import_a_model_library(tmp_path):
     loaded = {command: set(modules) for command, modules in json.loads(out.splitlines()[-1]).items()}
     assert (tmp_path / "results_medical" / "medical_captions_train.csv").exists()
     assert {command: modules & MODEL for command, modules in loaded.items()} == {key: set() for key in loaded}
+    assert {command for command, modules in loaded.items() if modules & WEB} == set()
     assert [" ".join(command) for command in lean if "pandas" in loaded[" ".join(command)]] == []
 
 

@@ -25,9 +25,9 @@ from rococap.cli.options import (
     say,
     stderr_console,
 )
-from rococap.cli.tables import duration
 from rococap.cli.worker import parse_batch_size
 from rococap.data import SPLITS
+from rococap.figures import duration
 from rococap.recipe import DEFAULT_MODEL, GREEDY, LOAD_IN, Recipe
 from rococap.training.settings import EFFECTIVE_BATCH, LEARNING_RATES, Settings
 

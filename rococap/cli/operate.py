@@ -17,7 +17,6 @@ from rococap.cli.options import (
     run_option,
     say,
     splits_option,
-    with_run,
 )
 from rococap.errors import RococapError
 
@@ -94,7 +93,7 @@ def retry_command(
         n = queue.retry(conn, run, splits=splits, codes=codes, image_ids=image_ids, cancelled=cancelled)
         if not n:
             _refuse_unknown(conn, run, image_ids, codes)
-    say(f"{run.name}: {n} pending again" + (f". Caption them: {with_run('worker', run.name)}" if n else ""))
+    say(f"{run.name}: {n} pending again" + (f". Caption them: {queue.with_run('worker', run.name)}" if n else ""))
 
 
 def _refuse_unknown(conn: Connection, run: queue.Run, image_ids: Sequence[str], codes: Sequence[str] = ()) -> None:
@@ -107,7 +106,7 @@ def _refuse_unknown(conn: Connection, run: queue.Run, image_ids: Sequence[str], 
     if unknown := queue.unknown_codes(conn, run, codes):
         raise RococapError(
             f"No picture of run {run.name!r} failed with the code {', '.join(unknown)}: nothing was changed. To see "
-            f"the codes: {with_run('failures', run.name)}"
+            f"the codes: {queue.with_run('failures', run.name)}"
         )
 
 
@@ -129,7 +128,7 @@ def cancel_command(run_name: str | None, splits: tuple[str, ...], image_ids: tup
         n = queue.cancel(conn, run, splits=splits, image_ids=image_ids)
         if not n:
             _refuse_unknown(conn, run, image_ids)
-    say(f"{run.name}: {n} cancelled" + (f". Undo: {with_run('retry --cancelled', run.name)}" if n else ""))
+    say(f"{run.name}: {n} cancelled" + (f". Undo: {queue.with_run('retry --cancelled', run.name)}" if n else ""))
 
 
 @cli.command("pause")
@@ -156,7 +155,7 @@ def _pause(run_name: str | None, paused: bool) -> None:
         run = queue.find_run(conn, run_name)
         queue.pause(conn, run, paused)
     if paused:
-        say(f"{run.name}: paused. To resume: {with_run('resume', run.name)}")
+        say(f"{run.name}: paused. To resume: {queue.with_run('resume', run.name)}")
     else:
         click.echo(f"{run.name}: resumed. Workers may claim its pictures again.")
 

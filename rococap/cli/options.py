@@ -32,7 +32,7 @@ SHOWN_FAILURES = 10
 
 SECTIONS = {
     "Main job": ("enqueue", "worker", "status", "export"),
-    "Inspect": ("runs", "failures", "leases", "workers", "prompts"),
+    "Inspect": ("serve", "runs", "failures", "leases", "workers", "prompts"),
     "Operate": ("retry", "cancel", "pause", "resume", "reap", "vacuum", "backup"),
     "Results": ("compare", "evaluate", "finetune", "report", "restore"),
     "Set-up": ("doctor", "migrate", "bench", "demo"),
@@ -179,10 +179,10 @@ class Target:
     is_option: bool
 
 
-def open_database(*, may_be_new: bool = False) -> Database:
+def open_database(*, may_be_new: bool = False, pooled: bool = True) -> Database:
     """Opens this invocation's database. Raises DatabaseError if it does not exist, unless `may_be_new`."""
     target = click.get_current_context().find_root().obj
-    return db.connect(target.url, must_exist=not may_be_new, force=target.force)
+    return db.connect(target.url, must_exist=not may_be_new, force=target.force, pooled=pooled)
 
 
 def echo_json(value: Any) -> None:
@@ -226,11 +226,6 @@ def splits_option(required: bool = False, help: str | None = None) -> Callable[[
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def with_run(command: str, name: str) -> str:
-    """The command line to paste that runs this command on this run."""
-    return f"rococap {command}" + ("" if name == "default" else f" --run {shlex.quote(name)}")
 
 
 @contextmanager

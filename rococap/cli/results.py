@@ -27,9 +27,10 @@ from rococap.cli.options import (
     splits_option,
     strip_option,
 )
-from rococap.cli.tables import cut, significant, within_80
+from rococap.cli.tables import cut, within_80
 from rococap.data import SPLITS
 from rococap.errors import RococapError
+from rococap.figures import significant
 
 if TYPE_CHECKING:
     from rococap.results.messages import Text

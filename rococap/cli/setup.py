@@ -23,9 +23,10 @@ from rococap.cli.options import (
     say,
     stderr_console,
 )
-from rococap.cli.tables import aligned, as_table, in_hours, shortened, significant
+from rococap.cli.tables import aligned, as_table, shortened
 from rococap.cli.worker import check_engine, engine_options
 from rococap.data import SPLITS
+from rococap.figures import in_hours, significant
 
 if TYPE_CHECKING:
     from rococap.scores.leaks import Leaks

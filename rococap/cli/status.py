@@ -1,7 +1,6 @@
 """Commands that inspect a queue: status, runs, failures, leases, workers. Only `runs --delete` changes one."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -24,9 +23,9 @@ from rococap.cli.options import (
     run_option,
     say,
     splits_option,
-    with_run,
 )
-from rococap.cli.tables import ago, as_table, duration, percent, within_80
+from rococap.cli.tables import as_table, within_80
+from rococap.figures import ago, duration, percent
 from rococap.recipe import Recipe
 
 SHOWN_PROCESS = 16  # characters
@@ -69,7 +68,7 @@ def _status_text(database: Database) -> str:
     paused = sorted({tally.run for tally in counts if tally.paused})
     notes = [
         *filter(None, map(_rare_states, counts)),
-        *(f"{run} is paused. To resume: {with_run('resume', run)}" for run in paused),
+        *(f"{run} is paused. To resume: {queue.with_run('resume', run)}" for run in paused),
     ]
     return "\n".join([_counts_table(counts), *notes, "", _workers_text(workers)])
 
@@ -90,7 +89,7 @@ def _rare_states(counts: queue.Counts) -> str:
     """A line for the states that the table leaves out, and one for flagged captions; empty if there are none."""
     n = {"failed": counts.failed, "waiting": counts.waiting, "cancelled": counts.cancelled}
     states = ", ".join(f"{number} {state}" for state, number in n.items() if number)
-    reason = f". Why: {with_run('failures', counts.run)}" if counts.failed else ""
+    reason = f". Why: {queue.with_run('failures', counts.run)}" if counts.failed else ""
     flags = ", ".join(f"{number} {flag}" for flag, number in counts.flags.items())
     lines = [f"{states}{reason}"] * bool(states) + [f"flagged captions: {flags}"] * bool(flags)
     return "\n".join(f"{counts.run} {counts.split}: {line}" for line in lines)
@@ -169,7 +168,7 @@ def _run_json(seen: queue.RunSeen) -> dict[str, Any]:
         "columns": seen.run.columns.given(),
         "recipe_hash": seen.run.recipe.hash,
         "created_at": created_at.replace("+00:00", "Z"),
-        "state": _state(seen),
+        "state": seen.state,
         "splits": [{**asdict(tally), "total": tally.total} for tally in seen.counts],
     }
 
@@ -178,17 +177,7 @@ def _run_row(seen: queue.RunSeen) -> list[str]:
     done, total = sum(tally.done for tally in seen.counts), sum(tally.total for tally in seen.counts)
     failed = sum(tally.failed for tally in seen.counts)
     model = Path(seen.run.recipe.model).name
-    return [seen.run.name, model, _recipe_text(seen.run.recipe), f"{done}/{total}", str(failed), _state(seen)]
-
-
-def _state(seen: queue.RunSeen) -> str:
-    if seen.run.paused:
-        return "paused"
-    if any(tally.leased for tally in seen.counts):
-        return "running"
-    if any(tally.unfinished for tally in seen.counts):
-        return "waiting"
-    return "finished" if seen.counts else "empty"
+    return [seen.run.name, model, _recipe_text(seen.run.recipe), f"{done}/{total}", str(failed), seen.state]
 
 
 def _recipe_text(recipe: Recipe) -> str:
@@ -222,13 +211,12 @@ def failures_command(run_name: str | None, splits: tuple[str, ...], as_json: boo
     if not failed:
         click.echo("Nothing has failed.")
         return
-    for (run, code), n in Counter((failure.run, failure.code) for failure in failed).most_common():
-        click.echo(f"{run}: {n} {code}")
-        alike = [failure for failure in failed if (failure.run, failure.code) == (run, code)]
-        for failure in alike[:SHOWN_FAILURES]:
+    for group in queue.by_code(failed):
+        click.echo(f"{group.run}: {group.n} {group.code}")
+        for failure in group.failed[:SHOWN_FAILURES]:
             click.echo(f"  {failure.split} {failure.image_id}: {failure.message}")
-        if n > SHOWN_FAILURES:
-            click.echo(f"  … and {n - SHOWN_FAILURES} more: --json lists them all")
+        if group.n > SHOWN_FAILURES:
+            click.echo(f"  … and {group.n - SHOWN_FAILURES} more: --json lists them all")
     say("To retry them: rococap retry --code CODE, or --image-id ID, or --all")
 
 

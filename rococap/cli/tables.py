@@ -1,4 +1,4 @@
-"""Text for terminals: aligned columns, durations, rounded numbers."""
+"""Text for terminals: aligned columns, shortened names."""
 
 import re
 from collections.abc import Sequence
@@ -19,15 +19,6 @@ def as_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(line(values) for values in cells)
 
 
-def duration(seconds: float | None) -> str:
-    """Like "2 h 05 min"; "?" if it is not known."""
-    if seconds is None:
-        return "?"
-    minutes, sec = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {sec:02} s" if minutes else f"{sec} s"
-
-
 def within_80(header: Sequence[str], rows: Sequence[list[str]], *shorten: int) -> str:
     """A table at most 80 characters wide.
 
@@ -46,15 +37,6 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def percent(share: float | None) -> str:
-    """A share of 1 as a whole number of percent; "-" if it is not known."""
-    return "-" if share is None else f"{100 * share:.0f}"
-
-
-def ago(seconds: float) -> str:
-    return f"{duration(max(0.0, seconds))} ago"
-
-
 def aligned(facts: Sequence[Sequence[str]]) -> str:
     """A line for each (name, value), with the values below one another."""
     return "\n".join(f"{name:<11}{value}" for name, value in facts)
@@ -63,12 +45,3 @@ def aligned(facts: Sequence[Sequence[str]]) -> str:
 def shortened(text: str, limit: int = 66) -> str:
     """The end of the text, by which folders differ, at most `limit` characters with the ellipsis."""
     return text if len(text) <= limit else "…" + text[1 - limit :]
-
-
-def in_hours(hours: float) -> str:
-    return f"about {duration(3600 * hours)}"
-
-
-def significant(number: float) -> float:
-    """Rounded for display: one decimal from 10 on, three significant digits below."""
-    return round(number, 1) if number >= 10 else float(f"{number:.3g}")

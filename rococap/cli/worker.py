@@ -24,10 +24,9 @@ from rococap.cli.options import (
     say,
     splits_option,
     stderr_console,
-    with_run,
 )
-from rococap.cli.tables import duration
 from rococap.errors import RococapError
+from rococap.figures import duration
 
 
 def engine_options(command: F) -> F:
@@ -236,7 +235,7 @@ def _echo_outcome(outcome: Any, settings: Any) -> None:
         f"{outcome.run}: {outcome.done} captioned in {outcome.seconds:.1f} s ({rate:.1f}/s), {outcome.failed} failed"
     )
     if outcome.failed:
-        say(f"Why they failed: {with_run('failures', outcome.run)}")
+        say(f"Why they failed: {queue.with_run('failures', outcome.run)}")
     if outcome.lost:
         click.echo(
             f"{outcome.lost} captions came too late: their pictures had gone to another worker or had been cancelled."
@@ -256,7 +255,7 @@ def _worker_again(run: str, settings: Any) -> str:
     engine = "" if options.engine == "transformers" else f" --engine {options.engine}"
     server = {"--base-url": options.base_url, "--served-model": options.served_model}
     named = "".join(f" {name} {shlex.quote(value)}" for name, value in server.items() if value)
-    return with_run("worker", run) + engine + named
+    return queue.with_run("worker", run) + engine + named
 
 
 @contextmanager

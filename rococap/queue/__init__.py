@@ -11,6 +11,7 @@ tallies, worker. `now` is the database's clock unless a test passes its own. The
 bound parameter it would miss the partial indexes (11 microseconds would become 32 milliseconds).
 """
 
+from rococap.queue.history import Interval, Made, throughput
 from rococap.queue.leases import (
     claim,
     complete,
@@ -53,13 +54,17 @@ from rococap.queue.runs import (
     pin_first,
     refuse_deleted,
     rules_of,
+    with_run,
 )
 from rococap.queue.status import (
     Counts,
     Failed,
+    FailedAlike,
     Labelled,
+    LeaseSeen,
     RunSeen,
     WorkerSeen,
+    by_code,
     choose_run,
     counts,
     counts_of,
@@ -80,9 +85,13 @@ __all__ = [
     "Claim",
     "Counts",
     "Failed",
+    "FailedAlike",
+    "Interval",
     "Job",
     "Labelled",
     "Lease",
+    "LeaseSeen",
+    "Made",
     "Recovered",
     "Run",
     "RunSeen",
@@ -90,6 +99,7 @@ __all__ = [
     "Timing",
     "WorkerSeen",
     "belongs",
+    "by_code",
     "cancel",
     "check_pinned",
     "check_rules",
@@ -138,8 +148,10 @@ __all__ = [
     "stop_worker",
     "store_self_check",
     "tally",
+    "throughput",
     "unfinished",
     "unknown_codes",
     "unknown_images",
     "wake",
+    "with_run",
 ]

@@ -1,6 +1,7 @@
 """Runs: one recipe on one data set, with the model state that the run's first worker pinned."""
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ def _run(row: Sequence[Any]) -> Run:
         *(run_id, name, dataset_id, dataset, revision, Recipe.from_json(recipe), parsed, max_attempts, bool(paused)),
         columns=Columns.from_json(columns),
     )
+
+
+def with_run(command: str, name: str) -> str:
+    """The command line to paste that runs this command on this run."""
+    return f"rococap {command}" + ("" if name == "default" else f" --run {shlex.quote(name)}")
 
 
 def list_runs(conn: Connection) -> list[Run]:

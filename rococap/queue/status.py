@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,17 @@ class RunSeen:
     created_at: int
     counts: tuple[Counts, ...]
 
+    @property
+    def state(self) -> str:
+        """paused, running, waiting (for a worker), finished, or empty."""
+        if self.run.paused:
+            return "paused"
+        if any(split.leased for split in self.counts):
+            return "running"
+        if any(split.unfinished for split in self.counts):
+            return "waiting"
+        return "finished" if self.counts else "empty"
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
@@ -110,6 +121,19 @@ class Failed:
     code: str
     message: str
     attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAlike:
+    """The failed jobs of one run that have the same failure code."""
+
+    run: str
+    code: str
+    failed: tuple[Failed, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.failed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +319,15 @@ def list_failures(conn: Connection, run: str | None = None, splits: Sequence[str
         for split in splits or SPLITS
         for row in execute(conn, _FAILED, (found.id, split)).fetchall()
     ]
+
+
+def by_code(failed: Iterable[Failed]) -> list[FailedAlike]:
+    """Failed jobs grouped by run and code, the largest group first."""
+    groups: dict[tuple[str, str], list[Failed]] = {}
+    for failure in failed:
+        groups.setdefault((failure.run, failure.code), []).append(failure)
+    alike = [FailedAlike(run, code, tuple(found)) for (run, code), found in groups.items()]
+    return sorted(alike, key=lambda group: -group.n)
 
 
 def choose_run(conn: Connection, name: str | None, splits: Sequence[str], command: str = "worker") -> Run:

@@ -147,7 +147,8 @@ def _page(
     note: str,
 ) -> Iterator[str]:
     folder = Path(__file__).parent
-    style, script = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    files = (folder.parent / "theme.css", folder / "report.css", folder / "report.js")
+    theme, style, script = (file.read_text(encoding="utf-8") for file in files)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
@@ -185,7 +186,7 @@ def _page(
         has_originals=any(pair.reference for one in evaluated.scored for pair in one.pairs),
         cards=cards,
         number=rounded,
-        style=Markup(style),
+        style=Markup(theme + style),
         script=Markup(script),
         script_digest=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

@@ -10,7 +10,7 @@ from small_engine import INFO
 from sqlalchemy import Connection, Engine
 
 from rococap import db, queue
-from rococap.queue import NORMAL, SOLO, SUSPECTS, leases, recovery
+from rococap.queue import NORMAL, SOLO, SUSPECTS, history, leases, recovery
 from rococap.queue import status as status_module
 
 N = 6_000
@@ -25,7 +25,7 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def fill_up(database: Engine, folder: Path) -> None:
-    """6,000 jobs more, and as many closed leases, one in ten of them pending; the tallies follow."""
+    """6,000 jobs more, one in ten of them pending and the others captioned, and as many closed leases."""
     fill(database, folder / "set", 10)
     with db.transaction(database, write=True) as conn:
         db.execute(
@@ -51,6 +51,11 @@ def fill_up(database: Engine, folder: Path) -> None:
             "closed_at) VALUES (?, 1, 'train', 0, 'closed', 1, 0, 0, ?, 0)",
             [(worker, n) for n in range(N)],
         )
+        db.execute(
+            conn,
+            "INSERT INTO captions (job_id, lease_id, text, generated_at) "
+            "SELECT id, (SELECT min(id) FROM leases), '', finished_at FROM jobs WHERE status = 'done'",
+        )
         n_pending = sum(status == "pending" for status, _ in states)
         queue.tally(conn, 1, "train", 0, {"pending": n_pending, "done": N - n_pending})
     if database.dialect.name == "postgresql":
@@ -62,6 +67,13 @@ def plan(conn: Connection, sql: str, params: Sequence = ()) -> str:
     is_sqlite = conn.dialect.name == "sqlite"
     explain = "EXPLAIN QUERY PLAN " if is_sqlite else "EXPLAIN (COSTS OFF) "
     return "\n".join(str(row[3 if is_sqlite else 0]) for row in db.execute(conn, explain + sql, params).fetchall())
+
+
+def filled(sql: str, *values: object) -> str:
+    """The statement with values in place of its parameters."""
+    for value in values:
+        sql = sql.replace("?", str(value), 1)
+    return sql
 
 
 def assert_uses(steps: str, index: str) -> None:
@@ -84,6 +96,8 @@ def test_the_claim_reads_its_partial_index_in_order(large, lane):
         ("ix_leases_expires_at", recovery._EXPIRED.replace("?", "9")),
         ("ix_jobs_waiting", recovery._WAKE.format(skip_locked="").replace("?", "9")),
         ("ix_jobs_failed", status_module._FAILED.replace("?", "1", 1).replace("?", "'train'")),
+        ("ix_jobs_due", filled(history._NOT_IN_A_SEGMENT, 60_000, 1, "'train'", 5_000, 5_100)),
+        ("ix_jobs_checkpoint", filled(history._IN_SEGMENTS, 60_000, 1, "'train'", 200, 210)),
         ("ix_jobs_leased", "SELECT 1 FROM jobs WHERE lease_id = 9"),
         ("ix_jobs_pending", leases._ANY_SUSPECT.replace("?", "1", 1).replace("?", "'train'")),
         (

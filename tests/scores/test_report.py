@@ -671,18 +671,6 @@ def test_a_report_imports_no_model_library(made):
 # --- In a browser ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 def listen(page: Any) -> list[str]:
     """To whatever a page complains of or asks for, but itself and the pictures in it."""
     trouble: list[str] = []

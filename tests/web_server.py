@@ -1,0 +1,67 @@
+"""A real `rococap serve` for tests, and browsers and other clients of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from axe_playwright_python.sync_playwright import Axe
+
+HTML = {"Accept": "text/html"}
+
+
+@dataclass
+class Served:
+    """A server, its address without the last slash, the line in which it gave it, and a client of it."""
+
+    process: subprocess.Popen
+    said: str
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = httpx.Client(base_url=self.address, timeout=30)
+
+    @property
+    def address(self) -> str:
+        return "http://127.0.0.1:" + self.said.split(" ")[4].rpartition(":")[2].partition("/")[0]
+
+    def stop(self) -> int:
+        """Asks it to stop, and returns its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+
+@contextmanager
+def serving(url: str, *options: str, **environment: str) -> Iterator[Served]:
+    """A server on a port of its own. It is to end with exit code 0 when asked to, without an error in its log."""
+    command = [sys.executable, "-m", "rococap", "--db", url, "serve", "--port", "0", *options]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | environment, bufsize=1
+        )
+        with process:
+            try:
+                said = process.stdout.readline()
+                log.seek(0)
+                assert said, log.read()
+                served = Served(process, said)
+                with served.client:
+                    yield served
+                assert served.stop() == 0
+                log.seek(0)
+                complaints = log.read()
+                assert complaints == ""
+            finally:
+                process.kill()
+
+
+def violations(page: Any) -> list[tuple[str, str]]:
+    """What axe finds wrong with a page: the rule and the element."""
+    found = Axe().run(page).response["violations"]
+    return [(one["id"], node["html"][:200]) for one in found for node in one["nodes"]]
