@@ -20,34 +20,70 @@ from rococap.review.edits import (
     undo_act,
 )
 from rococap.review.exchange import Imported, export_reviews, import_reviews
-from rococap.review.history import Caption, caption_of, counts, history
+from rococap.review.forms import Answers, Form, Scale, read_form
+from rococap.review.history import Caption, Reviewed, caption_of, counts, history
+from rococap.review.outcomes import results_of
 from rococap.review.records import ERRORS, VERDICTS, Conflict, Edit, Review
+from rococap.review.studies import (
+    Progress,
+    Shown,
+    Study,
+    Unblinding,
+    get_study,
+    item,
+    join,
+    list_studies,
+    new_study,
+    next_item,
+    progress,
+    rate,
+    unblind,
+)
 from rococap.review.verdicts import add_review
 
 __all__ = [
     "ERRORS",
     "VERDICTS",
     "Act",
+    "Answers",
     "Caption",
     "Change",
     "Conflict",
     "Edit",
+    "Form",
     "Imported",
+    "Progress",
     "Replaced",
     "Replacement",
     "Review",
+    "Reviewed",
+    "Scale",
     "Seen",
+    "Shown",
+    "Study",
+    "Unblinding",
     "add_review",
     "caption_of",
     "changes",
     "counts",
     "edit",
     "export_reviews",
+    "get_study",
     "history",
     "import_reviews",
+    "item",
+    "join",
     "list_acts",
+    "list_studies",
+    "new_study",
+    "next_item",
+    "progress",
+    "rate",
+    "read_form",
     "replace_all",
+    "results_of",
     "seen_now",
+    "unblind",
     "undo",
     "undo_act",
 ]

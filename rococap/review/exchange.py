@@ -145,8 +145,8 @@ def _read(path: Path) -> list[_Row]:
 def _parsed(number: int, given: Any) -> _Row:
     if not isinstance(given, Mapping):
         raise _Fault("not an object")
-    texts = {"review": ("verdict", "note"), "edit": ("text", "previous")}
-    for key in (*_KEYS, *texts.get(given["kind"], ())):
+    of_kind = {"review": ("verdict", "note"), "edit": ("text", "previous")}
+    for key in (*_KEYS, *of_kind.get(given["kind"], ())):
         if not isinstance(given[key], str):
             raise _Fault(f"{key} is not text")
     at = _milliseconds(given["at"])
