@@ -34,6 +34,7 @@ docs/models
 docs/operations
 docs/scores
 docs/finetuning
+docs/review
 docs/publishing
 docs/cli
 docs/performance

@@ -29,7 +29,7 @@ from rococap.cli.tables import within_80
 @json_option
 @db_option
 def reviews_command(to_file: Path | None, from_file: Path | None, run_name: str | None, as_json: bool) -> None:
-    """Count the verdicts and edits of each reader, write them to a file, or read them back.
+    """Count, export or import the verdicts and edits of readers.
 
     The file has a line for each verdict and each edit, with its reader and time, and with the caption that it is about.
     """

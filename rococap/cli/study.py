@@ -1,7 +1,6 @@
 """Commands for blinded reader studies: study new, status, results, unblind."""
 
 import getpass
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ import click
 
 from rococap import db, queue
 from rococap.cli.options import cli, db_option, echo_json, json_option, open_database, runs_option, say
-from rococap.cli.tables import duration, within_80
+from rococap.cli.tables import within_80
 from rococap.data import SPLITS
 from rococap.errors import RococapError
 
@@ -169,61 +168,7 @@ def study_results_command(name: str, as_json: bool) -> None:
     if as_json:
         echo_json(found)
     else:
-        click.echo("\n\n".join(_results_text(found)))
-
-
-def _results_text(found: Mapping[str, Any]) -> list[str]:
-    from rococap.results.texts import iso
-
-    unblinding = found["unblinding"]
-    heading = f"{found['study']}: {found['readings']} readings of {found['pictures']} pictures of {found['split']}"
-    if unblinding:
-        at, by, n = iso(unblinding["at"]), unblinding["reader"], unblinding["n_missing"]
-        heading += f"\nUnblinded by {by} at {at}, with {n} readings missing"
-    parts = [heading]
-    if preference := found["preference"]:
-        groups = {"all": preference, **preference["by_modality"]}
-        choices = list(preference["shares"])
-        rows = [
-            [name, str(of["n"]), *(_share_text(of["shares"][one]) for one in choices)] for name, of in groups.items()
+        tables = [
+            "\n".join([within_80(table.header, table.rows, 0), *table.notes]) for table in review.tables_of(found)
         ]
-        table = within_80(["best, in %", "readings", *choices], rows, 0)
-        parts += [f"{table}\n{_agreement_text(preference['agreement'])}"]
-    for rating in found["ratings"]:
-        groups = {"all": rating["by_text"], **rating["by_modality"]}
-        rows = [[name, *(_rated_text(of[text]) for text in found["texts"])] for name, of in groups.items()]
-        table = within_80([rating["name"], *found["texts"]], rows, 0)
-        levels = ", ".join(f"{at} {level}" for at, level in enumerate(rating["levels"], 1))
-        parts += [f"{table}\n{levels}\n{_agreement_text(rating['agreement'])}"]
-    times = found["reading_sec"]
-    rows = [
-        [name, str(of["n"]), f"{of['median']:.1f} s", duration(of["total"])]
-        for of_kind in (times["by_reader"], times["by_modality"])
-        for name, of in of_kind.items()
-    ]
-    return [*parts, within_80(["reading time", "readings", "median", "total"], rows, 0)]
-
-
-def _share_text(of: Mapping[str, Any]) -> str:
-    if of["share"] is None:
-        return "-"
-    low, high = of["interval"]
-    return f"{100 * of['share']:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
-
-
-def _rated_text(of: Mapping[str, Any]) -> str:
-    """The mean level with its interval; on a scale without order, how often each level was given."""
-    if "mean" not in of:
-        return "/".join(map(str, of["n"]))
-    return (
-        f"{_number(of['mean'])} [{', '.join(map(_number, of['interval']))}]" if of["interval"] else _number(of["mean"])
-    )
-
-
-def _agreement_text(of: Mapping[str, Any]) -> str:
-    kappas = f"Cohen's kappa {_number(of['cohen_mean'])} (mean of pairs), Fleiss' kappa {_number(of['fleiss'])}"
-    return f"agreement: {kappas}, Krippendorff's alpha {_number(of['krippendorff'])}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+        click.echo("\n\n".join([review.heading_of(found), *tables]))

@@ -22,7 +22,7 @@ from rococap.review.edits import (
 from rococap.review.exchange import Imported, export_reviews, import_reviews
 from rococap.review.forms import Answers, Form, Scale, read_form
 from rococap.review.history import Caption, Reviewed, caption_of, counts, history
-from rococap.review.outcomes import results_of
+from rococap.review.outcomes import Table, heading_of, open_studies, results_of, tables_of
 from rococap.review.records import ERRORS, VERDICTS, Conflict, Edit, Review
 from rococap.review.studies import (
     Progress,
@@ -61,6 +61,7 @@ __all__ = [
     "Seen",
     "Shown",
     "Study",
+    "Table",
     "Unblinding",
     "add_review",
     "caption_of",
@@ -69,6 +70,7 @@ __all__ = [
     "edit",
     "export_reviews",
     "get_study",
+    "heading_of",
     "history",
     "import_reviews",
     "item",
@@ -77,12 +79,14 @@ __all__ = [
     "list_studies",
     "new_study",
     "next_item",
+    "open_studies",
     "progress",
     "rate",
     "read_form",
     "replace_all",
     "results_of",
     "seen_now",
+    "tables_of",
     "unblind",
     "undo",
     "undo_act",

@@ -91,7 +91,8 @@ def test_two_halves_come_together_in_any_order(database, run, other, tmp_path):
     rows = path.read_text().splitlines(keepends=True)
     with writing(other) as conn:
         job = db.execute(conn, "SELECT min(job_id) FROM captions").scalar_one()
-        review.edit(conn, run_of(other), job, "cy", "An edit made here, in the year 1970.", seen=None, now=500)
+        review.edit(conn, run_of(other), job, "cy", "An edit of 1970.", seen=None, now=500)
+        review.edit(conn, run_of(other), job + 1, "cy", "An edit of 2096.", seen=None, now=4_000_000_000_000)
     half.write_text("".join(rows[::-1][:3]) + "\n")
     with pytest.raises(RococapError, match=r"1 rows of .*half\.jsonl undo an edit that is missing \(line 3: \w{32}\)"):
         review.import_reviews(other, half)
@@ -99,8 +100,8 @@ def test_two_halves_come_together_in_any_order(database, run, other, tmp_path):
     assert review.import_reviews(other, half).known == 0
     assert review.import_reviews(other, path) == review.Imported(0, 2, 4)
     with db.transaction(other) as conn:
-        found = review.caption_of(conn, run_of(other), "train", "train_00000")
-    assert found.text == "Computed tomography of the left lung.", "the latest by time stands, not the last imported"
+        found = [review.caption_of(conn, run_of(other), "train", f"train_{n:05}").text for n in (0, 1)]
+    assert found == ["Computed tomography of the left lung.", "An edit of 2096."], "the latest by time stands"
 
 
 def run_of(database: Engine) -> Run:

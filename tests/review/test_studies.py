@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from samples import caption, register, texts, write_shard
@@ -15,7 +16,8 @@ from rococap.errors import RococapError
 from rococap.queue import Run
 from rococap.recipe import Recipe
 from rococap.review import Answers, Form, Scale, Study
-from rococap.scores import concepts
+from rococap.scores import concepts, metrics
+from rococap.scores.report import report
 
 CT, MRI, US = "C0040405", "C0024485", "C0041618"
 CUIS = [CT] * 10 + [MRI] * 4 + [US] * 2
@@ -349,6 +351,26 @@ def test_ratings_have_means_intervals_and_agreement(database, runs):
     assert list(accuracy["by_modality"]) == ["CT", "MRI", "ultrasound"]
 
 
+def test_a_report_shows_the_open_studies_of_its_runs(database, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "open_wordnet", lambda: SimpleNamespace(synsets=lambda word: []))
+
+    def page() -> str:
+        return report(database, ["tuned"], "test", tmp_path / "report.html", pictures=0).path.read_text()
+
+    study = draw(database, runs, "<b>blind")
+    joined(database, study, "ann")
+    read_all(database, study, "ann", by("plain"))
+    assert "Reader studies" not in page(), "the key is closed"
+    unblind(database, study)
+    told = page()
+    assert '<h3 id="study-1">&lt;b&gt;blind: 6 readings of 6 pictures of test; unblinded by dan at ' in told
+    assert '<tr><th scope="row">all</th><td class="n">6</td><td class="n">100 [61, 100]</td>' in told
+    other = draw(database, runs[:1], "other", form=FORM)
+    joined(database, other, "ann")
+    unblind(database, other)
+    assert page().count('<h3 id="study-') == 1, "of other runs, and not read"
+
+
 # --- Forms -----------------------------------------------------------------------------------------------------
 
 RATING = '[[rating]]\nname = "accuracy"\nquestion = "How true is it?"\nlevels = ["wrong", "right"]\n'
@@ -417,7 +439,7 @@ def test_a_study_by_its_commands(database, runs):
     [status] = json.loads(said("study", "status", "--json"))
     assert (status["key"], status["missing"], status["unblinding"]["reader"]) == ("unblinded", 6, "dan")
     told = said("study", "results", "one")
-    assert "Unblinded by dan at 2" in told
+    assert told.startswith("one: 6 readings of 6 pictures of test; unblinded by dan at 2")
     assert [line.split() for line in told.splitlines() if line.startswith(("best", "all"))] == [
         ["best,", "in", "%", "readings", "plain", "tuned", "(none)"],
         ["all", "6", "0", "[0,", "39]", "100", "[61,", "100]", "0", "[0,", "39]"],
