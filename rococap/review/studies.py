@@ -43,7 +43,7 @@ class Study:
 class Shown:
     """What a reader sees of one picture: its texts, without a hint of who wrote them.
 
-    `position` counts the reader's pictures from 1. `answers` are those that the reader gave before, if any. `shown_at`,
+    `position` counts the reader's pictures from 1; `image` is the picture's key in the table `images`. `answers` are those that the reader gave before, if any. `shown_at`,
     in ms since 1970, goes back with the answers: it is when the reading began.
     """
 
@@ -51,6 +51,7 @@ class Shown:
     position: int
     n_pictures: int
     split: str
+    image: int
     image_id: str
     texts: tuple[str, ...]
     form: Form
@@ -281,21 +282,21 @@ def item(conn: Connection, study: Study, reader: str, position: int, *, now: int
     sql = "SELECT answers FROM ratings WHERE study_id = ? AND reader_number = ? AND position = ? ORDER BY id DESC"
     given = execute(conn, f"{sql} LIMIT 1", (study.id, number, position)).scalar_one_or_none()
     answers = None if given is None else Answers.from_json(given)
-    image_id, texts = rows[0][0], tuple(text for _, text in rows)
+    image, image_id, texts = rows[0][0], rows[0][1], tuple(text for _, _, text in rows)
     return Shown(
-        *(study.name, position, study.n_pictures, study.split, image_id, texts, study.form, answers),
+        *(study.name, position, study.n_pictures, study.split, image, image_id, texts, study.form, answers),
         shown_at=time_of(conn, now),
     )
 
 
-def _texts(conn: Connection, study: Study, number: int, position: int) -> list[tuple[str, str]]:
-    """(image_id, text) at each place, in order."""
+def _texts(conn: Connection, study: Study, number: int, position: int) -> list[tuple[int, str, str]]:
+    """(key of the image, image_id, text) at each place, in order."""
     sql = (
-        "SELECT i.image_id, COALESCE(c.text, i.caption) FROM study_items t JOIN images i ON i.id = t.image_id "
+        "SELECT i.id, i.image_id, COALESCE(c.text, i.caption) FROM study_items t JOIN images i ON i.id = t.image_id "
         "LEFT JOIN captions c ON c.job_id = t.job_id "
         "WHERE t.study_id = ? AND t.reader_number = ? AND t.position = ? ORDER BY t.place"
     )
-    return [(row[0], row[1]) for row in execute(conn, sql, (study.id, number, position)).fetchall()]
+    return [(row[0], row[1], row[2]) for row in execute(conn, sql, (study.id, number, position)).fetchall()]
 
 
 def _joined(conn: Connection, study: Study, reader: str) -> int:

@@ -178,7 +178,7 @@ def test_a_reader_is_shown_the_texts_in_the_drawn_order_without_a_hint_of_the_ru
         left = {name: value for name, value in asdict(one).items() if name != "texts"}
         assert not {"plain", "tuned"} & set(json.dumps(left).replace('"', " ").split())
         assert set(left) == {
-            *("study", "position", "n_pictures", "split", "image_id", "form", "answers", "shown_at"),
+            *("study", "position", "n_pictures", "split", "image", "image_id", "form", "answers", "shown_at"),
         }
 
 
