@@ -43,8 +43,9 @@ class Study:
 class Shown:
     """What a reader sees of one picture: its texts, without a hint of who wrote them.
 
-    `position` counts the reader's pictures from 1; `image` is the picture's key in the table `images`. `answers` are those that the reader gave before, if any. `shown_at`,
-    in ms since 1970, goes back with the answers: it is when the reading began.
+    `position` counts the reader's pictures from 1; `image` is the picture's key in the table `images`. `answers` are
+    those that the reader gave before, if any. `shown_at`, in ms since 1970, goes back with the answers: it is when the
+    reading began.
     """
 
     study: str
