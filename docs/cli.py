@@ -1,5 +1,6 @@
 """Writes docs/cli.md, the help of every command: `python docs/cli.py`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -18,8 +19,16 @@ the commands in one table and [Exit codes](operations.md#exit-codes) says what t
 def text() -> str:
     """The whole page, the same whatever the terminal."""
     group = _context(cli, "rococap")
-    commands = [_context(cli.commands[name], name, group) for name in sorted(cli.commands)]
-    return "\n".join([HEAD, *(_section(context) for context in [group, *commands])])
+    return "\n".join([HEAD, *(_section(context) for context in [group, *_commands(group)])])
+
+
+def _commands(parent: click.Context) -> Iterator[click.Context]:
+    """The commands of a group, each followed by its own."""
+    group = parent.command
+    for name, command in sorted(group.commands.items()) if isinstance(group, click.Group) else ():
+        context = _context(command, name, parent)
+        yield context
+        yield from _commands(context)
 
 
 def _context(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:

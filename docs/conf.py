@@ -35,6 +35,7 @@ docs/operations
 docs/web
 docs/scores
 docs/finetuning
+docs/review
 docs/publishing
 docs/cli
 docs/performance

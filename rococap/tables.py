@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA = "0006"
+SCHEMA = "0007"
 """The alembic revision that this code reads and writes."""
 
 
@@ -261,6 +261,111 @@ failures = Table(
     Column("message", Text, nullable=False),
     Column("at", Int64, nullable=False),
     Index(None, "job_id"),
+    sqlite_strict=True,
+)
+
+# What people say of captions and make of them: rows are only ever added. A uuid is a row's identity in every database,
+# so that importing it again adds nothing.
+reviews = Table(
+    "reviews",
+    metadata,
+    _id(),
+    Column("uuid", Text, nullable=False, unique=True),
+    _to("job_id", "jobs.id"),
+    Column("reader", Text, nullable=False),
+    Column("verdict", Text, nullable=False),
+    Column("errors", Text, nullable=False, server_default=""),  # review.ERRORS, joined by commas
+    Column("note", Text, nullable=False, server_default=""),
+    Column("at", Int64, nullable=False),
+    CheckConstraint("verdict IN ('correct', 'minor', 'major', 'unusable')", name="verdict"),
+    Index(None, "job_id", "at", "uuid"),
+    sqlite_strict=True,
+)
+
+# The latest edit of a caption, by `at` and then `uuid`, is its current text; without one, it is the machine's.
+edits = Table(
+    "edits",
+    metadata,
+    _id(),
+    Column("uuid", Text, nullable=False, unique=True),
+    _to("job_id", "jobs.id"),
+    Column("reader", Text, nullable=False),
+    Column("text", Text, nullable=False),
+    Column("previous", Text, nullable=False),  # the text before
+    _to("undoes", "edits.id", nullable=True),
+    Column("act", Text),  # the same for all edits that one reader made at once; NULL for one made by itself
+    Column("at", Int64, nullable=False),
+    Index(None, "job_id", "at", "uuid"),
+    _partial("ix_edits_act", "act", where="act IS NOT NULL"),
+    sqlite_strict=True,
+)
+
+# Reader studies: rows are only ever added here too.
+studies = Table(
+    "studies",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    Column("split", Text, nullable=False),
+    Column("n_pictures", Int64, nullable=False),
+    Column("n_readers", Int64, nullable=False),
+    Column("seed", Int64, nullable=False),
+    Column("form", Text, nullable=False),  # JSON of review.Form
+    Column("created_at", Int64, nullable=False),
+    sqlite_strict=True,
+)
+
+# One text that one reader is shown: which text is at which place is the key of the study.
+study_items = Table(
+    "study_items",
+    metadata,
+    _id(),
+    _to("study_id", "studies.id"),
+    Column("reader_number", Int64, nullable=False),
+    Column("position", Int64, nullable=False),  # of the picture, in this reader's order
+    Column("place", Int64, nullable=False),  # of the text, beside the others of the picture
+    _to("image_id", "images.id"),
+    Column("modality", Text, nullable=False),
+    _to("job_id", "jobs.id", nullable=True),  # NULL: the original caption
+    UniqueConstraint("study_id", "reader_number", "position", "place"),
+    Index(None, "job_id"),
+    sqlite_strict=True,
+)
+
+study_readers = Table(
+    "study_readers",
+    metadata,
+    _to("study_id", "studies.id", primary_key=True),
+    Column("reader_number", Int64, primary_key=True, autoincrement=False),
+    Column("reader", Text, nullable=False),
+    Column("joined_at", Int64, nullable=False),
+    UniqueConstraint("study_id", "reader"),
+    sqlite_strict=True,
+)
+
+# The latest row of a reader and position counts.
+ratings = Table(
+    "ratings",
+    metadata,
+    _id(),
+    _to("study_id", "studies.id"),
+    Column("reader_number", Int64, nullable=False),
+    Column("position", Int64, nullable=False),
+    Column("answers", Text, nullable=False),  # JSON of review.Answers
+    Column("shown_at", Int64, nullable=False),
+    Column("at", Int64, nullable=False),
+    CheckConstraint("at >= shown_at", name="shown_at"),
+    Index(None, "study_id", "reader_number", "position"),
+    sqlite_strict=True,
+)
+
+unblindings = Table(
+    "unblindings",
+    metadata,
+    _to("study_id", "studies.id", primary_key=True),
+    Column("reader", Text, nullable=False),
+    Column("n_missing", Int64, nullable=False),  # readings that were missing at the time
+    Column("at", Int64, nullable=False),
     sqlite_strict=True,
 )
 

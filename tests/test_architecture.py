@@ -20,6 +20,7 @@ PLAN = (
     {"engines"},
     {"queue"},
     {"results"},
+    {"review"},
     {"scores", "training", "worker"},
     {"doctor", "web"},
     {"demo"},

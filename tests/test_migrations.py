@@ -38,6 +38,14 @@ INSERT INTO captions (job_id, lease_id, text, generated_at) VALUES (1, 1, 'A che
 INSERT INTO scores VALUES (1, 'cider_d', 'dd', '{"cider_d": 1.5}');
 INSERT INTO failures VALUES (1, 2, 2, 'crash', 'The worker died.', 9);
 INSERT INTO tallies VALUES (1, 'train', 'done', 0, 1), (1, 'train', 'pending', 0, 1);
+INSERT INTO reviews VALUES (1, 'e1', 1, 'ann', 'minor', 'side', 'It is the left lung.', 8);
+INSERT INTO edits VALUES (1, 'f1', 1, 'ann', 'A CT.', 'A chest X-ray.', NULL, 'a1', 8),
+                         (2, 'f2', 1, 'bob', 'A chest X-ray.', 'A CT.', 1, NULL, 9);
+INSERT INTO studies VALUES (1, 'one', 'train', 1, 1, 0, '{}', 8);
+INSERT INTO study_items VALUES (1, 1, 1, 1, 1, 1, 'CT', 1), (2, 1, 1, 1, 2, 1, 'CT', NULL);
+INSERT INTO study_readers VALUES (1, 1, 'ann', 8);
+INSERT INTO ratings VALUES (1, 1, 1, 1, '{"preference": 1}', 8, 9);
+INSERT INTO unblindings VALUES (1, 'ann', 0, 9);
 DELETE FROM leases WHERE id = 3;
 """
 TABLES = sorted(metadata.tables)
@@ -169,7 +177,7 @@ def test_the_migrations_make_what_the_models_say_word_for_word(engine, tmp_path)
 
 def test_every_table_is_strict_and_only_lease_ids_are_never_used_again(path):
     sql = {name: text for (kind, name), text in schema_of(path).items() if kind == "table" and name in TABLES}
-    assert len(sql) == 12
+    assert len(sql) == 19
     assert {name: text.endswith(")STRICT") for name, text in sql.items()} == dict.fromkeys(sql, True)
     assert [name for name, text in sql.items() if "AUTOINCREMENT" in text] == ["leases"]
     assert "(id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT," in sql["leases"]
@@ -191,6 +199,8 @@ def test_every_check_is_in_the_database(path):
             "ck_jobs_not_before": "((status = 'waiting') = (not_before IS NOT NULL))",
             "ck_jobs_finished_at": "((status IN ('done', 'failed', 'cancelled')) = (finished_at IS NOT NULL))",
             "ck_jobs_checkpoint": "(checkpoint IS NULL OR status = 'done')",
+            "ck_reviews_verdict": "(verdict IN ('correct', 'minor', 'major', 'unusable'))",
+            "ck_ratings_shown_at": "(at >= shown_at)",
         }.items()
     }
 
@@ -200,6 +210,8 @@ def test_every_index_is_in_the_database_with_its_condition(path):
         name: text.split(" ON ")[1] for (kind, name), text in schema_of(path).items() if kind == "index" and text
     }
     assert indexes == {
+        "ix_edits_act": "edits(act)WHERE act IS NOT NULL",
+        "ix_edits_job_id_at_uuid": "edits(job_id,at,uuid)",
         "ix_failures_job_id": "failures(job_id)",
         "ix_jobs_checkpoint": "jobs(run_id,split,checkpoint)WHERE checkpoint IS NOT NULL",
         "ix_jobs_due": "jobs(run_id,split,finished_at)WHERE status = 'done' AND checkpoint IS NULL",
@@ -209,6 +221,9 @@ def test_every_index_is_in_the_database_with_its_condition(path):
         "ix_jobs_waiting": "jobs(not_before)WHERE status = 'waiting'",
         "ix_leases_closed_at": "leases(closed_at)",
         "ix_leases_expires_at": "leases(expires_at)WHERE state = 'open'",
+        "ix_ratings_study_id_reader_number_position": "ratings(study_id,reader_number,position)",
+        "ix_reviews_job_id_at_uuid": "reviews(job_id,at,uuid)",
+        "ix_study_items_job_id": "study_items(job_id)",
         "ix_workers_seen_at": "workers(seen_at)",
     }
 

@@ -174,11 +174,16 @@ def test_every_command_is_in_the_guide(name):
     assert re.search(rf"^\| `rococap {name}\b", (ROOT / "docs" / "guide.md").read_text(), re.MULTILINE)
 
 
+def params(command):
+    """The parameters of a command, or of all commands of a group."""
+    return [one for each in (command, *getattr(command, "commands", {}).values()) for one in each.params]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_documentation_shows_no_command_or_option_that_does_not_exist(page):
     blocks = re.findall(r"^```console.*?^```", page.read_text(), re.MULTILINE | re.DOTALL)
     shown = re.findall(r"(?:^|\$ |&& )rococap(?: --db \S+)? ([a-z]\S*)([^#&\n]*)", "\n".join(blocks), re.MULTILINE)
-    known = {name: {option for one in command.params for option in one.opts} for name, command in cli.commands.items()}
+    known = {name: {option for one in params(command) for option in one.opts} for name, command in cli.commands.items()}
     assert [name for name, _ in shown if name not in known] == []
     assert [
         (name, option)

@@ -34,6 +34,9 @@ from rococap.figures import significant
 
 if TYPE_CHECKING:
     from rococap.results.messages import Text
+    from rococap.results.texts import Kind
+
+CAPTIONS = ("machine", "edited", "reviewed")
 
 
 @cli.command("compare")
@@ -118,6 +121,13 @@ EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
     metavar="DIR",
     help="Also write the scores into the model card of this fine-tuned model, which one of the runs captions with.",
 )
+@click.option(
+    "--captions",
+    type=click.Choice(CAPTIONS[:2]),
+    default="machine",
+    show_default=True,
+    help="Score the captions as the machine wrote them, or with the edits of readers.",
+)
 @strip_option
 @json_option
 @db_option
@@ -127,6 +137,7 @@ def evaluate_command(
     output: Path | None,
     also: tuple[str, ...],
     card: Path | None,
+    captions: "Kind",
     strip_reasoning: bool,
     as_json: bool,
 ) -> None:
@@ -147,10 +158,14 @@ def evaluate_command(
     database = open_database()
     with progress_bar() as progress:
         found = evaluation.evaluate(
-            database, names, splits, also=also, strip_reasoning=strip_reasoning, progress=progress
+            *(database, names, splits),
+            also=also,
+            captions=captions,
+            strip_reasoning=strip_reasoning,
+            progress=progress,
         )
     scores = evaluation.to_json(found)
-    path = output or evaluation.default_path(found, "scores", ".parquet")
+    path = output or evaluation.default_path(found, "scores", f"{_mark(captions)}.parquet")
     rows = evaluation.write(found, path, scores)
     if card is not None:
         model_card.write(card, found, scores)
@@ -358,6 +373,14 @@ _FILE_ENDING = re.compile(r"\.(?!v?\d+$)\w{1,8}")
     show_default=True,
     help="messages: train on the run's captions, or on the data set's own, which every picture of the run has.",
 )
+@click.option(
+    "--captions",
+    type=click.Choice(CAPTIONS),
+    default="machine",
+    show_default=True,
+    help="The captions as the machine wrote them; with the edits of readers; or, of these, only those of pictures with "
+    "a verdict. Checkpoint segments always hold the machine's.",
+)
 @click.option("--allow-missing", is_flag=True, help="imageclef: write an empty caption for pictures that have none.")
 @click.option(
     "--push",
@@ -379,6 +402,7 @@ def export_command(
     excel_safe: bool,
     strip_reasoning: bool,
     text: "Text",
+    captions: "Kind",
     allow_missing: bool,
     push: str | None,
 ) -> None:
@@ -410,6 +434,10 @@ def export_command(
     if text == "original" and (require_complete or strip_reasoning):
         option = "--require-complete" if require_complete else "--strip-reasoning"
         raise click.UsageError(f"{option} is about the run's captions: leave it out with --text original.")
+    if captions != "machine" and text == "original":
+        raise click.UsageError("--captions is about the run's captions: leave it out with --text original.")
+    if captions == "reviewed" and require_complete:
+        raise click.UsageError("--captions reviewed is of pictures with a verdict only: leave out --require-complete.")
     if follow and not checkpoint_every:
         raise click.UsageError("--follow writes checkpoints: give --checkpoint-every N, with N above 0.")
     _check_output(output, format, len(splits))
@@ -417,19 +445,22 @@ def export_command(
     with db.transaction(database) as conn:
         run = queue.find_run(conn, run_name)
     if format in FOLDERS:
-        _export_folder(database, run, splits, format, output, require_complete, strip_reasoning, text, push)
+        _export_folder(database, run, splits, format, output, captions, require_complete, strip_reasoning, text, push)
         return
-    paths = {split: _export_path(run.name, split, format, output) for split in splits}
+    paths = {split: _export_path(run.name, split, format, output, captions) for split in splits}
     if format == "imageclef":
-        _export_submissions(database, run, paths, allow_missing, strip_reasoning)
+        _export_submissions(database, run, paths, captions, allow_missing, strip_reasoning)
     else:
-        _export_files(database, run, paths, checkpoint_every, follow, require_complete, excel_safe, strip_reasoning)
+        _export_files(
+            *(database, run, paths, captions, checkpoint_every, follow, require_complete, excel_safe, strip_reasoning)
+        )
 
 
 def _export_files(
     database: Database,
     run: queue.Run,
     paths: dict[str, Path],
+    captions: "Kind",
     checkpoint_every: int,
     follow: bool,
     require_complete: bool,
@@ -446,6 +477,7 @@ def _export_files(
         with progress_bar() as progress:
             exported = files.export(
                 *(database, run, split, path),
+                captions=captions,
                 require_complete=require_complete,
                 excel_safe=excel_safe,
                 strip_reasoning=strip_reasoning,
@@ -453,11 +485,16 @@ def _export_files(
             )
         if checkpoint_every:
             _echo_segments(checkpoints.write_checkpoints(database, run, split, folder, checkpoint_every))
-        click.echo(f"{exported.path}: {exported.rows} captions{_left(exported.missing)}")
+        click.echo(f"{exported.path}: {exported.rows} captions{_left(exported.missing, captions)}")
 
 
 def _export_submissions(
-    database: Database, run: queue.Run, paths: dict[str, Path], allow_missing: bool, strip_reasoning: bool
+    database: Database,
+    run: queue.Run,
+    paths: dict[str, Path],
+    captions: "Kind",
+    allow_missing: bool,
+    strip_reasoning: bool,
 ) -> None:
     from rococap.results import imageclef
 
@@ -465,6 +502,7 @@ def _export_submissions(
         with progress_bar() as progress:
             submission = imageclef.submit(
                 *(database, run, split, path),
+                captions=captions,
                 allow_missing=allow_missing,
                 strip_reasoning=strip_reasoning,
                 progress=progress,
@@ -479,6 +517,7 @@ def _export_folder(
     splits: Sequence[str],
     format: str,
     output: Path | None,
+    captions: "Kind",
     require_complete: bool,
     strip_reasoning: bool,
     text: "Text",
@@ -488,17 +527,20 @@ def _export_folder(
 
     if push:
         hub.check_login()
-    folder = output or _results(run.name) / f"{'original' if text == 'original' else 'medical'}_captions_{format}"
+    folder = output or _results(run.name) / (
+        f"{'original' if text == 'original' else 'medical'}_captions_{format}{_mark(captions)}"
+    )
     with progress_bar() as progress:
         written = publish.publish(
             *(database, run, splits, folder, format),
+            captions=captions,
             require_complete=require_complete,
             strip_reasoning=strip_reasoning,
             text=text,
             progress=progress,
         )
     for part in written:
-        click.echo(f"{folder} {part.split}: {part.captions} captions{_left(part.missing)}")
+        click.echo(f"{folder} {part.split}: {part.captions} captions{_left(part.missing, captions)}")
         _echo_left_out(part.without_picture, "because their pictures cannot be read")
         _echo_left_out(part.without_text, "because their captions cannot be answers")
     named = (run.dataset, run.recipe.model, run.recipe.adapter)
@@ -517,8 +559,14 @@ def _echo_left_out(reasons: dict[str, str], why: str) -> None:
         click.echo(f"  {image_id}: {reason}")
 
 
-def _left(missing: int) -> str:
-    return f"; {missing} of the split are not done" if missing else ""
+def _left(missing: int, captions: "Kind") -> str:
+    what = "have no verdict" if captions == "reviewed" else "are not done"
+    return f"; {missing} of the split {what}" if missing else ""
+
+
+def _mark(captions: "Kind") -> str:
+    """What the names of files with these captions have before their ending."""
+    return "" if captions == "machine" else f".{captions}"
 
 
 def _results(run_name: str) -> Path:
@@ -560,11 +608,11 @@ def _ending_of(format: str) -> str:
     return "csv" if format == "imageclef" else format
 
 
-def _export_path(run_name: str, split: str, format: str, output: Path | None) -> Path:
+def _export_path(run_name: str, split: str, format: str, output: Path | None, captions: "Kind") -> Path:
     if output and _is_file_name(output):
         return output
     name = "submission" if format == "imageclef" else "medical_captions"
-    return (output or _results(run_name)) / f"{name}_{split}.{_ending_of(format)}"
+    return (output or _results(run_name)) / f"{name}_{split}{_mark(captions)}.{_ending_of(format)}"
 
 
 def _echo_segments(paths: list[Path]) -> None:

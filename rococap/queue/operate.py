@@ -137,10 +137,12 @@ def prune(conn: Connection, *, before: int, limit: int = 1_000) -> int:
 def delete_run(conn: Connection, run: Run, *, now: int | None = None) -> None:
     """Removes a run from the queue: no query finds it any more, and its name is free. `clear_deleted` removes its rows.
 
-    Raises RunError while workers hold pictures of it, and if it was deleted before.
+    Raises RunError while workers hold pictures of it, if people reviewed or edited its captions or a reader study uses
+    them, and if it was deleted before.
     """
     db.lock(conn, "runs", run.id)
     refuse_deleted(conn, run)
+    _refuse_used(conn, run)
     sql = "UPDATE runs SET deleted_at = ?, paused = 1, name = ? WHERE id = ?"
     execute(conn, sql, (time_of(conn, now), f"{run.name} (deleted {run.id})", run.id))
     # Counted only now: on PostgreSQL the update has waited for claims whose lease was there.
@@ -150,6 +152,17 @@ def delete_run(conn: Connection, run: Run, *, now: int | None = None) -> None:
         raise RunError(
             f"Workers hold pictures of run {run.name!r} ({n} leases are open), so it was not deleted. Stop them, or "
             f"cancel the pictures first: rococap cancel --run {run.name} --all"
+        )
+
+
+def _refuse_used(conn: Connection, run: Run) -> None:
+    """Raises RunError if people have worked on the run's captions: what they did is kept for good."""
+    using = {"reviews": "reviews", "edits": "edits", "study_items": "reader studies"}
+    exists = "SELECT 1 FROM {} x JOIN jobs j ON j.id = x.job_id WHERE j.run_id = ? LIMIT 1"
+    if found := [what for table, what in using.items() if execute(conn, exists.format(table), (run.id,)).fetchall()]:
+        raise RunError(
+            f"Run {run.name!r} has {' and '.join(found)}, which are kept for good, so it was not deleted. To stop its "
+            f"workers instead: rococap cancel --run {run.name} --all"
         )
 
 

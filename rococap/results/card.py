@@ -59,6 +59,7 @@ def card(run: Run, written: Sequence[Written], manifest: dict[str, Any]) -> str:
         written=written,
         is_qwen2_vl=_is_qwen2_vl(run.recipe.model),
         version=__version__,
+        captions=manifest.get("captions", "machine"),
         manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
     )
 

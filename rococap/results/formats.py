@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,11 @@ also after white space, which some programs strip. Matching any number of apostr
 cell matches with one more apostrophe in front if and only if it matches without.
 """
 SCHEMA = pa.schema([(name, pa.float64() if name == "processing_time_sec" else pa.string()) for name in COLUMNS])
+
+
+def schema_with(texts: Iterable[str]) -> pa.Schema:
+    """SCHEMA with further columns of text."""
+    return pa.schema([*SCHEMA, *((name, pa.string()) for name in texts)])
 
 
 def disarmed(cell: Any) -> Any:

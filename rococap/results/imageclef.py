@@ -19,6 +19,7 @@ from rococap.queue import Run
 from rococap.results.formats import fold, write_frames
 from rococap.results.manifest import manifest_of, manifest_path, stripped
 from rococap.results.snapshot import PAGE, IncompleteError, done_pages, finished_until, short_reads
+from rococap.results.texts import Kind, texts_now
 
 _SUBMISSION = pa.schema([("ID", pa.string()), ("Caption", pa.string())])
 
@@ -42,11 +43,14 @@ def submit(
     split: str,
     path: Path,
     *,
+    captions: Kind = "machine",
     allow_missing: bool = False,
     strip_reasoning: bool = False,
     progress: Progress = silent,
 ) -> Submission:
     """Writes `ID,Caption` for every picture of the split, in data set order, and a manifest beside the file.
+
+    `captions` says which texts to write, as for `export`; "reviewed" has none for pictures without a verdict.
 
     Raises IncompleteError if pictures have no caption, unless `allow_missing`; RunError if the run has no images of the
     split; RococapError for IDs that a submission cannot hold, or if the file cannot be written. On failure an older
@@ -60,6 +64,7 @@ def submit(
             (run.dataset_id, split),
         ).fetchall()
         cutoff = finished_until(conn, [run], [split])
+        texts = texts_now(conn, captions)
     ids = {id: _submitted_id(image_id) for id, image_id in images}
     if len(set(ids.values())) < len(ids):
         raise RococapError(
@@ -67,16 +72,16 @@ def submit(
         )
     submission = Submission(path)
     with replacing(path) as partial, short_reads(database) as read:
-        pages = done_pages(read, run, split, cutoff, "j.image_id, c.text", strip_reasoning=strip_reasoning)
-        captions = chain.from_iterable(pages)
-        write_frames(_submitted(ids, captions, submission, split, progress), partial, ".csv", _SUBMISSION)
+        pages = done_pages(read, run, split, cutoff, "j.image_id, c.text", texts=texts, strip_reasoning=strip_reasoning)
+        rows = chain.from_iterable(pages)
+        write_frames(_submitted(ids, rows, submission, split, progress), partial, ".csv", _SUBMISSION)
         if submission.missing and not allow_missing:
-            raise _incomplete(run, split, submission)
+            raise _incomplete(run, split, submission, captions)
         digest = sha256_of(partial)
         manifest_path(path).unlink(missing_ok=True)
     counts = {name: getattr(submission, name) for name in ("rows", "missing", "empty")}
     details = {"format": "imageclef", "split": split, "file": path.name, **counts, "sha256": digest}
-    write_json(manifest_path(path), manifest_of(run) | details | stripped(strip_reasoning))
+    write_json(manifest_path(path), manifest_of(run) | texts.in_manifest() | details | stripped(strip_reasoning))
     return submission
 
 
@@ -119,7 +124,13 @@ def _every_id(ids: dict[int, str], captions: Iterator[Sequence[Any]]) -> Iterato
             yield image_id, None
 
 
-def _incomplete(run: Run, split: str, submission: Submission) -> IncompleteError:
+def _incomplete(run: Run, split: str, submission: Submission, captions: Kind) -> IncompleteError:
+    if captions == "reviewed":
+        return IncompleteError(
+            f"{submission.missing} of {submission.rows} pictures of {split} have no verdict, and ImageCLEF rejects a "
+            "submission that lacks an ID. Use --captions edited, which has all captions, or leave the others empty "
+            "with --allow-missing."
+        )
     return IncompleteError(
         f"{submission.missing} of {submission.rows} pictures of {split} have no caption, and ImageCLEF rejects a "
         f"submission that lacks an ID. Caption them: rococap enqueue --run {run.name} --split {split} …, then rococap "

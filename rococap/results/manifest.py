@@ -55,9 +55,10 @@ def is_ours(existing: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
 
 def is_another(existing: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether the existing manifest is of another run, recipe or format than the new one, or of other texts: `text` is
-    only in manifests of the format messages.
+    only in manifests of the format messages, `captions` not in those of the machine's captions.
     """
-    return any(existing.get(name) != new.get(name) for name in ("run", "recipe_hash", "format", "text"))
+    names = ("run", "recipe_hash", "format", "text", "captions")
+    return any(existing.get(name) != new.get(name) for name in names)
 
 
 def lost_splits(existing: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -36,7 +36,7 @@ from rococap.queue import Counts, Run, place_of
 from rococap.queue.enqueue import LONGEST_ID
 from rococap.results import messages
 from rococap.results.card import Written, card
-from rococap.results.formats import SCHEMA, write_frames
+from rococap.results.formats import schema_with, write_frames
 from rococap.results.manifest import as_options, is_another, is_ours, lost_splits, manifest_of, stripped
 from rococap.results.snapshot import (
     PAGE,
@@ -46,10 +46,14 @@ from rococap.results.snapshot import (
     done_pages,
     enqueued_pages,
     finished_until,
+    flags,
     frame_of,
+    n_done,
     newest_job,
     short_reads,
+    with_people,
 )
+from rococap.results.texts import MACHINE, Kind, Texts, people_of, texts_now
 
 
 def publish(
@@ -59,6 +63,7 @@ def publish(
     folder: Path,
     format: str,
     *,
+    captions: Kind = "machine",
     require_complete: bool = False,
     strip_reasoning: bool = False,
     text: messages.Text = "generated",
@@ -67,8 +72,9 @@ def publish(
     """Writes the done images of the splits, in data set order, to one folder; `format` is hf, webdataset, kohya or
     messages.
 
-    `text` is for the format messages. With "original" it writes the data set's own captions, of all images that the run
-    was given, done or not.
+    `captions` says which texts to write, as for `export`; hf and webdataset also say who edited and judged them, and
+    when. `text` is for the format messages. With "original" it writes the data set's own captions, of all images that
+    the run was given, done or not.
 
     Raises RunError if the run lacks a split, has no captions, or has a prompt that the format cannot hold;
     IncompleteError if `require_complete` and some images are not done; DatasetError if the format includes pictures and
@@ -78,25 +84,36 @@ def publish(
     with transaction(database) as conn:
         counts = [queue.counts_of(conn, run, [split])[0] for split in splits]
         cutoff = newest_job(conn) if text == "original" else finished_until(conn, [run], splits)
-    source = _Source(database, run, cutoff, strip_reasoning, progress, text)
-    if not any(source.expected(count) for count in counts):
+        source = _Source(database, run, cutoff, strip_reasoning, progress, text, texts_now(conn, captions))
+        parts = [source.part(conn, count) for count in counts]
+    if not any(part.n for part in parts):
+        if captions == "reviewed":
+            raise RunError(
+                f"No picture of {', '.join(splits)} has a verdict in run {run.name!r} yet. Leave out --captions "
+                "reviewed, or import verdicts: rococap reviews --import FILE"
+            )
         raise RunError(
             f"Run {run.name!r} has captioned nothing of {', '.join(splits)} yet: start rococap worker --run {run.name}"
         )
     if require_complete:
-        for count in counts:
-            check_complete(run, count.split, count.done, count.total)
+        for part in parts:
+            check_complete(run, part.split, part.n, part.total)
     folder = folder.resolve()
     new = {"run": run.name, "recipe_hash": run.recipe.hash, "format": format, "splits": splits}
     new |= {"text": text} if format == "messages" else {}
+    new |= {"captions": captions} if captions != "machine" else {}
     _check_replaceable(folder, new)
     # Checked again at the end: an export may take hours, and somebody may edit the older folder meanwhile.
     with _replacing_folder(folder, lambda: _check_replaceable(folder, new)) as partial:
-        written = _WRITERS[format](source, counts, partial)
-        manifest = manifest_of(run) | {
-            "format": format,
-            "splits": {entry.split: _manifest_entry(entry) for entry in written},
-        }
+        written = _WRITERS[format](source, parts, partial)
+        manifest = (
+            manifest_of(run)
+            | source.texts.in_manifest()
+            | {
+                "format": format,
+                "splits": {entry.split: _manifest_entry(entry) for entry in written},
+            }
+        )
         manifest |= stripped(strip_reasoning)
         if format == "messages":
             manifest |= {"text": text}
@@ -121,9 +138,15 @@ class _Source:
     strip_reasoning: bool
     progress: Progress
     text: messages.Text = "generated"
+    texts: Texts = MACHINE
 
     def pages(self, read: Read, split: str, columns: str) -> Iterator[Sequence[Sequence[Any]]]:
-        return done_pages(read, self.run, split, self.cutoff, columns, strip_reasoning=self.strip_reasoning)
+        """Pages of these columns and, at the end of each row, those of `texts.people`."""
+        return done_pages(
+            *(read, self.run, split, self.cutoff, ", ".join([columns, *self.texts.people.values()])),
+            texts=self.texts,
+            strip_reasoning=self.strip_reasoning,
+        )
 
     def pages_for_pictures(self, split: str) -> Iterator[Sequence[Sequence[Any]]]:
         """Pages of `_SAMPLE_COLUMNS`. Each is a transaction of its own, on PostgreSQL too: there, a transaction that
@@ -137,14 +160,27 @@ class _Source:
             return enqueued_pages(read, self.run, split, self.cutoff, _ORIGINAL_COLUMNS)
         return self.pages(read, split, _SAMPLE_COLUMNS)
 
-    def expected(self, counts: Counts) -> int:
-        """How many captions of a split are to be written."""
-        return counts.total if self.text == "original" else counts.done
+    def part(self, conn: Connection, counts: Counts) -> "_Part":
+        if self.text == "original":  # flags are marks on generated captions
+            return _Part(counts.split, counts.total, counts.total, {})
+        if self.texts.kind == "machine":
+            return _Part(counts.split, counts.done, counts.total, dict(counts.flags))
+        n = n_done(conn, self.run, counts.split, self.cutoff, self.texts)
+        return _Part(counts.split, n, counts.total, flags(conn, self.run, counts.split, self.cutoff, self.texts))
 
-    def nothing_written(self, counts: Counts) -> Written:
-        """The entry of a split before its captions are written. Flags are marks on generated captions."""
-        flags = {} if self.text == "original" else dict(counts.flags)
-        return Written(counts.split, 0, counts.total - self.expected(counts), flags)
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is to be written of a split: `n` captions of its `total` jobs, and how many of them have each flag."""
+
+    split: str
+    n: int
+    total: int
+    flags: dict[str, int]
+
+    def nothing_written(self) -> Written:
+        """The entry of the split before its captions are written."""
+        return Written(self.split, 0, self.total - self.n, self.flags)
 
 
 def _manifest_entry(written: Written) -> dict[str, Any]:
@@ -242,40 +278,41 @@ def _have_one_mtime(folder: Path) -> bool:
 
 ROWS_PER_SHARD = 100_000
 _TEXTS = pa.list_(pa.string())
-_HF_SCHEMA = pa.schema([*SCHEMA, ("flags", _TEXTS), ("cui", _TEXTS)])
+_N_SELECTED = len(SELECTED.split(", "))
 
 
-def _write_hub_layout(source: _Source, counts: Sequence[Counts], folder: Path) -> list[Written]:
+def _write_hub_layout(source: _Source, parts: Sequence[_Part], folder: Path) -> list[Written]:
     (folder / "data").mkdir()
     written = []
-    for count in counts:
-        rows = _write_shards(_hub_frames(source, count), folder / "data", count.split)
-        written.append(Written(count.split, rows, count.total - rows, dict(count.flags)))
+    schema = pa.schema([*schema_with(source.texts.people), ("flags", _TEXTS), ("cui", _TEXTS)])
+    for part in parts:
+        rows = _write_shards(_hub_frames(source, part), folder / "data", part.split, schema)
+        written.append(Written(part.split, rows, part.total - rows, part.flags))
     return written
 
 
-def _write_shards(frames: Iterator[pd.DataFrame], folder: Path, split: str) -> int:
+def _write_shards(frames: Iterator[pd.DataFrame], folder: Path, split: str, schema: pa.Schema) -> int:
     """Returns the number of rows. Shards are renamed at the end, since each name contains the number of shards."""
     rows, paths = 0, []
     for number, first in enumerate(frames):
         shard = chain([first], islice(frames, ROWS_PER_SHARD // PAGE - 1))
         paths.append(folder / f"{split}-{number:05}")
-        rows += write_frames(shard, paths[-1], ".parquet", _HF_SCHEMA)
+        rows += write_frames(shard, paths[-1], ".parquet", schema)
     for path in paths:
         path.rename(f"{path}-of-{len(paths):05}.parquet")
     return rows
 
 
-def _hub_frames(source: _Source, counts: Counts) -> Iterator[pd.DataFrame]:
+def _hub_frames(source: _Source, part: _Part) -> Iterator[pd.DataFrame]:
     done = 0
     with short_reads(source.database) as read:
-        for rows in source.pages(read, counts.split, f"{SELECTED}, c.flags, i.cui"):
+        for rows in source.pages(read, part.split, f"{SELECTED}, c.flags, i.cui"):
             done += len(rows)
-            frame = frame_of(rows, source.run, counts.split)
-            frame["flags"] = [_split(row[-2], ",") for row in rows]
-            frame["cui"] = [_split(row[-1], ";") for row in rows]
+            frame = with_people(frame_of(rows, source.run, part.split), rows, source.texts.people)
+            frame["flags"] = [_split(row[_N_SELECTED], ",") for row in rows]
+            frame["cui"] = [_split(row[_N_SELECTED + 1], ";") for row in rows]
             yield frame
-            source.progress(f"{counts.split}: exporting", done, counts.done)
+            source.progress(f"{part.split}: exporting", done, part.n)
 
 
 def _split(joined: str, separator: str) -> list[str]:
@@ -324,34 +361,34 @@ def _write_pairs(samples: Iterator[_Sample], folder: Path, split: str) -> int:
 
 def _with_pictures(
     write: Callable[[Iterator[_Sample], Path, str], int],
-) -> Callable[[_Source, Sequence[Counts], Path], list[Written]]:
-    def write_all(source: _Source, counts: Sequence[Counts], folder: Path) -> list[Written]:
+) -> Callable[[_Source, Sequence[_Part], Path], list[Written]]:
+    def write_all(source: _Source, parts: Sequence[_Part], folder: Path) -> list[Written]:
         run = source.run
-        splits = [count.split for count in counts if source.expected(count)]
+        splits = [part.split for part in parts if part.n]
         located = datasets.locate(run.dataset, splits, run.dataset_revision or None)
-        written = [source.nothing_written(count) for count in counts]
+        written = [part.nothing_written() for part in parts]
         with PictureReader(located.root) as reader:
-            for count, entry in zip(counts, written, strict=True):
-                entry.captions = write(_samples(source, count, reader, entry.without_picture), folder, count.split)
+            for part, entry in zip(parts, written, strict=True):
+                entry.captions = write(_samples(source, part, reader, entry.without_picture), folder, part.split)
         return written
 
     return write_all
 
 
-def _write_messages(source: _Source, counts: Sequence[Counts], folder: Path) -> list[Written]:
+def _write_messages(source: _Source, parts: Sequence[_Part], folder: Path) -> list[Written]:
     run = source.run
     if control := messages.control_in(run.recipe.prompt):
         raise RunError(
             f"The prompt of run {run.name!r} contains {control}, which a trainer would not take for text. Export a run "
             f"with another prompt: rococap enqueue --run NAME --from {run.name} --prompt …"
         )
-    without_text: dict[str, dict[str, str]] = {count.split: {} for count in counts}
+    without_text: dict[str, dict[str, str]] = {part.split: {} for part in parts}
 
     def write(samples: Iterator[_Sample], folder: Path, split: str) -> int:
         usable = _usable(samples, source.text, without_text[split])
         return _write_conversations(usable, run.recipe.prompt, folder, split)
 
-    written = _with_pictures(write)(source, counts, folder)
+    written = _with_pictures(write)(source, parts, folder)
     for entry in written:
         entry.without_text = without_text[entry.split]
     reasons = [reason for entry in written for reason in entry.without_text.values()]
@@ -390,19 +427,27 @@ _SAMPLE_COLUMNS = (
 _ORIGINAL_COLUMNS = _SAMPLE_COLUMNS.replace("c.text, c.flags", "i.caption, ''")
 
 
-def _samples(
-    source: _Source, counts: Counts, reader: PictureReader, without_picture: dict[str, str]
-) -> Iterator[_Sample]:
-    for n, row in enumerate(chain.from_iterable(source.pages_for_pictures(counts.split)), 1):
+def _samples(source: _Source, part: _Part, reader: PictureReader, without_picture: dict[str, str]) -> Iterator[_Sample]:
+    for n, row in enumerate(chain.from_iterable(source.pages_for_pictures(part.split)), 1):
         place = place_of(row[1:6], source.run.columns)
         try:
-            yield _sample(source.run, place, reader.picture(place), *row[6:])
+            people = people_of(source.texts.people, row)
+            yield _sample(source.run, place, reader.picture(place), people, *row[6:10])
         except PictureError as error:
             without_picture[place.image_id] = str(error)
-        source.progress(f"{counts.split}: exporting", n, source.expected(counts))
+        source.progress(f"{part.split}: exporting", n, part.n)
 
 
-def _sample(run: Run, place: Place, picture: bytes, original: str, caption: str, flags: str, cui: str) -> _Sample:
+def _sample(
+    run: Run,
+    place: Place,
+    picture: bytes,
+    people: Mapping[str, str | None],
+    original: str,
+    caption: str,
+    flags: str,
+    cui: str,
+) -> _Sample:
     metadata = {
         "image_id": place.image_id,
         "original_caption": original,
@@ -410,6 +455,7 @@ def _sample(run: Run, place: Place, picture: bytes, original: str, caption: str,
         "flags": _split(flags, ","),
         "model": run.recipe.model,
         "split": place.split,
+        **people,
     }
     sidecar = json.dumps(metadata, ensure_ascii=False)
     ending, data = as_file(picture, run.recipe.frame)

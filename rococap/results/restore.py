@@ -81,11 +81,21 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 
 def _check_whole(path: Path, manifest: dict[str, Any] | None) -> None:
     published = read_json(path.absolute().parents[1] / MANIFEST) if path.absolute().parent.name == "data" else None
+    kinds = [found.get("captions") for found in (manifest, published) if found is not None]
+    if any(kinds) or path.stem.endswith((".edited", ".reviewed")):
+        raise _edited(path)
     if any(found is not None and found.get(STRIPPED) for found in (manifest, published)):
         raise RococapError(
             f"{path} was exported with --strip-reasoning, and a run keeps captions with the model's reasoning. Restore "
             "the checkpoint segments, or an export without --strip-reasoning."
         )
+
+
+def _edited(path: Path) -> RococapError:
+    return RococapError(
+        f"{path} holds captions with the edits of readers, and a run keeps what the machine said. Restore the "
+        "checkpoint segments or an export without --captions; then bring the edits back: rococap reviews --import FILE"
+    )
 
 
 def _check_manifest(run: Run, path: Path, manifest: dict[str, Any] | None) -> None:
@@ -144,6 +154,8 @@ def _read(path: Path) -> Iterator[pd.DataFrame]:
 
 
 def _check_frame(run: Run, path: Path, frame: pd.DataFrame) -> None:
+    if "edited_by" in frame.columns:
+        raise _edited(path)
     if absent := [name for name in COLUMNS if name not in frame.columns]:
         raise RococapError(f"{path} lacks the columns {', '.join(absent)}: name a file that rococap exported.")
     for name in COLUMNS:

@@ -1,6 +1,7 @@
 """Reads the captions that were done by one moment, in pages short enough not to hold up workers. Writes nothing."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +15,7 @@ from rococap.errors import RococapError
 from rococap.flags import without_reasoning
 from rococap.progress import Progress
 from rococap.queue import Run
+from rococap.results.texts import MACHINE, Texts, people_of
 
 COLUMNS = (
     "image_id",
@@ -42,22 +44,55 @@ def check_complete(run: Run, split: str, done: int, total: int) -> None:
 
 
 SELECTED = "j.image_id, j.checkpoint, i.image_id, i.caption, c.text, c.processing_ms, c.generated_at"
-DONE = (
-    "FROM jobs j JOIN captions c ON c.job_id = j.id JOIN images i ON i.id = j.image_id "
-    "WHERE j.run_id = ? AND j.split = ? AND "
-)
+CAPTIONED = "FROM jobs j JOIN captions c ON c.job_id = j.id JOIN images i ON i.id = j.image_id "
+DONE = f"{CAPTIONED}WHERE j.run_id = ? AND j.split = ? AND "
+
+
+def n_done(conn: Connection, run: Run, split: str, cutoff: int, texts: Texts) -> int:
+    """The number of captions that `done_pages` reads."""
+    sql = f"SELECT count(*) FROM jobs j {texts.joins}WHERE j.run_id = ? AND j.split = ? AND {_BY_CUTOFF}"
+    return int(execute(conn, sql, (*texts.params, run.id, split, cutoff)).scalar_one())
 
 
 def pages(
-    database: Database, run: Run, split: str, cutoff: int, total: int, progress: Progress, *, strip_reasoning: bool
+    database: Database,
+    run: Run,
+    split: str,
+    cutoff: int,
+    total: int,
+    progress: Progress,
+    *,
+    texts: Texts = MACHINE,
+    people: Mapping[str, str],
+    strip_reasoning: bool,
 ) -> Iterator[pd.DataFrame]:
-    """Frames of COLUMNS, in data set order, with what was done by the cutoff; `total` is only used for progress."""
+    """Frames of COLUMNS, in data set order, with what was done by the cutoff; `total` is only used for progress.
+
+    `people`, some or all of `texts.people`, are further columns.
+    """
     done = 0
+    columns = ", ".join([SELECTED, *people.values()])
     with short_reads(database) as read:
-        for rows in done_pages(read, run, split, cutoff, SELECTED, strip_reasoning=strip_reasoning):
+        for rows in done_pages(read, run, split, cutoff, columns, texts=texts, strip_reasoning=strip_reasoning):
             done += len(rows)
-            yield frame_of(rows, run, split)
+            yield with_people(frame_of(rows, run, split), rows, people)
             progress(f"{split}: exporting", done, total)
+
+
+def with_people(frame: pd.DataFrame, rows: Sequence[Sequence[Any]], names: Collection[str]) -> pd.DataFrame:
+    """The frame with the columns `names` of `Texts.people`, which are the last of each row."""
+    columns = zip(*(people_of(names, row).values() for row in rows), strict=True)
+    return frame.assign(**{name: list(column) for name, column in zip(names, columns, strict=True)}) if names else frame
+
+
+def flags(conn: Connection, run: Run, split: str, cutoff: int, texts: Texts) -> dict[str, int]:
+    """How many of the captions that `done_pages` reads have each flag."""
+    sql = texts.select(f"SELECT c.flags, count(*) {CAPTIONED}{texts.joins}")
+    sql += f"WHERE j.run_id = ? AND j.split = ? AND {_BY_CUTOFF} GROUP BY 1"
+    found: Counter[str] = Counter()
+    for joined, n in execute(conn, sql, (*texts.params, run.id, split, cutoff)).fetchall():
+        found.update(dict.fromkeys(filter(None, joined.split(",")), n))
+    return dict(found)
 
 
 Read = Callable[[], AbstractContextManager[Connection]]
@@ -77,26 +112,37 @@ def finished_until(conn: Connection, runs: Sequence[Run], splits: Sequence[str])
     return int(execute(conn, sql, (*(run.id for run in runs), *splits)).scalar_one())
 
 
-def done_pages(
-    read: Read, run: Run, split: str, cutoff: int, columns: str, *, strip_reasoning: bool = False
-) -> Iterator[Sequence[Sequence[Any]]]:
-    """Pages of the rows of a split that were done by the cutoff, in data set order.
+_BY_CUTOFF = "j.status = 'done' AND j.finished_at <= ?"
 
-    `columns` is a select list over j (the job), i (its image) and c (its caption). It must begin with j.image_id, by
-    which the pages are ordered, and contain c.text if `strip_reasoning`.
+
+def done_pages(
+    read: Read,
+    run: Run,
+    split: str,
+    cutoff: int,
+    columns: str,
+    *,
+    texts: Texts = MACHINE,
+    strip_reasoning: bool = False,
+    after: int = 0,
+) -> Iterator[Sequence[Sequence[Any]]]:
+    """Pages of the rows of a split that were done by the cutoff, in data set order, of images with a key above `after`.
+
+    `columns` is a select list over j (the job), i (its image), c (its caption; c.text is the text that `texts` means)
+    and the tables of `texts.joins`. It must begin with j.image_id, by which the pages are ordered, and contain c.text
+    if `strip_reasoning`.
     """
     at = columns.split(", ").index("c.text") if strip_reasoning else 0
     select = (
-        f"SELECT {columns} {DONE}j.status = 'done' AND j.finished_at <= ? AND j.image_id > ? "
-        "ORDER BY j.image_id LIMIT ?"
+        f"SELECT {texts.select(columns)} {CAPTIONED}{texts.joins}WHERE j.run_id = ? AND j.split = ? AND {_BY_CUTOFF} "
+        "AND j.image_id > ? ORDER BY j.image_id LIMIT ?"
     )
-    for rows in _pages(read, select, (run.id, split, cutoff)):
+    for rows in _pages(read, select, (*texts.params, run.id, split, cutoff), after):
         yield [(*row[:at], without_reasoning(row[at]), *row[at + 1 :]) for row in rows] if strip_reasoning else rows
 
 
-def _pages(read: Read, select: str, values: tuple[object, ...]) -> Iterator[Sequence[Sequence[Any]]]:
+def _pages(read: Read, select: str, values: tuple[object, ...], after: int = 0) -> Iterator[Sequence[Sequence[Any]]]:
     """Pages of a query whose last two parameters are the id before the page, which is its first column, and a limit."""
-    after = 0
     while True:
         with read() as conn:
             rows = execute(conn, select, (*values, after, PAGE)).fetchall()

@@ -33,6 +33,7 @@ from rococap.results.export import FOLDER
 from rococap.results.formats import write_frames
 from rococap.results.manifest import TRAINING, manifest_path, stripped
 from rococap.results.snapshot import PAGE, Read, done_pages, finished_until, short_reads
+from rococap.results.texts import MACHINE, Kind, Texts, texts_now
 from rococap.scores import concepts, leaks, metrics
 from rococap.scores.metrics import ORDERS, Vector
 
@@ -235,10 +236,12 @@ Kept = dict[tuple[int, str], tuple[str, str]]
 _PAIR = "j.image_id, j.id, i.image_id, i.caption, i.cui, c.text, c.flags"
 
 
-def _read(read: Read, run: Run, split: str, cutoff: int, *, strip_reasoning: bool) -> tuple[list[Pair], Kept]:
+def _read(
+    read: Read, run: Run, split: str, cutoff: int, texts: Texts, *, strip_reasoning: bool
+) -> tuple[list[Pair], Kept]:
     pairs: list[Pair] = []
     kept: Kept = {}
-    for rows in done_pages(read, run, split, cutoff, _PAIR, strip_reasoning=strip_reasoning):
+    for rows in done_pages(read, run, split, cutoff, _PAIR, texts=texts, strip_reasoning=strip_reasoning):
         page = [Pair(*row[1:]) for row in rows]
         pairs += page
         sql = "SELECT job_id, metric, digest, value FROM scores WHERE job_id IN ({})".format(", ".join("?" * len(page)))
@@ -249,11 +252,18 @@ def _read(read: Read, run: Run, split: str, cutoff: int, *, strip_reasoning: boo
 
 
 def _scores(
-    database: Database, metric: Metric, pairs: Sequence[Pair], kept: Kept, requested: bool, progress: Progress
+    database: Database,
+    metric: Metric,
+    pairs: Sequence[Pair],
+    kept: Kept,
+    texts: Texts,
+    requested: bool,
+    progress: Progress,
 ) -> list[Scores]:
     """The scores of each pair: stored ones where they are up to date, else computed and stored. Raises NotComputed."""
     digests = metric.digests(pairs)
-    found = [kept.get((pair.job_id, metric.name), ("", "")) for pair in pairs]
+    key = _key(metric, texts)
+    found = [kept.get((pair.job_id, key), ("", "")) for pair in pairs]
     is_fresh = [known == digest for (known, _), digest in zip(found, digests, strict=True)]
     # Parsed as one JSON list, which takes half the time.
     values = ",".join(value if fresh else "{}" for (_, value), fresh in zip(found, is_fresh, strict=True))
@@ -264,7 +274,7 @@ def _scores(
     computed = zip(stale, metric.score(pairs, stale), strict=True) if stale else iter(())
     done = 0
     while batch := list(islice(computed, STORE)):
-        _keep(database, metric, [(pairs[at].job_id, digests[at], score) for at, score in batch])
+        _keep(database, key, [(pairs[at].job_id, digests[at], score) for at, score in batch])
         for at, score in batch:
             scores[at] = score
         done += len(batch)
@@ -272,7 +282,12 @@ def _scores(
     return scores
 
 
-def _keep(database: Database, metric: Metric, rows: Sequence[tuple[int, str, Scores]]) -> None:
+def _key(metric: Metric, texts: Texts) -> str:
+    """The name under which scores are stored: those of edited texts beside those of the machine's."""
+    return metric.name if texts.kind == "machine" else f"{texts.kind}:{metric.name}"
+
+
+def _keep(database: Database, key: str, rows: Sequence[tuple[int, str, Scores]]) -> None:
     """Stores scores, in the order of the images: every evaluation locks rows in this order, so that two at once cannot
     deadlock.
     """
@@ -281,7 +296,7 @@ def _keep(database: Database, metric: Metric, rows: Sequence[tuple[int, str, Sco
         "DO UPDATE SET digest = excluded.digest, value = excluded.value"
     )
     with transaction(database, write=True) as conn:
-        execute(conn, sql, [(job_id, metric.name, digest, json.dumps(one)) for job_id, digest, one in rows])
+        execute(conn, sql, [(job_id, key, digest, json.dumps(one)) for job_id, digest, one in rows])
 
 
 # --- Sums ------------------------------------------------------------------------------------------------------
@@ -467,6 +482,7 @@ class Evaluation:
     scored: list[Scored]
     paired: list[Paired]
     strip_reasoning: bool = False
+    texts: Texts = MACHINE
 
 
 def evaluate(
@@ -475,12 +491,14 @@ def evaluate(
     splits: Sequence[str],
     *,
     also: Sequence[str] = (),
+    captions: Kind = "machine",
     strip_reasoning: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
     """Scores what the runs have captioned of the splits so far. Without `names`, scores the default or the only run.
 
-    `also` names the extra metrics to compute; `strip_reasoning` removes a model's reasoning from the captions first.
+    `captions`: the machine's texts, or "edited", with the edits of readers; both keep scores of their own. `also` names
+    the extra metrics to compute; `strip_reasoning` removes a model's reasoning from the captions first.
 
     Raises RunError for runs that do not exist, are of different data sets, or have captioned nothing of the splits.
     """
@@ -489,6 +507,7 @@ def evaluate(
         counts = {(run.name, one.split): one for run in runs for one in queue.counts_of(conn, run, splits)}
         n_images = _images(conn, runs[0])
         cutoff = finished_until(conn, runs, splits)
+        texts = texts_now(conn, captions)
     scored = []
     for run in runs:
         captioned = [split for split in splits if (run.name, split) in counts and counts[run.name, split].done]
@@ -498,14 +517,14 @@ def evaluate(
                 f"Caption pictures: rococap worker --run {run.name}"
             )
         for split in captioned:
-            result = _evaluate(database, run, split, cutoff, also, strip_reasoning, progress)
+            result = _evaluate(database, run, split, cutoff, texts, also, strip_reasoning, progress)
             result.missing = counts[run.name, split].total - len(result.pairs)
             result.warnings = list(_warnings(result, n_images[split]))
             scored.append(result)
     _add_duplicates(database, scored)
     by_split = [[result for result in scored if result.split == split] for split in splits]
     paired = [pair_up(results[0], other) for results in by_split for other in results[1:]]
-    return Evaluation(list(chain.from_iterable(by_split)), paired, strip_reasoning)
+    return Evaluation(list(chain.from_iterable(by_split)), paired, strip_reasoning, texts)
 
 
 def _add_duplicates(database: Database, scored: Sequence[Scored]) -> None:
@@ -529,29 +548,34 @@ def _evaluate(
     run: Run,
     split: str,
     cutoff: int,
+    texts: Texts,
     also: Sequence[str],
     strip_reasoning: bool,
     progress: Progress,
 ) -> Scored:
     with short_reads(database) as read:
-        pairs, kept = _read(read, run, split, cutoff, strip_reasoning=strip_reasoning)
+        pairs, kept = _read(read, run, split, cutoff, texts, strip_reasoning=strip_reasoning)
     modalities = [concepts.modality(concepts.parse(pair.cui)) for pair in pairs]
     scored = Scored(run, split, pairs, modalities, {}, {}, {})
 
     def labelled_progress(what: str, done: int, total: int) -> None:
         progress(f"{run.name}, {split}: {what}", done, total)
 
-    was_computed = {name for _, name in kept}
+    was_computed = {key for _, key in kept}
     labelled = _labelled(pairs)
     for metric in METRICS:
-        if metric.extra and metric.name not in {*also, *was_computed}:
+        if metric.extra and metric.name not in also and _key(metric, texts) not in was_computed:
             continue
         rows = range(len(pairs)) if metric.of_concepts else labelled
         scored.not_computed |= _unavailable(metric, pairs, labelled)
         if scored.not_computed.keys() >= set(metric.scores):
             continue
         try:
-            scores = _scores(database, metric, [pairs[at] for at in rows], kept, metric.name in also, labelled_progress)
+            scores = _scores(
+                *(database, metric, [pairs[at] for at in rows], kept, texts),
+                requested=metric.name in also,
+                progress=labelled_progress,
+            )
         except NotComputed as reason:
             scored.not_computed |= dict.fromkeys(metric.scores, str(reason))
         else:
@@ -651,6 +675,7 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
         "resamples": RESAMPLES,
         "seed": SEED,
         **stripped(evaluation.strip_reasoning),
+        **({} if evaluation.texts.kind == "machine" else {"captions": evaluation.texts.kind}),
         "runs": [_run_json(one) for one in evaluation.scored],
         "paired": [
             {"split": one.split, "runs": list(one.runs), "n": one.n, "differences": one.differences, "p": one.p}

@@ -18,7 +18,7 @@ import numpy as np
 from markupsafe import Markup
 from sqlalchemy import Engine as Database
 
-from rococap import __version__, queue
+from rococap import __version__, queue, review
 from rococap.data import at_revision
 from rococap.db import transaction
 from rococap.errors import RococapError
@@ -83,11 +83,12 @@ def report(
     progress("resampling", 1, 1)
     with transaction(database) as conn:
         failures = {one.run.name: queue.list_failures(conn, one.run.name, [split]) for one in evaluated.scored}
+        studies = review.open_studies(conn, split, [one.run.name for one in evaluated.scored])
     gallery = choose(evaluated, failures, pictures)
     rows = rows_of(database, evaluated.scored[0].run, split, list(gallery.tags))
     unreadable: list[str] = []
     cards = cards_of(gallery, Captions(evaluated, failures), rows, evaluated.scored[0].run, unreadable, progress)
-    page = _page(results, evaluated, _plots(database, evaluated, results), gallery, rows, cards, note)
+    page = _page(results, evaluated, _plots(database, evaluated, results), gallery, rows, cards, studies, note)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(page)
     captions = sum(run["n"] for run in results["runs"])
@@ -144,6 +145,7 @@ def _page(
     gallery: Gallery,
     rows: Sequence[Row],
     cards: Iterator[Card],
+    studies: Sequence[Mapping[str, Any]],
     note: str,
 ) -> Iterator[str]:
     folder = Path(__file__).parent
@@ -177,6 +179,7 @@ def _page(
         paired=results["paired"],
         by_modality=_modality_rows(results),
         modality_scores=[explained(name) for name in BY_MODALITY],
+        studies=[(review.heading_of(found), review.tables_of(found)) for found in studies],
         plots=[(plot, Markup(plot.svg)) for plot in drawn],
         dashes=plots.DASHES,
         colours=plots.COLOURS,

@@ -712,6 +712,11 @@ COMMANDS = [
     ["evaluate", "--split", "train"],
     ["finetune", "--split", "train", "--output", "tuned"],
     ["report", "--split", "train"],
+    ["reviews"],
+    ["study", "new", "one", "--run", "default", "--split", "train", "--pictures", "1", "--readers", "1"],
+    ["study", "status"],
+    ["study", "results", "one"],
+    ["study", "unblind", "one"],
 ]
 
 

@@ -46,14 +46,18 @@ def test_each_command_has_one_line_with_its_whole_summary():
         assert " ".join((cli.commands[name].help or "").split()).startswith(summary), line
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["rococap", *COMMANDS])
+SUBCOMMANDS = [[name, sub] for name in COMMANDS for sub in getattr(cli.commands[name], "commands", ())]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), *SUBCOMMANDS], ids=" ".join)
 def test_no_line_of_a_help_is_longer_than_80_columns(command):
     assert [line for line in help_of(*command) if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_a_help_that_ends_as_a_sentence_or_with_its_default(name):
-    for option in cli.commands[name].params:
+    group = cli.commands[name]
+    for option in [one for each in (group, *getattr(group, "commands", {}).values()) for one in each.params]:
         if option.param_type_name == "option" and not option.hidden:
             assert option.help, option.name
             assert option.help.endswith((".", "]")), option.help
