@@ -21,6 +21,7 @@ PLAN = (
     {"queue"},
     {"results"},
     {"scores", "training", "worker"},
+    {"web"},
     {"doctor"},
     {"demo"},
     {"cli"},
