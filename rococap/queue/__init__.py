@@ -11,6 +11,7 @@ tallies, worker. `now` is the database's clock unless a test passes its own. The
 bound parameter it would miss the partial indexes (11 microseconds would become 32 milliseconds).
 """
 
+from rococap.queue.history import CaptionMade, FailureSeen, History, history
 from rococap.queue.leases import (
     claim,
     complete,
@@ -77,9 +78,12 @@ __all__ = [
     "PLACE",
     "SOLO",
     "SUSPECTS",
+    "CaptionMade",
     "Claim",
     "Counts",
     "Failed",
+    "FailureSeen",
+    "History",
     "Job",
     "Labelled",
     "Lease",
@@ -113,6 +117,7 @@ __all__ = [
     "get_run",
     "has_suspects",
     "heartbeat",
+    "history",
     "labelled",
     "last_self_check",
     "list_failures",

@@ -14,14 +14,14 @@ from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
 from rococap import queue
-from rococap.data import Place
 from rococap.db import execute, transaction
 from rococap.errors import RococapError
-from rococap.queue import PLACE, Run, place_of
+from rococap.queue import PLACE, History, Run, place_of
 from rococap.results import current
 from rococap.scores import concepts
 from rococap.web.documents import Statement, Wanted, Where, facet
 from rococap.web.index import KEYS, LENGTH, TIME, Index, SearchUnavailable
+from rococap.web.pictures import Source, source_of
 from rococap.web.words import Term, parse
 
 BOUND: Final = 2_000
@@ -123,11 +123,15 @@ class Picture:
     """A picture of the data set with its original caption, and what each run has for it, in the order of the runs."""
 
     id: int
-    place: Place
+    source: Source
     original: str
     concepts: tuple[str, ...]
     modality: str
     said: tuple[Said, ...]
+
+    @property
+    def image_id(self) -> str:
+        return self.source.place.image_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +380,7 @@ def pictures_of(conn: Connection, runs: Sequence[Run], images: Sequence[int]) ->
     if not images:
         return []
     sql = (
-        f"SELECT i.id, {PLACE}, i.caption, i.cui FROM images i JOIN shards s ON s.id = i.shard_id "
+        f"SELECT i.id, {PLACE}, s.digest, i.caption, i.cui FROM images i JOIN shards s ON s.id = i.shard_id "
         f"WHERE i.id IN ({_marks(images)})"
     )
     rows = {row[0]: row[1:] for row in execute(conn, sql, tuple(images)).fetchall()}
@@ -384,13 +388,13 @@ def pictures_of(conn: Connection, runs: Sequence[Run], images: Sequence[int]) ->
     found = []
     for image in images:
         if image in rows:
-            *place, original, cui = rows[image]
+            *place, digest, original, cui = rows[image]
             cuis = concepts.parse(cui)
             texts = tuple(by_image.get(image, Said(run.name)) for run, by_image in zip(runs, said, strict=True))
             found.append(
                 Picture(
                     image,
-                    place_of(place, runs[0].columns),
+                    Source(place_of(place, runs[0].columns), digest),
                     original,
                     tuple(sorted(cuis)),
                     concepts.modality(cuis),
@@ -398,6 +402,22 @@ def pictures_of(conn: Connection, runs: Sequence[Run], images: Sequence[int]) ->
                 )
             )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """All about one picture: as in the gallery, and what happened to it in each run, None in one without it."""
+
+    picture: Picture
+    histories: tuple[History | None, ...]
+
+
+def details(conn: Connection, runs: Sequence[Run], image: int) -> Details | None:
+    """All about the picture with this id in the database; None if the data set of these runs has no such picture."""
+    if source_of(conn, runs[0], image) is None:
+        return None
+    (picture,) = pictures_of(conn, runs, [image])
+    return Details(picture, tuple(queue.history(conn, run, image) for run in runs))
 
 
 def _said(conn: Connection, run: Run, images: Sequence[int]) -> dict[int, Said]:

@@ -91,7 +91,7 @@ def pages(database: Engine, index: Index, runs: Sequence[Run], query: Query, lim
 
 
 def numbers(page: Page) -> list[int]:
-    return [int(picture.place.image_id[-5:]) for picture in page.pictures]
+    return [int(picture.image_id[-5:]) for picture in page.pictures]
 
 
 @pytest.mark.parametrize("bound", [2, 2_000])
@@ -118,7 +118,7 @@ def test_a_picture_is_shown_with_what_each_run_has_for_it(database, tmp_path):
     page = gallery.page(database, index, runs, Query("train", code="too_large"))
     (picture,) = page.pictures
     assert (page.total, page.is_exact, page.next, page.why) == (1, True, "", "")
-    assert (picture.place.image_id, picture.original, picture.modality) == ("train_00011", ORIGINALS[11], "CT")
+    assert (picture.image_id, picture.original, picture.modality) == ("train_00011", ORIGINALS[11], "CT")
     one, two = picture.said
     assert (one.run, one.state, one.text, one.code, one.message) == ("one", "failed", None, "too_large", "picture 11")
     assert (two.run, two.state, two.text, two.generated_at) == (

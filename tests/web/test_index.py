@@ -37,7 +37,7 @@ def runs(database: Engine, tmp_path: Path) -> list[Run]:
 def found(database: Engine, index: Index, runs: list[Run], words: str = "", **more) -> list[int]:
     query = Query("train", words=words, **more)
     page = gallery.page(database, index, runs, query, limit=100)
-    return [int(picture.place.image_id[-5:]) for picture in page.pictures]
+    return [int(picture.image_id[-5:]) for picture in page.pictures]
 
 
 @pytest.fixture
