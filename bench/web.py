@@ -122,6 +122,8 @@ def _works(engine: Engine, index: Index, rows: int) -> dict[str, Callable[[], ob
         "search for a rare word, by score": page(words=RARE, sort="rouge_l"),
         "filter by a modality": page(modality="CT"),
         "filter by a rare flag": page(flag="loop"),
+        "filter by a flag, by score": page(flag="blank", sort="rouge_l"),
+        "filter by an uncommon flag, by score": page(flag="replaced", sort="rouge_l"),
         "filter by a flag, a word and a range of scores": page(flag="blank", words=COMMON, score="rouge_l", least=0.9),
         "filter by a wide range of scores": page(far, score="rouge_l", least=0.1),
         "filter by failures": page(failed=True),
@@ -144,7 +146,7 @@ def fill(engine: Engine, rows: int) -> None:
             "cui = CASE WHEN id / 3 * 3 = id THEN 'C0040405' ELSE 'C1306645' END",
             f"UPDATE captions SET text = {pool.format('t.generated', 'captions.job_id * 7')}, "
             f"flags = CASE WHEN job_id / {every} * {every} = job_id THEN 'loop' "
-            "WHEN job_id / 50 * 50 = job_id THEN 'blank' ELSE '' END",
+            "WHEN job_id / 50 * 50 = job_id THEN 'blank' WHEN job_id / 149 * 149 = job_id THEN 'replaced' ELSE '' END",
             f"UPDATE captions SET text = text || ' {RARE}' WHERE job_id / {every} * {every} = job_id",
             "INSERT INTO scores (job_id, metric, digest, value) SELECT job_id, 'overlap', 'x', "
             "'{\"rouge_l\": 0.' || (job_id * 7919 - job_id * 7919 / 9973 * 9973) || '}' FROM captions",

@@ -21,8 +21,7 @@ PLAN = (
     {"queue"},
     {"results"},
     {"scores", "training", "worker"},
-    {"web"},
-    {"doctor"},
+    {"doctor", "web"},
     {"demo"},
     {"cli"},
 )

@@ -73,8 +73,12 @@ class Documents(Protocol):
     def states(self, conn: Connection, keys: Sequence[Key]) -> Mapping[Key, str]: ...
     def put(self, conn: Connection, documents: Sequence[Document]) -> None: ...
 
-    def images(self, wanted: Wanted, after: int | None, limit: int, *, backwards: bool = False) -> Statement:
-        """Selects the picture of each such document, in order, beyond the picture `after`."""
+    def images(
+        self, wanted: Wanted, after: int | None, limit: int, *, backwards: bool = False, also: Statement = ("", ())
+    ) -> Statement:
+        """Selects the picture of each such document, in order, beyond the picture `after`. `also` is a condition that
+        goes after an AND, with `{image}` for the picture's id.
+        """
         ...
 
     def holds(self, wanted: Wanted, image_id: str) -> Statement:
@@ -117,18 +121,21 @@ class Fts5:
         sql = "INSERT OR REPLACE INTO documents (rowid, original, caption, facets, state) VALUES (?, ?, ?, ?, ?)"
         execute(conn, sql, rows)
 
-    def images(self, wanted: Wanted, after: int | None, limit: int, *, backwards: bool = False) -> Statement:
+    def images(
+        self, wanted: Wanted, after: int | None, limit: int, *, backwards: bool = False, also: Statement = ("", ())
+    ) -> Statement:
         match = _match(wanted)
         lowest, highest = _row_id(wanted.first_image, 0), (1 << 63) - 1
         if after is not None and backwards:
             highest = _row_id(after, 0) - 1
         elif after is not None:
             lowest = max(lowest, _row_id(after + 1, 0))
+        image = f"(documents.rowid >> {RUN_BITS})"
         sql = (
-            f"SELECT rowid >> {RUN_BITS} FROM documents WHERE documents MATCH ? AND rowid BETWEEN ? AND ? "
-            f"ORDER BY rowid {'DESC' if backwards else 'ASC'} LIMIT ?"
+            f"SELECT {image} FROM documents WHERE documents MATCH ? AND rowid BETWEEN ? AND ? "
+            f"{also[0].format(image=image)} ORDER BY rowid {'DESC' if backwards else 'ASC'} LIMIT ?"
         )
-        return sql, (match, lowest, highest, limit)
+        return sql, (match, lowest, highest, *also[1], limit)
 
     def holds(self, wanted: Wanted, image_id: str) -> Statement:
         first = f"({image_id} << {RUN_BITS})"
@@ -193,13 +200,18 @@ class TextSearch:
         )
         execute(conn, sql, rows)
 
-    def images(self, wanted: Wanted, after: int | None, limit: int, *, backwards: bool = False) -> Statement:
+    def images(
+        self, wanted: Wanted, after: int | None, limit: int, *, backwards: bool = False, also: Statement = ("", ())
+    ) -> Statement:
         where, values = self._where(wanted)
         if after is not None:
             where += f" AND image_id {'<' if backwards else '>'} ?"
             values = (*values, after)
-        sql = f"SELECT image_id FROM {self.schema}documents WHERE {where} "
-        return sql + f"ORDER BY image_id {'DESC' if backwards else 'ASC'} LIMIT ?", (*values, limit)
+        sql = (
+            f"SELECT d.image_id FROM {self.schema}documents d WHERE {where} {also[0].format(image='d.image_id')} "
+            f"ORDER BY d.image_id {'DESC' if backwards else 'ASC'} LIMIT ?"
+        )
+        return sql, (*values, *also[1], limit)
 
     def holds(self, wanted: Wanted, image_id: str) -> Statement:
         where, values = self._where(wanted)

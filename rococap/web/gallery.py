@@ -24,7 +24,7 @@ from rococap.web.index import KEYS, LENGTH, TIME, Index, SearchUnavailable
 from rococap.web.pictures import Source, source_of
 from rococap.web.words import Term, parse
 
-BOUND: Final = 2_000
+BOUND: Final = 5_000
 """Totals are exact up to this; so many matches are sorted in one go, and more are found along the order asked for."""
 MAX_LIMIT: Final = 200
 IMAGE: Final = "image"
@@ -287,10 +287,10 @@ class _Search:
                 return self._keys_of(self._that_hold([row[0] for row in rows]))
         return None
 
-    def _images(self, after: int | None, n: int) -> list[int]:
+    def _images(self, after: int | None, n: int, also: Statement = ("", ())) -> list[int]:
         """At least `n` different pictures that fulfil the conditions, unless there are fewer, in order."""
-        limit = n * len(self._runs)
-        rows = self._rows(*self._documents.images(self._wanted, after, limit, backwards=self._query.descending))
+        limit, backwards = n * len(self._runs), self._query.descending
+        rows = self._rows(*self._documents.images(self._wanted, after, limit, backwards=backwards, also=also))
         return list(dict.fromkeys(row[0] for row in rows))
 
     def _that_hold(self, images: Sequence[int]) -> list[int]:
@@ -315,25 +315,15 @@ class _Search:
         return [(0.0 if query.sort == IMAGE else value, image) for image, value in kept.items()]
 
     def _in_order(self, position: _Key | None, limit: int) -> list[_Key]:
-        query = self._query
         after = position[1] if position else None
-        if query.has_range:
-            return [(0.0, image) for image in self._in_range(after, limit)]
-        return [(0.0, image) for image in self._images(after, limit + 1)[: limit + 1]]
+        also = self._in_range("{image}") if self._query.has_range else ("", ())
+        return [(0.0, image) for image in self._images(after, limit + 1, also)[: limit + 1]]
 
-    def _in_range(self, after: int | None, limit: int) -> list[int]:
-        """Pictures in the order of the data set whose score is in the range, of which there are many."""
-        sign, order = ("<", "DESC") if self._query.descending else (">", "ASC")
-        # The unary plus keeps the database from using the order of values.
-        where, values = self._range("+k", True)
-        holds, parameters = self._holds()
-        edge = after if after is not None else (_LAST if self._query.descending else -1)
-        sql = (
-            f"SELECT image_id FROM {self._keys} k WHERE k.list = ? AND k.image_id {sign} ?{where} AND {holds} "
-            f"ORDER BY k.image_id {order} LIMIT ?"
-        )
-        list_id = self._lists.get(self._query.score, -1)
-        return [row[0] for row in self._rows(sql, (list_id, edge, *values, *parameters, limit + 1))]
+    def _in_range(self, image: str) -> Statement:
+        """The condition that the score of the picture whose id is this SQL expression is in the range."""
+        within, bounds = self._range("r", True)
+        sql = f" AND EXISTS (SELECT 1 FROM {self._keys} r WHERE r.list = ? AND r.image_id = {image}{within})"
+        return sql, (self._lists.get(self._query.score, -1), *bounds)
 
     def _along_list(self, position: _Key | None, limit: int) -> list[_Key]:
         """Pictures in the order of a list, those that fulfil the conditions."""
@@ -344,9 +334,8 @@ class _Search:
             where, values = f" AND k.value {sign}= ? AND (k.value, k.image_id) {sign} (?, ?)", (position[0], *position)
         holds, parameters = self._holds()
         if query.has_range:
-            within, bounds = self._range("r", True)
-            holds += f" AND EXISTS (SELECT 1 FROM {self._keys} r WHERE r.list = ? AND r.image_id = k.image_id{within})"
-            parameters = (*parameters, self._lists.get(query.score, -1), *bounds)
+            also, bounds = self._in_range("k.image_id")
+            holds, parameters = holds + also, (*parameters, *bounds)
         sql = (
             f"SELECT k.value, k.image_id FROM {self._keys} k WHERE k.list = ?{where} AND {holds} "
             f"ORDER BY k.value {order}, k.image_id {order} LIMIT ?"

@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -196,7 +196,7 @@ class Index:
         """By run id, how many of its pictures of the split are in the index, and a lower bound of their ids."""
         sql = (
             f"SELECT run_id, sum(n), min(first_image) FROM {self.documents.schema}counts "
-            f"WHERE run_id IN ({', '.join('?' * len(runs))}) AND split = ? GROUP BY run_id"
+            f"WHERE run_id IN ({_marks(runs)}) AND split = ? GROUP BY run_id"
         )
         rows = execute(conn, sql, (*(run.id for run in runs), split)).fetchall()
         return {row[0]: (int(row[1]), row[2]) for row in rows}
@@ -216,6 +216,8 @@ class Index:
         if self._is_torn or any(words in text for words in _ABSENT):
             return _BEING_MADE
         where = self._file or f"the schema {self.documents.schema.rstrip('.')}"
+        if "locked" in text:
+            return f"The search index {where} is being written by another process: search again in a moment."
         if "full" in text:
             next_step = "Free some space, and it comes back by itself"
         elif getattr(reason, "sqlstate", None) == _NOT_ALLOWED:
@@ -229,9 +231,11 @@ class Index:
     def follow(self, stop: threading.Event, every_sec: float = 2.0) -> None:
         """Keeps the index up to date until `stop` is set; waits out a queue that cannot be reached."""
         while not stop.is_set():
-            with suppress(DatabaseError):
+            before = self.status
+            with suppress(DatabaseError, DBAPIError):
                 self.update()
-            stop.wait(0.0 if self.status.state == "filling" else every_sec)
+            is_moving = self.status.state == "filling" and self.status != before
+            stop.wait(0.0 if is_moving else every_sec)
 
     def update(self, seconds: float = 1.0, progress: Progress = silent) -> Status:
         """Follows the queue for about this long, and says how far the index is. An index that is missing, damaged or
@@ -254,7 +258,6 @@ class Index:
         seen = self._look()
         if memory is None or _is_of_another_past(memory, seen, counted):
             memory, counted = self._begin_anew(memory, seen), {}
-        memory = self._check_sample(memory, seen)
         for rows, changes in self._news(memory, seen, counted):
             memory, counted = self._store(memory, rows, changes)
             done = sum(states.total() for states in counted.values())
@@ -264,6 +267,8 @@ class Index:
         lacking = [(run.id, c.split, c.done, c.total) for run, c in seen.splits if _lacks(counted, run, c)]
         if lacking and memory.recounted != (names := json.dumps(lacking)):
             self._store(memory, [], {"jobs_after": 0, "recounted": names})
+            return Status("filling", 0, seen.total)
+        if self._sample_differs(memory, seen):
             return Status("filling", 0, seen.total)
         return Status("ready", seen.total, seen.total)
 
@@ -361,28 +366,34 @@ class Index:
 
     # --- Whether the index is of this queue ---
 
-    def _check_sample(self, memory: _Memory, seen: _Queue) -> _Memory:
-        """Compares a sample with the queue now and then; if it differs, everything is read again."""
+    def _sample_differs(self, memory: _Memory, seen: _Queue) -> bool:
+        """Whether a sample, which is compared with the queue now and then, has changed: then all is read again."""
         if time.monotonic() < self._checked_at + CHECK_SEC:
-            return memory
+            return False
         self._checked_at = time.monotonic()
         digests = {str(id): digest for id, digest in self._ask(current.shard_digests).items()}
-        changed = any(memory.shards.get(id, digest) != digest for id, digest in digests.items())
-        keys = [difference for run, counts in seen.splits for difference in self._differences(run, counts.split)]
-        if {LENGTH, TIME} & set(keys):
-            return self._begin_anew(memory, seen)
-        if changed or keys:
-            return self._store(memory, [], {"jobs_after": 0, "shards": digests})[0]
-        return memory if digests == memory.shards else self._store(memory, [], {"shards": digests})[0]
+        keys = {name for run, counts in seen.splits for name in self._differences(run, counts.split)}
+        if keys & {LENGTH, TIME}:  # which never change: these are captions of another past
+            self._begin_anew(memory, seen)
+            return True
+        is_changed = bool(keys) or any(memory.shards.get(id, digest) != digest for id, digest in digests.items())
+        if is_changed:
+            self._store(memory, [], {"jobs_after": 0, "shards": digests})
+        elif digests != memory.shards:
+            self._store(memory, [], {"shards": digests})
+        return is_changed
 
     def _differences(self, run: Run, split: str) -> list[str]:
         """The names of the keys in which captions of a sample differ from the queue's."""
         with self.reading() as conn:
             lists = self.lists(conn, run, split)
             sample = self._sample(conn, lists)
-            sql = f"SELECT list, image_id, value FROM {self.documents.schema}keys WHERE list = ? AND image_id = ?"
-            found = [execute(conn, sql, (id, image)).fetchall() for id in lists.values() for image in sample]
-        known = {(row[0], row[1]): row[2] for rows in found for row in rows}
+            sql = (
+                f"SELECT list, image_id, value FROM {self.documents.schema}keys "
+                f"WHERE list IN ({_marks(lists)}) AND image_id IN ({_marks(sample)})"
+            )
+            rows = execute(conn, sql, (*lists.values(), *sample)).fetchall() if sample else []
+        known = {(row[0], row[1]): row[2] for row in rows}
         entries = {
             one.document.image_id: one for one in self._entries(self._ask(current.jobs_of_images, run, sample, _JOB))
         }
@@ -575,6 +586,10 @@ def _identity(file: Path | None) -> tuple[int, int] | None:
     except OSError:
         return None
     return stat and (stat.st_dev, stat.st_ino)
+
+
+def _marks(values: Collection[Any]) -> str:
+    return ", ".join("?" * len(values))
 
 
 def _key(run: Run, split: str) -> str:
