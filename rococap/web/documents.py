@@ -7,6 +7,7 @@ so that both find the same. Knows no queue.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Literal, Protocol
 
 from sqlalchemy import Connection
@@ -29,6 +30,7 @@ _GAP: Final = 100
 """Positions between two texts of a document, so that no phrase begins in one and ends in the other."""
 
 
+@lru_cache(maxsize=65_536)
 def facet(kind: str, value: object) -> str:
     """One word for a kind and a value of it, in ASCII letters and digits. Different ones are different words."""
     plain = (
