@@ -36,21 +36,22 @@ TARGET = "< 100"
 def main() -> None:
     options = _options()
     load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="bench_web_") as folder:
-        lines = _measure(f"sqlite:///{folder}/queue.db", options)
-        file = Path(folder, "queue.db.search")
-        queue_file = Path(folder, "queue.db")
-        lines.append(value_line("size of the index", [file.stat().st_size / 1e6], "MB", ""))
-        lines.append(value_line("size of the queue's database", [queue_file.stat().st_size / 1e6], "MB", ""))
-    if options.postgres:
-        with server.started() as running:
-            lines += [_named(line) for line in _measure(running.create(), options)]
+    lines = _on_postgresql(options) if options.postgres else _on_sqlite(options)
     show(lines, f"{options.rows:,} jobs, {options.rounds} rounds, load {load:.1f} before")
     print("Missed: " + ("; ".join(line.what for line in lines if line.missed) or "none"))
 
 
-def _named(line: Line) -> Line:
-    return Line(f"PostgreSQL: {line.what}", line.peer, line.ours, line.ratios, line.target)
+def _on_sqlite(options: argparse.Namespace) -> list[Line]:
+    with tempfile.TemporaryDirectory(prefix="bench_web_") as folder:
+        lines = _measure(f"sqlite:///{folder}/queue.db", options)
+        for what, name in (("index", "queue.db.search"), ("queue's database", "queue.db")):
+            lines.append(value_line(f"size of the {what}", [Path(folder, name).stat().st_size / 1e6], "MB", ""))
+    return lines
+
+
+def _on_postgresql(options: argparse.Namespace) -> list[Line]:
+    with server.started() as running:
+        return _measure(running.create(), options)
 
 
 def _measure(url: str, options: argparse.Namespace) -> list[Line]:
@@ -159,7 +160,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000, help="jobs in the queue")
     parser.add_argument("--rounds", type=int, default=15, help="times that each query is made")
-    parser.add_argument("--postgres", action="store_true", help="measure on PostgreSQL too")
+    parser.add_argument("--postgres", action="store_true", help="measure on PostgreSQL instead of SQLite")
     return parser.parse_args()
 
 
