@@ -53,10 +53,12 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Conditions on a document: it belongs to one of these runs, has all `facets` and none of `without`, and contains
-    every term in the texts that `where` names. `first_image` is a lower bound of the pictures' ids, which saves time.
+    """Conditions on a document: it belongs to the split and to one of the runs, has all `facets` and none of `without`,
+    and contains every term in the texts that `where` names. `first_image` is a lower bound of the pictures' ids, which
+    saves time.
     """
 
+    split: str
     run_ids: tuple[int, ...]
     facets: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
@@ -84,7 +86,9 @@ class Documents(Protocol):
         ...
 
     def holds(self, wanted: Wanted, image_id: str) -> Statement:
-        """The condition that the picture whose id is this SQL expression has such a document."""
+        """The condition that the picture whose id is this SQL expression, and which is of the split, has such a
+        document.
+        """
         ...
 
 
@@ -126,7 +130,7 @@ class Fts5:
     def images(
         self, wanted: Wanted, after: int | None, limit: int, *, backwards: bool = False, also: Statement = ("", ())
     ) -> Statement:
-        match = _match(wanted)
+        match = _match(wanted, _of_runs(wanted), facet("split", wanted.split))
         lowest, highest = _row_id(wanted.first_image, 0), (1 << 63) - 1
         if after is not None and backwards:
             highest = _row_id(after, 0) - 1
@@ -141,25 +145,28 @@ class Fts5:
 
     def holds(self, wanted: Wanted, image_id: str) -> Statement:
         first = f"({image_id} << {RUN_BITS})"
-        sql = (
-            "EXISTS (SELECT 1 FROM documents WHERE documents MATCH ? AND "
-            f"rowid BETWEEN {first} AND {first} + {(1 << RUN_BITS) - 1})"
-        )
-        return sql, (_match(wanted),)
+        if len(wanted.run_ids) == 1 and (wanted.facets or wanted.terms):  # a word less to look up for each picture
+            rows, match = f"= {first} + {wanted.run_ids[0]}", _match(wanted)
+        else:
+            rows, match = f"BETWEEN {first} AND {first} + {(1 << RUN_BITS) - 1}", _match(wanted, _of_runs(wanted))
+        return f"EXISTS (SELECT 1 FROM documents WHERE documents MATCH ? AND rowid {rows})", (match,)
 
 
 def _row_id(image_id: int, run_id: int) -> int:
     return image_id << RUN_BITS | run_id
 
 
-def _match(wanted: Wanted) -> str:
-    """The conditions in FTS5's language. What is quoted consists of letters and digits."""
+def _of_runs(wanted: Wanted) -> str:
+    return " OR ".join(facet("run", run_id) for run_id in wanted.run_ids)
+
+
+def _match(wanted: Wanted, *more_facets: str) -> str:
+    """The conditions in FTS5's language, with these facets. Words and facets consist of letters and digits."""
     columns = {"any": "{original caption}", "original": "original", "caption": "caption"}[wanted.where]
-    runs = " OR ".join(f'"{facet("run", run_id)}"' for run_id in wanted.run_ids)
-    parts = [f"facets : ({runs})", *(f'facets : "{one}"' for one in wanted.facets)]
+    parts = [f"facets : ({one})" for one in (*more_facets, *wanted.facets)]
     parts += [f'{columns} : ("{" ".join(term.words)}" {"*" if term.prefix else ""})' for term in wanted.terms]
     match = " AND ".join(parts)
-    without = " OR ".join(f'"{one}"' for one in wanted.without)
+    without = " OR ".join(wanted.without)
     return f"({match}) NOT (facets : ({without}))" if without else match
 
 
@@ -205,7 +212,7 @@ class TextSearch:
     def images(
         self, wanted: Wanted, after: int | None, limit: int, *, backwards: bool = False, also: Statement = ("", ())
     ) -> Statement:
-        where, values = self._where(wanted)
+        where, values = self._where(wanted, facet("split", wanted.split))
         if after is not None:
             where += f" AND image_id {'<' if backwards else '>'} ?"
             values = (*values, after)
@@ -219,9 +226,9 @@ class TextSearch:
         where, values = self._where(wanted)
         return f"EXISTS (SELECT 1 FROM {self.schema}documents WHERE image_id = {image_id} AND {where})", values
 
-    def _where(self, wanted: Wanted) -> Statement:
+    def _where(self, wanted: Wanted, *more_facets: str) -> Statement:
         parts = ["run_id = ANY (?) AND image_id >= ? AND facets @> CAST(? AS text[])"]
-        values: list[Any] = [list(wanted.run_ids), wanted.first_image, list(wanted.facets)]
+        values: list[Any] = [list(wanted.run_ids), wanted.first_image, [*more_facets, *wanted.facets]]
         if wanted.without:
             parts.append("NOT facets && CAST(? AS text[])")
             values.append(list(wanted.without))

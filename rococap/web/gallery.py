@@ -25,7 +25,9 @@ from rococap.web.pictures import Source, source_of
 from rococap.web.words import Term, parse
 
 BOUND: Final = 5_000
-"""Totals are exact up to this; so many matches are sorted in one go, and more are found along the order asked for."""
+"""Totals are exact up to this, or twice as many if pictures are not in the data set's order. So many matches are sorted
+in one go; where there are more, they are found along the order asked for.
+"""
 MAX_LIMIT: Final = 200
 IMAGE: Final = "image"
 SORTS: Final = (IMAGE, *KEYS)
@@ -235,12 +237,15 @@ class _Search:
     def __init__(self, index: Index, conn: Connection, runs: Sequence[Run], query: Query) -> None:
         self._conn, self._runs, self._query = conn, runs, query
         self._documents = index.documents
+        # To look at one picture after another along a list takes longer than to sort twice as many.
+        self._bound = BOUND if query.sort == IMAGE else 2 * BOUND
         self._keys = f"{index.documents.schema}keys"
         self._lists = index.lists(conn, runs[0], query.split)
         self._totals = index.totals(conn, runs, query.split)
         self._wanted = Wanted(
+            query.split,
             tuple(run.id for run in runs),
-            (facet("split", query.split), *query.conditions),
+            query.conditions,
             query.exclusions,
             query.terms,
             query.where,
@@ -261,29 +266,29 @@ class _Search:
         keys = self._in_order(position, limit) if query.sort == IMAGE else self._along_list(position, limit)
         if position is None and len(keys) <= limit:
             return _Found(keys, len(keys), is_exact=True)
-        return _Found(keys, BOUND if self._is_one_condition else None, is_exact=False)
+        return _Found(keys, self._bound if self._is_one_condition else None, is_exact=False)
 
     @property
     def _is_one_condition(self) -> bool:
-        """Whether what more than BOUND pictures fulfil is all that is asked for."""
+        """Whether what more than so many pictures fulfil is all that is asked for."""
         query = self._query
         if query.is_whole:
             return not query.has_range or query.sort in (IMAGE, LENGTH, TIME, query.score)
         return not query.has_range and query.sort == IMAGE
 
     def _few(self) -> list[_Key] | None:
-        """All that the query finds, if the documents or the range of the score are at most BOUND; else None."""
+        """All that the query finds, if the documents or the range of the score are few; else None."""
         query = self._query
         if not query.is_whole:
-            images = self._images(None, BOUND + 1)
-            if len(images) <= BOUND:
+            images = self._images(None, self._bound + 1)
+            if len(images) <= self._bound:
                 return self._keys_of(images)
         if query.has_range or query.is_whole:
             name = query.score if query.has_range else query.sort
             where, values = self._range("k", query.has_range)
             sql = f"SELECT image_id FROM {self._keys} k WHERE k.list = ?{where} LIMIT ?"
-            rows = self._rows(sql, (self._lists.get(name, -1), *values, BOUND + 1))
-            if len(rows) <= BOUND:
+            rows = self._rows(sql, (self._lists.get(name, -1), *values, self._bound + 1))
+            if len(rows) <= self._bound:
                 return self._keys_of(self._that_hold([row[0] for row in rows]))
         return None
 

@@ -329,7 +329,7 @@ class Index:
 
     def _failed(self, run: Run, split: str) -> Iterator[tuple[Rows, dict[str, Any]]]:
         """Jobs that have failed or have been retried, without a new failure."""
-        wanted = Wanted((run.id,), (facet("split", split), facet("state", "failed")))
+        wanted = Wanted(split, (run.id,), (facet("state", "failed"),))
         with self.reading() as conn:
             known = {row[0] for row in execute(conn, *self.documents.images(wanted, None, _ALL)).fetchall()}
         changed = sorted(known ^ self._ask(current.failed_images, run, split))

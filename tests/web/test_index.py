@@ -74,6 +74,18 @@ def test_captions_failures_and_retries_are_followed(database, runs):
 
 
 @both_databases
+def test_a_picture_that_failed_again_for_another_reason_has_the_new_code(database, runs):
+    index = up_to_date(Index(database))
+    with writing(database) as conn:
+        queue.retry(conn, runs[0], image_ids=["train_00011"])
+    finish(database, runs[0], [11], failed={11: "truncated"}, now=LATER)
+    assert index.update().state == "ready"
+    assert found(database, index, runs, code="truncated") == [11]
+    assert found(database, index, runs, code="too_large") == []
+    index.close()
+
+
+@both_databases
 def test_captions_that_are_in_a_checkpoint_by_the_next_poll_are_found(database, runs, tmp_path):
     checkpoints.write_checkpoints(database, runs[1], "train", tmp_path / "out", 7)
     index = up_to_date(Index(database))
@@ -221,16 +233,19 @@ def test_the_index_is_no_part_of_the_queue(database, runs):
 def test_each_word_of_a_text_is_found_and_each_phrase(database, runs):
     texts = ["½ x'y\\z ß Σίσυφος", "L4–L5 e\u0301 é", "ＣＴ हिन्दी 日本語 🫁 ŉ", "w" * 3000, "it's 3.5x4.2 cm_wide"]
     index = up_to_date(Index(database))
-    put = [Document(1_000 + n, 1, "open", text, "", (facet("run", 1),)) for n, text in enumerate(texts)]
+    put = [
+        Document(1_000 + n, 1, "open", text, "", (facet("run", 1), facet("split", "odd")))
+        for n, text in enumerate(texts)
+    ]
     with index._writing() as conn:
         index.documents.put(conn, put)
     with index.reading() as conn:
         for document in put:
             words = words_of(document.original)
             for term in map(Term, [*((word,) for word in words), *pairwise(words)]):
-                sql = index.documents.images(Wanted((1,), terms=(term,), first_image=1_000), None, 10)
+                sql = index.documents.images(Wanted("odd", (1,), terms=(term,), first_image=1_000), None, 10)
                 assert document.image_id in [row[0] for row in db.execute(conn, *sql).fetchall()], term
-        apart = Wanted((1,), terms=(Term(("lung", "effusion")),))
+        apart = Wanted("odd", (1,), terms=(Term(("lung", "effusion")),))
         assert db.execute(conn, *index.documents.images(apart, None, 10)).fetchall() == []
     index.close()
 
