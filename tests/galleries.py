@@ -74,7 +74,7 @@ def at(n: int, now: int = 1_000) -> int:
     return now + n * 11 % 17
 
 
-def score(database: Engine, run: Run, scores: Mapping[int, float]) -> None:
+def score(database: Engine, run: Run, scores: Mapping[int, float | None]) -> None:
     """Stores scores as `evaluate` does."""
     rows = [
         (json.dumps({"rouge_l": value, "bleu": [1, 2], "cider_d": None}), run.id, f"train_{n:05}")

@@ -372,10 +372,7 @@ class Index:
             return False
         self._checked_at = time.monotonic()
         digests = {str(id): digest for id, digest in self._ask(current.shard_digests).items()}
-        keys = {name for run, counts in seen.splits for name in self._differences(run, counts.split)}
-        if keys & {LENGTH, TIME}:  # which never change: these are captions of another past
-            self._begin_anew(memory, seen)
-            return True
+        keys = [name for run, counts in seen.splits for name in self._differences(run, counts.split)]
         is_changed = bool(keys) or any(memory.shards.get(id, digest) != digest for id, digest in digests.items())
         if is_changed:
             self._store(memory, [], {"jobs_after": 0, "shards": digests})

@@ -70,6 +70,8 @@ def test_captions_failures_and_retries_are_followed(database, runs):
     finish(database, runs[1], [15], now=LATER)
     assert index.update().state == "ready"
     assert found(database, index, second, "mass 15") == [15]
+    with index.reading() as conn:
+        assert index.totals(conn, second, "train") == {2: (N, 1)}
     index.close()
 
 
@@ -127,6 +129,8 @@ def test_new_scores_are_noticed(database, runs, checks):
     score(database, runs[1], {n: 1 - n / 100 for n in range(14)})
     up_to_date(index)
     assert found(database, index, runs[1:], sort="rouge_l") == list(range(13, -1, -1))
+    score(database, runs[1], {5: None})
+    assert 5 not in found(database, up_to_date(index), runs[1:], sort="rouge_l")
     index.close()
 
 
@@ -319,7 +323,8 @@ def test_a_damaged_or_missing_file_is_made_again(database, runs, damage):
     else:
         file.write_bytes(data[:4096] + b"\xaa" * (len(data) - 4096))
     finish(database, runs[1], [14], now=LATER)
-    index._database.dispose()  # another process reads the file, not what this one remembers of it
+    if damage != "removed":
+        index._database.dispose()  # another process reads the file, not what this one remembers of it
     for _ in range(5):
         index.update()
         with suppress(SearchUnavailable):
