@@ -1280,7 +1280,7 @@ MUTANTS = (
         "throughput",
         "(_not_in_a_segment(read, keys, since, until), _in_segments(read, keys, since))",
         "(_not_in_a_segment(read, keys, since, until),)",
-        "queue/test_history.py::test_captions_in_checkpoint_segments_are_counted_too_and_none_twice",
+        "queue/test_rates.py::test_captions_in_checkpoint_segments_are_counted_too_and_none_twice",
     ),
     # --- reviews, edits, studies ---
     mutant(

@@ -7,7 +7,17 @@ from rococap.cli import enqueue, finetune, operate, results, review, serve, setu
 from rococap.cli.options import cli
 
 __all__ = [
-    *("cli", "enqueue", "finetune", "main", "operate", "results", "review", "serve", "setup", "status", "study"),
+    "cli",
+    "enqueue",
+    "finetune",
+    "main",
+    "operate",
+    "results",
+    "review",
+    "serve",
+    "setup",
+    "status",
+    "study",
     "worker",
 ]
 

@@ -11,7 +11,7 @@ tallies, worker. `now` is the database's clock unless a test passes its own. The
 bound parameter it would miss the partial indexes (11 microseconds would become 32 milliseconds).
 """
 
-from rococap.queue.history import Interval, Made, throughput
+from rococap.queue.history import CaptionMade, FailureSeen, History, history
 from rococap.queue.leases import (
     claim,
     complete,
@@ -22,6 +22,7 @@ from rococap.queue.leases import (
     release,
 )
 from rococap.queue.operate import cancel, clear_deleted, delete_run, pause, prune, retry, unknown_codes, unknown_images
+from rococap.queue.rates import Interval, Made, throughput
 from rococap.queue.records import (
     NORMAL,
     PLACE,
@@ -82,10 +83,13 @@ __all__ = [
     "PLACE",
     "SOLO",
     "SUSPECTS",
+    "CaptionMade",
     "Claim",
     "Counts",
     "Failed",
     "FailedAlike",
+    "FailureSeen",
+    "History",
     "Interval",
     "Job",
     "Labelled",
@@ -123,6 +127,7 @@ __all__ = [
     "get_run",
     "has_suspects",
     "heartbeat",
+    "history",
     "labelled",
     "last_self_check",
     "list_failures",

@@ -1,90 +1,93 @@
-"""How many captions and tokens the runs made in each interval of the last hours, read in short pages."""
+"""What has happened to one picture in a run. Read only."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Connection
 
 from rococap.db import execute
-from rococap.queue.records import time_of
-
-PAGE_MS = 5 * 60_000
-PAGE_SEGMENTS = 40
-
-Read = Callable[[], AbstractContextManager[Connection]]
+from rococap.queue.runs import Run
+from rococap.queue.status import LeaseSeen, leases_with
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
-    """An interval of a run and split. It begins at `at`, in milliseconds since 1970."""
+class FailureSeen:
+    """A failed attempt. `lease` is None if its lease is not known; `at` is in milliseconds since 1970."""
 
-    run: str
-    split: str
+    code: str
+    message: str
     at: int
+    lease: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """Captions, and the tokens in them, by interval. An interval in which nothing was captioned is absent."""
+class CaptionMade:
+    """How a caption was made. Times are in milliseconds; None for what a restored caption does not have.
 
-    captions: Counter[Interval]
-    tokens: Counter[Interval]
-
-
-_ACTIVE = (
-    "SELECT DISTINCT r.id, r.name, l.split FROM leases l JOIN runs r ON r.id = l.run_id WHERE r.deleted_at IS NULL AND "
-)
-_SUMS = (
-    "SELECT j.finished_at / ?, count(*), COALESCE(sum(c.new_tokens), 0) FROM jobs j JOIN captions c ON c.job_id = j.id "
-    "WHERE j.run_id = ? AND j.split = ? AND c.lease_id IS NOT NULL AND "
-)
-# Two queries, because a job is in one partial index until it has its checkpoint segment, and then in another.
-_NOT_IN_A_SEGMENT = _SUMS + (
-    "j.status = 'done' AND j.checkpoint IS NULL AND j.finished_at >= ? AND j.finished_at < ? GROUP BY 1"
-)
-_IN_SEGMENTS = _SUMS + "j.checkpoint IS NOT NULL AND j.checkpoint > ? AND j.checkpoint <= ? GROUP BY 1"
-_LAST_SEGMENT = "SELECT max(checkpoint) FROM jobs WHERE run_id = ? AND split = ? AND checkpoint IS NOT NULL"
-
-_Sums = Iterator[tuple[int, int, int]]
-
-
-def throughput(read: Read, *, since: int, every_ms: int, now: int | None = None) -> Made:
-    """What workers captioned since the time `since`, in intervals of `every_ms` milliseconds, of which `since` must be
-    a multiple. Restored captions are left out.
-
-    `read` opens a transaction for one page, so that no page holds up a commit for long.
+    `device` and `engine` are those of the worker that made it.
     """
-    with read() as conn:
-        until = time_of(conn, now)
-        active = {*execute(conn, _ACTIVE + "l.closed_at >= ?", (since,)), *execute(conn, _ACTIVE + "l.state = 'open'")}
-    made = Made(Counter(), Counter())
-    for run_id, run, split in sorted(tuple(row) for row in active):
-        keys = (every_ms, run_id, split)
-        for sums in (_not_in_a_segment(read, keys, since, until), _in_segments(read, keys, since)):
-            for at, captions, tokens in sums:
-                interval = Interval(run, split, at * every_ms)
-                made.captions[interval] += int(captions)
-                made.tokens[interval] += int(tokens)
-    return made
+
+    lease: int | None
+    finish_reason: str | None
+    prompt_tokens: int | None
+    new_tokens: int | None
+    processing_ms: float | None
+    latency_ms: float | None
+    batch_size: int | None
+    generated_at: int
+    device: str | None
+    engine: str | None
 
 
-def _not_in_a_segment(read: Read, keys: tuple[int, int, str], since: int, until: int) -> _Sums:
-    for start in range(since, until + 1, PAGE_MS):
-        with read() as conn:
-            rows = execute(conn, _NOT_IN_A_SEGMENT, (*keys, start, start + PAGE_MS)).fetchall()
-        yield from ((at, captions, tokens) for at, captions, tokens in rows)
+@dataclass(frozen=True, slots=True)
+class History:
+    """The job of one picture in one run, with its failures, oldest first, and the leases that its caption and failures
+    name, and the one that it is under now.
+    """
+
+    job: int
+    status: str
+    attempts: int
+    crashes: int
+    not_before: int | None
+    finished_at: int | None
+    checkpoint: int | None
+    made: CaptionMade | None
+    failures: tuple[FailureSeen, ...]
+    leases: tuple[LeaseSeen, ...]
 
 
-def _in_segments(read: Read, keys: tuple[int, int, str], since: int) -> _Sums:
-    """Backwards, because segments are numbered in the order in which their captions were finished."""
-    every_ms, run_id, split = keys
-    with read() as conn:
-        last = execute(conn, _LAST_SEGMENT, (run_id, split)).scalar() or 0
-    for end in range(last, 0, -PAGE_SEGMENTS):
-        with read() as conn:
-            rows = execute(conn, _IN_SEGMENTS, (*keys, end - PAGE_SEGMENTS, end)).fetchall()
-        yield from ((at, captions, tokens) for at, captions, tokens in rows if at * every_ms >= since)
-        if any(at * every_ms < since for at, _, _ in rows):
-            return
+def history(conn: Connection, run: Run, image: int) -> History | None:
+    """What has happened to the picture with this id in the database; None if the run has no job for it."""
+    job = execute(
+        conn,
+        "SELECT id, status, attempts, crashes, not_before, finished_at, checkpoint, lease_id FROM jobs "
+        "WHERE run_id = ? AND image_id = ?",
+        (run.id, image),
+    ).one_or_none()
+    if job is None:
+        return None
+    lease_id = job[7]
+    made = execute(
+        conn,
+        "SELECT c.lease_id, c.finish_reason, c.prompt_tokens, c.new_tokens, c.processing_ms, c.latency_ms, "
+        "c.batch_size, c.generated_at, w.device, w.engine FROM captions c LEFT JOIN leases l ON l.id = c.lease_id "
+        "LEFT JOIN workers w ON w.id = l.worker_id WHERE c.job_id = ?",
+        (job[0],),
+    ).one_or_none()
+    failures = _failures(conn, job[0])
+    leases = {lease_id, made and made[0], *(one.lease for one in failures)} - {None}
+    id, status, attempts, crashes, not_before, finished_at, checkpoint, _ = job
+    return History(
+        *(id, status, attempts, crashes, not_before, finished_at, checkpoint),
+        made=CaptionMade(*made) if made else None,
+        failures=tuple(failures),
+        leases=tuple(leases_with(conn, sorted(leases))),
+    )
+
+
+def _failures(conn: Connection, job: int) -> list[FailureSeen]:
+    sql = "SELECT code, message, at, lease_id FROM failures WHERE job_id = ? ORDER BY id"
+    rows: Sequence[Sequence[Any]] = execute(conn, sql, (job,)).fetchall()
+    return [FailureSeen(*row) for row in rows]

@@ -275,21 +275,30 @@ def list_workers(conn: Connection, *, everyone: bool = False, now: int | None = 
     ]
 
 
+_LEASES = (
+    "SELECT l.id, w.id, w.host, w.pid, r.name, l.split, l.lane, l.state, l.n_jobs, l.n_done, l.claimed_at, "
+    "l.beat_at, l.expires_at, l.load_ms, l.prepare_ms, l.prefill_ms, l.decode_ms, l.store_ms "
+    "FROM leases l JOIN workers w ON w.id = l.worker_id JOIN runs r ON r.id = l.run_id "
+)
 _LANES = {NORMAL: "normal", SUSPECTS: "suspects", SOLO: "solo"}
 
 
 def list_leases(conn: Connection, *, closed: int = 0, now: int | None = None) -> list[LeaseSeen]:
     """The open leases, oldest first, preceded by the last `closed` leases that have ended."""
     at = time_of(conn, now)
-    columns = (
-        "SELECT l.id, w.id, w.host, w.pid, r.name, l.split, l.lane, l.state, l.n_jobs, l.n_done, l.claimed_at, "
-        "l.beat_at, l.expires_at, l.load_ms, l.prepare_ms, l.prefill_ms, l.decode_ms, l.store_ms "
-        "FROM leases l JOIN workers w ON w.id = l.worker_id JOIN runs r ON r.id = l.run_id "
-    )
-    latest = columns + "WHERE l.closed_at IS NOT NULL ORDER BY l.closed_at DESC, l.id DESC LIMIT ?"
+    latest = _LEASES + "WHERE l.closed_at IS NOT NULL ORDER BY l.closed_at DESC, l.id DESC LIMIT ?"
     ended = execute(conn, latest, (closed,)).fetchall()
-    rows = [*reversed(ended), *execute(conn, columns + "WHERE l.state = 'open' ORDER BY l.id").fetchall()]
+    rows = [*reversed(ended), *execute(conn, _LEASES + "WHERE l.state = 'open' ORDER BY l.id").fetchall()]
     return [_lease_seen(row, at) for row in rows]
+
+
+def leases_with(conn: Connection, ids: Sequence[int], *, now: int | None = None) -> list[LeaseSeen]:
+    """The leases with these ids, oldest first."""
+    if not ids:
+        return []
+    at = time_of(conn, now)
+    sql = f"{_LEASES}WHERE l.id IN ({', '.join('?' * len(ids))}) ORDER BY l.id"
+    return [_lease_seen(row, at) for row in execute(conn, sql, tuple(ids)).fetchall()]
 
 
 def _lease_seen(row: Sequence[Any], at: int) -> LeaseSeen:

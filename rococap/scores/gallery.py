@@ -229,7 +229,7 @@ def cards_of(
 
     The ids of pictures that cannot be read are appended to `unreadable`.
     """
-    root, absent = _root(run, [row.place.shard for row in rows])
+    root, absent = root_of(run, [row.place.shard for row in rows])
     with PictureReader(root) as reader:
         for number, row in enumerate(rows):
             progress("reading pictures", number, len(rows))
@@ -244,8 +244,8 @@ def cards_of(
     progress("reading pictures", len(rows), len(rows))
 
 
-def _root(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
-    """The folder of the data set, and a message if it is not available. Nothing is downloaded for a report."""
+def root_of(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
+    """The folder of the data set, and a message if it is not available. Nothing is downloaded to show pictures."""
     name, _ = parse_name(run.dataset)
     if not run.dataset_revision:
         return Path(name), ""
@@ -258,18 +258,21 @@ def _root(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
 
 def _thumbnail(reader: PictureReader, place: Place, root: Path, frame: int) -> Thumbnail:
     try:
-        return _reduced(open_picture(reader.picture(place), frame))
+        picture = open_picture(reader.picture(place), frame)
+        data = reduced(picture)
     except (DatasetError, PictureError, OSError) as error:
         return Thumbnail(why=short_within(str(error), [str(root)]))
+    return Thumbnail(f"data:image/jpeg;base64,{b64encode(data).decode()}", *picture.size)
 
 
-def _reduced(picture: Image.Image) -> Thumbnail:
+def reduced(picture: Image.Image) -> bytes:
+    """Shrinks the picture to EDGE at most; returns it as a JPEG, of at most MAX_BYTES unless it is noise."""
     picture.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS, reducing_gap=3.0)
     for quality in QUALITIES:
         data = _jpeg(picture, quality)
         if len(data) <= MAX_BYTES:
             break
-    return Thumbnail(f"data:image/jpeg;base64,{b64encode(data).decode()}", *picture.size)
+    return data
 
 
 def _jpeg(picture: Image.Image, quality: int) -> bytes:
