@@ -50,7 +50,7 @@ def test_captions_and_their_tokens_are_counted_in_the_minute_in_which_they_were_
 
 
 def test_captions_in_checkpoint_segments_are_counted_too_and_none_twice(url, database, tmp_path, monkeypatch):
-    monkeypatch.setattr("rococap.queue.history.PAGE_SEGMENTS", 2)
+    monkeypatch.setattr("rococap.queue.rates.PAGE_SEGMENTS", 2)
     run = fill(database, tmp_path, 12)
     for minute in range(12):
         caption(database, run, said(minute), now=minute * MINUTE)
