@@ -150,8 +150,10 @@ class Site:
         return self._templates.get_template(template).render(navigation=navigation, **values)
 
     def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-        """The answer to a request, from a template that extends `base.html`."""
-        return HTMLResponse(self.render(template, path=request.url.path, **values), status)
+        """The answer to a request, from a template that extends `base.html`. Pages with a `reader` show it."""
+        path, query = request.url.path, request.url.query
+        here = f"{path}?{query}" if query else path
+        return HTMLResponse(self.render(template, path=path, here=here, **values), status)
 
 
 def site_of(request: Request) -> Site:
