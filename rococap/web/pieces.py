@@ -6,7 +6,6 @@ from typing import Literal
 
 from rococap.web.words import Change, Segment, Term, differences, marked
 
-
 Kind = Literal["same", "added", "removed"]
 
 

@@ -111,7 +111,9 @@ def page(request: Request, site: Here, reader: MaybeReader, asked: Annotated[Ask
 
 def _preview(database: Database, run: Run, asked: Asked) -> Preview:
     def changes(after: int, most: int) -> list[Change]:
-        return list(islice(review.changes(database, run, asked.split, asked.replacement, asked.seen, after=after), most))
+        return list(
+            islice(review.changes(database, run, asked.split, asked.replacement, asked.seen, after=after), most)
+        )
 
     counted = changes(0, COUNTED + 1)
     found = changes(asked.after, PAGE + 1) if asked.after else counted[: PAGE + 1]

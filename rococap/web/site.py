@@ -22,9 +22,11 @@ from rococap.db import execute
 from rococap.errors import DatabaseError
 from rococap.figures import ago, duration, percent, significant
 from rococap.queue import with_run
+from rococap.results.texts import iso
 from rococap.tables import SCHEMA
 from rococap.urls import holds_password, shown
 from rococap.web.access import Access
+from rococap.web.words import differences
 
 NOTICE: Final = "Machine-generated captions. Not for clinical use."
 NAVIGATION: Final = (("Dashboard", "/"), ("Pictures", "/pictures"), ("Studies", "/studies"))
@@ -63,6 +65,11 @@ def static(name: str) -> str:
     return f"/static/{assets()[name].version}/{name}"
 
 
+def moment(at: int) -> str:
+    """A time in ms since 1970, for people."""
+    return iso(at)[:16].replace("T", " ") + " UTC"
+
+
 # --- The site --------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +92,8 @@ class Site:
         self._templates.filters |= {
             "ago": ago,
             "duration": duration,
+            "iso": iso,
+            "moment": moment,
             "number": "{:,}".format,
             "percent": percent,
             "quoted": shlex.quote,
@@ -93,6 +102,7 @@ class Site:
         self._templates.globals |= {
             "command": self.command,
             "database": shown(database.url),
+            "differences": differences,
             "notice": NOTICE,
             "read_only": access.read_only,
             "static": static,

@@ -17,7 +17,7 @@ export const tell = (message) => {
   timer = setTimeout(() => (told.textContent = ""), 8000);
 };
 
-/** Posts JSON and returns the answer's JSON. Throws an Error whose message is for people. */
+/** Posts JSON and returns the answer's JSON. Throws an Error whose message is for people, with the `answer`. */
 export const post = async (path, body) => {
   let response;
   try {
@@ -30,7 +30,10 @@ export const post = async (path, body) => {
     throw new Error("The server cannot be reached. Is rococap serve still running?");
   }
   const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(answer.error?.message ?? `The server answered with ${response.status}.`);
+  if (!response.ok) {
+    const message = answer.error?.message ?? `The server answered with ${response.status}.`;
+    throw Object.assign(new Error(message), { answer });
+  }
   return answer;
 };
 

@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 // Keys: an element with `aria-keyshortcuts` is clicked, or a field entered, when one of its keys is pressed. Escape leaves
 // a field, and Ctrl-Enter sends its form. A checkbox with the id `keys-on` turns single keys off.
 
@@ -44,26 +43,3 @@ if (box) {
   box.checked = !off();
   box.addEventListener("change", () => localStorage.setItem(KEPT, box.checked ? "on" : "off"));
 }
-=======
-// Single keys that do something on a page, and the window that lists them: see the template keys.html.
-
-const help = document.getElementById("help");
-const on = document.getElementById("help-on");
-const KEPT = "rococap-keys";
-
-on.checked = localStorage.getItem(KEPT) !== "off";
-on.addEventListener("change", () => localStorage.setItem(KEPT, on.checked ? "on" : "off"));
-document.getElementById("help-open").addEventListener("click", () => help.showModal());
-
-/** Calls the function of a key, unless somebody is typing, answering a question, or wants no such keys. */
-export const keys = (actions) => {
-  const all = { ...actions, "?": () => help.showModal() };
-  document.addEventListener("keydown", (event) => {
-    if (!on.checked || event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
-    if (document.querySelector("dialog[open]") || event.target.closest("input, textarea, select")) return;
-    const action = all[event.key];
-    if (action === undefined || action() === false) return;
-    event.preventDefault();
-  });
-};
->>>>>>> w18p1
