@@ -58,7 +58,7 @@ def page(request: Request, site: Here, reader: MaybeReader, asked: Annotated[Ask
     values |= {"usual": _USUAL_OF_FORM, "chips": _chips(asked), "reader": reader}
     passed = {"run": [run.name for run in chosen.runs], "split": chosen.split}
     values |= {"passed": asked.string(**passed, after=asked.after, before=asked.before)}
-    values |= {"indexed": index.status, "found": None, "cards": [], "problem": ""}
+    values |= {"being_filled": gallery.BEING_FILLED, "indexed": index.status, "found": None, "cards": [], "problem": ""}
     if chosen.runs:
         try:
             query = asked.query(chosen.split)

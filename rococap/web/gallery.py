@@ -29,6 +29,7 @@ BOUND: Final = 5_000
 in one go; where there are more, they are found along the order asked for.
 """
 MAX_LIMIT: Final = 200
+BEING_FILLED: Final = "The search index is being filled: searches and filters find what is in it already."
 IMAGE: Final = "image"
 SORTS: Final = (IMAGE, *KEYS)
 """What pictures can be sorted by: the order of the data set, or a key of the index."""
@@ -142,7 +143,7 @@ class Page:
     `before` of the page that precedes it, "" if this is the first.
 
     There are `total` pictures in all, or more than that unless it `is_exact`; None if there may be any number, because
-    several conditions are each fulfilled by many. `why` says why there is nothing to search by while the index is off.
+    several conditions are each fulfilled by many. `why` says why there is nothing, or not everything, to search by.
     """
 
     pictures: list[Picture]
@@ -208,15 +209,19 @@ class _Found:
 def _find(
     database: Database, index: Index, runs: Sequence[Run], query: Query, position: _Key | None, limit: int
 ) -> _Found:
-    try:
-        with index.reading() as conn:
-            return _Search(index, conn, runs, query).page(position, limit)
-    except SearchUnavailable as error:
-        if not query.is_plain:
-            raise
-        with transaction(database) as conn:
-            keys, total = _browse(conn, runs, query, position, limit)
-        return _Found(keys, total, is_exact=len(runs) == 1, why=str(error))
+    """All pictures in the data set's order are read from the queue until the index has all of them."""
+    why = index.status.why or BEING_FILLED
+    if not query.is_plain or index.status.state == "ready":
+        try:
+            with index.reading() as conn:
+                return _Search(index, conn, runs, query).page(position, limit)
+        except SearchUnavailable as error:
+            if not query.is_plain:
+                raise
+            why = str(error)
+    with transaction(database) as conn:
+        keys, total = _browse(conn, runs, query, position, limit)
+    return _Found(keys, total, is_exact=len(runs) == 1, why=why)
 
 
 def _reversed(query: Query) -> Query:

@@ -1,7 +1,7 @@
 """Pages of the gallery: each is what a plain look at all rows finds, in the same order."""
 
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import galleries
 import pytest
@@ -109,6 +109,22 @@ def test_pages_are_the_whole_list_in_order_for_each_filter_and_sort(database, tm
         for page in found:
             assert page.total is None or (page.total == len(wanted) if page.is_exact else page.total <= len(wanted))
         assert found[0].is_exact or bound == 1 or query.is_plain
+    index.close()
+
+
+@pytest.mark.parametrize("given", [{}, {"sort": "length"}, {"sort": "rouge_l", "descending": True}, {"words": "lung"}])
+def test_pages_are_turned_backwards_as_well(database, tmp_path, given):
+    runs = world(database, tmp_path)
+    index = up_to_date(Index(database))
+    query = Query("train", **given)
+    forwards = list(pages(database, index, runs, query, 4))
+    assert forwards[0].previous == ""
+    for earlier, later in pairwise(forwards):
+        back = gallery.page(database, index, runs, query, before=later.previous, limit=4)
+        assert (numbers(back), back.next, back.previous) == (numbers(earlier), earlier.next, earlier.previous)
+    shifted = gallery.page(database, index, runs, query, after=forwards[0].previous, limit=3)
+    first = gallery.page(database, index, runs, query, before=shifted.next, limit=4)
+    assert (numbers(first), first.previous) == (numbers(forwards[0]), ""), "the first page is always a full one"
     index.close()
 
 
