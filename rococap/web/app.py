@@ -12,10 +12,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from rococap.errors import DatabaseError, DatabaseUnavailable, RococapError, RunError
-from rococap.web import actions, dashboard, images, picture, reader
+from rococap.web import actions, browse, dashboard, images, picture, reader
 from rococap.web.access import MAX_BODY, READS, Access, Guard, Refused
 from rococap.web.pictures import PictureGone, Pictures, Thumbnails, folder_of
 from rococap.web.reader import ReaderUnknown
+from rococap.web.search import Search
 from rococap.web.site import Here, Site, assets, site_of
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 ROUTERS = (
     dashboard.router,
     actions.router,
+    browse.router,
     images.router,
     picture.router,
     reader.router,
@@ -61,9 +63,11 @@ class App(FastAPI):
         self.state.site = site
         self.state.dashboard = dashboard.Dashboard(site)
         self.state.pictures = Pictures(Thumbnails(folder_of(site.database)))
+        self.state.search = Search(site.database)
 
     def close(self) -> None:
         """Closes what requests have opened."""
+        self.state.search.close()
         self.state.pictures.close()
 
     def build_middleware_stack(self) -> ASGIApp:

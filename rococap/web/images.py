@@ -11,13 +11,14 @@ from starlette.responses import Response
 from rococap import queue
 from rococap.queue import Run
 from rococap.web.pictures import Pictures, Source, source_of, version_of
+from rococap.web.asked import PLAIN
 from rococap.web.site import Here, Site
 
 router = APIRouter()
 
 Image = Annotated[int, Path(ge=0, lt=1 << 42)]
 """The id of a picture in the database."""
-RunName = Annotated[str, Query(alias="run", min_length=1, max_length=200)]
+RunName = Annotated[str, Query(alias="run", min_length=1, max_length=200, pattern=PLAIN)]
 
 
 @router.get("/picture/{image}/thumbnail")

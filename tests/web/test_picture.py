@@ -79,7 +79,6 @@ def known_as(browser: Any, served: Served, name: str) -> Any:
 
 def open_picture(page: Any, served: Served, number: int, query: str = "run=default") -> None:
     page.goto(f"{served.address}/picture/{number}?{query}")
-    page.wait_for_function("document.getElementById('picture').complete")
 
 
 @pytest.fixture

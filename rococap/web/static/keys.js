@@ -5,7 +5,8 @@ const WORDS = { "+": "Plus", " ": "Space" };
 const FIELDS = "textarea, select, input:not([type=checkbox], [type=radio], [type=range])";
 const KEPT = "rococap-keys";
 
-const off = () => localStorage.getItem(KEPT) === "off";
+/** Whether somebody wants no single keys. */
+export const off = () => localStorage.getItem(KEPT) === "off";
 
 const nameOf = (event) => {
   const name = WORDS[event.key] ?? (event.key.length === 1 ? event.key.toLowerCase() : event.key);
