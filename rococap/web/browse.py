@@ -21,6 +21,7 @@ from rococap.web.gallery import Page, Picture, Said
 from rococap.web.index import KEYS, SearchUnavailable
 from rococap.web.marks import Opinion, opinions
 from rococap.web.pieces import Piece, pieces
+from rococap.web.reader import MaybeReader
 from rococap.web.search import Search
 from rococap.web.site import Here, Site
 from rococap.web.words import Term
@@ -47,17 +48,16 @@ router = APIRouter()
 
 
 @router.get("/pictures")
-def page(request: Request, site: Here, asked: Annotated[Asked, Query()]) -> HTMLResponse:
+def page(request: Request, site: Here, reader: MaybeReader, asked: Annotated[Asked, Query()]) -> HTMLResponse:
     """A page of pictures. Without a search index it still shows pictures in the order of the data set."""
     index = search_of(request).begin()
     with site.read() as conn:
         chosen = Chosen.of(conn, asked)
     values: dict[str, Any] = {"asked": asked, "chosen": chosen, "sorts": SORTS, "ranges": RANGES, "flags": FLAGS}
     values |= {"concepts": CONCEPTS, "names": NAMES, "verdicts": VERDICTS, "scores": SCORES, "max_runs": MAX_RUNS}
-    values |= {"usual": _USUAL_OF_FORM, "chips": _chips(asked), "paths": site.paths}
+    values |= {"usual": _USUAL_OF_FORM, "chips": _chips(asked), "reader": reader}
     passed = {"run": [run.name for run in chosen.runs], "split": chosen.split}
     values |= {"passed": asked.string(**passed, after=asked.after, before=asked.before)}
-    values |= {"here": asked.link(after=asked.after, before=asked.before)}
     values |= {"indexed": index.status, "found": None, "cards": [], "problem": ""}
     if chosen.runs:
         try:
@@ -189,7 +189,7 @@ def _cards(site: Site, chosen: Chosen, asked: Asked, found: Page, terms: tuple[T
 def _column(
     said: Said, opinion: Opinion | None, terms: tuple[Term, ...], asked: Asked, reference: str | None, *, in_full: bool
 ) -> Column:
-    """An edited caption is shown with what the edit has changed, which the search still finds as the machine wrote it."""
+    """An edited caption is shown with what the edit has changed: a search still finds what the machine wrote."""
     machine = said.text or ""
     text = machine if opinion is None or opinion.text is None else opinion.text
     if text != machine and asked.compare != "none":

@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from rococap import queue
 from rococap.queue import Run
-from rococap.web.pictures import Pictures, Source, source_of, version_of
 from rococap.web.asked import PLAIN
+from rococap.web.pictures import Pictures, Source, source_of, version_of
 from rococap.web.site import Here, Site
 
 router = APIRouter()

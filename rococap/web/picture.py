@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -18,8 +18,8 @@ from rococap.review import Caption, Conflict, Edit, Review
 from rococap.scores.explained import explained
 from rococap.web import gallery
 from rococap.web.access import Refused
-from rococap.web.actions import Name, Told
-from rococap.web.asked import Asked
+from rococap.web.actions import Told
+from rococap.web.asked import Asked, Name
 from rococap.web.browse import NAMES, Chosen, search_of
 from rococap.web.gallery import Picture, Said
 from rococap.web.images import Image
@@ -83,7 +83,8 @@ class Side:
     def recipe(self) -> dict[str, Any]:
         """The settings that the run states, and what they were resolved to."""
         stated: dict[str, Any] = json.loads(self.run.recipe.to_json())
-        return stated | (self.run.resolved or {})
+        known = stated | (self.run.resolved or {})
+        return {name: value for name, value in known.items() if value is not None}
 
 
 @router.get("")
@@ -165,7 +166,7 @@ class Undone(BaseModel):
     """The edit to take back."""
 
     run: Name
-    edit: int
+    edit: Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
 @router.post("/reviews")

@@ -6,6 +6,8 @@ from typing import Literal
 
 from rococap.web.words import Change, Segment, Term, differences, marked
 
+Kind = Literal["same", "added", "removed"]
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -14,8 +16,18 @@ class Piece:
     """
 
     text: str
-    kind: Literal["same", "added", "removed"] = "same"
+    kind: Kind = "same"
     hit: bool = False
+
+    @property
+    def words(self) -> str:
+        """The text without the white space after it."""
+        return self.text.rstrip()
+
+    @property
+    def space(self) -> str:
+        """The white space after the text."""
+        return self.text[len(self.words) :]
 
 
 def pieces(text: str, terms: Sequence[Term] = (), before: str | None = None, *, removed: bool = True) -> list[Piece]:
@@ -29,8 +41,8 @@ def pieces(text: str, terms: Sequence[Term] = (), before: str | None = None, *, 
         is_same = change.kind == "equal"
         if removed and not is_same and change.before:
             found.append(Piece(change.before, "removed"))
-        for segment in segments.next(len(change.after)):
-            found.append(Piece(segment.text, "same" if is_same else "added", segment.hit))
+        kind: Kind = "same" if is_same else "added"
+        found += [Piece(segment.text, kind, segment.hit) for segment in segments.next(len(change.after))]
     return found
 
 

@@ -1,42 +1,38 @@
-// The gallery: keys, short addresses, and when the search index is ready.
-import { keys } from "./keys.js";
+// The gallery: from picture to picture by keyboard, short addresses, and when the search index is ready.
+import "./help.js";
+import { off } from "./keys.js";
 import "./pictures.js";
 
-const cards = [...document.querySelectorAll(".card h2 a")];
+const links = [...document.querySelectorAll(".card h2 a")];
 const search = document.getElementById("search");
+const filling = document.getElementById("filling");
 
 const move = (step) => {
-  const at = cards.indexOf(document.activeElement?.closest(".card")?.querySelector("h2 a"));
-  const next = cards[at < 0 ? 0 : Math.min(Math.max(at + step, 0), cards.length - 1)];
-  next?.focus();
-  next?.closest(".card").scrollIntoView({ block: "nearest" });
+  const at = links.indexOf(document.activeElement?.closest(".card")?.querySelector("h2 a"));
+  const link = links[at < 0 ? 0 : Math.min(Math.max(at + step, 0), links.length - 1)];
+  link?.focus();
+  link?.closest(".card").scrollIntoView({ block: "nearest" });
 };
-/** Arrows move between cards only from a card, so that they scroll the page elsewhere. */
-const within = (step) => (document.activeElement?.closest(".card") ? move(step) : false);
-const press = (rel) => document.querySelector(`a[rel=${rel}]`)?.click();
 
-keys({
-  j: () => move(1),
-  k: () => move(-1),
-  ArrowDown: () => within(1),
-  ArrowUp: () => within(-1),
-  n: () => press("next"),
-  p: () => press("prev"),
-  "/": () => {
-    document.getElementById("q").focus();
-    document.getElementById("q").select();
-  },
+const STEPS = { j: 1, k: -1, ArrowDown: 1, ArrowUp: -1 };
+document.addEventListener("keydown", (event) => {
+  const step = STEPS[event.key];
+  if (!step || off() || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (document.querySelector("dialog[open]") || event.target.closest("input, textarea, select")) return;
+  // Where no picture has the focus, arrows scroll.
+  if (event.key.startsWith("Arrow") && !document.activeElement?.closest(".card")) return;
+  event.preventDefault();
+  move(step);
 });
 
 // Fields that ask for nothing stay out of the address, which people share.
-search?.addEventListener("formdata", (event) => {
-  const usual = new Map(Object.entries(JSON.parse(search.dataset.usual)));
-  for (const [name, value] of [...event.formData]) {
-    if (value === "" || usual.get(name) === value) event.formData.delete(name);
-  }
+search?.addEventListener("formdata", ({ formData }) => {
+  const usual = JSON.parse(search.dataset.usual);
+  const entries = [...formData].filter(([name, value]) => value !== "" && usual[name] !== value);
+  for (const name of new Set(formData.keys())) formData.delete(name);
+  for (const [name, value] of entries) formData.append(name, value);
 });
 
-const filling = document.getElementById("filling");
 const watch = async () => {
   const response = await fetch("/pictures/index").catch(() => null);
   const status = response?.ok ? await response.json() : null;
@@ -45,7 +41,8 @@ const watch = async () => {
     filling.querySelector("#filled").hidden = false;
     return;
   }
-  if (status?.total) filling.querySelector("progress").value = status.done / status.total;
+  const progress = filling.querySelector("progress");
+  if (status?.total && progress) progress.value = status.done / status.total;
   setTimeout(watch, 1000);
 };
 if (filling) watch();

@@ -2,7 +2,7 @@
 //
 // <button data-post="/path" data-body="{…}" data-title="…" data-text="…">Do it</button>
 // <button data-copy="rococap …">Copy</button>
-// The template macros `ui.act` and `ui.shell` make both.
+// Once it is done, the document has the event `changed`. The template macros `ui.act` and `ui.shell` make both.
 
 const dialog = document.getElementById("confirm");
 const byId = (id) => document.getElementById(`confirm-${id}`);
@@ -72,6 +72,7 @@ dialog.addEventListener("submit", async (event) => {
     const { message } = await post(asking.path, asking.body);
     dialog.close();
     tell(message);
+    document.dispatchEvent(new Event("changed"));
   } catch (error) {
     byId("error").textContent = error.message;
   } finally {
