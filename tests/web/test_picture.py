@@ -100,6 +100,7 @@ def test_twenty_pictures_are_reviewed_by_keyboard_only(opened, database):
     keys = [*"1234"]
     for n in range(1, LISTED):
         opened.get_by_role("heading", level=1, name=f"train_{n - 1:05}").wait_for()
+        opened.wait_for_load_state()
         opened.keyboard.press(keys[n % 4])
         if n % 4 > 1:
             opened.keyboard.press("m")

@@ -53,7 +53,7 @@ const saveReview = (stay) =>
   trying(review, async () => {
     const now = given();
     if (now.verdict === null) throw new Error("Choose a verdict first: 1, 2, 3 or 4.");
-    if (!stay && isEdited()) throw new Error("The caption was changed, but not saved: save it or start again, then go on.");
+    if (!stay && isEdited()) throw new Error("The caption was changed, but not saved: save it or start again first.");
     // What was judged before and is left as it was needs no second row.
     if (JSON.stringify(now) === judged) return stay ? tell("Already saved.") : goOn("Left as it was.");
     const { message } = await post(review.dataset.path, { run: review.dataset.run, ...now });
@@ -121,12 +121,11 @@ if (edit) {
     const button = target.closest("[data-undo]");
     if (!button) return;
     trying(edit, async () => {
+      if (isEdited()) throw new Error("The caption was changed, but not saved: save it or start again first.");
       const path = edit.dataset.path.replace(/edits$/, "undo");
-      try {
-        tell((await post(path, { run: edit.dataset.run, edit: Number(button.dataset.undo) })).message);
-      } finally {
-        begin(await refresh());
-      }
+      const undone = post(path, { run: edit.dataset.run, edit: Number(button.dataset.undo) });
+      const { message } = await undone.finally(async () => begin(await refresh()));
+      tell(message);
     });
   });
 }
