@@ -192,6 +192,21 @@ def page(
     )
 
 
+def neighbours(
+    database: Database, index: Index, runs: Sequence[Run], query: Query, image: int
+) -> tuple[int | None, int | None]:
+    """The ids of the pictures before and after one in the order of a gallery, whether or not it shows that one itself.
+
+    None at an end, and if the picture has not what the gallery is sorted by. Raises SearchUnavailable as `page` does.
+    """
+    position = _key_of(index, runs, query, image)
+    if position is None:
+        return None, None
+    found = (_find(database, index, runs, one, position, 1).keys for one in (_reversed(query), query))
+    before, after = (keys[0][1] if keys else None for keys in found)
+    return before, after
+
+
 # --- Which pictures --------------------------------------------------------------------------------------------
 
 _Key = tuple[float, int]
@@ -222,6 +237,14 @@ def _find(
     with transaction(database) as conn:
         keys, total = _browse(conn, runs, query, position, limit)
     return _Found(keys, total, is_exact=len(runs) == 1, why=why)
+
+
+def _key_of(index: Index, runs: Sequence[Run], query: Query, image: int) -> _Key | None:
+    if query.sort == IMAGE:
+        return 0.0, image
+    with index.reading() as conn:
+        keys = _Search(index, conn, runs, replace(query, least=None, most=None)).keys_of([image])
+    return keys[0] if keys else None
 
 
 def _reversed(query: Query) -> Query:
@@ -317,14 +340,14 @@ class _Search:
         if not query.is_whole:
             images = self._images(None, self._bound + 1)
             if len(images) <= self._bound:
-                return self._keys_of(images)
+                return self.keys_of(images)
         if query.has_range or query.is_whole:
             name = query.score if query.has_range else query.sort
             where, values = self._range("k", query.has_range)
             sql = f"SELECT image_id FROM {self._keys} k WHERE k.list = ?{where} LIMIT ?"
             rows = self._rows(sql, (self._lists.get(name, -1), *values, self._bound + 1))
             if len(rows) <= self._bound:
-                return self._keys_of(self._that_hold([row[0] for row in rows]))
+                return self.keys_of(self._that_hold([row[0] for row in rows]))
         return None
 
     def _images(self, after: int | None, n: int, also: Statement = ("", ())) -> list[int]:
@@ -342,7 +365,7 @@ class _Search:
         sql = f"SELECT v.column1 FROM (VALUES {values}) v WHERE {holds}"
         return [row[0] for row in self._rows(sql, (*images, *parameters))]
 
-    def _keys_of(self, images: Sequence[int]) -> list[_Key]:
+    def keys_of(self, images: Sequence[int]) -> list[_Key]:
         """The keys of a few pictures, without those that have none or whose score is out of range."""
         query = self._query
         kept: dict[int, float] = dict.fromkeys(images, 0.0)

@@ -4,10 +4,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
-from urllib.parse import urlencode
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -16,32 +15,54 @@ from rococap import queue, review
 from rococap.queue import History, Run
 from rococap.results import current
 from rococap.review import Caption, Conflict, Edit, Review
-from rococap.scores.concepts import CONCEPTS
 from rococap.scores.explained import explained
 from rococap.web import gallery
 from rococap.web.access import Refused
-from rococap.web.actions import Name, Told
+from rococap.web.actions import Told
+from rococap.web.asked import Asked, Name
+from rococap.web.browse import NAMES, Chosen, search_of
 from rococap.web.gallery import Picture, Said
 from rococap.web.images import Image
+from rococap.web.index import SearchUnavailable
+from rococap.web.pieces import Piece, pieces
 from rococap.web.reader import MaybeReader, Reader
-from rococap.web.site import Here
+from rococap.web.site import Here, Site
 
-CONCEPT_NAMES: Final = {concept.cui: concept.name for concept in CONCEPTS}
 ERROR_KEYS: Final = dict(zip(review.ERRORS, "mbsixu", strict=True))
 """The keys that tick the kinds of error."""
-RunNames = Annotated[list[Name], Query(alias="run", min_length=1, max_length=50)]
+KEYS: Final = (
+    [(["1", "…", "4"], "Verdict")]
+    + [([key], review.ERRORS[error]) for error, key in ERROR_KEYS.items()]
+    + [
+        (["n"], "Write a note"),
+        (["e"], "Edit the caption"),
+        (["Esc"], "Leave the field"),
+        (["Enter"], "Save the verdict and go on"),
+        (["Shift", "Enter"], "Save the verdict and stay"),
+        (["Ctrl", "Enter"], "In a field: save"),
+        (["←", "→"], "Previous, next; move an enlarged picture that has the focus"),
+        (["+", "−"], "Zoom; or turn the wheel, drag, click twice"),
+        (["d", "l"], "Darker, lighter"),
+        (["c", "v"], "Less, more contrast"),
+        (["0"], "The picture as it was"),
+    ]
+)
 
 router = APIRouter(prefix="/picture/{image}")
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What one run has for the picture. `caption` is None without a caption, `history` without a job."""
+    """What one run has for the picture. `caption` is None without a caption, `history` without a job.
+
+    `pieces` are the current text, marked where it differs from another; `past` is what people did, oldest first.
+    """
 
     run: Run
     said: Said
     history: History | None
     caption: Caption | None
+    pieces: list[Piece]
     past: Sequence[Edit | Review]
 
     @property
@@ -62,67 +83,61 @@ class Side:
     def recipe(self) -> dict[str, Any]:
         """The settings that the run states, and what they were resolved to."""
         stated: dict[str, Any] = json.loads(self.run.recipe.to_json())
-        return stated | (self.run.resolved or {})
+        known = stated | (self.run.resolved or {})
+        return {name: value for name, value in known.items() if value is not None}
 
 
 @router.get("")
-def page(request: Request, site: Here, reader: MaybeReader, image: Image, names: RunNames) -> HTMLResponse:
+def page(
+    request: Request, site: Here, reader: MaybeReader, image: Image, asked: Annotated[Asked, Query()]
+) -> HTMLResponse:
+    """The page. Its query string is that of the gallery, through which `previous` and `next` lead."""
     with site.read() as conn:
-        runs = _runs(conn, names)
-        picture, sides = _look(conn, runs, image)
-        steps = _steps(conn, runs[0], picture)
-    return site.page(
-        request,
-        "picture.html",
-        reader=reader,
-        picture=picture,
-        first=sides[0],
-        sides=sides,
-        concept_names=CONCEPT_NAMES,
-        verdicts=review.VERDICTS,
-        errors=review.ERRORS,
-        error_keys=ERROR_KEYS,
-        explained=explained,
-        steps={name: step and f"/picture/{step}?{request.url.query}" for name, step in steps.items()},
-        step_images=steps,
-        query=request.url.query,
-        others_first={side.run.name: _query(request, side.run.name) for side in sides},
-    )
+        runs = _runs(conn, asked)
+        picture, sides = _look(conn, runs, image, asked.compare or "original")
+    steps = _steps(request, site, runs[: len(asked.run) or 1], picture, asked)
+
+    def address(**changes: Any) -> str:
+        return f"/picture/{image}?{asked.string(**{'after': asked.after, 'before': asked.before} | changes)}"
+
+    values: dict[str, Any] = {"picture": picture, "first": sides[0], "sides": sides, "reader": reader, "steps": steps}
+    values |= {"address": address, "query": request.url.query, "compare": asked.compare or "original"}
+    values |= {"verdicts": review.VERDICTS, "errors": review.ERRORS, "error_keys": ERROR_KEYS, "key_help": KEYS}
+    values |= {"concept_names": NAMES, "explained": explained}
+    return site.page(request, "picture.html", **values)
 
 
-def _runs(conn: Connection, names: Sequence[str]) -> list[Run]:
-    """The runs asked for, and then all others on their data set."""
-    asked = queue.find_runs(conn, names)
-    others = [run for run in queue.list_runs(conn) if run.dataset_id == asked[0].dataset_id and run.name not in names]
-    return [*asked, *others]
+def _runs(conn: Connection, asked: Asked) -> list[Run]:
+    """The runs asked for, as the gallery chooses them, and then all others on their data set."""
+    chosen = Chosen.of(conn, asked)
+    if not chosen.runs:
+        raise Refused(404, "There are no runs yet, and so no pictures.")
+    return [*chosen.runs, *(run for run in chosen.comparable if run not in chosen.runs)]
 
 
-def _look(conn: Connection, runs: Sequence[Run], image: int) -> tuple[Picture, list[Side]]:
+def _look(conn: Connection, runs: Sequence[Run], image: int, compare: str) -> tuple[Picture, list[Side]]:
     details = gallery.details(conn, runs, image)
     if details is None:
         raise Refused(404, f"The data set of run {runs[0].name!r} has no picture number {image}.")
-    place = details.picture.source.place
+    picture, place = details.picture, details.picture.source.place
     captions = [review.caption_of(conn, run, place.split, place.image_id) for run in runs]
-    return details.picture, [
-        Side(run, said, history, caption, review.history(conn, history.job) if history else ())
-        for run, said, history, caption in zip(runs, details.picture.said, details.histories, captions, strict=True)
-    ]
+    sides: list[Side] = []
+    for run, said, history, caption in zip(runs, picture.said, details.histories, captions, strict=True):
+        others = {"original": picture.original, "run": captions[0].text if captions[0] and sides else None}
+        shown = pieces(caption.text, before=others.get(compare), removed=False) if caption else []
+        past = review.history(conn, history.job) if history else []
+        sides.append(Side(run, said, history, caption, shown, past))
+    return picture, sides
 
 
-def _steps(conn: Connection, run: Run, picture: Picture) -> dict[str, int | None]:
-    split = picture.source.place.split
-    found = {
-        name: current.image_ids(conn, run, split, picture.id, 1, backwards=name == "previous")
-        for name in ("previous", "next")
-    }
-    return {name: next(iter(images), None) for name, images in found.items()}
-
-
-def _query(request: Request, first: str) -> str:
-    """The query of this page with another run in the first place."""
-    given = request.query_params.multi_items()
-    rest = [item for item in given if item != ("run", first)]
-    return urlencode([("run", first), *rest])
+def _steps(request: Request, site: Site, runs: Sequence[Run], picture: Picture, asked: Asked) -> dict[str, int | None]:
+    """The pictures before and after this one in the gallery; none if that needs an index which is not there."""
+    query = asked.query(picture.source.place.split)
+    try:
+        before, after = gallery.neighbours(site.database, search_of(request).begin(), runs, query, picture.id)
+    except SearchUnavailable:
+        before = after = None
+    return {"previous": before, "next": after}
 
 
 # --- What people do --------------------------------------------------------------------------------------------
@@ -151,7 +166,7 @@ class Undone(BaseModel):
     """The edit to take back."""
 
     run: Name
-    edit: int
+    edit: Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
 @router.post("/reviews")

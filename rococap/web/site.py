@@ -26,7 +26,7 @@ from rococap.results.texts import iso
 from rococap.tables import SCHEMA
 from rococap.urls import holds_password, shown
 from rococap.web.access import Access
-from rococap.web.words import differences
+from rococap.web.pieces import pieces
 
 NOTICE: Final = "Machine-generated captions. Not for clinical use."
 NAVIGATION: Final = (("Dashboard", "/"), ("Pictures", "/pictures"), ("Studies", "/studies"))
@@ -102,8 +102,8 @@ class Site:
         self._templates.globals |= {
             "command": self.command,
             "database": shown(database.url),
-            "differences": differences,
             "notice": NOTICE,
+            "pieces": pieces,
             "read_only": access.read_only,
             "static": static,
             "version": __version__,

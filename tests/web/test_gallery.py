@@ -128,6 +128,36 @@ def test_pages_are_turned_backwards_as_well(database, tmp_path, given):
     index.close()
 
 
+@pytest.mark.parametrize("bound", [1, 2_000])
+def test_neighbours_are_those_of_the_list_even_of_a_picture_that_it_leaves_out(database, tmp_path, monkeypatch, bound):
+    monkeypatch.setattr(gallery, "BOUND", bound)
+    runs = world(database, tmp_path)
+    index = up_to_date(Index(database))
+    ids = {numbers(page)[0]: page.pictures[0].id for page in pages(database, index, runs, Query("train"), 1)}
+    for sort, descending, name in product(
+        ("image", "rouge_l"), (False, True), ("everything", "modality", "range", "word")
+    ):
+        query = Query("train", sort=sort, descending=descending, **FILTERS[name])
+        shown = expected(query, ["one"])
+        for n in range(N):
+            key = (value(query, n), n)
+            others = [one for one in shown if one != n and key[0] is not None]
+            is_before = {one: ((value(query, one), one) < key) != descending for one in others}
+            wanted = [one for one in others if is_before[one]][-1:], [one for one in others if not is_before[one]][:1]
+            found = gallery.neighbours(database, index, runs[:1], query, ids[n])
+            assert found == tuple(ids[one[0]] if one else None for one in wanted), (sort, descending, name, n)
+    index.close()
+
+
+def test_without_an_index_neighbours_are_those_in_the_data_set(database, tmp_path):
+    runs = world(database, tmp_path)
+    index = Index(database)
+    assert gallery.neighbours(database, index, runs, Query("train"), 2) == (1, 3)
+    assert gallery.neighbours(database, index, runs, Query("train", descending=True), 1) == (2, None)
+    with pytest.raises(SearchUnavailable, match="search index"):
+        gallery.neighbours(database, index, runs, Query("train", sort="time"), 2)
+
+
 def test_a_picture_is_shown_with_what_each_run_has_for_it(database, tmp_path):
     runs = world(database, tmp_path)
     index = up_to_date(Index(database))

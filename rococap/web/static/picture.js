@@ -1,6 +1,7 @@
 // The page of one picture: verdicts and edits are saved without leaving it, unless one goes on to the next.
 import { post, tell } from "./confirm.js";
-import "./keys.js";
+import "./help.js";
+import "./pictures.js";
 import "./viewer.js";
 
 const SAVED = "rococap-saved";
@@ -43,7 +44,7 @@ const given = () => {
 };
 
 const goOn = (message) => {
-  if (!next) return tell(message);
+  if (!next) return tell(`${message} This is the last picture of the list.`);
   sessionStorage.setItem(SAVED, message);
   location.assign(next.href);
 };
@@ -52,13 +53,14 @@ const saveReview = (stay) =>
   trying(review, async () => {
     const now = given();
     if (now.verdict === null) throw new Error("Choose a verdict first: 1, 2, 3 or 4.");
+    if (!stay && isEdited()) throw new Error("The caption was changed, but not saved: save it or start again first.");
     // What was judged before and is left as it was needs no second row.
     if (JSON.stringify(now) === judged) return stay ? tell("Already saved.") : goOn("Left as it was.");
     const { message } = await post(review.dataset.path, { run: review.dataset.run, ...now });
     judged = JSON.stringify(now);
-    if (!stay && next) return goOn(message);
-    await refresh();
-    tell(stay ? message : `${message} This is the last picture of the list.`);
+    if (stay || !next) await refresh();
+    if (stay) tell(message);
+    else goOn(message);
   });
 
 let judged = null;
@@ -80,6 +82,7 @@ if (review) {
 // --- Edits ---
 
 const text = byId("text");
+const isEdited = () => text !== null && text.value !== text.defaultValue;
 
 const begin = (fresh) => {
   const field = fresh?.getElementById("text");
@@ -99,15 +102,17 @@ const saveEdit = () =>
 
 const showConflict = ({ theirs, html }) => {
   byId("conflict").innerHTML = html;
+  refresh();
   byId("mine").addEventListener("click", () => {
     text.dataset.seen = theirs.id;
     saveEdit();
   });
   byId("theirs").addEventListener("click", async () => begin(await refresh()));
-  byId("mine").focus();
+  byId("conflict").firstElementChild.focus();
 };
 
 if (edit) {
+  edit.addEventListener("reset", () => byId("conflict").replaceChildren());
   edit.addEventListener("submit", (event) => {
     event.preventDefault();
     saveEdit();
@@ -116,12 +121,11 @@ if (edit) {
     const button = target.closest("[data-undo]");
     if (!button) return;
     trying(edit, async () => {
+      if (isEdited()) throw new Error("The caption was changed, but not saved: save it or start again first.");
       const path = edit.dataset.path.replace(/edits$/, "undo");
-      try {
-        tell((await post(path, { run: edit.dataset.run, edit: Number(button.dataset.undo) })).message);
-      } finally {
-        begin(await refresh());
-      }
+      const undone = post(path, { run: edit.dataset.run, edit: Number(button.dataset.undo) });
+      const { message } = await undone.finally(async () => begin(await refresh()));
+      tell(message);
     });
   });
 }
@@ -131,4 +135,8 @@ if (edit) {
 const saved = sessionStorage.getItem(SAVED);
 sessionStorage.removeItem(SAVED);
 if (saved) tell(saved);
+addEventListener("beforeunload", (event) => {
+  const isJudged = review !== null && JSON.stringify(given()) !== judged;
+  if (isEdited() || isJudged) event.preventDefault();
+});
 if (next) new Image().src = next.dataset.image;

@@ -5,7 +5,6 @@ const MOST = 16;
 const MOVE = 60;
 const viewer = document.getElementById("viewer");
 const image = document.getElementById("picture");
-const gone = document.getElementById("picture-gone");
 const sliders = [...document.querySelectorAll(".slider input")];
 let zoom = 1;
 let x = 0;
@@ -79,13 +78,4 @@ document.addEventListener("click", (event) => {
   else slider.stepUp();
   show();
 });
-
-const explain = async () => {
-  image.hidden = true;
-  const answer = await fetch(image.src, { headers: { Accept: "application/json" } }).catch(() => null);
-  const said = await answer?.json().catch(() => null);
-  gone.textContent = said?.error?.message ?? "The picture cannot be shown.";
-};
-image.addEventListener("error", explain);
-if (image.complete && image.naturalWidth === 0) explain();
 show();
