@@ -293,6 +293,7 @@ def test_everything_that_is_known_is_on_the_page_and_hostile_text_is_text(opened
     assert opened.locator(".texts .text").all_inner_texts()[:2] == [HOSTILE, HOSTILE]
     assert opened.locator("#text").input_value() == HOSTILE
     opened.locator(".gone", has_text="This is not a picture").wait_for()
+    assert violations(opened) == []
     open_picture(opened, served, FAILED)
     assert f"It failed: corrupt, {HOSTILE}" in opened.locator(".texts").inner_text()
     assert "retry --image-id train_00025" in opened.locator(".texts").inner_text()
