@@ -309,6 +309,9 @@ def test_everything_that_is_known_is_on_the_page_and_hostile_text_is_text(opened
     ):
         assert part in made
     assert HOSTILE in made
+    open_picture(opened, served, FAILED)
+    opened.keyboard.press("Enter")  # where there is nothing to judge, it goes on as well
+    opened.get_by_role("heading", level=1, name="train_00026").wait_for()
     open_picture(opened, served, PENDING)
     assert "There is no caption yet: it is pending." in opened.locator(".texts").inner_text()
     assert opened.title() == "train_00027 · rococap"
