@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from rococap.demo import phantoms
+from rococap.demo.canvas import Phantom
 from rococap.demo.phantoms import HELD_OUT_SEEDS, TRAINING_SEEDS, draw, write_dataset
 from rococap.demo.sheet import contact_sheet
 from rococap.errors import DatasetError
@@ -21,7 +22,7 @@ DIFFERENT_INK = (179, 38, 30)
 
 
 @pytest.fixture(scope="module")
-def sample() -> list[phantoms.Phantom]:
+def sample() -> list[Phantom]:
     return [draw(seed) for seed in HELD_OUT_SEEDS["validation"][-240:]]
 
 
@@ -49,7 +50,7 @@ def test_another_process_draws_the_same_phantom() -> None:
     assert done.stdout.strip() == f"{draw(7).caption} {draw(7).image.tobytes().hex()}"
 
 
-def test_no_two_seeds_draw_the_same_picture(sample: list[phantoms.Phantom]) -> None:
+def test_no_two_seeds_draw_the_same_picture(sample: list[Phantom]) -> None:
     assert len({phantom.image.tobytes() for phantom in sample}) == len(sample)
 
 
@@ -59,7 +60,7 @@ def test_training_and_held_out_seeds_share_none() -> None:
     assert set(HELD_OUT_SEEDS) == {"train", "validation", "test"}
 
 
-def test_every_modality_appears_and_its_concept_agrees_with_the_caption(sample: list[phantoms.Phantom]) -> None:
+def test_every_modality_appears_and_its_concept_agrees_with_the_caption(sample: list[Phantom]) -> None:
     words = {
         phantoms.CT: "axial ct ",
         phantoms.MRI: "-weighted mri ",
@@ -74,7 +75,7 @@ def test_every_modality_appears_and_its_concept_agrees_with_the_caption(sample: 
     assert min(counts.values()) > 40
 
 
-def test_a_caption_names_the_side_that_the_finding_lies_on(sample: list[phantoms.Phantom]) -> None:
+def test_a_caption_names_the_side_that_the_finding_lies_on(sample: list[Phantom]) -> None:
     """Patients are seen from the feet or from the front, so their right is on the left of the picture."""
     sided = 0
     for phantom in sample:
@@ -89,7 +90,7 @@ def test_a_caption_names_the_side_that_the_finding_lies_on(sample: list[phantoms
     assert sided > 100
 
 
-def test_a_phantom_is_normal_exactly_if_it_has_no_finding(sample: list[phantoms.Phantom]) -> None:
+def test_a_phantom_is_normal_exactly_if_it_has_no_finding(sample: list[Phantom]) -> None:
     for phantom in sample:
         assert phantom.caption.startswith("Normal ") is (phantom.finding is None)
         if phantom.finding:
@@ -97,14 +98,14 @@ def test_a_phantom_is_normal_exactly_if_it_has_no_finding(sample: list[phantoms.
             assert 0 < phantom.finding.y < 1
 
 
-def test_pictures_are_grey_and_colour_in_mixed_aspect_ratios(sample: list[phantoms.Phantom]) -> None:
+def test_pictures_are_grey_and_colour_in_mixed_aspect_ratios(sample: list[Phantom]) -> None:
     assert {phantom.image.mode for phantom in sample} == {"L", "RGB"}
     ratios = sorted(phantom.image.width / phantom.image.height for phantom in sample)
     assert ratios[0] < 0.7
     assert ratios[-1] > 1.3
 
 
-def test_no_caption_takes_more_than_a_twentieth_of_the_phantoms(sample: list[phantoms.Phantom]) -> None:
+def test_no_caption_takes_more_than_a_twentieth_of_the_phantoms(sample: list[Phantom]) -> None:
     assert Counter(phantom.caption for phantom in sample).most_common(1)[0][1] <= len(sample) / 20
 
 
@@ -172,7 +173,7 @@ def test_a_failed_write_leaves_the_old_shard_and_nothing_else(tmp_path: Path, mo
     shard = tmp_path / "data" / "test-00000-of-00001.parquet"
     before = shard.read_bytes()
 
-    def fail(_seed: int) -> phantoms.Phantom:
+    def fail(_seed: int) -> Phantom:
         raise OSError("disk full")
 
     monkeypatch.setattr(phantoms, "draw", fail)
@@ -190,7 +191,7 @@ def inks(path: Path) -> set[tuple[int, int, int]]:
     return {EQUAL_INK, DIFFERENT_INK} & {colour for _, colour in colours}
 
 
-def test_a_contact_sheet_marks_equal_and_different_captions(sample: list[phantoms.Phantom], tmp_path: Path) -> None:
+def test_a_contact_sheet_marks_equal_and_different_captions(sample: list[Phantom], tmp_path: Path) -> None:
     grey = next(phantom for phantom in sample if phantom.image.mode == "L")
     equal, different = tmp_path / "equal.png", tmp_path / "different.png"
     contact_sheet([(grey.image, grey.caption, grey.caption)], equal)
@@ -199,7 +200,7 @@ def test_a_contact_sheet_marks_equal_and_different_captions(sample: list[phantom
     assert inks(different) == {DIFFERENT_INK}
 
 
-def test_a_contact_sheet_grows_by_rows_and_leaves_no_other_file(sample: list[phantoms.Phantom], tmp_path: Path) -> None:
+def test_a_contact_sheet_grows_by_rows_and_leaves_no_other_file(sample: list[Phantom], tmp_path: Path) -> None:
     rows = [(phantom.image, phantom.caption, phantom.caption) for phantom in sample]
     sizes = []
     for count in (0, 1, 4, 5):
