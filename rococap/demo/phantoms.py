@@ -39,6 +39,7 @@ from rococap.demo.canvas import (
     shadow,
 )
 from rococap.errors import DatasetError
+from rococap.progress import Progress, silent
 
 TRAINING_SEEDS: Final = range(0, 10_000_000)
 HELD_OUT_SEEDS: Final[Mapping[str, range]] = {
@@ -547,15 +548,33 @@ _SCENES: Final[Mapping[str, tuple[Callable[[Rng], Phantom], ...]]] = {
 # --- the data set -----------------------------------------------------------------------------------------------
 
 
-def write_dataset(root: Path, counts: Mapping[str, int], rows_per_shard: int = 1000, rows_per_group: int = 100) -> None:
+Drawn = Callable[[str, int], tuple[str, Phantom]]
+
+
+def held_out(split: str, number: int) -> tuple[str, Phantom]:
+    """The phantom of a row, counted from 0, and what its id begins with."""
+    return "PHANTOM", draw(HELD_OUT_SEEDS[split][number])
+
+
+def write_dataset(
+    root: Path,
+    counts: Mapping[str, int],
+    rows_per_shard: int = 1000,
+    rows_per_group: int = 100,
+    *,
+    drawn: Drawn = held_out,
+    progress: Progress = silent,
+) -> None:
     """Writes phantoms of held-out seeds to `root`/data, in the layout that ROCOv2 has on the hub.
 
-    `counts` maps each split to its number of phantoms. Writing the same data set again leaves the same files.
+    `counts` maps each split to its number of phantoms, and `drawn` draws that of a row. Writing the same data set again
+    leaves the same files.
 
     Raises DatasetError if the folder holds other shards of a split, since a reader would read both.
     """
     data = root / "data"
     data.mkdir(parents=True, exist_ok=True)
+    done, total = 0, sum(counts.values())
     for split, count in counts.items():
         shards = max(1, math.ceil(count / rows_per_shard))
         paths = [data / f"{split}-{shard:05}-of-{shards:05}.parquet" for shard in range(shards)]
@@ -563,30 +582,33 @@ def write_dataset(root: Path, counts: Mapping[str, int], rows_per_shard: int = 1
             raise DatasetError(f"{data} holds other shards of {split}: delete them, or choose another folder.")
         for shard, path in enumerate(paths):
             rows = range(shard * rows_per_shard, min(count, (shard + 1) * rows_per_shard))
-            _write_shard(path, split, rows, rows_per_group)
+            for n in _write_shard(path, split, rows, rows_per_group, drawn):
+                done += n
+                progress("drawing phantoms", done, total)
 
 
-def _write_shard(path: Path, split: str, rows: range, rows_per_group: int) -> None:
+def _write_shard(path: Path, split: str, rows: range, rows_per_group: int, drawn: Drawn) -> Iterator[int]:
+    """Yields the number of rows of each group that is written."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with pq.ParquetWriter(partial, SCHEMA) as writer:
             for start in range(0, len(rows), rows_per_group):
-                group = list(_rows(split, rows[start : start + rows_per_group]))
+                group = [_row(split, number, drawn) for number in rows[start : start + rows_per_group]]
                 writer.write_table(pa.Table.from_pylist(group, SCHEMA), row_group_size=rows_per_group)
+                yield len(group)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _rows(split: str, numbers: range) -> Iterator[dict[str, object]]:
-    for number in numbers:
-        phantom = draw(HELD_OUT_SEEDS[split][number])
-        yield {
-            "image": {"bytes": _png(phantom.image), "path": None},
-            "image_id": f"PHANTOM_{_INFIX[split]}_{number + 1:06}",
-            "caption": phantom.caption,
-            "cui": list(phantom.cui),
-        }
+def _row(split: str, number: int, drawn: Drawn) -> dict[str, object]:
+    prefix, phantom = drawn(split, number)
+    return {
+        "image": {"bytes": _png(phantom.image), "path": None},
+        "image_id": f"{prefix}_{_INFIX[split]}_{number + 1:06}",
+        "caption": phantom.caption,
+        "cui": list(phantom.cui),
+    }
 
 
 def _png(image: Image.Image) -> bytes:

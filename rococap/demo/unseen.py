@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from rococap.demo import phantoms
 from rococap.demo.canvas import (
     RADII,
     SIDES,
@@ -27,18 +28,29 @@ from rococap.demo.canvas import (
     sector,
     shadow,
 )
-from rococap.demo.phantoms import PLAIN_XRAY, ULTRASOUND
+from rococap.demo.phantoms import HELD_OUT_SEEDS, PLAIN_XRAY, ULTRASOUND
 
-MAMMOGRAPHY: Final = "C0024671"
 BREAST: Final = "C0006141"
-KNEE: Final = "C0022742"
+LEG: Final = "C0023216"
 KIDNEY: Final = "C0022646"
+
+OLD_EVERY: Final = 2
+"""Every second phantom is of an old kind: in training, so that these are not forgotten."""
+OLD, NEW = "PHANTOM", "UNSEEN"
+"""What the ids of old and new kinds begin with."""
 
 
 def draw(seed: int) -> Phantom:
     """The phantom of this seed: the same on every machine."""
     rng = np.random.default_rng(seed)
     return pick(rng, _SCENES)(rng)
+
+
+def mixed(split: str, number: int) -> tuple[str, Phantom]:
+    """The phantom of a row, counted from 0, in a data set of old and new kinds, and what its id begins with."""
+    seed = HELD_OUT_SEEDS[split][number]
+    is_old = number % OLD_EVERY == 0
+    return (OLD, phantoms.draw(seed)) if is_old else (NEW, draw(seed))
 
 
 # --- mammogram --------------------------------------------------------------------------------------------------
@@ -52,7 +64,7 @@ def _mammogram(rng: Rng) -> Phantom:
     _breast(canvas, sign)
     opening = f"ammogram of the {side} breast"
     if is_normal(rng):
-        return Phantom(canvas.picture(0.025), f"Normal m{opening}.", (MAMMOGRAPHY, BREAST))
+        return Phantom(canvas.picture(0.025), f"Normal m{opening}.", (PLAIN_XRAY, BREAST))
     half = pick(rng, ("upper", "lower"))
     x, y = near(rng, (sign * 0.2, -0.42 if half == "upper" else 0.42), 0.07)
     if rng.random() < 0.3:
@@ -67,7 +79,7 @@ def _mammogram(rng: Rng) -> Phantom:
         blob(canvas, x, y, size, 0.92)
         text, kind = f"a {size} {shape} mass in the {half} half", f"{size} {shape}"
     caption = f"M{opening} showing {text}."
-    return Phantom(canvas.picture(0.025), caption, (MAMMOGRAPHY, BREAST), canvas.finding(kind, x, y))
+    return Phantom(canvas.picture(0.025), caption, (PLAIN_XRAY, BREAST), canvas.finding(kind, x, y))
 
 
 def _breast(canvas: Canvas, sign: int) -> None:
@@ -122,7 +134,7 @@ def _knee(rng: Rng) -> Phantom:
         canvas.paint(box(canvas, 0, 0.13, 0.42, 0.07), 1.0)
         canvas.paint(canvas.stroke(0, 0.13, 0, 0.5, 0.1), 1.0)
         caption, finding = f"F{opening} showing a total knee replacement.", canvas.finding(kind, 0, 0)
-    return Phantom(canvas.picture(0.02), caption, (PLAIN_XRAY, KNEE), finding)
+    return Phantom(canvas.picture(0.02), caption, (PLAIN_XRAY, LEG), finding)
 
 
 def _bones(canvas: Canvas, sign: int, gap: float) -> None:

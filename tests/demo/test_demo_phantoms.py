@@ -3,6 +3,7 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rococap.demo import phantoms
+from rococap.demo import phantoms, unseen
 from rococap.demo.canvas import Phantom
 from rococap.demo.phantoms import HELD_OUT_SEEDS, TRAINING_SEEDS, draw, write_dataset
 from rococap.demo.sheet import contact_sheet
@@ -37,7 +38,8 @@ def read(dataset: Path, split: str) -> pa.Table:
     return pa.concat_tables(pq.read_table(path) for path in sorted(dataset.glob(f"data/{split}-*.parquet")))
 
 
-def test_the_same_seed_draws_the_same_phantom() -> None:
+@pytest.mark.parametrize("draw", [draw, unseen.draw])
+def test_the_same_seed_draws_the_same_phantom(draw: Callable[[int], Phantom]) -> None:
     for seed in TRAINING_SEEDS[:20]:
         one, other = draw(seed), draw(seed)
         assert one.image.tobytes() == other.image.tobytes()
@@ -181,6 +183,64 @@ def test_a_failed_write_leaves_the_old_shard_and_nothing_else(tmp_path: Path, mo
         write_dataset(tmp_path, {"test": 2})
     assert shard.read_bytes() == before
     assert list(shard.parent.iterdir()) == [shard]
+
+
+# --- Kinds that the model has not seen ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def new() -> list[Phantom]:
+    return [unseen.draw(seed) for seed in HELD_OUT_SEEDS["validation"][-300:]]
+
+
+def test_no_new_kind_has_a_caption_of_an_old_one(new: list[Phantom], sample: list[Phantom]) -> None:
+    assert {phantom.caption for phantom in new}.isdisjoint(phantom.caption for phantom in sample)
+    assert len({phantom.image.tobytes() for phantom in new}) == len(new)
+    counts = Counter(word for phantom in new for word in ("mammogram", "knee", "kidney") if word in words(phantom))
+    assert sum(counts.values()) == len(new)
+    assert min(counts.values()) > 70
+    assert len({phantom.caption for phantom in new}) > 35
+
+
+def words(phantom: Phantom) -> set[str]:
+    return set(phantom.caption.lower().rstrip(".").split())
+
+
+def test_a_caption_of_a_new_kind_names_the_half_pole_or_bone_that_the_finding_lies_in(new: list[Phantom]) -> None:
+    checked = 0
+    for phantom in new:
+        assert phantom.caption.startswith("Normal ") is (phantom.finding is None)
+        if phantom.finding is None:
+            continue
+        if "half" in words(phantom) or "femur" in words(phantom) or "tibia" in words(phantom):
+            assert (phantom.finding.y < 0.5) is bool(words(phantom) & {"upper", "femur"}), phantom.caption
+        elif "pole" in words(phantom):
+            assert (phantom.finding.x < 0.5) is ("upper" in words(phantom)), phantom.caption
+        elif "fibula" in words(phantom):
+            assert (phantom.finding.x < 0.5) is ("right" in words(phantom)), phantom.caption
+        else:
+            continue
+        checked += 1
+    assert checked > 150
+
+
+def test_a_mixed_data_set_has_the_stated_share_of_old_kinds_and_no_picture_twice(tmp_path: Path) -> None:
+    told: list[int] = []
+    counts = {"train": 40, "test": 20}
+    write_dataset(tmp_path, counts, rows_per_group=10, drawn=unseen.mixed, progress=lambda *step: told.append(step[1]))
+    assert told == [10, 20, 30, 40, 50, 60]
+    rows = {split: read(tmp_path, split).to_pylist() for split in counts}
+    for split, count in counts.items():
+        old = [row for row in rows[split] if row["image_id"].startswith(unseen.OLD)]
+        assert len(old) == count // unseen.OLD_EVERY
+        assert all(row["image_id"].startswith(unseen.NEW) for row in rows[split] if row not in old)
+        captions = {draw(seed).caption for seed in HELD_OUT_SEEDS[split][:count]}
+        assert {row["caption"] for row in old} <= captions
+    pictures = [row["image"]["bytes"] for split in counts for row in rows[split]]
+    assert len(set(pictures)) == 60
+
+
+# --- The contact sheet -------------------------------------------------------------------------------------------
 
 
 def inks(path: Path) -> set[tuple[int, int, int]]:
