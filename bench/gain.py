@@ -6,9 +6,15 @@ Prints a table of held-out captions that equal the original, and plots them over
 same folder, it goes on with what is missing.
 """
 
+import os
+import sys
+
+if __name__ == "__main__":
+    sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
+
 import argparse
 import itertools
-import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path

@@ -232,7 +232,7 @@ def _measured_text(measured: Any) -> str:
     "--images",
     type=click.IntRange(min=5),
     metavar="N",
-    help="Phantoms to draw.  [default: 200; 4000 with --finetune; x>=5]",
+    help="Phantoms to draw.  [default: 200, or 4000 with --finetune]",
 )
 @click.option(
     "--workers", type=click.IntRange(1, 64), default=2, show_default=True, metavar="N", help="Worker processes."
@@ -304,10 +304,8 @@ def _finetune_demo(folder: Path, images: int | None, workers: int, training: dic
     with progress_bar() as bar:
         progress = bar if stderr_console().is_terminal else _steps()
         result = finetune.run(folder, images or finetune.IMAGES, workers, **training, progress=progress)
-    click.echo(
-        f"{result.steps} steps on {result.trained_on} pictures. Of the pictures that were held out, these have a"
-    )
-    click.echo("caption that equals the original exactly:\n")
+    click.echo(f"\n{result.steps} steps of training on {result.trained_on} pictures.")
+    click.echo("Captions of held-out pictures that equal the original exactly:\n")
     rows = [
         [name, str(one.pictures), f"{one.before / one.pictures:.1%}", f"{one.after / one.pictures:.1%}"]
         for name, one in (("never seen before", result.new), ("known before", result.old))

@@ -87,14 +87,14 @@ def run(
     enqueue(database, datasets.locate(str(folder / "dataset"), SPLITS), SPLITS, run=BASE, recipe=recipe())
     run_workers(database, folder, BASE, ["test"], n_workers, progress)
     name = f"{method}-{steps}-{seed}"
-    output = folder.resolve() / name
+    output = folder.resolve() / name  # runs keep whole paths
     trained_on = _train(database, output, settings(method, steps, seed), progress)
     with db.transaction(database) as conn:
         base = queue.get_run(conn, BASE)
     tuned = replace(base.recipe, adapter=str(output)) if method == "lora" else replace(base.recipe, model=str(output))
     enqueue_from(database, base, ["test"], run=name, recipe=tuned)
     run_workers(database, folder, name, ["test"], n_workers, progress)
-    return _compare(database, folder, name, steps, trained_on, output, progress)
+    return _compare(database, folder, name, steps, trained_on, progress)
 
 
 def _counts(n_images: int) -> Mapping[str, int]:
@@ -136,9 +136,7 @@ def _train(database: Database, output: Path, settings: Settings, progress: Progr
     return outcome.examples
 
 
-def _compare(
-    database: Database, folder: Path, name: str, steps: int, trained_on: int, output: Path, progress: Progress
-) -> Tuned:
+def _compare(database: Database, folder: Path, name: str, steps: int, trained_on: int, progress: Progress) -> Tuned:
     from rococap.scores.report import report
 
     progress("writing the report", 0, 1)
@@ -147,7 +145,7 @@ def _compare(
     progress("writing the report", 1, 1)
     before, after = evaluated.scored
     new, old = (Exact(_count(before, kinds), _equal(before, kinds), _equal(after, kinds)) for kinds in (NEW, OLD))
-    return Tuned(name, steps, trained_on, new, old, output, reported.path)
+    return Tuned(name, steps, trained_on, new, old, folder / name, reported.path)
 
 
 def _count(scored: Scored, kinds: str) -> int:
