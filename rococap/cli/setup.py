@@ -3,10 +3,10 @@
 import shlex
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -336,16 +336,16 @@ def _steps() -> Callable[[str, int, int], None]:
     quarter of a minute.
     """
     printed: set[str] = set()
-    last = time.monotonic()
+    last = monotonic()
 
     def progress(step: str, done: int, total: int) -> None:
         nonlocal last
         if step not in printed:
             printed.add(step)
-            last = time.monotonic()
+            last = monotonic()
             click.echo(f"{step} …")
-        elif time.monotonic() - last >= 15 and done < total:
-            last = time.monotonic()
+        elif monotonic() - last >= 15 and done < total:
+            last = monotonic()
             click.echo(f"{step} … {done} of {total}")
 
     return progress

@@ -6,6 +6,7 @@ import pytest
 from steps import invoke
 
 from rococap import db, queue
+from rococap.cli import setup
 from rococap.demo import finetune, unseen
 from rococap.errors import RococapError
 from rococap.progress import silent
@@ -49,3 +50,16 @@ def test_options_of_the_training_go_with_finetune():
     result = invoke("demo", "--steps", "3")
     assert result.exit_code == 2
     assert "--steps goes with --finetune." in result.stderr
+
+
+def test_without_a_terminal_a_long_step_tells_every_quarter_of_a_minute_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    clock = [0.0]
+    monkeypatch.setattr(setup, "monotonic", lambda: clock[0])
+    progress = setup._steps()
+    for second in range(20):
+        clock[0] = second
+        progress("fine-tuning", 2 * second, 40)
+    progress("writing the report", 0, 1)
+    assert capsys.readouterr().out.splitlines() == ["fine-tuning …", "fine-tuning … 30 of 40", "writing the report …"]
