@@ -252,7 +252,7 @@ def _measured_text(measured: Any) -> str:
 @click.option(
     "--steps",
     type=click.IntRange(1, 100_000),
-    default=150,
+    default=300,
     show_default=True,
     metavar="N",
     help="With --finetune: steps of 32 pictures.",
