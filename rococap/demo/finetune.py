@@ -81,9 +81,9 @@ def run(
     url = str(folder.resolve() / "rococap.db")
     check_folder(folder, Path(url))
     database = db.connect(url)  # created before the phantoms, so that an interrupted demo is recognised by it
-    check_same(database, folder, counts)
-    write_dataset(folder / "dataset", counts, drawn=mixed, progress=progress)
-    _check_apart(folder / "dataset")
+    if not (check_same(database, folder, counts) and (folder / "dataset").is_dir()):
+        write_dataset(folder / "dataset", counts, drawn=mixed, progress=progress)
+        _check_apart(folder / "dataset")
     enqueue(database, datasets.locate(str(folder / "dataset"), SPLITS), SPLITS, run=BASE, recipe=recipe())
     run_workers(database, folder, BASE, ["test"], n_workers, progress)
     name = f"{method}-{steps}-{seed}"
