@@ -78,18 +78,17 @@ def draw(path: Path, results: Results) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for method in dict.fromkeys(method for method, _ in results):
         found = {steps: tuned for (one, steps), tuned in results.items() if one == method}
-        for kinds, (style, label) in KINDS.items():
+        for kinds, (line, label) in KINDS.items():
             shares = {steps: [100 * _share(one, kinds) for one in tuned] for steps, tuned in found.items()}
             start = getattr(next(iter(found.values()))[0], kinds)
             means = [100 * start.before / start.pictures, *map(mean, shares.values())]
             low = [0, *(mean(one) - min(one) for one in shares.values())]
             high = [0, *(max(one) - mean(one) for one in shares.values())]
-            axes.errorbar(
-                [0, *shares], means, [low, high], fmt=f"o{style}", color=COLOURS[method], label=f"{method}: {label}"
-            )
+            style = {"fmt": f"o{line}", "markersize": 4, "capsize": 4, "color": COLOURS[method]}
+            axes.errorbar([0, *shares], means, [low, high], **style, label=f"{method}: {label}")
     axes.set(xlabel="steps of 32 pictures", ylabel="held-out captions equal to the original, %", ylim=(-2, 102))
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, handlelength=4)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
