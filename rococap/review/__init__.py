@@ -23,7 +23,7 @@ from rococap.review.exchange import Imported, export_reviews, import_reviews
 from rococap.review.forms import Answers, Form, Scale, read_form
 from rococap.review.history import Caption, Reviewed, caption_of, counts, history
 from rococap.review.outcomes import Table, heading_of, open_studies, results_of, tables_of
-from rococap.review.records import ERRORS, VERDICTS, Conflict, Edit, Review
+from rococap.review.records import ERRORS, VERDICTS, Conflict, Edit, Review, checked_name
 from rococap.review.studies import (
     Progress,
     Shown,
@@ -66,6 +66,7 @@ __all__ = [
     "add_review",
     "caption_of",
     "changes",
+    "checked_name",
     "counts",
     "edit",
     "export_reviews",

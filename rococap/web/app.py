@@ -12,13 +12,24 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from rococap.errors import DatabaseError, DatabaseUnavailable, RococapError, RunError
-from rococap.web import actions, dashboard
-from rococap.web.access import MAX_BODY, Access, Guard, Refused
+from rococap.web import actions, browse, dashboard, images, picture, reader, replace
+from rococap.web.access import MAX_BODY, READS, Access, Guard, Refused
+from rococap.web.pictures import PictureGone, Pictures, Thumbnails, folder_of
+from rococap.web.reader import ReaderUnknown
+from rococap.web.search import Search
 from rococap.web.site import Here, Site, assets, site_of
 
 log = logging.getLogger(__name__)
 
-ROUTERS = (dashboard.router, actions.router)
+ROUTERS = (
+    dashboard.router,
+    actions.router,
+    browse.router,
+    images.router,
+    picture.router,
+    reader.router,
+    replace.router,
+)
 """The router of every page. A path in `site.NAVIGATION` is linked on every page once one of them answers it."""
 
 router = APIRouter()
@@ -52,6 +63,13 @@ class App(FastAPI):
         super().__init__(openapi_url=None, max_body_size=MAX_BODY, telemetry={"auto_configure": False})
         self.state.site = site
         self.state.dashboard = dashboard.Dashboard(site)
+        self.state.pictures = Pictures(Thumbnails(folder_of(site.database)))
+        self.state.search = Search(site.database)
+
+    def close(self) -> None:
+        """Closes what requests have opened."""
+        self.state.search.close()
+        self.state.pictures.close()
 
     def build_middleware_stack(self) -> ASGIApp:
         def refuse(request: Request, error: Refused) -> Response:
@@ -69,6 +87,7 @@ def create_app(database: Database, access: Access) -> App:
         app.include_router(one)
     site.paths = frozenset(route.path for one in ROUTERS for route in one.routes if isinstance(route, APIRoute))
     app.add_exception_handler(RococapError, _explain)
+    app.add_exception_handler(ReaderUnknown, _ask_reader)
     app.add_exception_handler(HTTPException, _explain_status)
     app.add_exception_handler(RequestValidationError, _explain_request)
     app.add_exception_handler(Exception, _report)
@@ -111,6 +130,8 @@ def _explain(request: Request, error: Exception) -> Response:
     match error:
         case Refused():
             status = error.status
+        case PictureGone():
+            status = 404
         case DatabaseUnavailable() | DatabaseError():
             status = 503
         case RunError():
@@ -118,6 +139,14 @@ def _explain(request: Request, error: Exception) -> Response:
         case _:
             status = 400
     return answer(request, site_of(request), status, str(error))
+
+
+def _ask_reader(request: Request, error: Exception) -> Response:
+    """A form that asks for the name and then goes on; an error for whoever cannot fill it in."""
+    site = site_of(request)
+    if request.method in READS and "text/html" in request.headers.get("accept", ""):
+        return site.page(request, "reader.html", 409, message=str(error))
+    return answer(request, site, 409, str(error))
 
 
 def _explain_status(request: Request, error: Exception) -> Response:

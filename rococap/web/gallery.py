@@ -7,7 +7,7 @@ still be looked at in the order of the data set.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from sqlalchemy import Connection
@@ -29,6 +29,7 @@ BOUND: Final = 5_000
 in one go; where there are more, they are found along the order asked for.
 """
 MAX_LIMIT: Final = 200
+BEING_FILLED: Final = "The search index is being filled: searches and filters find what is in it already."
 IMAGE: Final = "image"
 SORTS: Final = (IMAGE, *KEYS)
 """What pictures can be sorted by: the order of the data set, or a key of the index."""
@@ -138,10 +139,11 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of a gallery. `next` is the `after` of the page that follows, "" if this is the last.
+    """A page of a gallery. `next` is the `after` of the page that follows, "" if this is the last; `previous` is the
+    `before` of the page that precedes it, "" if this is the first.
 
     There are `total` pictures in all, or more than that unless it `is_exact`; None if there may be any number, because
-    several conditions are each fulfilled by many. `why` says why there is nothing to search by while the index is off.
+    several conditions are each fulfilled by many. `why` says why there is nothing, or not everything, to search by.
     """
 
     pictures: list[Picture]
@@ -149,34 +151,60 @@ class Page:
     total: int | None
     is_exact: bool
     why: str = ""
+    previous: str = ""
 
 
 def page(
-    database: Database, index: Index, runs: Sequence[Run], query: Query, *, after: str = "", limit: int = 24
+    database: Database,
+    index: Index,
+    runs: Sequence[Run],
+    query: Query,
+    *,
+    after: str = "",
+    before: str = "",
+    limit: int = 24,
 ) -> Page:
     """One page of the pictures of `runs`, which are on one data set (`queue.find_runs`); the first is the one whose
-    scores decide.
+    scores decide. It begins after one position, or ends before another.
 
-    Raises QueryError for an `after` or a `limit` that make no sense, and SearchUnavailable if the query needs the index
+    Raises QueryError for a position or a `limit` that make no sense, and SearchUnavailable if the query needs the index
     and there is none.
     """
     if not 1 <= limit <= MAX_LIMIT:
         raise QueryError(f"A page has 1 to {MAX_LIMIT} pictures, not {limit}.")
-    position = _position(query, after)
-    try:
-        with index.reading() as conn:
-            found = _Search(index, conn, runs, query).page(position, limit)
-    except SearchUnavailable as error:
-        if not query.is_plain:
-            raise
-        with transaction(database) as conn:
-            keys, total = _browse(conn, runs, query, position, limit)
-        found = _Found(keys, total, is_exact=len(runs) == 1, why=str(error))
+    position = _position(query, before or after)
+    found = _find(database, index, runs, _reversed(query) if before else query, position, limit)
     more = len(found.keys) > limit
+    if before and not more:  # the first page is always a full one
+        return page(database, index, runs, query, limit=limit)
     shown = found.keys[:limit]
+    if before:
+        shown.reverse()
     with transaction(database) as conn:
         pictures = pictures_of(conn, runs, [image for _, image in shown])
-    return Page(pictures, _cursor(query, shown[-1]) if more else "", found.total, found.is_exact, found.why)
+    return Page(
+        pictures,
+        _cursor(query, shown[-1]) if shown and (more or before) else "",
+        found.total,
+        found.is_exact,
+        found.why,
+        _cursor(query, shown[0]) if shown and (after or before) else "",
+    )
+
+
+def neighbours(
+    database: Database, index: Index, runs: Sequence[Run], query: Query, image: int
+) -> tuple[int | None, int | None]:
+    """The ids of the pictures before and after one in the order of a gallery, whether or not it shows that one itself.
+
+    None at an end, and if the picture has not what the gallery is sorted by. Raises SearchUnavailable as `page` does.
+    """
+    position = _key_of(index, runs, query, image)
+    if position is None:
+        return None, None
+    found = (_find(database, index, runs, one, position, 1).keys for one in (_reversed(query), query))
+    before, after = (keys[0][1] if keys else None for keys in found)
+    return before, after
 
 
 # --- Which pictures --------------------------------------------------------------------------------------------
@@ -191,6 +219,36 @@ class _Found:
     total: int | None
     is_exact: bool
     why: str = ""
+
+
+def _find(
+    database: Database, index: Index, runs: Sequence[Run], query: Query, position: _Key | None, limit: int
+) -> _Found:
+    """All pictures in the data set's order are read from the queue until the index has all of them."""
+    why = index.status.why or BEING_FILLED
+    if not query.is_plain or index.status.state == "ready":
+        try:
+            with index.reading() as conn:
+                return _Search(index, conn, runs, query).page(position, limit)
+        except SearchUnavailable as error:
+            if not query.is_plain:
+                raise
+            why = str(error)
+    with transaction(database) as conn:
+        keys, total = _browse(conn, runs, query, position, limit)
+    return _Found(keys, total, is_exact=len(runs) == 1, why=why)
+
+
+def _key_of(index: Index, runs: Sequence[Run], query: Query, image: int) -> _Key | None:
+    if query.sort == IMAGE:
+        return 0.0, image
+    with index.reading() as conn:
+        keys = _Search(index, conn, runs, replace(query, least=None, most=None)).keys_of([image])
+    return keys[0] if keys else None
+
+
+def _reversed(query: Query) -> Query:
+    return replace(query, descending=not query.descending)
 
 
 def _position(query: Query, after: str) -> _Key | None:
@@ -282,14 +340,14 @@ class _Search:
         if not query.is_whole:
             images = self._images(None, self._bound + 1)
             if len(images) <= self._bound:
-                return self._keys_of(images)
+                return self.keys_of(images)
         if query.has_range or query.is_whole:
             name = query.score if query.has_range else query.sort
             where, values = self._range("k", query.has_range)
             sql = f"SELECT image_id FROM {self._keys} k WHERE k.list = ?{where} LIMIT ?"
             rows = self._rows(sql, (self._lists.get(name, -1), *values, self._bound + 1))
             if len(rows) <= self._bound:
-                return self._keys_of(self._that_hold([row[0] for row in rows]))
+                return self.keys_of(self._that_hold([row[0] for row in rows]))
         return None
 
     def _images(self, after: int | None, n: int, also: Statement = ("", ())) -> list[int]:
@@ -307,7 +365,7 @@ class _Search:
         sql = f"SELECT v.column1 FROM (VALUES {values}) v WHERE {holds}"
         return [row[0] for row in self._rows(sql, (*images, *parameters))]
 
-    def _keys_of(self, images: Sequence[int]) -> list[_Key]:
+    def keys_of(self, images: Sequence[int]) -> list[_Key]:
         """The keys of a few pictures, without those that have none or whose score is out of range."""
         query = self._query
         kept: dict[int, float] = dict.fromkeys(images, 0.0)

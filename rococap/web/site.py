@@ -22,9 +22,11 @@ from rococap.db import execute
 from rococap.errors import DatabaseError
 from rococap.figures import ago, duration, percent, significant
 from rococap.queue import with_run
+from rococap.results.texts import iso
 from rococap.tables import SCHEMA
 from rococap.urls import holds_password, shown
 from rococap.web.access import Access
+from rococap.web.pieces import pieces
 
 NOTICE: Final = "Machine-generated captions. Not for clinical use."
 NAVIGATION: Final = (("Dashboard", "/"), ("Pictures", "/pictures"), ("Studies", "/studies"))
@@ -63,6 +65,11 @@ def static(name: str) -> str:
     return f"/static/{assets()[name].version}/{name}"
 
 
+def moment(at: int) -> str:
+    """A time in ms since 1970, for people."""
+    return iso(at)[:16].replace("T", " ") + " UTC"
+
+
 # --- The site --------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +92,8 @@ class Site:
         self._templates.filters |= {
             "ago": ago,
             "duration": duration,
+            "iso": iso,
+            "moment": moment,
             "number": "{:,}".format,
             "percent": percent,
             "quoted": shlex.quote,
@@ -94,6 +103,7 @@ class Site:
             "command": self.command,
             "database": shown(database.url),
             "notice": NOTICE,
+            "pieces": pieces,
             "read_only": access.read_only,
             "static": static,
             "version": __version__,
@@ -150,8 +160,10 @@ class Site:
         return self._templates.get_template(template).render(navigation=navigation, **values)
 
     def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-        """The answer to a request, from a template that extends `base.html`."""
-        return HTMLResponse(self.render(template, path=request.url.path, **values), status)
+        """The answer to a request, from a template that extends `base.html`. Pages with a `reader` show it."""
+        path, query = request.url.path, request.url.query
+        here = f"{path}?{query}" if query else path
+        return HTMLResponse(self.render(template, path=path, here=here, **values), status)
 
 
 def site_of(request: Request) -> Site:

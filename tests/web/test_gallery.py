@@ -1,7 +1,7 @@
 """Pages of the gallery: each is what a plain look at all rows finds, in the same order."""
 
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import galleries
 import pytest
@@ -110,6 +110,52 @@ def test_pages_are_the_whole_list_in_order_for_each_filter_and_sort(database, tm
             assert page.total is None or (page.total == len(wanted) if page.is_exact else page.total <= len(wanted))
         assert found[0].is_exact or bound == 3 or query.is_plain
     index.close()
+
+
+@pytest.mark.parametrize("given", [{}, {"sort": "length"}, {"sort": "rouge_l", "descending": True}, {"words": "lung"}])
+def test_pages_are_turned_backwards_as_well(database, tmp_path, given):
+    runs = world(database, tmp_path)
+    index = up_to_date(Index(database))
+    query = Query("train", **given)
+    forwards = list(pages(database, index, runs, query, 4))
+    assert forwards[0].previous == ""
+    for earlier, later in pairwise(forwards):
+        back = gallery.page(database, index, runs, query, before=later.previous, limit=4)
+        assert (numbers(back), back.next, back.previous) == (numbers(earlier), earlier.next, earlier.previous)
+    shifted = gallery.page(database, index, runs, query, after=forwards[0].previous, limit=3)
+    first = gallery.page(database, index, runs, query, before=shifted.next, limit=4)
+    assert (numbers(first), first.previous) == (numbers(forwards[0]), ""), "the first page is always a full one"
+    index.close()
+
+
+@pytest.mark.parametrize("bound", [1, 2_000])
+def test_neighbours_are_those_of_the_list_even_of_a_picture_that_it_leaves_out(database, tmp_path, monkeypatch, bound):
+    monkeypatch.setattr(gallery, "BOUND", bound)
+    runs = world(database, tmp_path)
+    index = up_to_date(Index(database))
+    ids = {numbers(page)[0]: page.pictures[0].id for page in pages(database, index, runs, Query("train"), 1)}
+    for sort, descending, name in product(
+        ("image", "rouge_l"), (False, True), ("everything", "modality", "range", "word")
+    ):
+        query = Query("train", sort=sort, descending=descending, **FILTERS[name])
+        shown = expected(query, ["one"])
+        for n in range(N):
+            key = (value(query, n), n)
+            others = [one for one in shown if one != n and key[0] is not None]
+            is_before = {one: ((value(query, one), one) < key) != descending for one in others}
+            wanted = [one for one in others if is_before[one]][-1:], [one for one in others if not is_before[one]][:1]
+            found = gallery.neighbours(database, index, runs[:1], query, ids[n])
+            assert found == tuple(ids[one[0]] if one else None for one in wanted), (sort, descending, name, n)
+    index.close()
+
+
+def test_without_an_index_neighbours_are_those_in_the_data_set(database, tmp_path):
+    runs = world(database, tmp_path)
+    index = Index(database)
+    assert gallery.neighbours(database, index, runs, Query("train"), 2) == (1, 3)
+    assert gallery.neighbours(database, index, runs, Query("train", descending=True), 1) == (2, None)
+    with pytest.raises(SearchUnavailable, match="search index"):
+        gallery.neighbours(database, index, runs, Query("train", sort="time"), 2)
 
 
 def test_a_picture_is_shown_with_what_each_run_has_for_it(database, tmp_path):

@@ -2,7 +2,7 @@
 //
 // <button data-post="/path" data-body="{…}" data-title="…" data-text="…" data-yes="…">Do it</button>
 // <button data-copy="rococap …">Copy</button>
-// The template macros `ui.act` and `ui.shell` make both.
+// Once it is done, the document has the event `changed`. The template macros `ui.act` and `ui.shell` make both.
 
 const dialog = document.getElementById("confirm");
 const byId = (id) => document.getElementById(`confirm-${id}`);
@@ -17,7 +17,7 @@ export const tell = (message) => {
   timer = setTimeout(() => (told.textContent = ""), 8000);
 };
 
-/** Posts JSON and returns the answer's JSON. Throws an Error whose message is for people. */
+/** Posts JSON and returns the answer's JSON. Throws an Error whose message is for people, with the `answer`. */
 export const post = async (path, body) => {
   let response;
   try {
@@ -30,7 +30,10 @@ export const post = async (path, body) => {
     throw new Error("The server cannot be reached. Is rococap serve still running?");
   }
   const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(answer.error?.message ?? `The server answered with ${response.status}.`);
+  if (!response.ok) {
+    const message = answer.error?.message ?? `The server answered with ${response.status}.`;
+    throw Object.assign(new Error(message), { answer });
+  }
   return answer;
 };
 
@@ -69,6 +72,7 @@ dialog.addEventListener("submit", async (event) => {
     const { message } = await post(asking.path, asking.body);
     dialog.close();
     tell(message);
+    document.dispatchEvent(new Event("changed"));
   } catch (error) {
     byId("error").textContent = error.message;
   } finally {
