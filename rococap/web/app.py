@@ -12,14 +12,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from rococap.errors import DatabaseError, DatabaseUnavailable, RococapError, RunError
-from rococap.web import actions, dashboard, reader
+from rococap.web import actions, dashboard, reader, studies
 from rococap.web.access import MAX_BODY, READS, Access, Guard, Refused
+from rococap.web.pictures import Pictures, Thumbnails, folder_of
 from rococap.web.reader import ReaderUnknown
 from rococap.web.site import Here, Site, assets, site_of
 
 log = logging.getLogger(__name__)
 
-ROUTERS = (dashboard.router, actions.router, reader.router)
+ROUTERS = (dashboard.router, actions.router, reader.router, studies.router)
 """The router of every page. A path in `site.NAVIGATION` is linked on every page once one of them answers it."""
 
 router = APIRouter()
@@ -53,6 +54,7 @@ class App(FastAPI):
         super().__init__(openapi_url=None, max_body_size=MAX_BODY, telemetry={"auto_configure": False})
         self.state.site = site
         self.state.dashboard = dashboard.Dashboard(site)
+        self.state.pictures = Pictures(Thumbnails(folder_of(site.database)))
 
     def build_middleware_stack(self) -> ASGIApp:
         def refuse(request: Request, error: Refused) -> Response:

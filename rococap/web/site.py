@@ -22,6 +22,7 @@ from rococap.db import execute
 from rococap.errors import DatabaseError
 from rococap.figures import ago, duration, percent, significant
 from rococap.queue import with_run
+from rococap.results.texts import iso
 from rococap.tables import SCHEMA
 from rococap.urls import holds_password, shown
 from rococap.web.access import Access
@@ -89,9 +90,11 @@ class Site:
             "percent": percent,
             "quoted": shlex.quote,
             "significant": significant,
+            "when": lambda at: f"{iso(at)[:16].replace('T', ' ')} UTC",
         }
         self._templates.globals |= {
             "command": self.command,
+            "command_line": self.command_line,
             "database": shown(database.url),
             "notice": NOTICE,
             "read_only": access.read_only,
@@ -138,8 +141,11 @@ class Site:
 
     def command(self, command: str, run: str) -> str:
         """The command line to paste that runs this command on this run of this database."""
+        return self.command_line(with_run(command, run))
+
+    def command_line(self, line: str) -> str:
+        """The line `rococap …` with the option for this database, if it needs one."""
         url = shown(self.database.url)
-        line = with_run(command, run)
         if url == db.DEFAULT_URL or holds_password(url):
             return line
         return f"rococap --db {shlex.quote(url)} {line.removeprefix('rococap ')}"

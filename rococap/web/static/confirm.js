@@ -2,7 +2,7 @@
 //
 // <button data-post="/path" data-body="{…}" data-title="…" data-text="…">Do it</button>
 // <button data-copy="rococap …">Copy</button>
-// The template macros `ui.act` and `ui.shell` make both.
+// The template macros `ui.act` and `ui.shell` make both. After a change, the first one sends the event `acted`.
 
 const dialog = document.getElementById("confirm");
 const byId = (id) => document.getElementById(`confirm-${id}`);
@@ -36,7 +36,7 @@ export const post = async (path, body) => {
 
 const ask = (button) => {
   const { post: path, body, title, text } = button.dataset;
-  asking = { path, body: JSON.parse(body) };
+  asking = { button, path, body: JSON.parse(body) };
   byId("title").textContent = title;
   byId("text").textContent = text;
   byId("error").textContent = "";
@@ -69,6 +69,7 @@ dialog.addEventListener("submit", async (event) => {
     const { message } = await post(asking.path, asking.body);
     dialog.close();
     tell(message);
+    asking.button.dispatchEvent(new Event("acted", { bubbles: true }));
   } catch (error) {
     byId("error").textContent = error.message;
   } finally {
