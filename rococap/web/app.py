@@ -12,15 +12,23 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from rococap.errors import DatabaseError, DatabaseUnavailable, RococapError, RunError
-from rococap.web import actions, dashboard, reader, studies
+from rococap.web import actions, browse, dashboard, images, reader, studies
 from rococap.web.access import MAX_BODY, READS, Access, Guard, Refused
-from rococap.web.pictures import Pictures, Thumbnails, folder_of
+from rococap.web.pictures import PictureGone, Pictures, Thumbnails, folder_of
 from rococap.web.reader import ReaderUnknown
+from rococap.web.search import Search
 from rococap.web.site import Here, Site, assets, site_of
 
 log = logging.getLogger(__name__)
 
-ROUTERS = (dashboard.router, actions.router, reader.router, studies.router)
+ROUTERS = (
+    dashboard.router,
+    actions.router,
+    browse.router,
+    images.router,
+    reader.router,
+    studies.router,
+)
 """The router of every page. A path in `site.NAVIGATION` is linked on every page once one of them answers it."""
 
 router = APIRouter()
@@ -55,6 +63,12 @@ class App(FastAPI):
         self.state.site = site
         self.state.dashboard = dashboard.Dashboard(site)
         self.state.pictures = Pictures(Thumbnails(folder_of(site.database)))
+        self.state.search = Search(site.database)
+
+    def close(self) -> None:
+        """Closes what requests have opened."""
+        self.state.search.close()
+        self.state.pictures.close()
 
     def build_middleware_stack(self) -> ASGIApp:
         def refuse(request: Request, error: Refused) -> Response:
@@ -115,6 +129,8 @@ def _explain(request: Request, error: Exception) -> Response:
     match error:
         case Refused():
             status = error.status
+        case PictureGone():
+            status = 404
         case DatabaseUnavailable() | DatabaseError():
             status = 503
         case RunError():

@@ -7,7 +7,7 @@ still be looked at in the order of the data set.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from sqlalchemy import Connection
@@ -138,7 +138,8 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of a gallery. `next` is the `after` of the page that follows, "" if this is the last.
+    """A page of a gallery. `next` is the `after` of the page that follows, "" if this is the last; `previous` is the
+    `before` of the page that precedes it, "" if this is the first.
 
     There are `total` pictures in all, or more than that unless it `is_exact`; None if there may be any number, because
     several conditions are each fulfilled by many. `why` says why there is nothing to search by while the index is off.
@@ -149,34 +150,45 @@ class Page:
     total: int | None
     is_exact: bool
     why: str = ""
+    previous: str = ""
 
 
 def page(
-    database: Database, index: Index, runs: Sequence[Run], query: Query, *, after: str = "", limit: int = 24
+    database: Database,
+    index: Index,
+    runs: Sequence[Run],
+    query: Query,
+    *,
+    after: str = "",
+    before: str = "",
+    limit: int = 24,
 ) -> Page:
     """One page of the pictures of `runs`, which are on one data set (`queue.find_runs`); the first is the one whose
-    scores decide.
+    scores decide. It begins after one position, or ends before another.
 
-    Raises QueryError for an `after` or a `limit` that make no sense, and SearchUnavailable if the query needs the index
+    Raises QueryError for a position or a `limit` that make no sense, and SearchUnavailable if the query needs the index
     and there is none.
     """
     if not 1 <= limit <= MAX_LIMIT:
         raise QueryError(f"A page has 1 to {MAX_LIMIT} pictures, not {limit}.")
-    position = _position(query, after)
-    try:
-        with index.reading() as conn:
-            found = _Search(index, conn, runs, query).page(position, limit)
-    except SearchUnavailable as error:
-        if not query.is_plain:
-            raise
-        with transaction(database) as conn:
-            keys, total = _browse(conn, runs, query, position, limit)
-        found = _Found(keys, total, is_exact=len(runs) == 1, why=str(error))
+    position = _position(query, before or after)
+    found = _find(database, index, runs, _reversed(query) if before else query, position, limit)
     more = len(found.keys) > limit
+    if before and not more:  # the first page is always a full one
+        return page(database, index, runs, query, limit=limit)
     shown = found.keys[:limit]
+    if before:
+        shown.reverse()
     with transaction(database) as conn:
         pictures = pictures_of(conn, runs, [image for _, image in shown])
-    return Page(pictures, _cursor(query, shown[-1]) if more else "", found.total, found.is_exact, found.why)
+    return Page(
+        pictures,
+        _cursor(query, shown[-1]) if shown and (more or before) else "",
+        found.total,
+        found.is_exact,
+        found.why,
+        _cursor(query, shown[0]) if shown and (after or before) else "",
+    )
 
 
 # --- Which pictures --------------------------------------------------------------------------------------------
@@ -191,6 +203,24 @@ class _Found:
     total: int | None
     is_exact: bool
     why: str = ""
+
+
+def _find(
+    database: Database, index: Index, runs: Sequence[Run], query: Query, position: _Key | None, limit: int
+) -> _Found:
+    try:
+        with index.reading() as conn:
+            return _Search(index, conn, runs, query).page(position, limit)
+    except SearchUnavailable as error:
+        if not query.is_plain:
+            raise
+        with transaction(database) as conn:
+            keys, total = _browse(conn, runs, query, position, limit)
+        return _Found(keys, total, is_exact=len(runs) == 1, why=str(error))
+
+
+def _reversed(query: Query) -> Query:
+    return replace(query, descending=not query.descending)
 
 
 def _position(query: Query, after: str) -> _Key | None:

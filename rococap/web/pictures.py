@@ -148,7 +148,7 @@ class Pictures:
 
     def thumbnail(self, run: Run, source: Source) -> bytes:
         """A JPEG of at most 256 pixels on each side. Raises PictureGone if the picture cannot be shown."""
-        key = _key(run, source)
+        key = version_of(run, source)
         if (data := self._thumbnails.get(key)) is not None:
             return data
         with self._reader(run, source) as (reader, root):
@@ -192,8 +192,8 @@ class Pictures:
             yield found.reader, root
 
 
-def _key(run: Run, source: Source) -> str:
-    """A digest of all that decides what the thumbnail looks like."""
+def version_of(run: Run, source: Source) -> str:
+    """A digest of all that decides what the picture and its thumbnail look like."""
     place = source.place
     where = (run.dataset, run.dataset_revision, place.shard, source.digest, place.row_group, place.row_in_group)
     parts = (*where, place.image_id, place.columns, run.recipe.frame, run.recipe.rules, EDGE)

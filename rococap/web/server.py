@@ -72,4 +72,7 @@ def serve(app: App, listening: socket.socket) -> None:
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=STOP_SEC,
     )
-    _Server(config, app).run(sockets=[listening])
+    try:
+        _Server(config, app).run(sockets=[listening])
+    finally:
+        app.close()
