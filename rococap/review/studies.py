@@ -112,11 +112,12 @@ def new_study(
     column `cui`). The same seed draws the same study from the same captions, in any database. `with_original` adds the
     original captions as a further text, and leaves out pictures that have none.
 
-    Raises RococapError if there is a study of this name, if there are too few texts to compare, or too few pictures.
+    Raises RococapError if there is a study of this name or no address can hold it, if there are too few texts to
+    compare, or too few pictures.
     """
     name = checked_name(name, "study")
     if "/" in name or name in (".", ".."):
-        raise RococapError(f"{name!r} is not the name of a study: it stands in web addresses, so leave out / and dots.")
+        raise RococapError(f"{name!r} is not the name of a study: it stands in web addresses. Use letters and digits.")
     if len(runs) + with_original < 1 + form.preference:
         raise RococapError(
             "A preference needs at least two texts for each picture: add another --run, or --with-original."

@@ -61,7 +61,6 @@ def page(request: Request, site: Here, name: str, reader: MaybeReader) -> HTMLRe
         found=found,
         problem=problem,
         tables=review.tables_of(found) if found else [],
-        heading=review.heading_of(found) if found else "",
     )
 
 

@@ -147,6 +147,8 @@ def test_originals_are_one_more_text_and_pictures_without_one_are_left_out(datab
         ({"n_pictures": 16}, "Only 15 pictures of test are captioned by plain and tuned: caption more, or ask for "),
         ({"name": "taken"}, "There is a study 'taken' already, and a study never changes. Choose another name."),
         ({"name": " \n"}, "is not the name of a study"),
+        ({"name": "a/b"}, "'a/b' is not the name of a study: it stands in web addresses"),
+        ({"name": ".."}, "'..' is not the name of a study"),
     ],
 )
 def test_a_study_that_cannot_be_drawn_is_refused_whole(database, runs, options, message):

@@ -19,7 +19,7 @@ picture
 const current = () =>
   questions.find((question) => question.contains(document.activeElement)) ??
   questions.find((question) => !chosen(question)) ??
-  questions.at(-1);
+  questions[0];
 
 /** Gives the current question the answer with this key, and moves on to the next question. */
 const choose = (key) => {
