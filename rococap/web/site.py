@@ -159,7 +159,7 @@ class Site:
         """The answer to a request, from a template that extends `base.html`. Pages with a `reader` show it."""
         path, query = request.url.path, request.url.query
         here = f"{path}?{query}" if query else path
-        return HTMLResponse(self.render(template, path=path, here=here, **values), status)
+        return HTMLResponse(self.render(template, **{"path": path, "here": here} | values), status)
 
 
 def site_of(request: Request) -> Site:

@@ -1,4 +1,5 @@
-// Reading one picture of a study: answers by keyboard or pointer, and how long the reader looked at it.
+// Reading one picture of a study: answers by keyboard or pointer, and how long the reader looked at it. A checkbox turns
+// single keys off, for people who speak to their browser, as on other pages.
 import { post } from "./confirm.js";
 
 const byId = (id) => document.getElementById(id);
@@ -7,6 +8,8 @@ const picture = byId("picture");
 const questions = [...form.querySelectorAll("fieldset")];
 const radios = (question) => [...question.querySelectorAll("input")];
 const chosen = (question) => radios(question).find((radio) => radio.checked);
+const keysOn = byId("keys-on");
+const KEPT = "rococap-keys";
 let shownAt = Number(form.dataset.shownAt);
 
 // The clock starts when the picture can be seen, not when the server began to answer.
@@ -63,8 +66,11 @@ form.addEventListener("submit", async (event) => {
   }
 });
 
+keysOn.checked = localStorage.getItem(KEPT) !== "off";
+keysOn.addEventListener("change", () => localStorage.setItem(KEPT, keysOn.checked ? "on" : "off"));
+
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
+  if (!keysOn.checked || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
   if (event.key === "Enter" && !event.target.closest("a, button")) {
     event.preventDefault();
     form.requestSubmit();
