@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from rococap import db, demo, queue, review
+from rococap.data import SPLITS
+from rococap.queue.enqueue import enqueue_from
 from rococap.review import Answers
 from rococap.scores import concepts
 
@@ -27,6 +29,7 @@ DOCS = Path(__file__).parent
 RUN, OTHER, SPLIT = "default", "shuffled", "test"
 PICTURES = 300
 """Drawn for the queue. Some of them are left for a worker that is still at it."""
+WORK_SEC = 12
 COLOURS = 128
 """Of each PNG, so that it stays small."""
 
@@ -55,6 +58,8 @@ SHOTS = (
     Shot("study_results", "/studies/open", (1280, 1250)),
 )
 """Every page of the server, in the order of docs/web.md."""
+SEEN = """picture => Promise.race([picture.decode().catch(() => null), new Promise((end) => setTimeout(end, 1000))])"""
+"""Waits for a picture, and not long: those below the page that is seen are not loaded."""
 READERS = ("Dr. Lee", "Dr. Novak", "Dr. Okafor")
 
 
@@ -64,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="screenshots_") as folder, sync_playwright() as playwright:
         url = f"sqlite:///{_queue(Path(folder))}"
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        with _serving(url, Path(folder)) as address:
+        with _serving(url, Path(folder)) as address, _worker(url, Path(folder)):
             for shot in shots:
                 _shoot(browser, address, shot)
                 _shrink(DOCS / f"web_{shot.name}.png")
@@ -79,6 +84,10 @@ def _queue(folder: Path) -> Path:
     demo.run(folder, PICTURES, 2, lambda what, done, total: None)
     path = folder / "rococap.db"
     database = db.connect(f"sqlite:///{path}")
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, RUN)
+    recipe = replace(run.recipe, prompt="Describe the picture in one sentence.")
+    enqueue_from(database, run, SPLITS, run="one-sentence", recipe=recipe)
     _studies(database)
     database.dispose()
     return path
@@ -125,6 +134,18 @@ def _read(database: Any, study: review.Study, reader: str, at: int, most: int) -
             review.rate(conn, study, reader, position, answers, shown_at=shown.shown_at, now=now)
 
 
+@contextmanager
+def _worker(url: str, folder: Path) -> Iterator[None]:
+    """A worker on the run that is left, some seconds after it began."""
+    command = [sys.executable, "-m", "rococap", "--db", url, "worker", "--batch-size", "1"]
+    with (folder / "worker.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as worker:
+        try:
+            time.sleep(WORK_SEC)
+            yield
+        finally:
+            worker.terminate()
+
+
 # --- Photographs -------------------------------------------------------------------------------------------------
 
 
@@ -146,9 +167,9 @@ def _shoot(browser: Any, address: str, shot: Shot) -> None:
     if shot.reader:
         context.request.post(f"{address}/reader", form={"name": shot.reader}, max_redirects=0)
     page.goto(address + shot.path)
-    page.locator(shot.wait).first.wait_for()
+    page.locator(shot.wait).first.wait_for(state="attached", timeout=100_000)  # charts have whole minutes
     for picture in page.locator("main img").all():
-        picture.evaluate("picture => picture.decode().catch(() => null)")
+        picture.evaluate(SEEN)
     for key in shot.keys:
         page.keyboard.press(key)
     time.sleep(0.6)  # transitions of bars
