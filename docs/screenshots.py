@@ -27,11 +27,14 @@ from rococap.scores import concepts
 
 DOCS = Path(__file__).parent
 RUN, OTHER, SPLIT = "default", "shuffled", "test"
-PICTURES = 300
-"""Drawn for the queue. Some of them are left for a worker that is still at it."""
-WORK_SEC = 12
+PICTURES = 1_200
+"""Drawn for the queue. A third run is left for a worker that is still at it."""
+WORK_SEC = 25
 COLOURS = 128
 """Of each PNG, so that it stays small."""
+
+
+CHART = "#throughput path"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,32 +51,42 @@ class Shot:
 
 
 SHOTS = (
-    Shot("dashboard", "/", (1280, 1100), wait="#throughput path"),
-    Shot("dashboard_dark", "/", (1280, 1100), "dark", wait="#throughput path"),
-    Shot("dashboard_narrow", "/", (390, 844), wait="#throughput path"),
-    Shot("pictures", f"/pictures?run={RUN}&run={OTHER}&split={SPLIT}&limit=12", (1280, 1000)),
+    Shot("pictures", f"/pictures?run={RUN}&run={OTHER}&split={SPLIT}&limit=12", (1280, 1000), wait="article"),
     Shot("studies", "/studies"),
-    Shot("study_reading", "/studies/closed/read", (1280, 800), reader="Dr. Lee", wait="#reading", keys=("3",)),
-    Shot("study_reading_narrow", "/studies/closed/read", (390, 844), "dark", "Dr. Lee", "#reading"),
-    Shot("study_results", "/studies/open", (1280, 1250)),
+    Shot("study_reading", "/studies/accuracy/read", (1280, 800), reader="Dr. Lee", wait="#reading", keys=("3",)),
+    Shot("study_reading_narrow", "/studies/accuracy/read", (390, 844), "dark", "Dr. Lee", "#reading"),
+    Shot("study_results", "/studies/preference", (1280, 1000)),
 )
-"""Every page of the server, in the order of docs/web.md."""
+WORKING = (
+    Shot("dashboard", "/", (1280, 1100), wait=CHART),
+    Shot("dashboard_dark", "/", (1280, 1100), "dark", wait=CHART),
+    Shot("dashboard_narrow", "/", (390, 844), wait=CHART),
+)
+"""Every page of the server: those in WORKING are taken while a worker is at work."""
 SEEN = """picture => Promise.race([picture.decode().catch(() => null), new Promise((end) => setTimeout(end, 1000))])"""
 """Waits for a picture, and not long: those below the page that is seen are not loaded."""
+SHORTEN = """pairs => {
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) for (const [from, to] of pairs) {
+    walker.currentNode.nodeValue = walker.currentNode.nodeValue.replaceAll(from, to);
+  }
+}"""
 READERS = ("Dr. Lee", "Dr. Novak", "Dr. Okafor")
 
 
 def main() -> None:
     chosen = _options().only
-    shots = [shot for shot in SHOTS if not chosen or shot.name in chosen]
     with tempfile.TemporaryDirectory(prefix="screenshots_") as folder, sync_playwright() as playwright:
         url = f"sqlite:///{_queue(Path(folder))}"
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        with _serving(url, Path(folder)) as address, _worker(url, Path(folder)):
-            for shot in shots:
-                _shoot(browser, address, shot)
-                _shrink(DOCS / f"web_{shot.name}.png")
-                print(f"docs/web_{shot.name}.png: {(DOCS / f'web_{shot.name}.png').stat().st_size / 1000:.0f} kB")
+        camera = Camera(browser, Path(folder), chosen)
+        with _serving(url, Path(folder)) as address:
+            for shot in SHOTS:
+                camera.take(address, shot)
+            camera.take(address, replace(WORKING[0], name=""))  # charts have whole minutes: waits for the first
+            with _worker(url, Path(folder)):
+                for shot in WORKING:
+                    camera.take(address, shot)
 
 
 # --- What is shown -----------------------------------------------------------------------------------------------
@@ -96,7 +109,7 @@ def _queue(folder: Path) -> Path:
 def _studies(database: Any) -> None:
     with db.transaction(database) as conn:
         runs = [queue.get_run(conn, name) for name in (RUN, OTHER)]
-    for name, form in (("open", review.Form()), ("closed", _form())):
+    for name, form in (("preference", review.Form()), ("accuracy", _form())):
         with db.transaction(database, write=True) as conn:
             study = review.new_study(
                 *(conn, name, runs, SPLIT),
@@ -110,7 +123,7 @@ def _studies(database: Any) -> None:
             for reader in READERS:
                 review.join(conn, study, reader)
         for at, reader in enumerate(READERS):
-            _read(database, study, reader, at, study.n_pictures if name == "open" else 5 + 8 * at)
+            _read(database, study, reader, at, study.n_pictures if name == "preference" else 5 + 8 * at)
 
 
 def _form() -> review.Form:
@@ -160,21 +173,36 @@ def _serving(url: str, folder: Path) -> Iterator[str]:
             server.terminate()
 
 
-def _shoot(browser: Any, address: str, shot: Shot) -> None:
-    width, height = shot.size
-    context = browser.new_context(color_scheme=shot.scheme, viewport={"width": width, "height": height})
-    page: Page = context.new_page()
-    if shot.reader:
-        context.request.post(f"{address}/reader", form={"name": shot.reader}, max_redirects=0)
-    page.goto(address + shot.path)
-    page.locator(shot.wait).first.wait_for(state="attached", timeout=100_000)  # charts have whole minutes
-    for picture in page.locator("main img").all():
-        picture.evaluate(SEEN)
-    for key in shot.keys:
-        page.keyboard.press(key)
-    time.sleep(0.6)  # transitions of bars
-    page.screenshot(path=DOCS / f"web_{shot.name}.png")
-    context.close()
+@dataclass(frozen=True, slots=True)
+class Camera:
+    """Takes the pictures that are `chosen`, or all. Paths of this machine are left out of them."""
+
+    browser: Any
+    folder: Path
+    chosen: list[str] | None
+
+    def take(self, address: str, shot: Shot) -> None:
+        if self.chosen and shot.name not in self.chosen:
+            return
+        width, height = shot.size
+        context = self.browser.new_context(color_scheme=shot.scheme, viewport={"width": width, "height": height})
+        page: Page = context.new_page()
+        if shot.reader:
+            context.request.post(f"{address}/reader", form={"name": shot.reader}, max_redirects=0)
+        page.goto(address + shot.path)
+        page.locator(shot.wait).first.wait_for(state="attached", timeout=100_000)
+        for picture in page.locator("main img").all():
+            picture.evaluate(SEEN)
+        for key in shot.keys:
+            page.keyboard.press(key)
+        time.sleep(0.6)  # transitions of bars
+        page.evaluate(SHORTEN, [[str(demo.MODEL), "demo-model"], [f"{self.folder}/", ""]])
+        if shot.name:
+            path = DOCS / f"web_{shot.name}.png"
+            page.screenshot(path=path)
+            _shrink(path)
+            print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB", flush=True)
+        context.close()
 
 
 def _shrink(path: Path) -> None:
@@ -184,7 +212,9 @@ def _shrink(path: Path) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", action="append", choices=[shot.name for shot in SHOTS], help="May be repeated.")
+    parser.add_argument(
+        "--only", action="append", choices=[shot.name for shot in (*SHOTS, *WORKING)], help="May be repeated."
+    )
     return parser.parse_args()
 
 

@@ -94,7 +94,9 @@ def items(database: Engine) -> list[tuple]:
 
 @pytest.mark.every_database
 def test_a_sample_is_balanced_by_modality_and_the_same_for_the_same_seed(database, runs, tmp_path):
-    draw(database, runs, n_pictures=7)
+    study = draw(database, runs, n_pictures=7)
+    with db.transaction(database) as conn:
+        assert review.run_for_pictures(conn, study).name == "plain"
     drawn = items(database)
     assert len(drawn) == 3 * 7 * 2
     modalities = Counter(modality for reader, _, place, _, modality, _ in drawn if (reader, place) == (1, 1))
