@@ -1,5 +1,5 @@
-"""Measures what a browser waits for over a large queue: pages of the gallery, searches and the status, on the server's
-side; and what the search index costs.
+"""Measures what a browser waits for over a large queue: pages of the gallery, searches and the status, as queries and
+over HTTP; what the search index costs, and what an open dashboard costs a worker.
 """
 
 import argparse
@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
+if __name__ == "__main__":
+    sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
 
+import browsing
 import server
 from report import Line, show, value_line
 from rows import RUN_NAME, SPLIT, caption, fill_many
@@ -23,6 +25,7 @@ from rococap import db, queue
 from rococap.web import gallery
 from rococap.web.gallery import Query
 from rococap.web.index import Index
+from rococap.web.marks import MARKS
 
 TEXTS = 10_000
 """How many different captions there are."""
@@ -57,7 +60,7 @@ def _on_postgresql(options: argparse.Namespace) -> list[Line]:
 def _measure(url: str, options: argparse.Namespace) -> list[Line]:
     engine = db.connect(url)
     fill(engine, options.rows)
-    index = Index(engine)
+    index = Index(engine, MARKS)
     began = time.perf_counter()
     while (status := index.update(5.0)).state != "ready":
         assert status.state == "filling", status
@@ -69,8 +72,17 @@ def _measure(url: str, options: argparse.Namespace) -> list[Line]:
     lines.append(_line("following a queue that is idle", index.update, options.rounds, ""))
     lines += [_line(what, work, options.rounds, TARGET) for what, work in _works(engine, index, options.rows).items()]
     index.close()
+    skipped = _skipped(options.rows)
+    lines += browsing.pages(url, options.rounds, skipped, LIMIT, (COMMON, RARE, "nowhere"), TARGET)
+    if options.turns:
+        lines.append(browsing.open_dashboard(engine, options.turns, options.pictures))
     engine.dispose()
     return lines
+
+
+def _skipped(rows: int) -> int:
+    """How many pictures there are before page 10,000, or before the middle of a smaller queue."""
+    return min(10_000 * LIMIT, rows // 2)
 
 
 def _line(what: str, work: Callable[[], object], rounds: int, target: str) -> Line:
@@ -84,7 +96,7 @@ def _line(what: str, work: Callable[[], object], rounds: int, target: str) -> Li
 def _works(engine: Engine, index: Index, rows: int) -> dict[str, Callable[[], object]]:
     with db.transaction(engine) as conn:
         runs = [queue.get_run(conn, RUN_NAME)]
-    skipped = min(10_000 * LIMIT, rows // 2)
+    skipped = _skipped(rows)
 
     def page(after: str = "", **query: object) -> Callable[[], object]:
         wanted = Query(SPLIT, **query)  # type: ignore[arg-type]
@@ -160,6 +172,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000, help="jobs in the queue")
     parser.add_argument("--rounds", type=int, default=15, help="times that each query is made")
+    parser.add_argument("--turns", type=int, default=5, help="turns of a worker with and without an open dashboard")
+    parser.add_argument("--pictures", type=int, default=512, help="pictures that the worker captions in each turn")
     parser.add_argument("--postgres", action="store_true", help="measure on PostgreSQL instead of SQLite")
     return parser.parse_args()
 

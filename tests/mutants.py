@@ -418,8 +418,8 @@ MUTANTS = (
         "deleted-runs-are-counted",
         "a run that is being deleted is still shown",
         "counts",
-        "WHERE r.deleted_at IS NULL ",
-        "",
+        "WHERE r.deleted_at IS NULL GROUP BY r.id, r.name, r.paused",
+        "GROUP BY r.id, r.name, r.paused",
         "queue/test_delete_run.py::test_a_deletion_that_was_killed_half_way_is_not_seen_and_vacuum_finishes_it",
     ),
     mutant(
@@ -881,8 +881,8 @@ MUTANTS = (
         "originals-over-generated",
         "an export of originals replaces one of generated captions",
         "is_another",
-        '("run", "recipe_hash", "format", "text")',
-        '("run", "recipe_hash", "format")',
+        '("run", "recipe_hash", "format", "text", "captions")',
+        '("run", "recipe_hash", "format", "captions")',
         "results/test_publish.py::test_originals_do_not_replace_generated_captions",
     ),
     mutant(

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from axe_playwright_python.sync_playwright import Axe
 
 HTML = {"Accept": "text/html"}
 
@@ -63,5 +62,7 @@ def serving(url: str, *options: str, **environment: str) -> Iterator[Served]:
 
 def violations(page: Any) -> list[tuple[str, str]]:
     """What axe finds wrong with a page: the rule and the element."""
+    from axe_playwright_python.sync_playwright import Axe  # here, because servers are also tested without a browser
+
     found = Axe().run(page).response["violations"]
     return [(one["id"], node["html"][:200]) for one in found for node in one["nodes"]]

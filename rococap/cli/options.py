@@ -156,6 +156,8 @@ def _set_up_logging(debug: bool) -> None:
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
     for library in ("absl", "alembic", "httpx", "httpx2", "urllib3", "filelock", "PIL"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    # Trainer imports it, and it warns of a kernel that only weights of 4 bits on a CPU would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @cache

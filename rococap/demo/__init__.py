@@ -80,15 +80,14 @@ def run(folder: Path, n_images: int, n_workers: int, progress: Progress) -> Demo
     counts = _counts(n_images)
     folder.mkdir(parents=True, exist_ok=True)
     url = str(folder.resolve() / "rococap.db")  # a path, since the folder's name may be special in a URL
-    _check_unmixed(folder, Path(url))
+    check_folder(folder, Path(url))
     database = db.connect(url)  # created before the phantoms, so that an interrupted demo is recognised by it
-    before = _check_same(database, folder, counts)
+    before = check_same(database, folder, counts)
     progress("drawing phantoms", 0, n_images)
     write_dataset(folder / "dataset", counts)
     enqueue(database, datasets.locate(str(folder / "dataset"), SPLITS), SPLITS, run="default", recipe=recipe())
     started = time.monotonic()
-    if _unfinished(database):
-        _run_workers(database, url, folder, n_workers, progress)
+    run_workers(database, folder, "default", SPLITS, n_workers, progress)
     seconds = time.monotonic() - started
     paths = _export(database, folder)
     rows = [row for path in paths for row in _rows(path)]
@@ -106,7 +105,8 @@ def _counts(n_images: int) -> Mapping[str, int]:
 # --- Existing files --------------------------------------------------------------------------------------------
 
 
-def _check_unmixed(folder: Path, queue_file: Path) -> None:
+def check_folder(folder: Path, queue_file: Path) -> None:
+    """Raises RococapError if the folder holds files that no demo made."""
     existing = [name for name in MADE if (folder / name).exists()]
     if existing and not queue_file.exists():
         raise RococapError(
@@ -115,7 +115,7 @@ def _check_unmixed(folder: Path, queue_file: Path) -> None:
         )
 
 
-def _check_same(database: Database, folder: Path, counts: Mapping[str, int]) -> int:
+def check_same(database: Database, folder: Path, counts: Mapping[str, int]) -> int:
     """The number of pictures that an earlier demo in this folder has captioned. Raises RococapError if the queue is not
     that of a demo of the same phantoms.
     """
@@ -123,7 +123,7 @@ def _check_same(database: Database, folder: Path, counts: Mapping[str, int]) -> 
         runs = queue.list_runs(conn)
         existing = {count.split: count for count in queue.counts(conn) if count.run == "default"}
     dataset = str((folder / "dataset").resolve())  # as enqueue names it
-    if not all(run.dataset == dataset and _is_own(run) for run in runs):
+    if not all(run.dataset == dataset and _is_own(run, folder) for run in runs):
         raise RococapError(
             f"{folder} holds a queue that no demo made in this folder, and was left unchanged. Choose another folder: "
             "rococap demo --dir FOLDER"
@@ -137,46 +137,55 @@ def _check_same(database: Database, folder: Path, counts: Mapping[str, int]) -> 
     return sum(count.done for count in existing.values())
 
 
-def _is_own(run: queue.Run) -> bool:
-    return run.name == "shuffled" or (run.name == "default" and run.recipe == recipe())
-
-
-def _unfinished(database: Database) -> int:
-    with db.transaction(database) as conn:
-        return sum(count.unfinished for count in queue.counts_of(conn, queue.get_run(conn, "default")))
+def _is_own(run: queue.Run, folder: Path) -> bool:
+    if run.name in ("default", "shuffled"):
+        return run.name == "shuffled" or run.recipe == recipe()
+    return (folder.resolve() / run.name).as_posix() in (run.recipe.model, run.recipe.adapter)  # tuned in this folder
 
 
 # --- Workers ---------------------------------------------------------------------------------------------------
 
 
-def _run_workers(database: Database, url: str, folder: Path, n_workers: int, progress: Progress) -> None:
+def run_workers(
+    database: Database, folder: Path, run: str, splits: Sequence[str], n_workers: int, progress: Progress
+) -> None:
+    """Captions what is left of these splits. Raises RococapError with the last lines of the log if a worker fails."""
+    if not any(count.unfinished for count in _counts_of(database, run, splits)):
+        return
     environment = shared_threads(n_workers, os.environ) | {"HF_HUB_OFFLINE": "1"}
-    command = [*program(), "--db", url, "worker", "--batch-size", "32"]
+    url = str(folder.resolve() / "rococap.db")
+    chosen = [option for split in splits for option in ("--split", split)]
+    command = [*program(), "--db", url, "worker", "--run", run, *chosen, "--batch-size", "32"]
     logs = [folder / f"worker-{number}.log" for number in range(1, n_workers + 1)]
     with ExitStack() as stack:
         files = [stack.enter_context(log.open("w")) for log in logs]
         workers = [subprocess.Popen(command, env=environment, stdout=file, stderr=file) for file in files]
         try:
             while any(worker.poll() is None for worker in workers):
-                _show_progress(database, progress)
+                _show_progress(database, run, splits, progress)
                 time.sleep(0.2)
         finally:
             for worker in workers:
                 if worker.poll() is None:
                     worker.terminate()
             codes = [worker.wait() for worker in workers]
-    _show_progress(database, progress)
+    _show_progress(database, run, splits, progress)
     for code, log in zip(codes, logs, strict=True):
         if code:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
             raise RococapError(f"A worker exited with code {code}. The last lines of its log {log}:\n{tail}")
 
 
-def _show_progress(database: Database, progress: Progress) -> None:
-    with db.transaction(database) as conn:
-        counts = queue.counts_of(conn, queue.get_run(conn, "default"))
+def _show_progress(database: Database, run: str, splits: Sequence[str], progress: Progress) -> None:
+    counts = _counts_of(database, run, splits)
     done, total = sum(count.done for count in counts), sum(count.total for count in counts)
-    progress("captioning" if done else "loading the model", done, total)
+    captioning = "captioning" if run == "default" else f"captioning with {run}"
+    progress(captioning if done else "loading the model", done, total)
+
+
+def _counts_of(database: Database, run: str, splits: Sequence[str]) -> list[queue.Counts]:
+    with db.transaction(database) as conn:
+        return queue.counts_of(conn, queue.get_run(conn, run), splits)
 
 
 # --- Results ---------------------------------------------------------------------------------------------------

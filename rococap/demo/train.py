@@ -37,7 +37,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from rococap.demo.phantoms import HELD_OUT_SEEDS, TRAINING_SEEDS, Finding, Phantom, draw
+from rococap.demo.canvas import Finding, Phantom
+from rococap.demo.phantoms import HELD_OUT_SEEDS, TRAINING_SEEDS, draw
 from rococap.errors import ModelError
 from rococap.recipe import DEFAULT_PROMPT, Recipe
 

@@ -22,10 +22,11 @@ from rococap.review.edits import (
 from rococap.review.exchange import Imported, export_reviews, import_reviews
 from rococap.review.forms import Answers, Form, Scale, read_form
 from rococap.review.history import Caption, Reviewed, caption_of, counts, history
-from rococap.review.outcomes import Table, heading_of, open_studies, results_of, tables_of
+from rococap.review.outcomes import Table, heading_of, open_studies, outcome, results_of, tables_of
 from rococap.review.records import ERRORS, VERDICTS, Conflict, Edit, Review, checked_name
 from rococap.review.studies import (
     Progress,
+    Reading,
     Shown,
     Study,
     Unblinding,
@@ -37,6 +38,8 @@ from rococap.review.studies import (
     next_item,
     progress,
     rate,
+    readings,
+    run_for_pictures,
     unblind,
 )
 from rococap.review.verdicts import add_review
@@ -53,6 +56,7 @@ __all__ = [
     "Form",
     "Imported",
     "Progress",
+    "Reading",
     "Replaced",
     "Replacement",
     "Review",
@@ -81,11 +85,14 @@ __all__ = [
     "new_study",
     "next_item",
     "open_studies",
+    "outcome",
     "progress",
     "rate",
     "read_form",
+    "readings",
     "replace_all",
     "results_of",
+    "run_for_pictures",
     "seen_now",
     "tables_of",
     "unblind",

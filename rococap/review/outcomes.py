@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from rococap.results.texts import iso
 from rococap.review.agreement import agreement, mean_interval, share_interval
 from rococap.review.forms import Scale
-from rococap.review.studies import ORIGINAL, Reading, Study, list_studies, progress, readings
+from rococap.review.studies import ORIGINAL, Progress, Reading, Study, list_studies, progress, readings
 
 NONE = "(none)"
 """What results call it when a reader found no text best."""
@@ -22,8 +22,15 @@ def results_of(conn: Connection, study: Study) -> dict[str, Any]:
 
     Raises RococapError while the key is closed, or if a library for the statistics is not installed.
     """
-    read = readings(conn, study)
-    known = progress(conn, study)
+    return outcome(progress(conn, study), readings(conn, study))
+
+
+def outcome(known: Progress, read: Sequence[Reading]) -> dict[str, Any]:
+    """The same from what was read, without a transaction that stays open meanwhile.
+
+    Raises RococapError if a library for the statistics is not installed.
+    """
+    study = known.study
     texts = sorted({text for one in read for text in one.texts}, key=lambda text: (text == ORIGINAL, text))
     return {
         "study": study.name,

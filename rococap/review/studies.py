@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from rococap import db
+from rococap import db, queue
 from rococap.db import execute
 from rococap.errors import RococapError, RunError
 from rococap.queue import Run
@@ -112,9 +112,12 @@ def new_study(
     column `cui`). The same seed draws the same study from the same captions, in any database. `with_original` adds the
     original captions as a further text, and leaves out pictures that have none.
 
-    Raises RococapError if there is a study of this name, if there are too few texts to compare, or too few pictures.
+    Raises RococapError if there is a study of this name or no address can hold it, if there are too few texts to
+    compare, or too few pictures.
     """
     name = checked_name(name, "study")
+    if "/" in name or name in (".", ".."):
+        raise RococapError(f"{name!r} is not the name of a study: it stands in web addresses. Use letters and digits.")
     if len(runs) + with_original < 1 + form.preference:
         raise RococapError(
             "A preference needs at least two texts for each picture: add another --run, or --with-original."
@@ -298,6 +301,15 @@ def _texts(conn: Connection, study: Study, number: int, position: int) -> list[t
         "WHERE t.study_id = ? AND t.reader_number = ? AND t.position = ? ORDER BY t.place"
     )
     return [(row[0], row[1], row[2]) for row in execute(conn, sql, (study.id, number, position)).fetchall()]
+
+
+def run_for_pictures(conn: Connection, study: Study) -> Run:
+    """The run to look up pictures with, the same for all of a study, so that it says nothing about any text."""
+    sql = (
+        "SELECT r.name FROM study_items t JOIN jobs j ON j.id = t.job_id JOIN runs r ON r.id = j.run_id "
+        "WHERE t.study_id = ? AND t.reader_number = 1 AND t.position = 1 ORDER BY r.id LIMIT 1"
+    )
+    return queue.get_run(conn, execute(conn, sql, (study.id,)).scalar_one())
 
 
 def _joined(conn: Connection, study: Study, reader: str) -> int:

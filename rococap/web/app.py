@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from rococap.errors import DatabaseError, DatabaseUnavailable, RococapError, RunError
-from rococap.web import actions, browse, dashboard, images, picture, reader, replace
+from rococap.web import actions, browse, dashboard, images, picture, reader, replace, studies
 from rococap.web.access import MAX_BODY, READS, Access, Guard, Refused
 from rococap.web.pictures import PictureGone, Pictures, Thumbnails, folder_of
 from rococap.web.reader import ReaderUnknown
@@ -29,6 +29,7 @@ ROUTERS = (
     picture.router,
     reader.router,
     replace.router,
+    studies.router,
 )
 """The router of every page. A path in `site.NAVIGATION` is linked on every page once one of them answers it."""
 

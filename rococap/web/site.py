@@ -98,9 +98,11 @@ class Site:
             "percent": percent,
             "quoted": shlex.quote,
             "significant": significant,
+            "when": lambda at: f"{iso(at)[:16].replace('T', ' ')} UTC",
         }
         self._templates.globals |= {
             "command": self.command,
+            "command_line": self.command_line,
             "database": shown(database.url),
             "notice": NOTICE,
             "pieces": pieces,
@@ -148,8 +150,11 @@ class Site:
 
     def command(self, command: str, run: str) -> str:
         """The command line to paste that runs this command on this run of this database."""
+        return self.command_line(with_run(command, run))
+
+    def command_line(self, line: str) -> str:
+        """The line `rococap …` with the option for this database, if it needs one."""
         url = shown(self.database.url)
-        line = with_run(command, run)
         if url == db.DEFAULT_URL or holds_password(url):
             return line
         return f"rococap --db {shlex.quote(url)} {line.removeprefix('rococap ')}"
@@ -163,7 +168,7 @@ class Site:
         """The answer to a request, from a template that extends `base.html`. Pages with a `reader` show it."""
         path, query = request.url.path, request.url.query
         here = f"{path}?{query}" if query else path
-        return HTMLResponse(self.render(template, path=path, here=here, **values), status)
+        return HTMLResponse(self.render(template, **{"path": path, "here": here} | values), status)
 
 
 def site_of(request: Request) -> Site:

@@ -708,6 +708,7 @@ COMMANDS = [
     ["demo"],
     ["prompts"],
     ["runs"],
+    ["serve"],
     ["compare", "default"],
     ["evaluate", "--split", "train"],
     ["finetune", "--split", "train", "--output", "tuned"],

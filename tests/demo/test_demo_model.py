@@ -9,7 +9,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import rococap.demo
 from rococap.demo import train
-from rococap.demo.phantoms import HELD_OUT_SEEDS, Phantom, draw
+from rococap.demo.canvas import Phantom
+from rococap.demo.phantoms import HELD_OUT_SEEDS, draw
 
 FOLDER = Path(rococap.demo.__file__).parent / "model"
 

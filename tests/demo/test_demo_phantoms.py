@@ -3,6 +3,7 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rococap.demo import phantoms
+from rococap.demo import phantoms, unseen
+from rococap.demo.canvas import Phantom
 from rococap.demo.phantoms import HELD_OUT_SEEDS, TRAINING_SEEDS, draw, write_dataset
 from rococap.demo.sheet import contact_sheet
 from rococap.errors import DatasetError
@@ -21,7 +23,7 @@ DIFFERENT_INK = (179, 38, 30)
 
 
 @pytest.fixture(scope="module")
-def sample() -> list[phantoms.Phantom]:
+def sample() -> list[Phantom]:
     return [draw(seed) for seed in HELD_OUT_SEEDS["validation"][-240:]]
 
 
@@ -36,7 +38,8 @@ def read(dataset: Path, split: str) -> pa.Table:
     return pa.concat_tables(pq.read_table(path) for path in sorted(dataset.glob(f"data/{split}-*.parquet")))
 
 
-def test_the_same_seed_draws_the_same_phantom() -> None:
+@pytest.mark.parametrize("draw", [draw, unseen.draw])
+def test_the_same_seed_draws_the_same_phantom(draw: Callable[[int], Phantom]) -> None:
     for seed in TRAINING_SEEDS[:20]:
         one, other = draw(seed), draw(seed)
         assert one.image.tobytes() == other.image.tobytes()
@@ -49,7 +52,7 @@ def test_another_process_draws_the_same_phantom() -> None:
     assert done.stdout.strip() == f"{draw(7).caption} {draw(7).image.tobytes().hex()}"
 
 
-def test_no_two_seeds_draw_the_same_picture(sample: list[phantoms.Phantom]) -> None:
+def test_no_two_seeds_draw_the_same_picture(sample: list[Phantom]) -> None:
     assert len({phantom.image.tobytes() for phantom in sample}) == len(sample)
 
 
@@ -59,7 +62,7 @@ def test_training_and_held_out_seeds_share_none() -> None:
     assert set(HELD_OUT_SEEDS) == {"train", "validation", "test"}
 
 
-def test_every_modality_appears_and_its_concept_agrees_with_the_caption(sample: list[phantoms.Phantom]) -> None:
+def test_every_modality_appears_and_its_concept_agrees_with_the_caption(sample: list[Phantom]) -> None:
     words = {
         phantoms.CT: "axial ct ",
         phantoms.MRI: "-weighted mri ",
@@ -74,7 +77,7 @@ def test_every_modality_appears_and_its_concept_agrees_with_the_caption(sample: 
     assert min(counts.values()) > 40
 
 
-def test_a_caption_names_the_side_that_the_finding_lies_on(sample: list[phantoms.Phantom]) -> None:
+def test_a_caption_names_the_side_that_the_finding_lies_on(sample: list[Phantom]) -> None:
     """Patients are seen from the feet or from the front, so their right is on the left of the picture."""
     sided = 0
     for phantom in sample:
@@ -89,7 +92,7 @@ def test_a_caption_names_the_side_that_the_finding_lies_on(sample: list[phantoms
     assert sided > 100
 
 
-def test_a_phantom_is_normal_exactly_if_it_has_no_finding(sample: list[phantoms.Phantom]) -> None:
+def test_a_phantom_is_normal_exactly_if_it_has_no_finding(sample: list[Phantom]) -> None:
     for phantom in sample:
         assert phantom.caption.startswith("Normal ") is (phantom.finding is None)
         if phantom.finding:
@@ -97,14 +100,14 @@ def test_a_phantom_is_normal_exactly_if_it_has_no_finding(sample: list[phantoms.
             assert 0 < phantom.finding.y < 1
 
 
-def test_pictures_are_grey_and_colour_in_mixed_aspect_ratios(sample: list[phantoms.Phantom]) -> None:
+def test_pictures_are_grey_and_colour_in_mixed_aspect_ratios(sample: list[Phantom]) -> None:
     assert {phantom.image.mode for phantom in sample} == {"L", "RGB"}
     ratios = sorted(phantom.image.width / phantom.image.height for phantom in sample)
     assert ratios[0] < 0.7
     assert ratios[-1] > 1.3
 
 
-def test_no_caption_takes_more_than_a_twentieth_of_the_phantoms(sample: list[phantoms.Phantom]) -> None:
+def test_no_caption_takes_more_than_a_twentieth_of_the_phantoms(sample: list[Phantom]) -> None:
     assert Counter(phantom.caption for phantom in sample).most_common(1)[0][1] <= len(sample) / 20
 
 
@@ -172,7 +175,7 @@ def test_a_failed_write_leaves_the_old_shard_and_nothing_else(tmp_path: Path, mo
     shard = tmp_path / "data" / "test-00000-of-00001.parquet"
     before = shard.read_bytes()
 
-    def fail(_seed: int) -> phantoms.Phantom:
+    def fail(_seed: int) -> Phantom:
         raise OSError("disk full")
 
     monkeypatch.setattr(phantoms, "draw", fail)
@@ -180,6 +183,64 @@ def test_a_failed_write_leaves_the_old_shard_and_nothing_else(tmp_path: Path, mo
         write_dataset(tmp_path, {"test": 2})
     assert shard.read_bytes() == before
     assert list(shard.parent.iterdir()) == [shard]
+
+
+# --- Kinds that the model has not seen ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def new() -> list[Phantom]:
+    return [unseen.draw(seed) for seed in HELD_OUT_SEEDS["validation"][-300:]]
+
+
+def test_no_new_kind_has_a_caption_of_an_old_one(new: list[Phantom], sample: list[Phantom]) -> None:
+    assert {phantom.caption for phantom in new}.isdisjoint(phantom.caption for phantom in sample)
+    assert len({phantom.image.tobytes() for phantom in new}) == len(new)
+    counts = Counter(word for phantom in new for word in ("mammogram", "knee", "kidney") if word in words(phantom))
+    assert sum(counts.values()) == len(new)
+    assert min(counts.values()) > 70
+    assert len({phantom.caption for phantom in new}) > 35
+
+
+def words(phantom: Phantom) -> set[str]:
+    return set(phantom.caption.lower().rstrip(".").split())
+
+
+def test_a_caption_of_a_new_kind_names_the_half_pole_or_bone_that_the_finding_lies_in(new: list[Phantom]) -> None:
+    checked = 0
+    for phantom in new:
+        assert phantom.caption.startswith("Normal ") is (phantom.finding is None)
+        if phantom.finding is None:
+            continue
+        if "half" in words(phantom) or "femur" in words(phantom) or "tibia" in words(phantom):
+            assert (phantom.finding.y < 0.5) is bool(words(phantom) & {"upper", "femur"}), phantom.caption
+        elif "pole" in words(phantom):
+            assert (phantom.finding.x < 0.5) is ("upper" in words(phantom)), phantom.caption
+        elif "fibula" in words(phantom):
+            assert (phantom.finding.x < 0.5) is ("right" in words(phantom)), phantom.caption
+        else:
+            continue
+        checked += 1
+    assert checked > 150
+
+
+def test_a_mixed_data_set_has_the_stated_share_of_old_kinds_and_no_picture_twice(tmp_path: Path) -> None:
+    told: list[int] = []
+    counts = {"train": 40, "test": 20}
+    write_dataset(tmp_path, counts, rows_per_group=10, drawn=unseen.mixed, progress=lambda *step: told.append(step[1]))
+    assert told == [10, 20, 30, 40, 50, 60]
+    rows = {split: read(tmp_path, split).to_pylist() for split in counts}
+    for split, count in counts.items():
+        old = [row for row in rows[split] if row["image_id"].startswith(unseen.OLD)]
+        assert len(old) == count // unseen.OLD_EVERY
+        assert all(row["image_id"].startswith(unseen.NEW) for row in rows[split] if row not in old)
+        captions = {draw(seed).caption for seed in HELD_OUT_SEEDS[split][:count]}
+        assert {row["caption"] for row in old} <= captions
+    pictures = [row["image"]["bytes"] for split in counts for row in rows[split]]
+    assert len(set(pictures)) == 60
+
+
+# --- The contact sheet -------------------------------------------------------------------------------------------
 
 
 def inks(path: Path) -> set[tuple[int, int, int]]:
@@ -190,7 +251,7 @@ def inks(path: Path) -> set[tuple[int, int, int]]:
     return {EQUAL_INK, DIFFERENT_INK} & {colour for _, colour in colours}
 
 
-def test_a_contact_sheet_marks_equal_and_different_captions(sample: list[phantoms.Phantom], tmp_path: Path) -> None:
+def test_a_contact_sheet_marks_equal_and_different_captions(sample: list[Phantom], tmp_path: Path) -> None:
     grey = next(phantom for phantom in sample if phantom.image.mode == "L")
     equal, different = tmp_path / "equal.png", tmp_path / "different.png"
     contact_sheet([(grey.image, grey.caption, grey.caption)], equal)
@@ -199,7 +260,7 @@ def test_a_contact_sheet_marks_equal_and_different_captions(sample: list[phantom
     assert inks(different) == {DIFFERENT_INK}
 
 
-def test_a_contact_sheet_grows_by_rows_and_leaves_no_other_file(sample: list[phantoms.Phantom], tmp_path: Path) -> None:
+def test_a_contact_sheet_grows_by_rows_and_leaves_no_other_file(sample: list[Phantom], tmp_path: Path) -> None:
     rows = [(phantom.image, phantom.caption, phantom.caption) for phantom in sample]
     sizes = []
     for count in (0, 1, 4, 5):

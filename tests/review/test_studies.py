@@ -94,7 +94,9 @@ def items(database: Engine) -> list[tuple]:
 
 @pytest.mark.every_database
 def test_a_sample_is_balanced_by_modality_and_the_same_for_the_same_seed(database, runs, tmp_path):
-    draw(database, runs, n_pictures=7)
+    study = draw(database, runs, n_pictures=7)
+    with db.transaction(database) as conn:
+        assert review.run_for_pictures(conn, study).name == "plain"
     drawn = items(database)
     assert len(drawn) == 3 * 7 * 2
     modalities = Counter(modality for reader, _, place, _, modality, _ in drawn if (reader, place) == (1, 1))
@@ -147,6 +149,8 @@ def test_originals_are_one_more_text_and_pictures_without_one_are_left_out(datab
         ({"n_pictures": 16}, "Only 15 pictures of test are captioned by plain and tuned: caption more, or ask for "),
         ({"name": "taken"}, "There is a study 'taken' already, and a study never changes. Choose another name."),
         ({"name": " \n"}, "is not the name of a study"),
+        ({"name": "a/b"}, "'a/b' is not the name of a study: it stands in web addresses"),
+        ({"name": ".."}, "'..' is not the name of a study"),
     ],
 )
 def test_a_study_that_cannot_be_drawn_is_refused_whole(database, runs, options, message):

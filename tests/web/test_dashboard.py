@@ -175,7 +175,7 @@ def test_nothing_is_wrong_for_readers_of_any_kind(opened, served, scheme, width)
 
 
 def test_cancelling_withdraws_what_is_left(opened, busy):
-    press(opened, "Cancel…", "Cancel")
+    press(opened, "Cancel…", "Cancel the pictures")
     opened.locator("#told", has_text="Undo: rococap --db").wait_for()
     opened.locator(".run .badge", has_text="finished").wait_for()
     assert select(busy, "SELECT count(*) FROM jobs WHERE status IN ('pending', 'leased')") == [(0,)]
@@ -183,7 +183,8 @@ def test_cancelling_withdraws_what_is_left(opened, busy):
 
 def test_an_error_is_shown_in_the_dialog_and_nothing_else_happens(opened):
     button = (
-        """<button data-post="/actions/pause" data-body='{"run": "gone"}' data-title="?" data-text="">Try</button>"""
+        """<button data-post="/actions/pause" data-body='{"run": "gone"}' data-title="?" data-text="" """
+        'data-yes="Try">Try</button>'
     )
     opened.locator("footer").evaluate("(footer, html) => { footer.innerHTML = html }", button)
     press(opened, "Try", "Try")

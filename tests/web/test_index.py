@@ -237,10 +237,9 @@ def test_the_index_is_no_part_of_the_queue(database, runs):
 def test_each_word_of_a_text_is_found_and_each_phrase(database, runs):
     texts = ["½ x'y\\z ß Σίσυφος", "L4–L5 e\u0301 é", "ＣＴ हिन्दी 日本語 🫁 ŉ", "w" * 3000, "it's 3.5x4.2 cm_wide"]
     index = up_to_date(Index(database))
-    put = [
-        Document(1_000 + n, 1, "open", text, "", (facet("run", 1), facet("split", "odd")))
-        for n, text in enumerate(texts)
-    ]
+    facets = (facet("run", 1), facet("split", "odd"))
+    put = [Document(1_000 + n, 1, "open", text, "", facets) for n, text in enumerate(texts)]
+    put.append(Document(5_000_000_000, 1, "done", "A lung", "effusion on the left", facets))
     with index._writing() as conn:
         index.documents.put(conn, put)
     with index.reading() as conn:
@@ -259,6 +258,16 @@ def test_different_values_are_different_facets(one, other):
     assert (facet("code", one) == facet("code", other)) == (one.lower() == other.lower())
     assert facet("code", one).isascii()
     assert facet("code", one).isalnum()
+
+
+def test_a_file_that_another_process_has_made_again_is_opened(database, runs):
+    index = up_to_date(Index(database))
+    file_of(index).unlink()
+    finish(database, runs[1], [14], now=LATER)
+    up_to_date(Index(database)).close()
+    assert index.update().state == "ready"
+    assert found(database, index, runs[1:], "mass 14") == [14]
+    index.close()
 
 
 # --- Trouble ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // Buttons that change something ask first; buttons that copy a command copy it.
 //
-// <button data-post="/path" data-body="{…}" data-title="…" data-text="…">Do it</button>
+// <button data-post="/path" data-body="{…}" data-title="…" data-text="…" data-yes="…">Do it</button>
 // <button data-copy="rococap …">Copy</button>
 // Once it is done, the document has the event `changed`. The template macros `ui.act` and `ui.shell` make both.
 
@@ -38,12 +38,12 @@ export const post = async (path, body) => {
 };
 
 const ask = (button) => {
-  const { post: path, body, title, text } = button.dataset;
+  const { post: path, body, title, text, yes } = button.dataset;
   asking = { path, body: JSON.parse(body) };
   byId("title").textContent = title;
   byId("text").textContent = text;
   byId("error").textContent = "";
-  byId("yes").textContent = button.textContent.replace("…", "");
+  byId("yes").textContent = yes;
   dialog.showModal();
 };
 

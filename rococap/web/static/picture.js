@@ -13,8 +13,8 @@ const next = byId("next");
 
 /** Puts what the server now says into the page, around the forms that people are filling in. */
 const refresh = async () => {
-  const response = await fetch(location.href);
-  if (!response.ok) return null;
+  const response = await fetch(location.href).catch(() => null);
+  if (!response?.ok) throw new Error("It is saved, but the page cannot be brought up to date: load it again.");
   const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
   for (const id of PARTS) byId(id)?.replaceChildren(...fresh.getElementById(id).childNodes);
   return fresh;
@@ -85,8 +85,7 @@ const text = byId("text");
 const isEdited = () => text !== null && text.value !== text.defaultValue;
 
 const begin = (fresh) => {
-  const field = fresh?.getElementById("text");
-  if (!field) return;
+  const field = fresh.getElementById("text");
   text.defaultValue = text.value = field.defaultValue;
   text.dataset.seen = field.dataset.seen;
   byId("conflict").replaceChildren();
@@ -102,12 +101,12 @@ const saveEdit = () =>
 
 const showConflict = ({ theirs, html }) => {
   byId("conflict").innerHTML = html;
-  refresh();
+  refresh().catch(() => {}); // their text is in the answer already
   byId("mine").addEventListener("click", () => {
     text.dataset.seen = theirs.id;
     saveEdit();
   });
-  byId("theirs").addEventListener("click", async () => begin(await refresh()));
+  byId("theirs").addEventListener("click", () => trying(edit, async () => begin(await refresh())));
   byId("conflict").firstElementChild.focus();
 };
 
