@@ -287,6 +287,8 @@ def test_captions_are_replaced_and_restored_as_one_act(opened, served, busy):
     assert "<b>lump</b>" in opened.locator(".changes li").first.inner_text()
     opened.get_by_label("Your name").fill(READER)
     opened.get_by_role("button", name="Continue").click()
+    opened.get_by_text("You are reading as").wait_for()
+    opened.wait_for_load_state()
     answer(opened, "Replace in all of them")
     opened.locator("#told", has_text=f"{n} captions changed.").wait_for()
     opened.locator(".acts li", has_text=f"{n} captions by {READER}").wait_for()
