@@ -26,10 +26,11 @@ from rococap.review import Answers
 from rococap.scores import concepts
 
 DOCS = Path(__file__).parent
-RUN, OTHER, SPLIT = "default", "shuffled", "test"
+RUN, OTHER, LEFT, SPLIT = "default", "shuffled", "one-sentence", "test"
 PICTURES = 1_200
 """Drawn for the queue. A third run is left for a worker that is still at it."""
-WORK_SEC = 25
+BEGUN = 150
+"""Captions of the third run, after which its worker is photographed at work."""
 COLOURS = 128
 """Of each PNG, so that it stays small."""
 
@@ -58,7 +59,7 @@ SHOTS = (
     Shot("study_results", "/studies/preference", (1280, 1000)),
 )
 WORKING = (
-    Shot("dashboard", "/", (1280, 1100), wait=CHART),
+    Shot("dashboard", "/", (1280, 2050), wait=CHART),
     Shot("dashboard_dark", "/", (1280, 1100), "dark", wait=CHART),
     Shot("dashboard_narrow", "/", (390, 844), wait=CHART),
 )
@@ -100,7 +101,7 @@ def _queue(folder: Path) -> Path:
     with db.transaction(database) as conn:
         run = queue.get_run(conn, RUN)
     recipe = replace(run.recipe, prompt="Describe the picture in one sentence.")
-    enqueue_from(database, run, SPLITS, run="one-sentence", recipe=recipe)
+    enqueue_from(database, run, SPLITS, run=LEFT, recipe=recipe)
     _studies(database)
     database.dispose()
     return path
@@ -149,14 +150,25 @@ def _read(database: Any, study: review.Study, reader: str, at: int, most: int) -
 
 @contextmanager
 def _worker(url: str, folder: Path) -> Iterator[None]:
-    """A worker on the run that is left, some seconds after it began."""
+    """A worker on the run that is left, once it has captioned some of it."""
     command = [sys.executable, "-m", "rococap", "--db", url, "worker", "--batch-size", "1"]
     with (folder / "worker.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as worker:
         try:
-            time.sleep(WORK_SEC)
+            while _done(url) < BEGUN:
+                if worker.poll() is not None:
+                    raise RuntimeError((folder / "worker.log").read_text())
+                time.sleep(0.5)
             yield
         finally:
             worker.terminate()
+
+
+def _done(url: str) -> int:
+    database = db.connect(url)
+    with db.transaction(database) as conn:
+        done = sum(count.done for count in queue.counts_of(conn, queue.get_run(conn, LEFT)))
+    database.dispose()
+    return done
 
 
 # --- Photographs -------------------------------------------------------------------------------------------------
@@ -182,7 +194,7 @@ class Camera:
     chosen: list[str] | None
 
     def take(self, address: str, shot: Shot) -> None:
-        if self.chosen and shot.name not in self.chosen:
+        if self.chosen and shot.name and shot.name not in self.chosen:
             return
         width, height = shot.size
         context = self.browser.new_context(color_scheme=shot.scheme, viewport={"width": width, "height": height})
