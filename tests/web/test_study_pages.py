@@ -205,6 +205,8 @@ def cookie_of(reader: Reader) -> str:
 
 
 def test_pictures_are_shown_in_all_their_pixels_to_those_who_read_them(served, studied, tmp_path):
+    with db.transaction(studied, write=True) as conn:
+        review.join(conn, review.get_study(conn, "early"), "dora")
     named = {"Cookie": f"rococap-{served.address.rpartition(':')[2]}-reader=dora"}
     shown = served.client.get("/studies/early/items/1/picture", headers=named)
     assert shown.headers["content-type"] == "image/png"
