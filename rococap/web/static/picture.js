@@ -1,8 +1,8 @@
 // The page of one picture: verdicts and edits are saved without leaving it, unless one goes on to the next.
 import { post, tell } from "./confirm.js";
 import "./help.js";
+import "./viewer.js"; // before what takes a picture that cannot be shown out of the page
 import "./pictures.js";
-import "./viewer.js";
 
 const SAVED = "rococap-saved";
 const PARTS = ["texts", "reviews", "history"];
