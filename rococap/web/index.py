@@ -434,7 +434,9 @@ class Index:
             return None, {}
 
     def _memory(self, conn: Connection, lock: str = "") -> _Memory | None:
-        row = execute(conn, f"SELECT format, memory FROM {self.documents.schema}state s{lock}").one()
+        row = execute(conn, f"SELECT format, memory FROM {self.documents.schema}state s{lock}").one_or_none()
+        if row is None:  # in PostgreSQL, if another process has made the tables since this transaction began
+            raise _Overtaken
         return _Memory(**json.loads(row[1])) if row[0] == FORMAT else None
 
     def _counts(self, conn: Connection) -> Counted:

@@ -10,7 +10,7 @@ from small_engine import INFO
 from sqlalchemy import Connection, Engine
 
 from rococap import db, queue
-from rococap.queue import NORMAL, SOLO, SUSPECTS, history, leases, recovery
+from rococap.queue import NORMAL, SOLO, SUSPECTS, leases, rates, recovery
 from rococap.queue import status as status_module
 
 N = 6_000
@@ -96,8 +96,8 @@ def test_the_claim_reads_its_partial_index_in_order(large, lane):
         ("ix_leases_expires_at", recovery._EXPIRED.replace("?", "9")),
         ("ix_jobs_waiting", recovery._WAKE.format(skip_locked="").replace("?", "9")),
         ("ix_jobs_failed", status_module._FAILED.replace("?", "1", 1).replace("?", "'train'")),
-        ("ix_jobs_due", filled(history._NOT_IN_A_SEGMENT, 60_000, 1, "'train'", 5_000, 5_100)),
-        ("ix_jobs_checkpoint", filled(history._IN_SEGMENTS, 60_000, 1, "'train'", 200, 210)),
+        ("ix_jobs_due", filled(rates._NOT_IN_A_SEGMENT, 60_000, 1, "'train'", 5_000, 5_100)),
+        ("ix_jobs_checkpoint", filled(rates._IN_SEGMENTS, 60_000, 1, "'train'", 200, 210)),
         ("ix_jobs_leased", "SELECT 1 FROM jobs WHERE lease_id = 9"),
         ("ix_jobs_pending", leases._ANY_SUSPECT.replace("?", "1", 1).replace("?", "'train'")),
         (
