@@ -1,6 +1,7 @@
 """A real `rococap serve` for tests, and browsers and other clients of it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from steps import until
 
 HTML = {"Accept": "text/html"}
 
@@ -28,7 +30,7 @@ class Served:
 
     @property
     def address(self) -> str:
-        return "http://127.0.0.1:" + self.said.split(" ")[4].rpartition(":")[2].partition("/")[0]
+        return "http://127.0.0.1:" + re.findall(r":(\d+)/", self.said)[0]
 
     def stop(self) -> int:
         """Asks it to stop, and returns its exit code."""
@@ -37,9 +39,10 @@ class Served:
 
 
 @contextmanager
-def serving(url: str, *options: str, **environment: str) -> Iterator[Served]:
+def serving(url: str | None, *options: str, **environment: str) -> Iterator[Served]:
     """A server on a port of its own. It is to end with exit code 0 when asked to, without an error in its log."""
-    command = [sys.executable, "-m", "rococap", "--db", url, "serve", "--port", "0", *options]
+    database = () if url is None else ("--db", url)
+    command = [sys.executable, "-m", "rococap", *database, "serve", "--port", "0", *options]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | environment, bufsize=1
@@ -54,10 +57,18 @@ def serving(url: str, *options: str, **environment: str) -> Iterator[Served]:
                     yield served
                 assert served.stop() == 0
                 log.seek(0)
-                complaints = log.read()
-                assert complaints == ""
+                complaints = [line for line in log if " INFO " not in line]
+                assert complaints == []
             finally:
                 process.kill()
+
+
+@contextmanager
+def captioning(url: str | None, *options: str, **environment: str) -> Iterator[Served]:
+    """The same with a model that is loaded."""
+    with serving(url, *options, **environment) as served:
+        until(lambda: served.client.get("/healthz").status_code == 200, "the model is loaded")
+        yield served
 
 
 def violations(page: Any) -> list[tuple[str, str]]:
