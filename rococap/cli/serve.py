@@ -17,7 +17,7 @@ from rococap.recipe import Recipe
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from rococap.web.api import Service
+    from rococap.web.calls import Service
 
 
 @cli.command("serve")
@@ -175,7 +175,7 @@ def _served_recipe(database: Any, run_name: str | None, options: dict[str, Any])
 
 def _service(recipe: Recipe, options: dict[str, Any], name: str | None, max_waiting: int, timeout: float) -> "Service":
     from rococap.engines import Options
-    from rococap.web.api import Service
+    from rococap.web.calls import Service
     from rococap.web.captioner import Captioner
 
     known_as = name or (Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model)

@@ -16,7 +16,8 @@ from rococap.errors import DatabaseError, DatabaseUnavailable, RococapError, Run
 from rococap.recipe import Recipe
 from rococap.web import actions, dashboard
 from rococap.web.access import API, MAX_BODY, Access, Guard, Refused
-from rococap.web.api import Service, create_api, error_response
+from rococap.web.api import create_api
+from rococap.web.calls import Service, error_response
 from rococap.web.site import Here, Site, assets, site_of
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from starlette.types import ASGIApp
 
 from rococap.errors import RunError
 from rococap.web.access import API, MAX_BODY, Access, Guard, Refused
-from rococap.web.api import Service, create_api, error_response
+from rococap.web.api import create_api
+from rococap.web.calls import Service, error_response
 
 
 class Bare(FastAPI):

@@ -6,7 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rococap.data.images import is_blank, open_picture
-from rococap.engines import Completion, Engine, EngineInfo, Failure, Message, Options, Prepared, Request, load_engine
+from rococap.engines import (
+    Completion,
+    Detokenizing,
+    Engine,
+    EngineInfo,
+    Failure,
+    Message,
+    Options,
+    Prepared,
+    Request,
+    load_engine,
+)
 from rococap.engines.template import question
 from rococap.errors import PictureError, RococapError
 from rococap.flags import BLANK
@@ -17,6 +28,8 @@ from rococap.worker.fetcher import n_preparers
 log = logging.getLogger(__name__)
 
 LOADING = "The model is still loading. Try again later."
+MAX_PROMPT_TOKENS = 8_192
+"""Longer prompts are refused: every row of a batch has as much memory as the longest."""
 CLOSE_SEC = 5.0
 """How long the engine may take to end after its last step."""
 
@@ -53,12 +66,12 @@ class Captioner:
     def ask(
         self,
         pictures: Sequence[bytes],
-        messages: Sequence[Message] | None = None,
+        messages: Sequence[Message],
         max_new_tokens: int | None = None,
         tell: Tell | None = None,
     ) -> Asked:
-        """Asks for one answer about pictures, given as the bytes of their files. Raises as `ask_all` does."""
-        asked = Asked(pictures, messages, max_new_tokens, tell)
+        """Asks for an answer to messages with pictures, given as the bytes of their files. Raises as `ask_all` does."""
+        asked = Asked(pictures, self._unless_own(messages), max_new_tokens, tell)
         self.ask_all([asked])
         return asked
 
@@ -73,14 +86,19 @@ class Captioner:
 
     def caption(self, pictures: Sequence[bytes], prompt: str) -> list[Asked]:
         """Asks for a caption of each picture. Raises as `ask_all` does."""
-        messages = None if prompt == self.recipe.prompt else [question(prompt)]
+        messages = self._unless_own([question(prompt)])
         batch = [Asked([picture], messages) for picture in pictures]
         self.ask_all(batch)
         return batch
 
-    def text_of(self, ids: Sequence[int]) -> str | None:
-        """What tokens say; None if the engine does not tell."""
-        return None
+    def _unless_own(self, messages: Sequence[Message]) -> Sequence[Message] | None:
+        """None for the recipe's own question, whose tokens the engine keeps."""
+        return None if messages == [question(self.recipe.prompt)] else messages
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """What the tokens of an answer say, for which the engine has to be Detokenizing."""
+        assert isinstance(self._engine, Detokenizing)
+        return self._engine.text_of(ids)
 
     # --- stopping ---
 
@@ -137,7 +155,11 @@ class Captioner:
         pictures = [open_picture(data, self.recipe.frame) for data in asked.pictures]
         asked.pictures = ()
         asked.is_blank = len(pictures) == 1 and is_blank(pictures[0])
-        return self._engine.prepare(asked.id, Request(pictures, asked.messages, asked.max_new_tokens))
+        prepared = self._engine.prepare(asked.id, Request(pictures, asked.messages, asked.max_new_tokens))
+        if prepared.n_tokens > MAX_PROMPT_TOKENS:
+            message = f"The prompt may have {MAX_PROMPT_TOKENS:,} tokens with its pictures, not {prepared.n_tokens:,}."
+            raise PictureError("unprocessable", message)
+        return prepared
 
 
 def _give(asked: Asked, completion: Completion) -> None:
