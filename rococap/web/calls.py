@@ -132,10 +132,18 @@ async def answers(request: Request, batch: Sequence[Asked], timeout: float) -> l
     Raises ApiError for both, and whatever a request failed with.
     """
     try:
-        return await unless_gone(request, asyncio.gather(*(asyncio.wrap_future(one.answer) for one in batch)), timeout)
+        found = await unless_gone(request, _all(batch), timeout)
     finally:
         for asked in batch:
             asked.answer.cancel()
+    completions = [one for one in found if isinstance(one, Completion)]
+    if len(completions) < len(found):
+        raise next(one for one in found if isinstance(one, BaseException))
+    return completions
+
+
+async def _all(batch: Sequence[Asked]) -> list[Completion | BaseException]:
+    return await asyncio.gather(*(asyncio.wrap_future(asked.answer) for asked in batch), return_exceptions=True)
 
 
 async def unless_gone(request: Request, work: Awaitable[T], timeout: float) -> T:

@@ -39,7 +39,8 @@ async def captions(request: Request, service: Serving) -> dict[str, Any]:
         pictures, chosen = await _read_form(request)
     else:
         pictures, chosen = await _read_json(request)
-    if not 1 <= len(pictures) <= (most := min(MAX_PICTURES, service.captioner.requests.max_waiting)):
+    most = min(MAX_PICTURES, service.captioner.requests.max_waiting)
+    if not 1 <= len(pictures) <= most:
         raise ApiError(400, f"A request may have 1 to {most} pictures, not {len(pictures)}.", param="images")
     recipe = await asyncio.to_thread(_chosen_recipe, service, request.app.state.recipe_of, chosen)
     batch = service.captioner.caption(pictures, recipe.prompt)
