@@ -1,7 +1,9 @@
 """Captions over HTTP, by a real server with the demo model: what is asked, what is answered, what fails."""
 
 import base64
+import re
 import socket
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
@@ -11,6 +13,7 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
+from places import TESTS
 from samples import picture, register, write_shard
 from steps import select
 from web_server import Served, loaded, serving
@@ -269,3 +272,23 @@ def test_a_worker_captions_by_this_server_as_it_does_by_itself(beside, worked, t
     work(database, Settings(options=options))
     database.dispose()
     assert stored(url) == stored(worked)
+
+
+# --- the documentation -----------------------------------------------------------------------------------------
+
+PAGE = (TESTS.parent / "docs" / "serving.md").read_text()
+EXAMPLES = re.findall(r"^\$ (.*curl .*)\n(.*)$", PAGE, re.MULTILINE)
+"""Command lines of the page, and the first line that each prints, in which … stands for anything."""
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_the_examples_of_the_documentation_print_what_it_shows(beside, tmp_path, number):
+    line, shown = EXAMPLES[number]
+    (tmp_path / "scan.png").write_bytes(PICTURES[1])
+    line = line.replace("http://127.0.0.1:8642", beside.address)
+    printed = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(".*".join(map(re.escape, shown.split("…"))), printed), printed
+
+
+def test_the_documentation_has_an_example_of_every_kind():
+    assert len(EXAMPLES) == 5
