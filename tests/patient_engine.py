@@ -3,6 +3,8 @@
 Run as a script, it is `rococap` with this engine: `python patient_engine.py serve --model FOLDER`.
 """
 
+import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +39,8 @@ class PatientEngine:
         self.batch_size = options.batch_size or 2
 
     def load(self) -> None:
-        pass
+        if "ROCOCAP_TEST_LOADS_FOR_EVER" in os.environ:
+            threading.Event().wait()
 
     def close(self) -> None:
         pass

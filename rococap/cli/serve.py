@@ -131,17 +131,26 @@ def serve_command(
     with server.listen(host, port) as listening:
         port = listening.getsockname()[1]
         allowed = access.access_for(host, port, token=given, names=names, read_only=read_only)
-        link = access.link_to(host, port) + ("" if given or not allowed.token else f"?token={allowed.token}")
-        what = "The dashboard" if database is not None else "The inference API"
-        click.echo(f"{what} is at {link} until you stop this with Ctrl-C.")
-        if given:
-            click.echo("It asks for the token in ROCOCAP_TOKEN.")
+        click.echo(_welcome(access.link_to(host, port), allowed.token, bool(given), has_pages=database is not None))
         if database is not None:
             application: FastAPI = app.create_app(database, allowed, service)
         else:
             assert service is not None
             application = bare.create_bare_app(allowed, service)
         server.serve(application, listening, None if service is None else service.captioner, drain_timeout)
+
+
+def _welcome(link: str, token: str | None, is_given: bool, *, has_pages: bool) -> str:
+    """Says where the server is, and which token it asks for: the one that is `is_given` is not repeated."""
+    what = "The dashboard" if has_pages else "The inference API"
+    is_shown = token is not None and not is_given
+    query = f"?token={token}" if is_shown and has_pages else ""
+    lines = [f"{what} is at {link}{query} until you stop this with Ctrl-C."]
+    if is_given:
+        lines.append("It asks for the token in ROCOCAP_TOKEN.")
+    elif is_shown and not has_pages:
+        lines.append(f"Clients send this token as their API key: {token}")
+    return "\n".join(lines)
 
 
 def _check_usage(ctx: click.Context, run_name: str | None, recipe: dict[str, Any]) -> None:

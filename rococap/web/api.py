@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from rococap.errors import RococapError
@@ -25,7 +25,8 @@ def create_api(service: Service, recipe_of: RecipeOf) -> FastAPI:
     api.add_api_route("/captions", captions, methods=["POST"])
     api.add_api_route("/chat/completions", chat_completions, methods=["POST"], response_model=None)
     api.add_api_route("/models", models, methods=["GET"])
-    api.add_exception_handler(RococapError, _explain)
+    for expected in (RococapError, ClientDisconnect):
+        api.add_exception_handler(expected, _explain)
     api.add_exception_handler(HTTPException, _explain_status)
     api.add_exception_handler(RequestValidationError, _explain_validation)
     api.add_exception_handler(Exception, _explain)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from rococap.engines import Completion
@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 MAX_TEXT: Final = 100_000
 """Characters in one text of a request."""
 RETRY_SEC: Final = 1
-"""After how long a client may try again when the queue was full."""
+"""After how long a client may try again when the queue was full, or the model was loading."""
+GONE: Final = "The client has closed the connection."
+"""An answer that nobody reads."""
 
 T = TypeVar("T")
 RecipeOf = Callable[[str], Recipe]
@@ -69,7 +71,8 @@ class ApiError(RococapError):
 def error_response(status: int, message: str, *, code: str | None = None, param: str | None = None) -> JSONResponse:
     """An error in OpenAI's shape."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": str(RETRY_SEC)}}.get(status)
+    later = {"Retry-After": str(RETRY_SEC)}
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: later, 503: later}.get(status)
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return JSONResponse(body, status, headers)
 
@@ -85,6 +88,8 @@ def explain(error: Exception) -> JSONResponse:
             return error_response(503, str(error), code="unavailable")
         case RococapError():  # the database
             return error_response(503, str(error))
+        case ClientDisconnect():
+            return error_response(499, GONE)
     log.error("a request failed", exc_info=error)
     return error_response(500, "The server could not answer this request. Its log says why.")
 
@@ -158,7 +163,7 @@ async def unless_gone(request: Request, work: Awaitable[T], timeout: float) -> T
         if working.done():
             return working.result()
         if gone.done():
-            raise ApiError(499, "The client has closed the connection.")  # nobody reads it
+            raise ApiError(499, GONE)
         raise timed_out(timeout)
     finally:
         for one in both:

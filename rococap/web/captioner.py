@@ -112,8 +112,8 @@ class Captioner:
         self.requests.end(why)
 
     def close(self) -> bool:
-        """Waits for the engine to end. Returns whether it did."""
-        self._thread.join(CLOSE_SEC)
+        """Waits for an engine that is loaded to end. Returns whether it did."""
+        self._thread.join(CLOSE_SEC if self.is_loaded else 0)
         return not self._thread.is_alive()
 
     # --- threads ---

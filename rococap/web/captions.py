@@ -38,7 +38,7 @@ async def captions(request: Request, service: Serving) -> dict[str, Any]:
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         pictures, chosen = await _read_form(request)
     else:
-        pictures, chosen = await _read_json(request)
+        pictures, chosen = await asyncio.to_thread(_read_json, await request.body())
     most = min(MAX_PICTURES, service.captioner.requests.max_waiting)
     if not 1 <= len(pictures) <= most:
         raise ApiError(400, f"A request may have 1 to {most} pictures, not {len(pictures)}.", param="images")
@@ -49,9 +49,9 @@ async def captions(request: Request, service: Serving) -> dict[str, Any]:
     return {"captions": listed, "model": service.model, "recipe_hash": recipe.hash}
 
 
-async def _read_json(request: Request) -> tuple[list[bytes], CaptionsRequest]:
+def _read_json(body: bytes) -> tuple[list[bytes], CaptionsRequest]:
     try:
-        chosen = CaptionsRequest.model_validate_json(await request.body())
+        chosen = CaptionsRequest.model_validate_json(body)
     except ValidationError as error:
         raise invalid(error.errors()[0]) from error
     return [decoded(text, f"images[{number}]") for number, text in enumerate(chosen.images)], chosen

@@ -4,6 +4,7 @@ import base64
 import json
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -18,16 +19,20 @@ from steps import until
 from web_server import Served, loaded, running
 
 from rococap.demo import MODEL
+from rococap.engines import Prepared
+from rococap.web.requests import Asked, Requests
 
 TOKEN = "a-token-of-some-length"
 STOPPING = "The server is stopping. Try again later."
 
 
+PROGRAM = [str(TESTS / "patient_engine.py"), "serve", "--port", "0", "--model", str(MODEL), "--batch-size", "1"]
+"""A server without a database, whose engine is patient, and answers one request at a time."""
+
+
 @contextmanager
 def patient(*options: str, **environment: str) -> Iterator[Served]:
-    """A server without a database, whose engine is patient, and answers one request at a time."""
-    program = [str(TESTS / "patient_engine.py"), "serve", "--port", "0", "--model", str(MODEL), "--batch-size", "1"]
-    with running([*program, *options], **environment) as served:
+    with running([*PROGRAM, *options], **environment) as served:
         loaded(served)
         yield served
 
@@ -59,6 +64,15 @@ def captioned(served: Served, *levels: int) -> httpx.Response:
 def texts(answer: httpx.Response) -> list[str]:
     assert answer.status_code == 200, answer.text
     return [caption["caption"] for caption in answer.json()["captions"]]
+
+
+def is_full(served: Served, *levels: int) -> bool:
+    """Whether there is no room for these as well. If there is, nobody waits for them."""
+    try:
+        answer = served.client.post("/v1/captions", json={"images": [grey(level) for level in levels]}, timeout=0.5)
+    except httpx.ReadTimeout:
+        return False
+    return answer.status_code == 429
 
 
 @contextmanager
@@ -101,17 +115,26 @@ def test_an_answer_that_has_changed_since_it_was_streamed_ends_in_an_error(serve
 def test_a_client_that_hangs_up_frees_its_place(served):
     """There is only one place: if one of the endless ones stayed, nothing would be answered any more."""
     with endless(served), asked(served, ENDLESS), asked(served, ENDLESS):
-        until(lambda: captioned(served, 1, 1).status_code == 429, "two requests wait")
+        until(lambda: is_full(served, 1, 1), "two requests wait")
     assert texts(captioned(served, 1, 2, 3)) == ["µ grey 1", "µ grey 2", "µ grey 3"]
     with asked(served, ENDLESS):
         assert served.process.stdout.readline() == RUNS + "\n"
     assert texts(captioned(served, 4)) == ["µ grey 4"]
 
 
+def test_a_client_that_hangs_up_before_it_has_sent_everything_is_no_error(served):
+    """The log of the server shows at the end that nothing went wrong."""
+    for path in ("/v1/captions", "/v1/chat/completions"):
+        address = served.client.base_url
+        with socket.create_connection((address.host, address.port), timeout=30) as connection:
+            connection.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{{".encode())
+    assert texts(captioned(served, 4)) == ["µ grey 4"]
+
+
 def test_beyond_the_queue_requests_are_asked_to_come_back(served):
     with endless(served):
         with asked(served, 1), asked(served, 2):
-            until(lambda: captioned(served, 1, 1).status_code == 429, "two requests wait")
+            until(lambda: is_full(served, 1, 1), "two requests wait")
             answer = captioned(served, 1, 1)
         assert answer.headers["Retry-After"] == "1"
         assert answer.json()["error"]["type"] == "rate_limit_error"
@@ -146,6 +169,52 @@ def test_only_who_has_the_token_gets_captions():
         assert served.stop() == 0
 
 
+def test_a_server_at_another_address_makes_a_token_for_its_clients():
+    with running([*PROGRAM, "--host", "0.0.0.0"]) as served:
+        token = served.process.stdout.readline().rpartition(" ")[2].strip()
+        loaded(served)
+        assert captioned(served, 5).status_code == 401
+        served.client.headers["Authorization"] = f"Bearer {token}"
+        assert texts(captioned(served, 5)) == ["µ grey 5"]
+
+
+# --- the source ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_cancelled_leaves_the_queue_wherever_it_is():
+    requests = Requests(max_waiting=4)
+    waiting, preparing, ready, runs = batch = [Asked([b""]) for _ in range(4)]
+    for asked in reversed(batch):
+        requests.ask([asked])
+    assert [requests.next(9) for _ in range(3)] == [runs, ready, preparing]
+    for asked in (runs, ready):
+        requests.offer(asked, Prepared(asked.id, None, 1))
+    assert [one.job_id for one in requests.take(1, 0)] == [runs.id]
+    assert requests.step(1) == set()
+    for asked in batch:
+        asked.answer.cancel()
+    requests.offer(preparing, Prepared(preparing.id, None, 1))
+    assert (requests.n_waiting, requests.n_running) == (0, 0)
+    assert requests.step(1) == {runs.id}
+    assert requests.take(4, 0.0) == []
+    assert waiting.answer.cancelled()
+
+
+def test_a_batch_waits_only_for_requests_that_have_come():
+    """Without the wait for what is being prepared, a batch would start half empty; with any other, it would be late."""
+    requests = Requests(max_waiting=4)
+    first, second = Asked([b""]), Asked([b""])
+    requests.ask([first, second])
+    for _ in range(2):
+        requests.next(9)
+    requests.offer(first, Prepared(1, None, 1))
+    assert [one.job_id for one in requests.take(4, None)] == [1]
+    later = threading.Timer(0.05, requests.offer, (second, Prepared(2, None, 1)))
+    later.start()
+    assert [one.job_id for one in requests.take(4, 60)] == [2]
+    assert requests.take(4, 60) == []
+
+
 # --- the end ---------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +247,16 @@ def test_a_server_whose_engine_dies_says_so_to_everyone_and_ends():
         assert (answer.status_code, answer.json()["error"]["message"]) == (503, message)
         assert served.process.wait(20) == 1
         assert served.complaints() == ["Error: the device has vanished.\n"]
+
+
+def test_a_server_whose_model_is_loading_asks_to_come_back_and_stops_at_once():
+    with running(PROGRAM, ROCOCAP_TEST_LOADS_FOR_EVER="1") as served:
+        healthz = served.client.get("/healthz")
+        assert (healthz.status_code, healthz.json()) == (503, {"status": "loading"})
+        assert served.client.get("/health").status_code == 200
+        for answer in (captioned(served, 1), served.client.get("/v1/models")):
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert served.stop() == 0
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
