@@ -39,8 +39,11 @@ class PatientEngine:
         self.batch_size = options.batch_size or 2
 
     def load(self) -> None:
-        if "ROCOCAP_TEST_LOADS_FOR_EVER" in os.environ:
-            threading.Event().wait()
+        match os.environ.get("ROCOCAP_TEST_LOADS"):
+            case "for ever":
+                threading.Event().wait()
+            case "never":
+                raise ModelError("the weights are not there.")
 
     def close(self) -> None:
         pass

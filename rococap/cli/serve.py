@@ -1,16 +1,19 @@
 """The command that shows the queue in a browser, and answers requests for captions: serve."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
+from sqlalchemy import Engine as Database
 
 from rococap import db, queue
 from rococap.cli.enqueue import checked_recipe, chosen_recipe, explicit, recipe_options
 from rococap.cli.options import DAY_SEC, Seconds, cli, db_option, open_database, run_option
 from rococap.cli.worker import batch_size_option, local_options
+from rococap.engines import EngineInfo, Options
 from rococap.errors import RococapError
 from rococap.recipe import Recipe
 
@@ -117,7 +120,6 @@ def serve_command(
     if read_only and (run_name is not None or recipe["model"]):
         raise click.UsageError("--read-only accepts no requests for captions: leave it out, or --run and --model.")
     database = None if recipe["model"] else open_database(pooled=False)
-    served = _served_recipe(database, run_name, recipe)
     options = {
         "engine": engine,
         "device": device,
@@ -126,7 +128,12 @@ def serve_command(
         "device_map": device_map,
         "batch_size": batch_size,
     }
-    service = None if served is None else _service(served, options, served_name, max_waiting, request_timeout)
+    limits = {"served_name": served_name, "max_waiting": max_waiting, "request_timeout": request_timeout}
+    service = None
+    if database is None:
+        service = _service_of_model(options, recipe, **limits)
+    elif run_name is not None:
+        service = _service_of_run(database, run_name, options, **limits)
     given = os.environ.get("ROCOCAP_TOKEN", "")
     with server.listen(host, port) as listening:
         port = listening.getsockname()[1]
@@ -153,39 +160,64 @@ def _welcome(link: str, token: str | None, is_given: bool, *, has_pages: bool) -
     return "\n".join(lines)
 
 
+OF_A_MODEL = {
+    "engine": "engine",
+    "device": "device",
+    "decode": "decode",
+    "graphs": "graphs",
+    "device_map": "device-map",
+    "batch_size": "batch-size",
+    "served_name": "name",
+    "max_waiting": "max-waiting",
+    "request_timeout": "request-timeout",
+    "drain_timeout": "drain-timeout",
+}
+"""Parameters that have no effect on the pages, and their options."""
+
+
 def _check_usage(ctx: click.Context, run_name: str | None, recipe: dict[str, Any]) -> None:
     fields = {name: value for name, value in recipe.items() if name not in ("preset", "prompt_file", "prompts")}
     given = explicit(ctx, fields)
-    is_db_named = ctx.find_root().obj.is_option
+    first = min(given, default="").replace("_", "-")
     if run_name is not None and given:
-        raise click.UsageError(f"--run serves that run's recipe: leave out --{min(given).replace('_', '-')}.")
+        raise click.UsageError(f"--run serves that run's recipe: leave out --{first}.")
     if given and "model" not in given:
-        raise click.UsageError(f"--{min(given).replace('_', '-')} goes with a model: name one with --model.")
-    if "model" in given and is_db_named:
+        raise click.UsageError(f"--{first} goes with a model: name one with --model.")
+    if given and ctx.find_root().obj.is_option:
         raise click.UsageError("--model serves without a database: leave out --db, or name a run of it with --run.")
-    model_only = ("served_name", "max_waiting", "request_timeout", "drain_timeout", "batch_size", "device")
     if run_name is None and not given:
-        for name in model_only:
+        for name, option in OF_A_MODEL.items():
             if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                option = "name" if name == "served_name" else name.replace("_", "-")
                 raise click.UsageError(f"--{option} goes with a model: name one with --model, or a run with --run.")
 
 
-def _served_recipe(database: Any, run_name: str | None, options: dict[str, Any]) -> Recipe | None:
-    if database is None:
-        return checked_recipe(chosen_recipe(options))
-    if run_name is None:
-        return None
+def _service_of_model(options: dict[str, Any], recipe: dict[str, Any], **service: Any) -> "Service":
+    return _service(checked_recipe(chosen_recipe(recipe)), options, lambda info: None, **service)
+
+
+def _service_of_run(database: Database, name: str, options: dict[str, Any], **service: Any) -> "Service":
     with db.transaction(database) as conn:
-        run = queue.get_run(conn, run_name)
+        run = queue.get_run(conn, name)
         queue.check_rules(conn, run)
-        return run.recipe
+
+    def check(info: EngineInfo) -> None:
+        with db.transaction(database) as conn:
+            queue.check_pinned(conn, run, info)
+
+    return _service(run.recipe, options, check, **service)
 
 
-def _service(recipe: Recipe, options: dict[str, Any], name: str | None, max_waiting: int, timeout: float) -> "Service":
-    from rococap.engines import Options
+def _service(
+    recipe: Recipe,
+    options: dict[str, Any],
+    check: Callable[[EngineInfo], None],
+    *,
+    served_name: str | None,
+    max_waiting: int,
+    request_timeout: float,
+) -> "Service":
     from rococap.web.calls import Service
     from rococap.web.captioner import Captioner
 
-    known_as = name or (Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model)
-    return Service(Captioner(recipe, Options(**options), max_waiting), known_as, timeout)
+    known_as = served_name or (Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model)
+    return Service(Captioner(recipe, Options(**options), max_waiting, check), known_as, request_timeout)

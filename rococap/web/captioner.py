@@ -27,6 +27,8 @@ from rococap.worker.fetcher import n_preparers
 
 log = logging.getLogger(__name__)
 
+Check = Callable[[EngineInfo], None]
+
 LOADING = "The model is still loading. Try again later."
 MAX_PROMPT_TOKENS = 8_192
 """Longer prompts are refused: every row of a batch has as much memory as the longest."""
@@ -35,15 +37,19 @@ CLOSE_SEC = 5.0
 
 
 class Captioner:
-    """Answers requests with a recipe's model, all in one engine. `error` is what the engine failed with."""
+    """Answers requests with a recipe's model, all in one engine. `error` is what the engine failed with.
 
-    def __init__(self, recipe: Recipe, options: Options, max_waiting: int) -> None:
+    `check` is called with what was loaded, and raises RococapError if that must not answer.
+    """
+
+    def __init__(self, recipe: Recipe, options: Options, max_waiting: int, check: Check = lambda info: None) -> None:
         self.recipe = recipe
         self.requests = Requests(max_waiting)
         self.error: BaseException | None = None
         self.is_loaded = False
         self.is_stopping = False
         self._options = options
+        self._check = check
         self._engine: Engine
 
     def start(self, on_end: Callable[[], None]) -> None:
@@ -122,6 +128,7 @@ class Captioner:
         try:
             self._engine = load_engine(self.recipe, self._options)  # here, because importing torch takes seconds
             self._engine.load()
+            self._check(self._engine.info)
             self._start_preparing()
             self.is_loaded = True
             for completion in self._engine.run(self.requests):

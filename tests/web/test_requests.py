@@ -12,14 +12,18 @@ from typing import Any
 
 import httpx
 import pytest
+from click.testing import CliRunner
 from patient_engine import CHANGED, ENDLESS, FATAL, RUNS
 from PIL import Image
 from places import TESTS
-from steps import until
+from samples import fill
+from steps import run_worker, until
 from web_server import Served, loaded, running
 
+from rococap.cli.options import cli
 from rococap.demo import MODEL
 from rococap.engines import Prepared
+from rococap.recipe import Recipe
 from rococap.web.requests import Asked, Requests
 
 TOKEN = "a-token-of-some-length"
@@ -250,7 +254,7 @@ def test_a_server_whose_engine_dies_says_so_to_everyone_and_ends():
 
 
 def test_a_server_whose_model_is_loading_asks_to_come_back_and_stops_at_once():
-    with running(PROGRAM, ROCOCAP_TEST_LOADS_FOR_EVER="1") as served:
+    with running(PROGRAM, ROCOCAP_TEST_LOADS="for ever") as served:
         healthz = served.client.get("/healthz")
         assert (healthz.status_code, healthz.json()) == (503, {"status": "loading"})
         assert served.client.get("/health").status_code == 200
@@ -259,9 +263,36 @@ def test_a_server_whose_model_is_loading_asks_to_come_back_and_stops_at_once():
         assert served.stop() == 0
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with running(["-m", "rococap", "serve", "--port", "0", "--model", str(tmp_path)]) as served:
-        assert served.process.wait(60) == 1
+def test_a_model_that_cannot_be_loaded_ends_the_server():
+    with running(PROGRAM, ROCOCAP_TEST_LOADS="never") as served:
+        assert served.process.wait(20) == 1
+        assert served.complaints() == ["Error: the weights are not there.\n"]
+
+
+def test_a_run_is_not_served_with_another_model_than_made_its_captions(database, url, tmp_path):
+    fill(database, tmp_path / "set", 2, recipe=Recipe(model=str(MODEL)))
+    run_worker(database)
+    program = [str(TESTS / "patient_engine.py"), "--db", url, "serve", "--port", "0", "--run", "default"]
+    with running(program) as served:
+        assert served.process.wait(20) == 1
         (said,) = served.complaints()
-        assert said.startswith("Error: ")
+        assert said.startswith("Error: Run 'default' was started with another model state (engine: small, here patient")
+
+
+WRONG = {
+    "--run a --model m": "--run serves that run's recipe: leave out --model.",
+    "--run a --prompt p": "--run serves that run's recipe: leave out --prompt.",
+    "--adapter a": "--adapter goes with a model: name one with --model.",
+    "--preset caption": "--prompt goes with a model: name one with --model.",
+    "--db q.db --model m": "--model serves without a database: leave out --db, or name a run of it with --run.",
+    "--max-waiting 4": "--max-waiting goes with a model: name one with --model, or a run with --run.",
+    "--name x": "--name goes with a model: name one with --model, or a run with --run.",
+    "--decode static": "--decode goes with a model: name one with --model, or a run with --run.",
+    "--run a --read-only": "--read-only accepts no requests for captions: leave it out, or --run and --model.",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_options_that_do_not_go_together_are_named(options):
+    result = CliRunner().invoke(cli, ["serve", *options.split()])
+    assert (result.exit_code, result.output.splitlines()[-1]) == (2, f"Error: {WRONG[options]}")
