@@ -33,6 +33,7 @@ docs/guide
 docs/models
 docs/operations
 docs/web
+docs/serving
 docs/scores
 docs/finetuning
 docs/review

@@ -204,10 +204,19 @@ def test_the_reference_of_commands_is_up_to_date():
 def test_every_failure_code_is_explained():
     operations = (ROOT / "docs" / "operations.md").read_text()
     table = operations[operations.index("## Failure codes") :]
-    source = "\n".join(path.read_text() for path in sorted(PACKAGE.rglob("*.py")))
-    codes = {*re.findall(r"(?:PictureError|Failure)\(\s*\"(\w+)\"", source), *re.findall(r"\bcode=\"(\w+)\"", source)}
+    web = PACKAGE / "web"
+    codes = codes_in(path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(web))
     assert len(codes) > 15
     assert {code for code in codes if f"`{code}`" not in table} == set()
+    serving = (ROOT / "docs" / "serving.md").read_text()
+    of_requests = codes_in(web.rglob("*.py")) - codes
+    assert len(of_requests) > 5
+    assert {code for code in of_requests if f"`{code}`" not in serving} == set()
+
+
+def codes_in(paths):
+    source = "\n".join(path.read_text() for path in sorted(paths))
+    return {*re.findall(r"(?:PictureError|Failure)\(\s*\"(\w+)\"", source), *re.findall(r"\bcode=\"(\w+)\"", source)}
 
 
 def test_the_symptoms_quote_messages_that_exist():

@@ -1,16 +1,18 @@
 """A real `rococap serve` for tests, and browsers and other clients of it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import httpx
+from steps import until
 
 HTML = {"Accept": "text/html"}
 
@@ -21,6 +23,7 @@ class Served:
 
     process: subprocess.Popen
     said: str
+    log: IO[str]
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
@@ -28,36 +31,60 @@ class Served:
 
     @property
     def address(self) -> str:
-        return "http://127.0.0.1:" + self.said.split(" ")[4].rpartition(":")[2].partition("/")[0]
+        return "http://127.0.0.1:" + re.findall(r":(\d+)/", self.said)[0]
 
     def stop(self) -> int:
         """Asks it to stop, and returns its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(20)
 
+    def complaints(self) -> list[str]:
+        """The lines of its log that are no mere information."""
+        self.log.seek(0)
+        return [line for line in self.log if " INFO " not in line]
+
+
+def command(url: str | None, *options: str) -> list[str]:
+    database = () if url is None else ("--db", url)
+    return ["-m", "rococap", *database, "serve", "--port", "0", *options]
+
 
 @contextmanager
-def serving(url: str, *options: str, **environment: str) -> Iterator[Served]:
+def serving(url: str | None, *options: str, **environment: str) -> Iterator[Served]:
     """A server on a port of its own. It is to end with exit code 0 when asked to, without an error in its log."""
-    command = [sys.executable, "-m", "rococap", "--db", url, "serve", "--port", "0", *options]
+    with running(command(url, *options), **environment) as served:
+        yield served
+        assert served.stop() == 0
+        assert served.complaints() == []
+
+
+@contextmanager
+def running(arguments: Sequence[str], **environment: str) -> Iterator[Served]:
+    """A server that may end in any way."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | environment, bufsize=1
+            [sys.executable, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=os.environ | environment,
+            bufsize=1,
         )
         with process:
             try:
                 said = process.stdout.readline()
                 log.seek(0)
                 assert said, log.read()
-                served = Served(process, said)
+                served = Served(process, said, log)
                 with served.client:
                     yield served
-                assert served.stop() == 0
-                log.seek(0)
-                complaints = log.read()
-                assert complaints == ""
             finally:
                 process.kill()
+
+
+def loaded(served: Served) -> None:
+    """Waits until a server's model is loaded."""
+    until(lambda: served.client.get("/healthz").status_code == 200, "the model is loaded")
 
 
 def violations(page: Any) -> list[tuple[str, str]]:

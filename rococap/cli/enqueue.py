@@ -99,6 +99,107 @@ def prompts_command(prompts: Path | None, as_json: bool) -> None:
             click.echo(textwrap.fill(line, 80, initial_indent="  ", subsequent_indent="  "))
 
 
+# --- recipes ---------------------------------------------------------------------------------------------------
+
+
+def recipe_options(default_model: str | None, model_help: str) -> Callable[[F], F]:
+    """Adds an option for each field of a recipe; `chosen_recipe` reads them."""
+    options = (
+        click.option(
+            "--model",
+            default=default_model,
+            show_default=default_model is not None,
+            metavar="FOLDER|HUB_ID",
+            help=model_help,
+        ),
+        click.option(
+            "--revision", default="main", show_default=True, metavar="REV", help="Branch, tag or commit of the model."
+        ),
+        click.option(
+            "--adapter", metavar="FOLDER|HUB_ID", help="A LoRA or other adapter for the model, in PEFT's format."
+        ),
+        click.option(
+            "--adapter-base",
+            type=click.Choice(["any"]),
+            help="any: apply the adapter even if it names another base model than --model.",
+        ),
+        click.option(
+            "--load-in",
+            type=click.Choice(LOAD_IN),
+            help="Quantise the layers of the language model with bitsandbytes, for models that do not fit.",
+        ),
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Run the code that comes with the model. Review it first."
+        ),
+        prompt_options(DEFAULT_PROMPT),
+        click.option(
+            "--repetition-penalty",
+            type=click.FloatRange(0.1, 10),
+            default=1.0,
+            show_default=True,
+            metavar="X",
+            help="Above 1, tokens that have already occurred become less likely. Requires decoding in static batches.",
+        ),
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(1, 1_000_000),
+            default=256,
+            show_default=True,
+            metavar="N",
+            help="Longest caption, in tokens.",
+        ),
+        click.option(
+            "--min-pixels",
+            type=click.IntRange(min=1),
+            default=3_136,
+            show_default=True,
+            metavar="N",
+            help="Smaller pictures are enlarged to this many pixels.",
+        ),
+        click.option(
+            "--max-pixels",
+            type=click.IntRange(min=1),
+            default=1_003_520,
+            show_default=True,
+            metavar="N",
+            help="Larger pictures are reduced to this many pixels; 784 make one visual token.",
+        ),
+        click.option(
+            "--frame",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="The frame to caption in files that hold several, such as DICOM, counted from 1.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            default="auto",
+            show_default=True,
+            help="auto: bfloat16 on a GPU that supports it, float16 on an older one, float32 on the CPU.",
+        ),
+    )
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def chosen_recipe(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the recipe that the options of `recipe_options` choose; folders become absolute."""
+    ways = ("preset", "prompt_file", "prompts")
+    recipe = {name: value for name, value in options.items() if name not in ways}
+    recipe["model"] = named_model(recipe["model"])
+    if recipe["adapter"] is not None:
+        recipe["adapter"] = _absolute_if_folder(recipe["adapter"], "an adapter")
+    recipe["prompt"] = chosen_prompt(options["prompt"], *(options[name] for name in ways))
+    return recipe
+
+
 # --- enqueue ---------------------------------------------------------------------------------------------------
 
 
@@ -148,72 +249,7 @@ def prompts_command(prompts: Path | None, as_json: bool) -> None:
     metavar="FLAG",
     help=f"With --from: only pictures whose caption has this flag. May be repeated. Flags: {', '.join(FLAGS)}.",
 )
-@click.option(
-    "--model", default=DEFAULT_MODEL, show_default=True, metavar="FOLDER|HUB_ID", help="The model to caption with."
-)
-@click.option(
-    "--revision", default="main", show_default=True, metavar="REV", help="Branch, tag or commit of the model."
-)
-@click.option("--adapter", metavar="FOLDER|HUB_ID", help="A LoRA or other adapter for the model, in PEFT's format.")
-@click.option(
-    "--adapter-base",
-    type=click.Choice(["any"]),
-    help="any: apply the adapter even if it names another base model than --model.",
-)
-@click.option(
-    "--load-in",
-    type=click.Choice(LOAD_IN),
-    help="Quantise the layers of the language model with bitsandbytes, for models that do not fit.",
-)
-@click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model. Review it first.")
-@prompt_options(DEFAULT_PROMPT)
-@click.option(
-    "--repetition-penalty",
-    type=click.FloatRange(0.1, 10),
-    default=1.0,
-    show_default=True,
-    metavar="X",
-    help="Above 1, tokens that have already occurred become less likely. Requires decoding in static batches.",
-)
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(1, 1_000_000),
-    default=256,
-    show_default=True,
-    metavar="N",
-    help="Longest caption, in tokens.",
-)
-@click.option(
-    "--min-pixels",
-    type=click.IntRange(min=1),
-    default=3_136,
-    show_default=True,
-    metavar="N",
-    help="Smaller pictures are enlarged to this many pixels.",
-)
-@click.option(
-    "--max-pixels",
-    type=click.IntRange(min=1),
-    default=1_003_520,
-    show_default=True,
-    metavar="N",
-    help="Larger pictures are reduced to this many pixels; 784 make one visual token.",
-)
-@click.option(
-    "--frame",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="The frame to caption in files that hold several, such as DICOM, counted from 1.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default="auto",
-    show_default=True,
-    help="auto: bfloat16 on a GPU that supports it, float16 on an older one, float32 on the CPU.",
-)
+@recipe_options(DEFAULT_MODEL, "The model to caption with.")
 @db_option
 @click.pass_context
 def enqueue_command(
@@ -229,11 +265,7 @@ def enqueue_command(
     run_name: str,
     source: str | None,
     flags: tuple[str, ...],
-    prompt: str | None,
-    preset: str | None,
-    prompt_file: Path | None,
-    prompts: Path | None,
-    **recipe: Any,
+    **options: Any,
 ) -> None:
     """Register every picture of a split as pending in a run.
 
@@ -244,10 +276,7 @@ def enqueue_command(
 
     _check_enqueue(ctx, source, bool(splits), bool(flags))
     _check_run_name(run_name)
-    recipe["model"] = named_model(recipe["model"])
-    if recipe["adapter"] is not None:
-        recipe["adapter"] = _absolute_if_folder(recipe["adapter"], "an adapter")
-    recipe["prompt"] = chosen_prompt(prompt, preset, prompt_file, prompts)
+    recipe = chosen_recipe(options)
     database = open_database(may_be_new=source is None)
     if source is not None:
         old, splits_of_old = _find_source(database, source, splits)

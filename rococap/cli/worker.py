@@ -49,6 +49,16 @@ def engine_options(command: F) -> F:
             metavar="NAME",
             help="With --engine openai: the server's name for the model. [default: the run's]",
         ),
+    )
+    command = local_options(command)
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def local_options(command: F) -> F:
+    """Adds the options of engines that run the model in this process."""
+    options = (
         click.option(
             "--device",
             default="auto",
@@ -96,6 +106,16 @@ def parse_batch_size(ctx: click.Context, param: click.Parameter, value: str) -> 
     return click.IntRange(1, 4096)(value, param, ctx)
 
 
+batch_size_option = click.option(
+    "--batch-size",
+    callback=parse_batch_size,
+    default="auto",
+    show_default=True,
+    metavar="auto|N",
+    help="Pictures at a time. auto: as many as fit in memory and still add speed.",
+)
+
+
 def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
     if value is None:
         return None
@@ -117,14 +137,7 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     metavar="all|0,1,…|cpu:N",
     help="Start a process per GPU, or N that share the CPU cores. One that dies is restarted; all stop together.",
 )
-@click.option(
-    "--batch-size",
-    callback=parse_batch_size,
-    default="auto",
-    show_default=True,
-    metavar="auto|N",
-    help="Pictures at a time. auto: as many as fit in memory and still add speed.",
-)
+@batch_size_option
 @click.option("--limit", type=click.IntRange(1, MAX_ROWS), metavar="N", help="Stop after N pictures in all.")
 @click.option("--wait", is_flag=True, help="When everything is done, poll for new work instead of ending.")
 @click.option(

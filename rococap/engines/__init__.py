@@ -223,6 +223,14 @@ class Engine(Protocol):
         """Releases the model and its memory, or the connections to its server."""
 
 
+@runtime_checkable
+class Detokenizing(Protocol):
+    """An engine that tells a Streaming source tokens, and anybody what they say. All but `openai` are."""
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of an answer's tokens, decoded without special tokens. May be called in any thread."""
+
+
 LINGER_SEC = 0.2
 """How long an incomplete batch waits for another picture before it starts."""
 

@@ -6,7 +6,7 @@ Knows no queue. How rows are decoded is up to `continuous` and `static`.
 import logging
 import os
 import threading
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -210,6 +210,9 @@ class TransformersEngine:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # this may be another thread than the one that loaded the model
         return self.decoder.run(source)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        return str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True))
 
     def close(self) -> None:
         del self.loaded, self.decoder, self.processor

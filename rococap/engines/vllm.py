@@ -163,6 +163,9 @@ class VLLMEngine:
             yield from self._charge(outputs, rows, started)
             self._abandon(source.step(n_decoded), rows)
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        return str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True))
+
     def close(self) -> None:
         self._llm.engine_core.shutdown()
         self._llm.renderer.shutdown()

@@ -22,11 +22,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rococap.errors import RococapError
 
 READS: Final = frozenset(["GET", "HEAD", "OPTIONS"])
-OPEN_PATHS: Final = ("/healthz", "/static/")
+OPEN_PATHS: Final = ("/health", "/static/")
 """Beginnings of paths that need no token. What they answer tells nothing about the queue."""
 SHORTEST_TOKEN: Final = 16
 MAX_BODY: Final = 1_000_000
 """Bytes that a request may send."""
+API: Final = "/v1/"
+"""The beginning of the paths of the inference API."""
+MAX_REQUEST: Final = 64_000_000
+"""Bytes that a request to the inference API may send."""
 
 HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -135,8 +139,9 @@ class Guard:
         is_write = request.method not in READS
         if is_write:
             _check_origin(request)
-            if int(request.headers.get("content-length", "0")) > MAX_BODY:
-                raise Refused(413, f"A request may have {MAX_BODY:,} bytes.")
+            most = MAX_REQUEST if request.url.path.startswith(API) else MAX_BODY
+            if int(request.headers.get("content-length", "0")) > most:
+                raise Refused(413, f"A request may have {most:,} bytes.")
         if self._access.token and not request.url.path.startswith(OPEN_PATHS):
             answer = _identify(request, self._access, self._access.token)
             if answer is not None:

@@ -11,9 +11,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from rococap import queue
 from rococap.errors import DatabaseError, DatabaseUnavailable, RococapError, RunError
+from rococap.recipe import Recipe
 from rococap.web import actions, browse, dashboard, images, picture, reader, replace, studies
-from rococap.web.access import MAX_BODY, READS, Access, Guard, Refused
+from rococap.web.access import API, MAX_BODY, READS, Access, Guard, Refused
+from rococap.web.api import create_api
+from rococap.web.calls import Service, error_response
 from rococap.web.pictures import PictureGone, Pictures, Thumbnails, folder_of
 from rococap.web.reader import ReaderUnknown
 from rococap.web.search import Search
@@ -36,9 +40,18 @@ ROUTERS = (
 router = APIRouter()
 
 
+@router.get("/health")
+def health() -> dict[str, str]:
+    """That the process answers."""
+    return {"status": "ok"}
+
+
 @router.get("/healthz")
-def healthz(site: Here) -> Response:
-    """Whether the server can read its database. The reason, which may name hosts and files, is left out."""
+def healthz(request: Request, site: Here) -> Response:
+    """Whether the server can read its database, and caption. Why not, which may name hosts and files, is left out."""
+    service: Service | None = request.app.state.service
+    if service is not None and service.captioner.state != "ok":
+        return JSONResponse({"status": service.captioner.state}, 503)
     try:
         with site.read():
             pass
@@ -60,10 +73,11 @@ def static(version: str, name: str) -> Response:
 class App(FastAPI):
     """FastAPI behind the guard, which stands before everything, FastAPI's own answers to errors included."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, service: Service | None) -> None:
         super().__init__(openapi_url=None, max_body_size=MAX_BODY, telemetry={"auto_configure": False})
         self.state.site = site
         self.state.dashboard = dashboard.Dashboard(site)
+        self.state.service = service
         self.state.pictures = Pictures(Thumbnails(folder_of(site.database)))
         self.state.search = Search(site.database)
 
@@ -74,25 +88,37 @@ class App(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         def refuse(request: Request, error: Refused) -> Response:
+            if request.url.path.startswith(API):
+                return error_response(error.status, str(error))
             return answer(request, site, error.status, str(error))
 
         site: Site = self.state.site
         return Guard(super().build_middleware_stack(), site.access, refuse)
 
 
-def create_app(database: Database, access: Access) -> App:
-    """The application for a database that `db.connect(…, pooled=False)` has opened."""
+def create_app(database: Database, access: Access, service: Service | None = None) -> App:
+    """The application for a database that `db.connect(…, pooled=False)` has opened.
+
+    With a `service`, the inference API is beside the pages.
+    """
     site = Site(database, access)
-    app = App(site)
+    app = App(site, service)
     for one in (router, *ROUTERS):
         app.include_router(one)
     site.paths = frozenset(route.path for one in ROUTERS for route in one.routes if isinstance(route, APIRoute))
+    if service is not None:
+        app.mount(API.rstrip("/"), create_api(service, lambda name: _recipe_of(site, name)))
     app.add_exception_handler(RococapError, _explain)
     app.add_exception_handler(ReaderUnknown, _ask_reader)
     app.add_exception_handler(HTTPException, _explain_status)
     app.add_exception_handler(RequestValidationError, _explain_request)
     app.add_exception_handler(Exception, _report)
     return app
+
+
+def _recipe_of(site: Site, run: str) -> Recipe:
+    with site.read() as conn:
+        return queue.get_run(conn, run).recipe
 
 
 # --- What goes wrong ---------------------------------------------------------------------------------------------

@@ -4,14 +4,18 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
+from fastapi import FastAPI
 
 from rococap.errors import RococapError
 from rococap.web.app import App
+from rococap.web.captioner import Captioner
 
 STOP_SEC = 5
 """How long answers that are under way may take after a request to stop."""
@@ -36,11 +40,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Ends with exit code 0 on SIGTERM, SIGINT and SIGUSR1, as workers do, and does not wait for live pages."""
+    """Ends with exit code 0 on SIGTERM, SIGINT and SIGUSR1, as workers do, and does not wait for live pages.
 
-    def __init__(self, config: uvicorn.Config, app: App) -> None:
+    A server with a captioner first answers the requests that it has accepted, for at most `drain_timeout` seconds.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, captioner: Captioner | None, drain_timeout: float) -> None:
         super().__init__(config)
         self._app = app
+        self._captioner = captioner
+        self._drain_timeout = drain_timeout
+        self._draining: asyncio.Future[None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -51,13 +61,30 @@ class _Server(uvicorn.Server):
         yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._captioner is not None and self._draining is None:
+            self._draining = asyncio.ensure_future(self._drain(self._captioner))
+            return
         self.force_exit = self.should_exit
+        self._stop()
+
+    async def _drain(self, captioner: Captioner) -> None:
+        await asyncio.to_thread(captioner.drain, self._drain_timeout)
+        self._stop()
+
+    def end(self) -> None:
+        """Stops because the engine has ended. May be called in any thread."""
         self.should_exit = True
-        self._app.state.dashboard.live.close()
+
+    def _stop(self) -> None:
+        self.should_exit = True
+        if isinstance(self._app, App):
+            self._app.state.dashboard.live.close()
 
 
-def serve(app: App, listening: socket.socket) -> None:
-    """Serves until a signal asks it to stop."""
+def serve(
+    app: FastAPI, listening: socket.socket, captioner: Captioner | None = None, drain_timeout: float = 0.0
+) -> None:
+    """Serves until a signal asks it to stop. Raises what the captioner's engine failed with."""
     config = uvicorn.Config(
         app,
         # Requests are not logged: their addresses hold tokens and what people search for.
@@ -72,7 +99,24 @@ def serve(app: App, listening: socket.socket) -> None:
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=STOP_SEC,
     )
+    server = _Server(config, app, captioner, drain_timeout)
     try:
-        _Server(config, app).run(sockets=[listening])
+        if captioner is not None:
+            captioner.start(on_end=server.end)
+        server.run(sockets=[listening])
     finally:
-        app.close()
+        if isinstance(app, App):
+            app.close()
+    if captioner is None:
+        return
+    if captioner.error is not None:
+        raise captioner.error
+    if not captioner.close():
+        _leave()
+
+
+def _leave() -> NoReturn:
+    """Ends the process although its model is still being loaded, or does not answer: Python would wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,58 @@
+"""The application without a database: the inference API alone."""
+
+from typing import NoReturn
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from rococap.errors import RunError
+from rococap.web.access import API, MAX_BODY, Access, Guard, Refused
+from rococap.web.api import create_api
+from rococap.web.calls import Service, error_response
+
+
+class Bare(FastAPI):
+    """FastAPI behind the guard."""
+
+    def __init__(self, access: Access) -> None:
+        super().__init__(openapi_url=None, max_body_size=MAX_BODY, telemetry={"auto_configure": False})
+        self._access = access
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return Guard(super().build_middleware_stack(), self._access, _refuse)
+
+
+def create_bare_app(access: Access, service: Service) -> FastAPI:
+    """The application of a server that has a model and no database."""
+    app = Bare(access)
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        """That the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/healthz")
+    def healthz() -> Response:
+        """Whether requests for captions are answered."""
+        state = service.captioner.state
+        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+
+    app.mount(API.rstrip("/"), create_api(service, _no_run))
+    app.add_exception_handler(HTTPException, _explain_status)
+    return app
+
+
+def _no_run(name: str) -> NoReturn:
+    raise RunError(f"This server has no database, so it knows no run {name!r}. Start it with --db and --run.")
+
+
+def _refuse(request: Request, error: Refused) -> Response:
+    return error_response(error.status, str(error))
+
+
+def _explain_status(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_response(error.status_code, error.detail)

@@ -1,0 +1,298 @@
+"""What happens to requests: places that are freed, queues that are full, servers that stop and engines that die."""
+
+import base64
+import json
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from patient_engine import CHANGED, ENDLESS, FATAL, RUNS
+from PIL import Image
+from places import TESTS
+from samples import fill
+from steps import run_worker, until
+from web_server import Served, loaded, running
+
+from rococap.cli.options import cli
+from rococap.demo import MODEL
+from rococap.engines import Prepared
+from rococap.recipe import Recipe
+from rococap.web.requests import Asked, Requests
+
+TOKEN = "a-token-of-some-length"
+STOPPING = "The server is stopping. Try again later."
+
+
+PROGRAM = [str(TESTS / "patient_engine.py"), "serve", "--port", "0", "--model", str(MODEL), "--batch-size", "1"]
+"""A server without a database, whose engine is patient, and answers one request at a time."""
+
+
+@contextmanager
+def patient(*options: str, **environment: str) -> Iterator[Served]:
+    with running([*PROGRAM, *options], **environment) as served:
+        loaded(served)
+        yield served
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with patient("--max-waiting", "3") as served:
+        yield served
+        assert served.stop() == 0
+        assert served.complaints() == []
+
+
+def grey(level: int) -> str:
+    file = BytesIO()
+    Image.new("L", (28, 28), level).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def chat(level: int, **fields: Any) -> dict[str, Any]:
+    url = {"url": f"data:image/png;base64,{grey(level)}"}
+    parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What?"}]
+    return {"model": MODEL.name, "messages": [{"role": "user", "content": parts}]} | fields
+
+
+def captioned(served: Served, *levels: int) -> httpx.Response:
+    return served.client.post("/v1/captions", json={"images": [grey(level) for level in levels]})
+
+
+def texts(answer: httpx.Response) -> list[str]:
+    assert answer.status_code == 200, answer.text
+    return [caption["caption"] for caption in answer.json()["captions"]]
+
+
+def is_full(served: Served, *levels: int) -> bool:
+    """Whether there is no room for these as well. If there is, nobody waits for them."""
+    try:
+        answer = served.client.post("/v1/captions", json={"images": [grey(level) for level in levels]}, timeout=0.5)
+    except httpx.ReadTimeout:
+        return False
+    return answer.status_code == 429
+
+
+@contextmanager
+def endless(served: Served) -> Iterator[Iterator[str]]:
+    """The lines of a stream that never ends, and has the only place of a batch."""
+    with served.client.stream("POST", "/v1/chat/completions", json=chat(ENDLESS, stream=True)) as answer:
+        assert answer.status_code == 200
+        assert served.process.stdout.readline() == RUNS + "\n"
+        yield answer.iter_lines()
+
+
+@contextmanager
+def asked(served: Served, level: int) -> Iterator[None]:
+    """A request that was sent, whose client hangs up at the end without having read an answer."""
+    body = json.dumps({"images": [grey(level)]}).encode()
+    head = f"POST /v1/captions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    address = served.client.base_url
+    with socket.create_connection((address.host, address.port), timeout=30) as connection:
+        connection.sendall(head.encode() + body)
+        yield
+
+
+def test_captions_come_in_the_order_of_their_pictures(served):
+    assert texts(captioned(served, 3, 1, 2)) == ["µ grey 3", "µ grey 1", "µ grey 2"]
+
+
+def test_a_character_of_several_tokens_is_streamed_whole(served):
+    answer = served.client.post("/v1/chat/completions", json=chat(7, stream=True))
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if "{" in line]
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert [event["choices"][0]["delta"].get("content") for event in events] == ["", *"µ grey 7", None]
+
+
+def test_an_answer_that_has_changed_since_it_was_streamed_ends_in_an_error(served):
+    answer = served.client.post("/v1/chat/completions", json=chat(CHANGED, stream=True))
+    *_, last = answer.text.strip().split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+
+
+def test_a_client_that_hangs_up_frees_its_place(served):
+    """There is only one place: if one of the endless ones stayed, nothing would be answered any more."""
+    with endless(served), asked(served, ENDLESS), asked(served, ENDLESS):
+        until(lambda: is_full(served, 1, 1), "two requests wait")
+    assert texts(captioned(served, 1, 2, 3)) == ["µ grey 1", "µ grey 2", "µ grey 3"]
+    with asked(served, ENDLESS):
+        assert served.process.stdout.readline() == RUNS + "\n"
+    assert texts(captioned(served, 4)) == ["µ grey 4"]
+
+
+def test_a_client_that_hangs_up_before_it_has_sent_everything_is_no_error(served):
+    """The log of the server shows at the end that nothing went wrong."""
+    for path in ("/v1/captions", "/v1/chat/completions"):
+        address = served.client.base_url
+        with socket.create_connection((address.host, address.port), timeout=30) as connection:
+            connection.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{{".encode())
+    assert texts(captioned(served, 4)) == ["µ grey 4"]
+
+
+def test_beyond_the_queue_requests_are_asked_to_come_back(served):
+    with endless(served):
+        with asked(served, 1), asked(served, 2):
+            until(lambda: is_full(served, 1, 1), "two requests wait")
+            answer = captioned(served, 1, 1)
+        assert answer.headers["Retry-After"] == "1"
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert answer.json()["error"]["message"] == "2 requests are waiting, and 3 may. Try again later."
+    assert texts(captioned(served, 4)) == ["µ grey 4"]
+
+
+def test_a_request_that_takes_too_long_fails_and_frees_its_place():
+    with patient("--request-timeout", "0.5") as served:
+        assert captioned(served, ENDLESS).json()["error"] == {
+            "message": "There was no answer within 0.5 s.",
+            "type": "server_error",
+            "param": None,
+            "code": "timeout",
+        }
+        streamed = served.client.post("/v1/chat/completions", json=chat(ENDLESS, stream=True))
+        assert '"code":"timeout"' in streamed.text
+        assert texts(captioned(served, 4)) == ["µ grey 4"]
+        assert served.stop() == 0
+
+
+def test_only_who_has_the_token_gets_captions():
+    with patient(ROCOCAP_TOKEN=TOKEN) as served:
+        for headers in ({}, {"Authorization": "Bearer another-token-of-that-length"}):
+            answer = served.client.post("/v1/captions", json={"images": [grey(1)]}, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
+            assert served.client.get("/v1/models", headers=headers).status_code == 401
+        served.client.headers["Authorization"] = f"Bearer {TOKEN}"
+        assert texts(captioned(served, 5)) == ["µ grey 5"]
+        answer = served.client.post("/v1/captions", json={}, headers={"Origin": "https://example.org"})
+        assert answer.status_code == 403
+        assert served.stop() == 0
+
+
+def test_a_server_at_another_address_makes_a_token_for_its_clients():
+    with running([*PROGRAM, "--host", "0.0.0.0"]) as served:
+        token = served.process.stdout.readline().rpartition(" ")[2].strip()
+        loaded(served)
+        assert captioned(served, 5).status_code == 401
+        served.client.headers["Authorization"] = f"Bearer {token}"
+        assert texts(captioned(served, 5)) == ["µ grey 5"]
+
+
+# --- the source ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_cancelled_leaves_the_queue_wherever_it_is():
+    requests = Requests(max_waiting=4)
+    waiting, preparing, ready, runs = batch = [Asked([b""]) for _ in range(4)]
+    for asked in reversed(batch):
+        requests.ask([asked])
+    assert [requests.next(9) for _ in range(3)] == [runs, ready, preparing]
+    for asked in (runs, ready):
+        requests.offer(asked, Prepared(asked.id, None, 1))
+    assert [one.job_id for one in requests.take(1, 0)] == [runs.id]
+    assert requests.step(1) == set()
+    for asked in batch:
+        asked.answer.cancel()
+    requests.offer(preparing, Prepared(preparing.id, None, 1))
+    assert (requests.n_waiting, requests.n_running) == (0, 0)
+    assert requests.step(1) == {runs.id}
+    assert requests.take(4, 0.0) == []
+    assert waiting.answer.cancelled()
+
+
+def test_a_batch_waits_only_for_requests_that_have_come():
+    """Without the wait for what is being prepared, a batch would start half empty; with any other, it would be late."""
+    requests = Requests(max_waiting=4)
+    first, second = Asked([b""]), Asked([b""])
+    requests.ask([first, second])
+    for _ in range(2):
+        requests.next(9)
+    requests.offer(first, Prepared(1, None, 1))
+    assert [one.job_id for one in requests.take(4, None)] == [1]
+    later = threading.Timer(0.05, requests.offer, (second, Prepared(2, None, 1)))
+    later.start()
+    assert [one.job_id for one in requests.take(4, 60)] == [2]
+    assert requests.take(4, 60) == []
+
+
+# --- the end ---------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_asked_to_stop_finishes_what_runs_and_accepts_no_more():
+    with patient() as served:
+        with endless(served):
+            served.process.send_signal(signal.SIGTERM)
+            until(lambda: served.client.get("/healthz").status_code == 503, "it is stopping")
+            assert served.client.get("/healthz").json() == {"status": "stopping"}
+            answer = captioned(served, 1)
+            assert (answer.status_code, answer.json()["error"]["message"]) == (503, STOPPING)
+            assert served.process.poll() is None
+        assert served.process.wait(20) == 0
+        assert served.complaints() == []
+
+
+def test_after_the_drain_timeout_what_still_runs_fails_and_the_server_ends():
+    with patient("--drain-timeout", "0.5") as served:
+        with endless(served) as lines:
+            served.process.send_signal(signal.SIGTERM)
+            *_, last = (line for line in lines if line)
+            assert json.loads(last.removeprefix("data: "))["error"]["message"] == STOPPING
+        assert served.process.wait(20) == 0
+
+
+def test_a_server_whose_engine_dies_says_so_to_everyone_and_ends():
+    with patient() as served:
+        answer = captioned(served, 1, FATAL, 2)
+        message = "The model has failed, and the server ends: the device has vanished."
+        assert (answer.status_code, answer.json()["error"]["message"]) == (503, message)
+        assert served.process.wait(20) == 1
+        assert served.complaints() == ["Error: the device has vanished.\n"]
+
+
+def test_a_server_whose_model_is_loading_asks_to_come_back_and_stops_at_once():
+    with running(PROGRAM, ROCOCAP_TEST_LOADS="for ever") as served:
+        healthz = served.client.get("/healthz")
+        assert (healthz.status_code, healthz.json()) == (503, {"status": "loading"})
+        assert served.client.get("/health").status_code == 200
+        for answer in (captioned(served, 1), served.client.get("/v1/models")):
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert served.stop() == 0
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server():
+    with running(PROGRAM, ROCOCAP_TEST_LOADS="never") as served:
+        assert served.process.wait(20) == 1
+        assert served.complaints() == ["Error: the weights are not there.\n"]
+
+
+def test_a_run_is_not_served_with_another_model_than_made_its_captions(database, url, tmp_path):
+    fill(database, tmp_path / "set", 2, recipe=Recipe(model=str(MODEL)))
+    run_worker(database)
+    program = [str(TESTS / "patient_engine.py"), "--db", url, "serve", "--port", "0", "--run", "default"]
+    with running(program) as served:
+        assert served.process.wait(20) == 1
+        (said,) = served.complaints()
+        assert said.startswith("Error: Run 'default' was started with another model state (engine: small, here patient")
+
+
+WRONG = {
+    "--run a --model m": "--run serves that run's recipe: leave out --model.",
+    "--run a --prompt p": "--run serves that run's recipe: leave out --prompt.",
+    "--adapter a": "--adapter goes with a model: name one with --model.",
+    "--preset caption": "--prompt goes with a model: name one with --model.",
+    "--db q.db --model m": "--model serves without a database: leave out --db, or name a run of it with --run.",
+    "--max-waiting 4": "--max-waiting goes with a model: name one with --model, or a run with --run.",
+    "--name x": "--name goes with a model: name one with --model, or a run with --run.",
+    "--decode static": "--decode goes with a model: name one with --model, or a run with --run.",
+    "--run a --read-only": "--read-only accepts no requests for captions: leave it out, or --run and --model.",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_options_that_do_not_go_together_are_named(options):
+    result = CliRunner().invoke(cli, ["serve", *options.split()])
+    assert (result.exit_code, result.output.splitlines()[-1]) == (2, f"Error: {WRONG[options]}")
