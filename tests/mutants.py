@@ -1261,7 +1261,7 @@ MUTANTS = (
     mutant(
         "dies-of-sigterm",
         "the server waits for pages that are open until it cuts them off",
-        "_Server.handle_exit",
+        "_Server._stop",
         "self._app.state.dashboard.live.close()",
         "pass",
         "web/test_trouble.py::test_it_stops_at_once_though_pages_are_open",
