@@ -53,6 +53,7 @@ class Shot:
 
 SHOTS = (
     Shot("pictures", f"/pictures?run={RUN}&run={OTHER}&split={SPLIT}&limit=12", (1280, 1000), wait="article"),
+    Shot("picture", f"/picture/7?run={RUN}&run={OTHER}", (1280, 1100), reader="Dr. Lee"),
     Shot("studies", "/studies"),
     Shot("study_reading", "/studies/accuracy/read", (1280, 800), reader="Dr. Lee", wait="#reading", keys=("3",)),
     Shot("study_reading_narrow", "/studies/accuracy/read", (390, 844), "dark", "Dr. Lee", "#reading"),
