@@ -15,9 +15,10 @@ from rococap.errors import ModelError
 from rococap.recipe import Recipe
 from rococap.web import captioner
 
-ENDLESS, FATAL, CHANGED = 200, 201, 202
+ENDLESS, FATAL, CHANGED, LOUD = 200, 201, 202, 203
 """Grey levels: of a picture whose caption never ends, of one that ends the engine, and of one whose caption is another
-than its tokens said, as after running out of memory."""
+than its tokens said, as after running out of memory, and of one whose preparation is announced."""
+PREPARES = "a loud picture is prepared"
 RUNS = "a caption without an end begins"
 STEP_SEC = 0.005
 
@@ -49,9 +50,10 @@ class PatientEngine:
         pass
 
     def prepare(self, job_id: int, request: Request) -> Prepared:
-        return Prepared(
-            job_id, Row(job_id, grey := request.pictures[0].getpixel((0, 0))[0], f"µ grey {grey}".encode()), 7
-        )
+        grey = request.pictures[0].getpixel((0, 0))[0]
+        if grey == LOUD:
+            print(PREPARES, flush=True)
+        return Prepared(job_id, Row(job_id, grey, f"µ grey {grey}".encode()), 7)
 
     def text_of(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from rococap.web.calls import Service
 
 
+OF_THE_ENGINE = ("engine", "device", "decode", "graphs", "device_map", "batch_size")
+OF_THE_SERVICE = ("served_name", "max_waiting", "request_timeout")
+
+
 @cli.command("serve")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="The address to listen at.")
 @click.option(
@@ -92,17 +96,8 @@ def serve_command(
     names: tuple[str, ...],
     read_only: bool,
     run_name: str | None,
-    engine: str,
-    device: str,
-    decode: str,
-    graphs: bool,
-    device_map: str | None,
-    batch_size: int | None,
-    served_name: str | None,
-    max_waiting: int,
-    request_timeout: float,
     drain_timeout: float,
-    **recipe: Any,
+    **options: Any,
 ) -> None:
     """Show the queue in a browser, live, and answer requests for captions.
 
@@ -116,24 +111,18 @@ def serve_command(
         from rococap.web import access, app, bare, server
     except ModuleNotFoundError as error:
         raise RococapError(f"rococap serve needs FastAPI ({error}). Install it: pip install 'rococap[web]'") from error
+    engine = {name: options.pop(name) for name in OF_THE_ENGINE}
+    limits = {name: options.pop(name) for name in OF_THE_SERVICE}
+    recipe = options
     _check_usage(ctx, run_name, recipe)
     if read_only and (run_name is not None or recipe["model"]):
         raise click.UsageError("--read-only accepts no requests for captions: leave it out, or --run and --model.")
     database = None if recipe["model"] else open_database(pooled=False)
-    options = {
-        "engine": engine,
-        "device": device,
-        "decode": decode,
-        "graphs": graphs,
-        "device_map": device_map,
-        "batch_size": batch_size,
-    }
-    limits = {"served_name": served_name, "max_waiting": max_waiting, "request_timeout": request_timeout}
     service = None
     if database is None:
-        service = _service_of_model(options, recipe, **limits)
+        service = _service_of_model(engine, recipe, **limits)
     elif run_name is not None:
-        service = _service_of_run(database, run_name, options, **limits)
+        service = _service_of_run(database, run_name, engine, **limits)
     given = os.environ.get("ROCOCAP_TOKEN", "")
     with server.listen(host, port) as listening:
         port = listening.getsockname()[1]
@@ -160,21 +149,6 @@ def _welcome(link: str, token: str | None, is_given: bool, *, has_pages: bool) -
     return "\n".join(lines)
 
 
-OF_A_MODEL = {
-    "engine": "engine",
-    "device": "device",
-    "decode": "decode",
-    "graphs": "graphs",
-    "device_map": "device-map",
-    "batch_size": "batch-size",
-    "served_name": "name",
-    "max_waiting": "max-waiting",
-    "request_timeout": "request-timeout",
-    "drain_timeout": "drain-timeout",
-}
-"""Parameters that have no effect on the pages, and their options."""
-
-
 def _check_usage(ctx: click.Context, run_name: str | None, recipe: dict[str, Any]) -> None:
     fields = {name: value for name, value in recipe.items() if name not in ("preset", "prompt_file", "prompts")}
     given = explicit(ctx, fields)
@@ -186,9 +160,11 @@ def _check_usage(ctx: click.Context, run_name: str | None, recipe: dict[str, Any
     if given and ctx.find_root().obj.is_option:
         raise click.UsageError("--model serves without a database: leave out --db, or name a run of it with --run.")
     if run_name is None and not given:
-        for name, option in OF_A_MODEL.items():
-            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"--{option} goes with a model: name one with --model, or a run with --run.")
+        for param in ctx.command.params:
+            is_given = ctx.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE
+            if is_given and param.name in (*OF_THE_ENGINE, *OF_THE_SERVICE, "drain_timeout"):
+                message = f"{param.opts[0]} goes with a model: name one with --model, or a run with --run."
+                raise click.UsageError(message)
 
 
 def _service_of_model(options: dict[str, Any], recipe: dict[str, Any], **service: Any) -> "Service":

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner
-from patient_engine import CHANGED, ENDLESS, FATAL, RUNS
+from patient_engine import CHANGED, ENDLESS, FATAL, LOUD, PREPARES, RUNS
 from PIL import Image
 from places import TESTS
 from samples import fill
@@ -70,15 +70,6 @@ def texts(answer: httpx.Response) -> list[str]:
     return [caption["caption"] for caption in answer.json()["captions"]]
 
 
-def is_full(served: Served, *levels: int) -> bool:
-    """Whether there is no room for these as well. If there is, nobody waits for them."""
-    try:
-        answer = served.client.post("/v1/captions", json={"images": [grey(level) for level in levels]}, timeout=0.5)
-    except httpx.ReadTimeout:
-        return False
-    return answer.status_code == 429
-
-
 @contextmanager
 def endless(served: Served) -> Iterator[Iterator[str]]:
     """The lines of a stream that never ends, and has the only place of a batch."""
@@ -89,9 +80,9 @@ def endless(served: Served) -> Iterator[Iterator[str]]:
 
 
 @contextmanager
-def asked(served: Served, level: int) -> Iterator[None]:
+def asked(served: Served, *levels: int) -> Iterator[None]:
     """A request that was sent, whose client hangs up at the end without having read an answer."""
-    body = json.dumps({"images": [grey(level)]}).encode()
+    body = json.dumps({"images": [grey(level) for level in levels]}).encode()
     head = f"POST /v1/captions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     address = served.client.base_url
     with socket.create_connection((address.host, address.port), timeout=30) as connection:
@@ -118,8 +109,8 @@ def test_an_answer_that_has_changed_since_it_was_streamed_ends_in_an_error(serve
 
 def test_a_client_that_hangs_up_frees_its_place(served):
     """There is only one place: if one of the endless ones stayed, nothing would be answered any more."""
-    with endless(served), asked(served, ENDLESS), asked(served, ENDLESS):
-        until(lambda: is_full(served, 1, 1), "two requests wait")
+    with endless(served), asked(served, LOUD, ENDLESS, ENDLESS):
+        assert served.process.stdout.readline() == PREPARES + "\n"
     assert texts(captioned(served, 1, 2, 3)) == ["µ grey 1", "µ grey 2", "µ grey 3"]
     with asked(served, ENDLESS):
         assert served.process.stdout.readline() == RUNS + "\n"
@@ -136,13 +127,12 @@ def test_a_client_that_hangs_up_before_it_has_sent_everything_is_no_error(served
 
 
 def test_beyond_the_queue_requests_are_asked_to_come_back(served):
-    with endless(served):
-        with asked(served, 1), asked(served, 2):
-            until(lambda: is_full(served, 1, 1), "two requests wait")
-            answer = captioned(served, 1, 1)
-        assert answer.headers["Retry-After"] == "1"
-        assert answer.json()["error"]["type"] == "rate_limit_error"
-        assert answer.json()["error"]["message"] == "2 requests are waiting, and 3 may. Try again later."
+    with endless(served), asked(served, LOUD, 1, 2):
+        assert served.process.stdout.readline() == PREPARES + "\n"
+        answer = captioned(served, 1)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+    error = {"type": "rate_limit_error", "param": None, "code": "queue_full"}
+    assert answer.json()["error"] == error | {"message": "3 requests are waiting, and 3 may. Try again later."}
     assert texts(captioned(served, 4)) == ["µ grey 4"]
 
 
