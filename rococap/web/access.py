@@ -108,7 +108,7 @@ Refuse = Callable[[Request, Refused], Response]
 
 
 class Guard:
-    """ASGI middleware that refuses what `access` does not allow, and adds HEADERS to every answer."""
+    """ASGI middleware that refuses what `access` does not allow, and adds those of HEADERS that an answer lacks."""
 
     def __init__(self, app: ASGIApp, access: Access, refuse: Refuse) -> None:
         self._app = app
@@ -122,8 +122,8 @@ class Guard:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers.update(HEADERS)
-                headers.setdefault("Cache-Control", "no-store")
+                for name, value in (HEADERS | {"Cache-Control": "no-store"}).items():
+                    headers.setdefault(name, value)
             await send(message)
 
         request = Request(scope)

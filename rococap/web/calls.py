@@ -7,11 +7,12 @@ import asyncio
 import base64
 import binascii
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
@@ -58,6 +59,31 @@ Serving = Annotated[Service, Depends(service_of)]
 TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
+class Problem(BaseModel):
+    """What went wrong. `param` names the field that is at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """An error, in OpenAI's shape."""
+
+    error: Problem
+
+
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    "4XX": {"model": ErrorAnswer, "description": "The request is at fault, or comes too early."},
+    "5XX": {
+        "model": ErrorAnswer,
+        "description": "The server is at fault, loads or stops, or has no time left.",
+    },
+}
+"""The answers to requests that fail, for the OpenAPI document."""
+
+
 class ApiError(RococapError):
     """A request that is answered with this HTTP `status`. `param` names the field that is at fault."""
 
@@ -68,11 +94,18 @@ class ApiError(RococapError):
         self.param = param
 
 
-def error_response(status: int, message: str, *, code: str | None = None, param: str | None = None) -> JSONResponse:
+def error_response(
+    status: int,
+    message: str,
+    *,
+    code: str | None = None,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
     """An error in OpenAI's shape."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     later = {"Retry-After": str(RETRY_SEC)}
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: later, 503: later}.get(status)
+    headers = headers or {401: {"WWW-Authenticate": "Bearer"}, 429: later, 503: later}.get(status)
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return JSONResponse(body, status, headers)
 

@@ -22,6 +22,7 @@ from rococap.engines.template import question
 from rococap.errors import PictureError, RococapError
 from rococap.flags import BLANK
 from rococap.recipe import Recipe
+from rococap.web.metrics import Meter
 from rococap.web.requests import Asked, Requests, Tell, Unavailable
 from rococap.worker.fetcher import n_preparers
 
@@ -44,7 +45,8 @@ class Captioner:
 
     def __init__(self, recipe: Recipe, options: Options, max_waiting: int, check: Check = lambda info: None) -> None:
         self.recipe = recipe
-        self.requests = Requests(max_waiting)
+        self.meter = Meter()
+        self.requests = Requests(max_waiting, self.meter.count)
         self.error: BaseException | None = None
         self.is_loaded = False
         self.is_stopping = False
@@ -61,6 +63,11 @@ class Captioner:
     def info(self) -> EngineInfo | None:
         """What answers; None until it is loaded."""
         return self._engine.info if self.is_loaded else None
+
+    @property
+    def batch_size(self) -> int:
+        """How many requests are answered at a time, at most; 0 until the model is loaded."""
+        return self._engine.batch_size if self.is_loaded else 0
 
     @property
     def state(self) -> str:

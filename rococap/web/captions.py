@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
@@ -20,6 +20,8 @@ from rococap.web.requests import Asked
 
 MAX_PICTURES: Final = 64
 """Pictures in one request."""
+LENGTH: Final[dict[str, Any]] = {"minItems": 1, "maxItems": MAX_PICTURES}
+"""Only described, since a server that lets fewer wait accepts fewer."""
 
 
 class CaptionsRequest(BaseModel):
@@ -27,13 +29,53 @@ class CaptionsRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    images: list[str]
+    images: list[str] = Field(json_schema_extra=LENGTH)
     run: str | None = None
     preset: str | None = None
     prompt: str | None = None
 
 
-async def captions(request: Request, service: Serving) -> dict[str, Any]:
+class CaptionFailure(BaseModel):
+    """Why a picture has no caption."""
+
+    code: str
+    message: str
+
+
+class Caption(BaseModel):
+    """The caption of a picture, or the failure that it has instead."""
+
+    caption: str | None
+    flags: list[str]
+    finish_reason: str | None
+    prompt_tokens: int
+    new_tokens: int
+    failure: CaptionFailure | None
+
+
+class Captions(BaseModel):
+    """The captions of a request's pictures, in order, and what made them."""
+
+    captions: list[Caption]
+    model: str
+    recipe_hash: str
+
+
+def _described() -> dict[str, Any]:
+    """The two forms of a request, which FastAPI cannot tell from the signature."""
+    as_json = CaptionsRequest.model_json_schema()
+    fields = {name: field for name, field in as_json["properties"].items() if name != "images"}
+    pictures = {"type": "array", "items": {"type": "string", "format": "binary"}} | LENGTH
+    as_form = {"type": "object", "properties": {"image": pictures} | fields, "required": ["image"]}
+    content = {"application/json": {"schema": as_json}, "multipart/form-data": {"schema": as_form}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+CAPTIONS: Final[dict[str, Any]] = {"openapi_extra": _described()}
+"""What FastAPI is told of the route."""
+
+
+async def captions(request: Request, service: Serving) -> Captions:
     """Captions pictures, which are sent as a form or as JSON. A picture that has no caption fails alone."""
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         pictures, chosen = await _read_form(request)
@@ -46,7 +88,7 @@ async def captions(request: Request, service: Serving) -> dict[str, Any]:
     batch = service.captioner.caption(pictures, recipe.prompt)
     completions = await answers(request, batch, service.timeout)
     listed = [_listed(asked, completion) for asked, completion in zip(batch, completions, strict=True)]
-    return {"captions": listed, "model": service.model, "recipe_hash": recipe.hash}
+    return Captions(captions=listed, model=service.model, recipe_hash=recipe.hash)
 
 
 def _read_json(body: bytes) -> tuple[list[bytes], CaptionsRequest]:
@@ -111,16 +153,16 @@ def _prompt_of(run: Recipe, name: str, served: Recipe) -> str:
     return run.prompt
 
 
-def _listed(asked: Asked, completion: Completion) -> dict[str, Any]:
+def _listed(asked: Asked, completion: Completion) -> Caption:
     """A caption in the answer. Its text and flags are those that a worker stores."""
     completion = flagged(asked, completion)
     failure = completion.failure
     flags = "" if failure else flags_of(completion.text, completion.finish_reason, completion.flags)
-    return {
-        "caption": None if failure else clean_text(completion.text),
-        "flags": [flag for flag in flags.split(",") if flag],
-        "finish_reason": None if failure else completion.finish_reason,
-        "prompt_tokens": completion.prompt_tokens,
-        "new_tokens": completion.new_tokens,
-        "failure": failure and {"code": failure.code, "message": failure.message},
-    }
+    return Caption(
+        caption=None if failure else clean_text(completion.text),
+        flags=[flag for flag in flags.split(",") if flag],
+        finish_reason=None if failure else completion.finish_reason,
+        prompt_tokens=completion.prompt_tokens,
+        new_tokens=completion.new_tokens,
+        failure=None if failure is None else CaptionFailure(code=failure.code, message=failure.message),
+    )

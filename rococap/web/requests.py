@@ -6,14 +6,18 @@ their pictures. Knows no HTTP and no model.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Final
 
 from rococap.engines import Completion, Message, Prepared
 from rococap.errors import RococapError
 
+STAGES: Final = ("waiting", "preparing", "ready", "running")
+"""What a request goes through, in order."""
 Tell = Callable[[int, Sequence[int]], None]
 """Gets the position of the first of some new tokens in an answer, and the tokens, on the thread of the engine."""
 
@@ -40,13 +44,29 @@ class Asked:
     is_blank: bool = False
     """Whether its only picture is a single colour, known once it is prepared."""
     id: int = 0
+    times: list[float] = field(default_factory=list)
+    """When it entered each of STAGES, in seconds of a monotonic clock."""
+    n_pictures: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.n_pictures = len(self.pictures)
+
+    def enters(self) -> None:
+        """It enters the next of STAGES."""
+        self.times.append(time.monotonic())
 
 
 class Requests:
-    """The requests of all clients, which share batches. Thread-safe. `max_waiting` limits those that do not run yet."""
+    """The requests of all clients, which share batches. Thread-safe. `max_waiting` limits those that do not run yet.
 
-    def __init__(self, max_waiting: int) -> None:
+    `on_end` is called, in any thread, with each request that was answered, has failed or was cancelled.
+    """
+
+    def __init__(self, max_waiting: int, on_end: Callable[[Asked], None] = lambda asked: None) -> None:
         self.max_waiting = max_waiting
+        self.n_steps = self.n_rows = 0
+        """Steps of the engine that decoded rows, and those rows, summed over the steps."""
+        self._on_end = on_end
         self._changed = threading.Condition()
         self._last_id = 0
         self._waiting: deque[Asked] = deque()
@@ -69,15 +89,19 @@ class Requests:
             for asked in batch:
                 self._last_id += 1
                 asked.id = self._last_id
+                asked.enters()
                 self._waiting.append(asked)
             self._changed.notify_all()
         for asked in batch:
-            asked.answer.add_done_callback(lambda answer, asked=asked: self._drop(asked, answer))  # type: ignore[misc]
+            asked.answer.add_done_callback(lambda _, asked=asked: self._finish(asked))  # type: ignore[misc]
 
-    def _drop(self, asked: Asked, answer: "Future[Completion]") -> None:
+    def _finish(self, asked: Asked) -> None:
+        if asked.answer.cancelled():
+            self._drop(asked)
+        self._on_end(asked)
+
+    def _drop(self, asked: Asked) -> None:
         """Frees the place of a request that was cancelled."""
-        if not answer.cancelled():
-            return
         with self._changed:
             if asked.id in self._running:
                 del self._running[asked.id]
@@ -136,6 +160,7 @@ class Requests:
                 return None
             asked = self._waiting.popleft()
             self._preparing.add(asked.id)
+            asked.enters()
             return asked
 
     def _n_ahead(self) -> int:
@@ -150,6 +175,7 @@ class Requests:
             self._preparing.discard(asked.id)
             if prepared is not None and not (self._ended or asked.answer.done()):
                 self._ready.append((asked, prepared))
+                asked.enters()
             self._changed.notify_all()
 
     # --- the engine's side: Source and Streaming ---
@@ -162,6 +188,8 @@ class Requests:
             self._changed.wait_for(lambda: self._ready or self._may_stop_waiting(wait), timeout=wait)
             taken = [self._ready.popleft() for _ in range(min(limit, len(self._ready)))]
             self._running |= {asked.id: asked for asked, _ in taken}
+            for asked, _ in taken:
+                asked.enters()
             if taken:
                 self._changed.notify_all()
             return [prepared for _, prepared in taken]
@@ -171,6 +199,9 @@ class Requests:
         return self._ended or (not is_coming and (wait is not None or self._closed is not None))
 
     def step(self, rows: int) -> Set[int]:
+        if rows:
+            self.n_steps += 1
+            self.n_rows += rows
         return self._abandoned
 
     def tokens(self, job_id: int, start: int, ids: Sequence[int]) -> None:

@@ -1,20 +1,17 @@
 """What happens to requests: places that are freed, queues that are full, servers that stop and engines that die."""
 
-import base64
 import json
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
-from typing import Any
 
 import httpx
 import pytest
+from asking import PROGRAM, captioned, chat, grey
 from click.testing import CliRunner
 from patient_engine import CHANGED, ENDLESS, FATAL, LOUD, PREPARES, RUNS
-from PIL import Image
 from places import TESTS
 from samples import fill
 from steps import run_worker, until
@@ -30,10 +27,6 @@ TOKEN = "a-token-of-some-length"
 STOPPING = "The server is stopping. Try again later."
 
 
-PROGRAM = [str(TESTS / "patient_engine.py"), "serve", "--port", "0", "--model", str(MODEL), "--batch-size", "1"]
-"""A server without a database, whose engine is patient, and answers one request at a time."""
-
-
 @contextmanager
 def patient(*options: str, **environment: str) -> Iterator[Served]:
     with running([*PROGRAM, *options], **environment) as served:
@@ -47,22 +40,6 @@ def served() -> Iterator[Served]:
         yield served
         assert served.stop() == 0
         assert served.complaints() == []
-
-
-def grey(level: int) -> str:
-    file = BytesIO()
-    Image.new("L", (28, 28), level).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def chat(level: int, **fields: Any) -> dict[str, Any]:
-    url = {"url": f"data:image/png;base64,{grey(level)}"}
-    parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What?"}]
-    return {"model": MODEL.name, "messages": [{"role": "user", "content": parts}]} | fields
-
-
-def captioned(served: Served, *levels: int) -> httpx.Response:
-    return served.client.post("/v1/captions", json={"images": [grey(level) for level in levels]})
 
 
 def texts(answer: httpx.Response) -> list[str]:
