@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import PROGRAM, captioned, chat, grey
 from patient_engine import ENDLESS
+from patient_server import PROGRAM, captioned, chat, grey
 from prometheus_client.parser import text_string_to_metric_families
 from samples import fill
 from steps import until
