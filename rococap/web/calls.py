@@ -45,7 +45,8 @@ class Service:
     timeout: float
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
+    # FastAPI would call a plain function in another thread.
     service: Service = request.app.state.service
     return service
 

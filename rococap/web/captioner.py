@@ -1,5 +1,6 @@
 """The server's model: one thread runs the engine, and a few prepare pictures for it. Knows no HTTP and no database."""
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -136,6 +137,8 @@ class Captioner:
             self._engine = load_engine(self.recipe, self._options)  # here, because importing torch takes seconds
             self._engine.load()
             self._check(self._engine.info)
+            # A million objects live as long as the process: the collector would go through them again and again.
+            gc.freeze()
             self._start_preparing()
             self.is_loaded = True
             for completion in self._engine.run(self.requests):

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -84,11 +85,12 @@ async def captions(request: Request, service: Serving) -> Captions:
     most = min(MAX_PICTURES, service.captioner.requests.max_waiting)
     if not 1 <= len(pictures) <= most:
         raise ApiError(400, f"A request may have 1 to {most} pictures, not {len(pictures)}.", param="images")
-    recipe = await asyncio.to_thread(_chosen_recipe, service, request.app.state.recipe_of, chosen)
+    choose = partial(_chosen_recipe, service, request.app.state.recipe_of, chosen)
+    recipe = choose() if chosen.run is None else await asyncio.to_thread(choose)  # a run is read from the database
     batch = service.captioner.caption(pictures, recipe.prompt)
     completions = await answers(request, batch, service.timeout)
     listed = [_listed(asked, completion) for asked, completion in zip(batch, completions, strict=True)]
-    return Captions(captions=listed, model=service.model, recipe_hash=recipe.hash)
+    return Captions(captions=listed, model=service.model, recipe_hash=_hash_of(recipe))
 
 
 def _read_json(body: bytes) -> tuple[list[bytes], CaptionsRequest]:
@@ -145,6 +147,11 @@ def _chosen_recipe(service: Service, recipe_of: RecipeOf, chosen: CaptionsReques
             raise
         raise ApiError(400, str(error), param=next(iter(named))) from error
     return recipe
+
+
+@lru_cache(maxsize=8)
+def _hash_of(recipe: Recipe) -> str:
+    return recipe.hash
 
 
 def _prompt_of(run: Recipe, name: str, served: Recipe) -> str:

@@ -19,7 +19,7 @@ from rococap.cli.options import cli
 from rococap.demo import MODEL
 from rococap.engines import Prepared
 from rococap.recipe import Recipe
-from rococap.web.requests import Asked, Requests
+from rococap.web.requests import HOLD, Asked, Requests
 
 TOKEN = "a-token-of-some-length"
 STOPPING = "The server is stopping. Try again later."
@@ -150,6 +150,31 @@ def test_a_batch_waits_only_for_requests_that_have_come():
     later.start()
     assert [one.job_id for one in requests.take(4, 60)] == [2]
     assert requests.take(4, 60) == []
+
+
+def test_a_running_batch_takes_requests_a_few_at_a_time_and_lets_none_wait_for_long():
+    requests = Requests(max_waiting=20)
+
+    def come(n: int) -> None:
+        requests.ask([Asked([b""]) for _ in range(n)])
+        for _ in range(n):
+            asked = requests.next(20)
+            requests.offer(asked, Prepared(asked.id, None, 1))
+
+    def joined() -> int:
+        return len(requests.take(20, 0))
+
+    come(9)
+    assert joined() == 9
+    come(1)
+    assert joined() == 0
+    come(1)
+    assert joined() == 2
+    come(1)
+    for _ in range(HOLD):
+        assert joined() == 0
+        requests.step(11)
+    assert joined() == 1
 
 
 # --- the end ---------------------------------------------------------------------------------------------------
