@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -25,16 +25,18 @@ import httpx
 import psutil
 import ways
 from clients import Figures, Sent, drive
+from forced_server import LENGTHS, LONGEST
 from report import Line, alternate, ratio_line, show, value_line
 from transformers.utils import logging as transformers_logging
 
 from rococap.demo import MODEL
 from rococap.demo.phantoms import HELD_OUT_SEEDS, draw, write_dataset
 from rococap.engines import Engine, Options
-from rococap.engines.openai import OpenAIEngine
+from rococap.engines.openai import IN_FLIGHT, OpenAIEngine
 from rococap.recipe import Recipe
 
 RECIPE = Recipe(model=str(MODEL), dtype="float32")
+BENCH = Path(__file__).resolve().parent
 PARTS = ("worker", "transformers", "client", "memory")
 CLIENTS = (1, 8, 50)
 PEERS_CLIENTS = 16
@@ -94,11 +96,16 @@ def _transformers(options: argparse.Namespace) -> list[Line]:
 
 
 def _client(options: argparse.Namespace) -> list[Line]:
-    """A worker with the engine openai and this server, against one with the model in its process."""
-    with _pictures(options.pictures) as root, _ours() as port:
-        local = ways.load(RECIPE, Options(device="cpu"))
+    """A worker with the engine openai and this server, against one with the model in its process, with captions as long
+    as ROCOv2's and as many pictures at a time.
+    """
+    recipe = Recipe(model=str(MODEL), max_new_tokens=LONGEST, dtype="float32")
+    n = str(IN_FLIGHT)
+    ours = [str(BENCH / "forced_server.py"), "serve", "--max-new-tokens", str(LONGEST), "--batch-size", n]
+    with _pictures(options.pictures) as root, _ours(ours) as port:
+        local = ways.load(recipe, Options(device="cpu", batch_size=IN_FLIGHT), LENGTHS)
         to_server = Options(engine="openai", base_url=f"http://127.0.0.1:{port}/v1", served_model=MODEL.name)
-        remote = OpenAIEngine(Recipe(model=str(MODEL)), to_server)
+        remote = OpenAIEngine(Recipe(model=str(MODEL), max_new_tokens=LONGEST), to_server)
         remote.load()
         works = [_whole_worker(engine, root) for engine in (local, remote)]
         for each in works:
@@ -106,7 +113,7 @@ def _client(options: argparse.Namespace) -> list[Line]:
         rounds = alternate(options.rounds, *works)
         remote.close()
     in_process, over_http = ([figures.per_sec for figures in column] for column in zip(*rounds, strict=True))
-    what = "a worker with --engine openai and this server, against the model in its process"
+    what = f"a worker, {n} in flight, uneven lengths: over HTTP against the model in its process"
     return [ratio_line(what, in_process, over_http, "pictures/s", ">= 0.9")]
 
 
@@ -187,9 +194,9 @@ def _named(conversations: list[list[dict[str, object]]], model: str) -> list[Sen
 
 
 @contextmanager
-def _ours() -> Iterator[int]:
-    command = ["-m", "rococap", "serve", "--model", str(MODEL), "--dtype", "float32", "--device", "cpu", "--port", "0"]
-    with _process(command) as process:
+def _ours(command: Sequence[str] = ("-m", "rococap", "serve")) -> Iterator[int]:
+    recipe = ["--model", str(MODEL), "--dtype", "float32", "--device", "cpu", "--port", "0"]
+    with _process([*command, *recipe]) as process:
         assert process.stdout is not None
         port = int(re.findall(r":(\d+)/", process.stdout.readline())[0])
         _wait_until_answers(f"http://127.0.0.1:{port}/healthz")
