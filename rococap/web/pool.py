@@ -66,7 +66,9 @@ class Replica(Child[str]):
             state = str(json.loads(line)["state"])
         except (ValueError, TypeError, KeyError):
             return None
-        self._was_ready = self._was_ready or state == "ok"
+        if state == "ok":
+            self._was_ready = True
+            log.info("%s answers requests", self.label)
         return state
 
     def _has_finished(self, process: Process[str]) -> bool:
