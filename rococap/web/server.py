@@ -1,10 +1,12 @@
 """The server process: its socket, and how it ends."""
 
 import asyncio
+import math
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -17,6 +19,7 @@ from rococap.errors import RococapError
 from rococap.web.app import App
 from rococap.web.captioner import Captioner
 from rococap.web.pool import Pool
+from rococap.worker.signals import ONE_REQUEST_SEC
 
 STOP_SEC = 5
 """How long answers that are under way may take after a request to stop."""
@@ -69,6 +72,7 @@ class _Server(uvicorn.Server):
         self._backend = backend
         self._drain_timeout = drain_timeout
         self._draining: asyncio.Future[None] | None = None
+        self._asked_at = -math.inf
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -81,6 +85,8 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._backend is not None and self._draining is None:
             self._draining = asyncio.ensure_future(self._drain(self._backend))
+            self._asked_at = time.monotonic()
+        if time.monotonic() - self._asked_at < ONE_REQUEST_SEC:
             return
         self.force_exit = self.should_exit
         self._stop()

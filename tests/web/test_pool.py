@@ -193,10 +193,12 @@ def test_while_all_load_clients_are_asked_to_come_back_and_it_stops_at_once():
 
 
 def test_all_finish_what_runs_before_the_server_ends():
+    """The signal goes to all of them, as systemd sends it, and the server passes it on as well."""
     with crew() as served:
         left = list(processes(served).values())
         with endless(served), endless(served) as (_, lines):
-            served.process.send_signal(signal.SIGTERM)
+            for process in (*left, served.process):
+                process.send_signal(signal.SIGTERM)
             until(lambda: served.client.get("/healthz").status_code == 503, "it is stopping")
             assert served.client.get("/healthz").json() == {"status": "stopping"}
             answer = captioned(served, 1)
