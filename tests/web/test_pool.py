@@ -81,9 +81,13 @@ def served() -> Iterator[Served]:
 
 def test_the_processes_share_the_requests_and_a_client_that_hangs_up_frees_its_place(served):
     """Each process has one place: if an endless request kept one, the next would wait for ever."""
-    for _ in range(2):
-        with endless(served) as (first, _), endless(served) as (second, _):
-            assert sorted([first, second]) == BOTH
+    server = psutil.Process(served.process.pid)
+    with endless(served) as (first, _):
+        n_open = server.num_fds()
+        for _ in range(2):
+            with endless(served) as (second, _):
+                assert sorted([first, second]) == BOTH
+            until(lambda: server.num_fds() <= n_open, "the server has seen that the client is gone")
     n = len(said(served, RUNS))
     with sent(served, ENDLESS), sent(served, ENDLESS):
         until(lambda: len(said(served, RUNS)) == n + 2, "both run")
@@ -138,19 +142,20 @@ def test_the_server_itself_loads_no_torch(served):
 
 
 def test_a_process_that_is_killed_loses_only_its_requests_which_are_told_once_and_it_is_replaced(served):
-    with replaced(served), ThreadPoolExecutor(2) as threads:
+    with replaced(served), ThreadPoolExecutor(3) as threads:
         with endless(served) as (victim, doomed), endless(served) as (_, lines):
             waiting = [threads.submit(captioned, served, LOUD) for _ in BOTH]
             until(lambda: sorted(said(served, PREPARES)) == BOTH, "one waits in each")
             processes(served)[victim].kill()
             *_, last = doomed
+            late = threads.submit(captioned, served, 5)
             assert next(lines), "the other stream goes on"
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "process_died"
         kept, lost = sorted((one.result() for one in waiting), key=lambda answer: answer.status_code)
         assert texts(kept) == [f"µ grey {LOUD}"]
         error = {"message": DIED, "type": "server_error", "param": None, "code": "process_died"}
         assert (lost.status_code, lost.json()) == (502, {"error": error})
-        assert texts(captioned(served, 5)) == ["µ grey 5"]
+        assert texts(late.result()) == ["µ grey 5"], "the dead process got nothing of it"
     assert sorted(said(served, PREPARES)) == BOTH, "neither was sent a second time"
 
 
@@ -195,18 +200,20 @@ def test_while_all_load_clients_are_asked_to_come_back_and_it_stops_at_once():
 def test_all_finish_what_runs_before_the_server_ends():
     """The signal goes to all of them, as systemd sends it, and the server passes it on as well."""
     with crew() as served:
-        left = list(processes(served).values())
-        with endless(served), endless(served) as (_, lines):
-            for process in (*left, served.process):
+        crew_of_two = processes(served)
+        with endless(served) as (busy, lines):
+            for process in (*crew_of_two.values(), served.process):
                 process.send_signal(signal.SIGTERM)
-            until(lambda: served.client.get("/healthz").status_code == 503, "it is stopping")
-            assert served.client.get("/healthz").json() == {"status": "stopping"}
+            (idle,) = (process for label, process in crew_of_two.items() if label != busy)
+            assert psutil.wait_procs([idle], timeout=20)[1] == []
+            healthz = served.client.get("/healthz")
+            assert (healthz.status_code, healthz.json()) == (503, {"status": "stopping"})
             answer = captioned(served, 1)
             assert (answer.status_code, answer.json()["error"]["message"]) == (503, STOPPING)
             assert next(lines)
             assert served.process.poll() is None
         assert served.process.wait(20) == 0
-        assert psutil.wait_procs(left, timeout=0)[1] == []
+        assert not crew_of_two[busy].is_running()
 
 
 def test_after_the_drain_timeout_what_still_runs_fails_and_the_server_ends():
