@@ -110,6 +110,7 @@ def test_what_a_process_answers_is_passed_on_as_it_is(served):
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
     assert served.client.get("/v1/no%3Fthing?a=%20").status_code == 404
     assert served.client.post("/v1/models").status_code == 405
+    assert served.client.get("/metrics").status_code == served.client.get("/docs").status_code == 200
 
 
 def test_a_request_may_be_as_large_as_with_one_process(served):
