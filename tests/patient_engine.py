@@ -1,9 +1,10 @@
 """A real engine without a model, for servers: it says what it measures in a picture, and some pictures take for ever.
 
-Run as a script, it is `rococap` with this engine: `python patient_engine.py serve --model FOLDER`.
+Run as a script, it is `rococap` with this engine, in every process: `python patient_engine.py serve --model FOLDER`.
 """
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from rococap.engines import Completion, EngineInfo, Options, Prepared, Request, 
 from rococap.errors import ModelError
 from rococap.recipe import Recipe
 from rococap.web import captioner
+from rococap.worker import children
 
 ENDLESS, FATAL, CHANGED, LOUD = 200, 201, 202, 203
 """Grey levels: of a picture whose caption never ends, of one that ends the engine, and of one whose caption is another
@@ -85,4 +87,7 @@ class PatientEngine:
 
 if __name__ == "__main__":
     captioner.load_engine = PatientEngine
+    children.program = lambda: [sys.executable, __file__]
+    children.FIRST_PAUSE_SEC = 0.1
+    children.TRIES = 2
     cli.main()

@@ -119,24 +119,32 @@ batch_size_option = click.option(
 def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
     if value is None:
         return None
-    from rococap.worker import supervisor
+    from rococap.worker import children
 
     try:
-        return supervisor.parse_devices(value, supervisor.count_gpus)
+        return children.parse_devices(value, children.count_gpus)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
+
+
+devices_option = click.option(
+    "--devices",
+    callback=_devices,
+    metavar="all|0,1,…|cpu:N",
+    help="Start a process per GPU, or N that share the CPU cores. One that dies is restarted; all stop together.",
+)
+
+
+def check_devices(ctx: click.Context, devices: Sequence[str] | None) -> None:
+    if devices and ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--devices sets the device of every process: leave out --device.")
 
 
 @cli.command("worker")
 @run_option("The run to work on. [default: `default`, or the only one that has work]")
 @splits_option()
 @engine_options
-@click.option(
-    "--devices",
-    callback=_devices,
-    metavar="all|0,1,…|cpu:N",
-    help="Start a process per GPU, or N that share the CPU cores. One that dies is restarted; all stop together.",
-)
+@devices_option
 @batch_size_option
 @click.option("--limit", type=click.IntRange(1, MAX_ROWS), metavar="N", help="Stop after N pictures in all.")
 @click.option("--wait", is_flag=True, help="When everything is done, poll for new work instead of ending.")
@@ -200,8 +208,7 @@ def worker_command(
         _be_member(Settings.from_json(member))
         return
     check_engine(options)
-    if devices and ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
-        raise click.UsageError("--devices sets the device of every process: leave out --device.")
+    check_devices(ctx, devices)
     settings = Settings.of(run=run_name, splits=splits, **options)
     if devices:
         _work_on(devices, settings)
@@ -219,7 +226,7 @@ def _work_on(devices: Sequence[str], settings: Any) -> None:
     command = supervisor.worker_command(force=target.force, debug=target.debug)
     database = open_database()
     with _worker_progress() as report:
-        ended = supervisor.work(database, target.url, settings, devices, command, report, _echo_log_line)
+        ended = supervisor.work(database, target.url, settings, devices, command, report, echo_log_line)
     if len(ended.signals) > 1:
         sys.exit(128 + ended.signals[-1])
     if ended.outcome.seconds or not ended.errors:
@@ -229,13 +236,13 @@ def _work_on(devices: Sequence[str], settings: Any) -> None:
 
 
 def _be_member(settings: Any) -> None:
-    from rococap.worker import process, supervisor
+    from rococap.worker import children, process, supervisor
 
-    supervisor.leave_with_parent()
-    supervisor.report_to_parent(process.work(open_database(), settings, supervisor.report_to_parent))
+    children.leave_with_parent()
+    supervisor.report_outcome(process.work(open_database(), settings, supervisor.report_outcome))
 
 
-def _echo_log_line(line: str) -> None:
+def echo_log_line(line: str) -> None:
     stderr_console().out(line, highlight=False)
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -28,11 +29,7 @@ def create_api(service: Service, recipe_of: RecipeOf) -> FastAPI:
     api.state.service = service
     api.state.recipe_of = recipe_of
     api.include_router(router)
-    for expected in (RococapError, ClientDisconnect):
-        api.add_exception_handler(expected, _explain)
-    api.add_exception_handler(HTTPException, _explain_status)
-    api.add_exception_handler(RequestValidationError, _explain_validation)
-    api.add_exception_handler(Exception, _explain)
+    explain_errors(api)
     return api
 
 
@@ -60,6 +57,15 @@ def models(service: Serving) -> Models:
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------
+
+
+def explain_errors(api: Starlette) -> None:
+    """Has an application answer what goes wrong with errors in OpenAI's shape."""
+    for expected in (RococapError, ClientDisconnect):
+        api.add_exception_handler(expected, _explain)
+    api.add_exception_handler(HTTPException, _explain_status)
+    api.add_exception_handler(RequestValidationError, _explain_validation)
+    api.add_exception_handler(Exception, _explain)
 
 
 def _explain(request: Request, error: Exception) -> Response:

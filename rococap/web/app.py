@@ -17,9 +17,10 @@ from rococap.errors import DatabaseError, DatabaseUnavailable, RococapError, Run
 from rococap.recipe import Recipe
 from rococap.web import actions, browse, dashboard, images, operations, picture, reader, reference, replace, studies
 from rococap.web.access import API, MAX_BODY, READS, Access, Guard, Refused
-from rococap.web.api import create_api
 from rococap.web.calls import Service, error_response
 from rococap.web.pictures import PictureGone, Pictures, Thumbnails, folder_of
+from rococap.web.pool import Pool
+from rococap.web.proxy import api_of
 from rococap.web.reader import ReaderUnknown
 from rococap.web.search import Search
 from rococap.web.site import Site, assets, site_of
@@ -54,7 +55,7 @@ def static(version: str, name: str) -> Response:
 class App(FastAPI):
     """FastAPI behind the guard, which stands before everything, FastAPI's own answers to errors included."""
 
-    def __init__(self, site: Site, service: Service | None) -> None:
+    def __init__(self, site: Site, service: Service | Pool | None) -> None:
         super().__init__(openapi_url=None, max_body_size=MAX_BODY, telemetry={"auto_configure": False})
         self.state.site = site
         self.state.dashboard = dashboard.Dashboard(site)
@@ -77,7 +78,7 @@ class App(FastAPI):
         return Guard(super().build_middleware_stack(), site.access, refuse)
 
 
-def create_app(database: Database, access: Access, service: Service | None = None) -> App:
+def create_app(database: Database, access: Access, service: Service | Pool | None = None) -> App:
     """The application for a database that `db.connect(…, pooled=False)` has opened.
 
     With a `service`, the inference API is beside the pages.
@@ -90,7 +91,7 @@ def create_app(database: Database, access: Access, service: Service | None = Non
     if service is not None:
         app.include_router(reference.router)
         site.paths |= {"/docs"}
-        app.mount(API.rstrip("/"), create_api(service, lambda name: _recipe_of(site, name)))
+        app.mount(API.rstrip("/"), api_of(service, lambda name: _recipe_of(site, name)))
     app.add_exception_handler(RococapError, _explain)
     app.add_exception_handler(ReaderUnknown, _ask_reader)
     app.add_exception_handler(HTTPException, _explain_status)

@@ -44,6 +44,10 @@ class Service:
     model: str
     timeout: float
 
+    @property
+    def state(self) -> str:
+        return self.captioner.state
+
 
 async def service_of(request: Request) -> Service:
     # FastAPI would call a plain function in another thread.
@@ -185,12 +189,12 @@ async def _all(batch: Sequence[Asked]) -> list[Completion | BaseException]:
     return await asyncio.gather(*(asyncio.wrap_future(asked.answer) for asked in batch), return_exceptions=True)
 
 
-async def unless_gone(request: Request, work: Awaitable[T], timeout: float) -> T:
+async def unless_gone(request: Request, work: Awaitable[T], timeout: float, is_read: asyncio.Event | None = None) -> T:
     """The result of `work`, which is cancelled when the client has gone, or has waited for `timeout` seconds.
 
-    Raises ApiError for both.
+    Work that reads the request says with `is_read` that it has done so. Raises ApiError for both.
     """
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request, is_read))
     both: list[asyncio.Future[Any]] = [working, gone]
     try:
         await asyncio.wait(both, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -208,6 +212,8 @@ def timed_out(timeout: float) -> ApiError:
     return ApiError(504, f"There was no answer within {timeout:g} s.", code="timeout")
 
 
-async def _disconnected(request: Request) -> None:
+async def _disconnected(request: Request, is_read: asyncio.Event | None) -> None:
+    if is_read is not None:
+        await is_read.wait()
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 Check = Callable[[EngineInfo], None]
 
 LOADING = "The model is still loading. Try again later."
+STOPPING = "The server is stopping. Try again later."
 MAX_PROMPT_TOKENS = 8_192
 """Longer prompts are refused: every row of a batch has as much memory as the longest."""
 CLOSE_SEC = 5.0
@@ -41,10 +42,18 @@ CLOSE_SEC = 5.0
 class Captioner:
     """Answers requests with a recipe's model, all in one engine. `error` is what the engine failed with.
 
-    `check` is called with what was loaded, and raises RococapError if that must not answer.
+    `check` is called with what was loaded, and raises RococapError if that must not answer. `on_state` is told each new
+    state, in any thread.
     """
 
-    def __init__(self, recipe: Recipe, options: Options, max_waiting: int, check: Check = lambda info: None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: Options,
+        max_waiting: int,
+        check: Check = lambda info: None,
+        on_state: Callable[[str], None] = lambda state: None,
+    ) -> None:
         self.recipe = recipe
         self.meter = Meter()
         self.requests = Requests(max_waiting, self.meter.count)
@@ -53,6 +62,7 @@ class Captioner:
         self.is_stopping = False
         self._options = options
         self._check = check
+        self._on_state = on_state
         self._engine: Engine
 
     def start(self, on_end: Callable[[], None]) -> None:
@@ -118,8 +128,9 @@ class Captioner:
 
     def drain(self, timeout: float) -> None:
         """Accepts no more requests, and returns once all are answered, or have failed after `timeout` seconds."""
-        why = Unavailable("The server is stopping. Try again later.")
+        why = Unavailable(STOPPING)
         self.is_stopping = True
+        self._on_state(self.state)
         self.requests.close(why)
         if self.is_loaded and not self.requests.wait_until_idle(timeout):
             log.warning("some requests were not answered within %g s", timeout)
@@ -141,11 +152,13 @@ class Captioner:
             gc.freeze()
             self._start_preparing()
             self.is_loaded = True
+            self._on_state(self.state)
             for completion in self._engine.run(self.requests):
                 self.requests.answer(completion)
             self._engine.close()
         except BaseException as error:
             self.error = error
+            self._on_state(self.state)
             reason = str(error) if isinstance(error, RococapError) else type(error).__name__
             self.requests.end(Unavailable(f"The model has failed, and the server ends: {reason}"))
         on_end()

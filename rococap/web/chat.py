@@ -287,9 +287,9 @@ class _Answer:
             if rest := words.rest(completion):
                 yield self._chunk({"content": rest})
         except TimeoutError:
-            yield _event_of(timed_out(self._service.timeout))
+            yield error_event(timed_out(self._service.timeout))
         except Exception as error:
-            yield _event_of(error)
+            yield error_event(error)
         else:
             yield self._chunk({}, completion.finish_reason)
             if self._wants_usage:
@@ -348,6 +348,6 @@ def _event(content: dict[str, Any]) -> bytes:
     return format_sse_event(data_str=json.dumps(content))
 
 
-def _event_of(error: Exception) -> bytes:
+def error_event(error: Exception) -> bytes:
     """The event for an error after the first token, which OpenAI's client raises."""
     return format_sse_event(data_str=bytes(explain(error).body).decode())

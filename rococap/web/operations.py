@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from rococap.errors import RococapError
 from rococap.web.calls import Service
 from rococap.web.metrics import CONTENT_TYPE, exposition
+from rococap.web.pool import Pool
 from rococap.web.site import Site
 
 router = APIRouter(tags=["operations"])
@@ -29,9 +30,9 @@ def healthz(request: Request) -> Response:
 
 
 def _status(server: State) -> str:
-    service, site = cast(Service | None, server.service), cast(Site | None, server.site)
-    if service is not None and service.captioner.state != "ok":
-        return service.captioner.state
+    service, site = cast(Service | Pool | None, server.service), cast(Site | None, server.site)
+    if service is not None and service.state != "ok":
+        return service.state
     if site is not None:
         try:
             with site.read():
@@ -45,4 +46,5 @@ def _status(server: State) -> str:
 def metrics(request: Request) -> Response:
     """What the server counts, for Prometheus: see docs/serving.md."""
     service, site = request.app.state.service, request.app.state.site
-    return Response(exposition(service and service.captioner, site), media_type=CONTENT_TYPE)
+    captioner = service.captioner if isinstance(service, Service) else None
+    return Response(exposition(captioner, site), media_type=CONTENT_TYPE)

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 from places import TESTS
 from samples import picture, register, write_shard
-from steps import select
+from steps import select, until
 from web_server import Served, loaded, serving
 
 from rococap import db, prompts
@@ -272,6 +273,23 @@ def test_a_worker_captions_by_this_server_as_it_does_by_itself(beside, worked, t
     work(database, Settings(options=options))
     database.dispose()
     assert stored(url) == stored(worked)
+
+
+@pytest.mark.slow
+def test_several_processes_answer_as_one_does(worked):
+    expected = stored(worked)
+    with serving(worked, "--run", "default", "--devices", "cpu:2") as served:
+        until(lambda: served.logged("answers requests") == 2, "both models are loaded")
+        with ThreadPoolExecutor(4) as threads:
+            answers = threads.map(lambda data: served.client.post("/v1/captions", files=form(data)), PICTURES)
+            assert [listed(answer) for answer in answers] == [[one] for one in expected]
+        assert listed(served.client.post("/v1/captions", data={"run": "default"}, files=form(*PICTURES))) == expected
+        with client_of(served) as client:
+            assert [model.id for model in client.models.list()] == [MODEL.name]
+            chunks = list(client.chat.completions.create(model=MODEL.name, messages=asking(PICTURES[1]), stream=True))
+        said = [chunk.choices[0].delta.content for chunk in chunks]
+        assert "".join(text or "" for text in said) == expected[1]["caption"]
+        assert sum(bool(text) for text in said) == expected[1]["new_tokens"] - 1
 
 
 # --- the documentation -----------------------------------------------------------------------------------------
