@@ -23,7 +23,7 @@ from rococap.engines.template import question
 from rococap.errors import PictureError, RococapError
 from rococap.flags import BLANK
 from rococap.recipe import Recipe
-from rococap.web.metrics import Meter
+from rococap.web.meter import Meter
 from rococap.web.requests import Asked, Requests, Tell, Unavailable
 from rococap.worker.fetcher import n_preparers
 

@@ -1,94 +1,77 @@
-"""What a server counts, in Prometheus's text format. docs/serving.md explains every name."""
+"""What a server tells Prometheus, in its text format. docs/serving.md explains every name."""
 
-import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Iterator
+from typing import Final
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
+import httpx
+from prometheus_client import ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from rococap import queue
 from rococap.errors import RococapError
 from rococap.tables import JobState
-from rococap.web.requests import STAGES, Asked
+from rococap.web.calls import Service
+from rococap.web.captioner import Captioner
+from rococap.web.pool import Pool
 from rococap.web.site import Site
 
-if TYPE_CHECKING:
-    from rococap.web.captioner import Captioner
-
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
-SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-"""Upper bounds of a histogram's buckets."""
-
-disable_created_metrics()  # type: ignore[no-untyped-call]
-
-
-class Meter:
-    """Counts the requests that end, and how long each of their stages took. Thread-safe."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"rococap_{name}", text, labels, registry=self.registry)
-
-        self._requests = counter("requests", "Requests that have ended, by how they did.", "outcome")
-        self._pictures = counter("pictures", "Pictures in requests that were answered.")
-        self._prompt_tokens = counter("prompt_tokens", "Tokens read, pictures included.")
-        self._new_tokens = counter("new_tokens", "Tokens written.")
-        text = "Seconds that requests spent in each stage."
-        self._seconds = Histogram("rococap_stage_seconds", text, ["stage"], buckets=SECONDS, registry=self.registry)
-
-    def count(self, asked: Asked) -> None:
-        """Counts a request that has ended."""
-        ends = [*asked.times[1:], time.monotonic()]
-        for stage, start, end in zip(STAGES, asked.times, ends, strict=False):
-            self._seconds.labels(stage).observe(end - start)
-        outcome = _outcome(asked)
-        self._requests.labels(outcome).inc()
-        if outcome not in ("abandoned", "error"):
-            completion = asked.answer.result()
-            self._pictures.inc(asked.n_pictures)
-            self._prompt_tokens.inc(completion.prompt_tokens)
-            self._new_tokens.inc(completion.new_tokens)
-
-
-def _outcome(asked: Asked) -> str:
-    """A finish reason, the code of a failure, `abandoned` by the client or out of time, or `error`."""
-    if asked.answer.cancelled():
-        return "abandoned"
-    if asked.answer.exception() is not None:
-        return "error"
-    completion = asked.answer.result()
-    return completion.finish_reason if completion.failure is None else completion.failure.code
+PROCESS_SEC: Final = 2.0
+"""How long a process of a pool may take to say what it counts."""
 
 
 class _Now(Collector):
-    """Everything that the server with this model, this database or both counts and is at present."""
+    """Everything that the server with this model, these processes, this database counts and is at present."""
 
-    def __init__(self, captioner: "Captioner | None", site: Site | None) -> None:
-        self._captioner = captioner
+    def __init__(self, service: Service | Pool | None, site: Site | None) -> None:
+        self._service = service
         self._site = site
 
     def collect(self) -> Iterator[Metric]:
-        if self._captioner is not None:
-            yield from self._captioner.meter.registry.collect()
-            yield from _load(self._captioner)
+        own = list(ProcessCollector(registry=None).collect())
+        match self._service:
+            case Service(captioner=captioner):
+                yield from captioner.meter.registry.collect()
+                yield from _load(captioner)
+            case Pool():
+                own = _merged([*_of_processes(self._service), *own])
         if self._site is not None:
             yield from _jobs(self._site)
-        yield from ProcessCollector(registry=None).collect()
+        yield from own
 
 
-def _load(captioner: "Captioner") -> Iterator[Metric]:
+def _of_processes(pool: Pool) -> Iterator[Metric]:
+    """What each process of a pool counts, labelled by its device."""
+    up = GaugeMetricFamily("rococap_up", "Whether the process of this device answers requests.", labels=["device"])
+    for replica in pool.children():
+        transport = httpx.HTTPTransport(uds=str(replica.socket))
+        try:
+            with httpx.Client(transport=transport, base_url="http://localhost", timeout=PROCESS_SEC) as client:
+                text = client.get("/metrics").raise_for_status().text
+        except httpx.HTTPError:
+            up.add_metric([replica.label], 0)
+            continue
+        up.add_metric([replica.label], replica.state == "ok")
+        for family in text_string_to_metric_families(text):
+            family.samples = [one._replace(labels={"device": replica.label} | one.labels) for one in family.samples]
+            yield family
+    yield up
+
+
+def _merged(families: Iterable[Metric]) -> list[Metric]:
+    """One family for all of the same name, as the format demands."""
+    by_name: dict[str, Metric] = {}
+    for family in families:
+        by_name.setdefault(family.name, family)
+        if by_name[family.name] is not family:
+            by_name[family.name].samples += family.samples
+    return list(by_name.values())
+
+
+def _load(captioner: Captioner) -> Iterator[Metric]:
     requests = captioner.requests
     yield _gauge("num_requests_running", "Requests that the model is answering.", requests.n_running)
     yield _gauge("num_requests_waiting", "Requests that wait for the model.", requests.n_waiting)
@@ -124,6 +107,6 @@ def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(f"rococap_{name}", text, value)
 
 
-def exposition(captioner: "Captioner | None", site: Site | None) -> bytes:
+def exposition(service: Service | Pool | None, site: Site | None) -> bytes:
     """The text that Prometheus reads."""
-    return generate_latest(_Now(captioner, site))
+    return generate_latest(_Now(service, site))

@@ -45,6 +45,5 @@ def _status(server: State) -> str:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE: {}}}})
 def metrics(request: Request) -> Response:
     """What the server counts, for Prometheus: see docs/serving.md."""
-    service, site = request.app.state.service, request.app.state.site
-    captioner = service.captioner if isinstance(service, Service) else None
-    return Response(exposition(captioner, site), media_type=CONTENT_TYPE)
+    server = request.app.state
+    return Response(exposition(server.service, server.site), media_type=CONTENT_TYPE)

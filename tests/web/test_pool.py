@@ -16,6 +16,7 @@ import psutil
 import pytest
 from patient_engine import ENDLESS, FATAL, LOUD, PREPARES, RUNS
 from patient_server import PROGRAM, captioned, chat, grey, sent, texts
+from prometheus_client.parser import text_string_to_metric_families
 from steps import members, until
 from web_server import Served, running
 
@@ -133,6 +134,18 @@ def test_nobody_else_reaches_the_processes(served):
     sockets = [json.loads(process.cmdline()[-1])["socket"] for process in members(served.process)]
     (folder,) = {Path(socket).parent for socket in sockets}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_metrics_are_those_of_every_process_by_its_device(served):
+    with endless(served) as (label, _):
+        families = list(text_string_to_metric_families(served.client.get("/metrics").text))
+    assert len({family.name for family in families}) == len(families)
+    samples = [one for family in families for one in family.samples]
+    running = {one.labels["device"]: one.value for one in samples if one.name == "rococap_num_requests_running"}
+    assert running == {device: float(device == label) for device in BOTH}
+    assert {one.labels["device"]: one.value for one in samples if one.name == "rococap_up"} == dict.fromkeys(BOTH, 1)
+    memory = [one.labels.get("device") for one in samples if one.name == "process_resident_memory_bytes"]
+    assert memory == [*BOTH, None], "the server's own is without a label"
 
 
 def test_the_server_itself_loads_no_torch(served):
