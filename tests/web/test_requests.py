@@ -1,20 +1,15 @@
 """What happens to requests: places that are freed, queues that are full, servers that stop and engines that die."""
 
-import base64
 import json
 import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BytesIO
-from typing import Any
 
-import httpx
 import pytest
 from click.testing import CliRunner
 from patient_engine import CHANGED, ENDLESS, FATAL, LOUD, PREPARES, RUNS
-from PIL import Image
+from patient_server import PROGRAM, captioned, chat, endless, grey, patient, sent, texts
 from places import TESTS
 from samples import fill
 from steps import run_worker, until
@@ -30,64 +25,12 @@ TOKEN = "a-token-of-some-length"
 STOPPING = "The server is stopping. Try again later."
 
 
-PROGRAM = [str(TESTS / "patient_engine.py"), "serve", "--port", "0", "--model", str(MODEL), "--batch-size", "1"]
-"""A server without a database, whose engine is patient, and answers one request at a time."""
-
-
-@contextmanager
-def patient(*options: str, **environment: str) -> Iterator[Served]:
-    with running([*PROGRAM, *options], **environment) as served:
-        loaded(served)
-        yield served
-
-
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     with patient("--max-waiting", "3") as served:
         yield served
         assert served.stop() == 0
         assert served.complaints() == []
-
-
-def grey(level: int) -> str:
-    file = BytesIO()
-    Image.new("L", (28, 28), level).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def chat(level: int, **fields: Any) -> dict[str, Any]:
-    url = {"url": f"data:image/png;base64,{grey(level)}"}
-    parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What?"}]
-    return {"model": MODEL.name, "messages": [{"role": "user", "content": parts}]} | fields
-
-
-def captioned(served: Served, *levels: int) -> httpx.Response:
-    return served.client.post("/v1/captions", json={"images": [grey(level) for level in levels]})
-
-
-def texts(answer: httpx.Response) -> list[str]:
-    assert answer.status_code == 200, answer.text
-    return [caption["caption"] for caption in answer.json()["captions"]]
-
-
-@contextmanager
-def endless(served: Served) -> Iterator[Iterator[str]]:
-    """The lines of a stream that never ends, and has the only place of a batch."""
-    with served.client.stream("POST", "/v1/chat/completions", json=chat(ENDLESS, stream=True)) as answer:
-        assert answer.status_code == 200
-        assert served.process.stdout.readline() == RUNS + "\n"
-        yield answer.iter_lines()
-
-
-@contextmanager
-def asked(served: Served, *levels: int) -> Iterator[None]:
-    """A request that was sent, whose client hangs up at the end without having read an answer."""
-    body = json.dumps({"images": [grey(level) for level in levels]}).encode()
-    head = f"POST /v1/captions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    address = served.client.base_url
-    with socket.create_connection((address.host, address.port), timeout=30) as connection:
-        connection.sendall(head.encode() + body)
-        yield
 
 
 def test_captions_come_in_the_order_of_their_pictures(served):
@@ -109,10 +52,10 @@ def test_an_answer_that_has_changed_since_it_was_streamed_ends_in_an_error(serve
 
 def test_a_client_that_hangs_up_frees_its_place(served):
     """There is only one place: if one of the endless ones stayed, nothing would be answered any more."""
-    with endless(served), asked(served, LOUD, ENDLESS, ENDLESS):
+    with endless(served), sent(served, LOUD, ENDLESS, ENDLESS):
         assert served.process.stdout.readline() == PREPARES + "\n"
     assert texts(captioned(served, 1, 2, 3)) == ["µ grey 1", "µ grey 2", "µ grey 3"]
-    with asked(served, ENDLESS):
+    with sent(served, ENDLESS):
         assert served.process.stdout.readline() == RUNS + "\n"
     assert texts(captioned(served, 4)) == ["µ grey 4"]
 
@@ -127,7 +70,7 @@ def test_a_client_that_hangs_up_before_it_has_sent_everything_is_no_error(served
 
 
 def test_beyond_the_queue_requests_are_asked_to_come_back(served):
-    with endless(served), asked(served, LOUD, 1, 2):
+    with endless(served), sent(served, LOUD, 1, 2):
         assert served.process.stdout.readline() == PREPARES + "\n"
         answer = captioned(served, 1)
     assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
