@@ -1,9 +1,11 @@
 """A real engine without a model, for servers: it says what it measures in a picture, and some pictures take for ever.
 
-Run as a script, it is `rococap` with this engine: `python patient_engine.py serve --model FOLDER`.
+Run as a script, it is `rococap` with this engine: `python patient_engine.py serve --model FOLDER`. It gives slow
+clients ROCOCAP_TEST_PATIENCE seconds, and may open ROCOCAP_TEST_FILES files.
 """
 
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,7 @@ from rococap import cli
 from rococap.engines import Completion, EngineInfo, Options, Prepared, Request, Source, Streaming
 from rococap.errors import ModelError
 from rococap.recipe import Recipe
-from rococap.web import captioner
+from rococap.web import captioner, connections
 
 ENDLESS, FATAL, CHANGED, LOUD = 200, 201, 202, 203
 """Grey levels: of a picture whose caption never ends, of one that ends the engine, and of one whose caption is another
@@ -85,4 +87,7 @@ class PatientEngine:
 
 if __name__ == "__main__":
     captioner.load_engine = PatientEngine
+    connections.PATIENCE_SEC = float(os.environ.get("ROCOCAP_TEST_PATIENCE", connections.PATIENCE_SEC))
+    if n_files := int(os.environ.get("ROCOCAP_TEST_FILES", 0)):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, n_files))
     cli.main()

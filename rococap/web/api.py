@@ -14,6 +14,7 @@ from rococap.web.calls import RecipeOf, Service, Serving, error_response, explai
 from rococap.web.captioner import LOADING
 from rococap.web.captions import captions
 from rococap.web.chat import chat_completions
+from rococap.web.intake import Intake
 from rococap.web.requests import Unavailable
 
 
@@ -25,11 +26,11 @@ def create_api(service: Service, recipe_of: RecipeOf) -> FastAPI:
     api.add_api_route("/captions", captions, methods=["POST"])
     api.add_api_route("/chat/completions", chat_completions, methods=["POST"], response_model=None)
     api.add_api_route("/models", models, methods=["GET"])
+    api.add_middleware(Intake, service=service)
     for expected in (RococapError, ClientDisconnect):
         api.add_exception_handler(expected, _explain)
     api.add_exception_handler(HTTPException, _explain_status)
     api.add_exception_handler(RequestValidationError, _explain_validation)
-    api.add_exception_handler(Exception, _explain)
     return api
 
 

@@ -86,9 +86,17 @@ class Captioner:
 
         Raises Busy if too many are waiting, and Unavailable while the model is loading, or once the server stops.
         """
+        self._check_loaded()
+        self.requests.ask(batch)
+
+    def check_room(self) -> None:
+        """Raises as `ask_all` would for one request, which has not been read yet."""
+        self._check_loaded()
+        self.requests.check_room(1)
+
+    def _check_loaded(self) -> None:
         if not self.is_loaded and self.error is None:
             raise Unavailable(LOADING)
-        self.requests.ask(batch)
 
     def caption(self, pictures: Sequence[bytes], prompt: str) -> list[Asked]:
         """Asks for a caption of each picture. Raises as `ask_all` does."""
@@ -153,7 +161,6 @@ class Captioner:
             except PictureError as error:
                 _give(asked, Completion(asked.id, failure=Failure(error.code, str(error), error.transient)))
             except Exception as error:
-                log.exception("a request could not be prepared")
                 if asked.answer.set_running_or_notify_cancel():
                     asked.answer.set_exception(error)
             self.requests.offer(asked, prepared)

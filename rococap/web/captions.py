@@ -42,9 +42,11 @@ async def captions(request: Request, service: Serving) -> dict[str, Any]:
     most = min(MAX_PICTURES, service.captioner.requests.max_waiting)
     if not 1 <= len(pictures) <= most:
         raise ApiError(400, f"A request may have 1 to {most} pictures, not {len(pictures)}.", param="images")
+    request.state.pictures = len(pictures)
     recipe = await asyncio.to_thread(_chosen_recipe, service, request.app.state.recipe_of, chosen)
     batch = service.captioner.caption(pictures, recipe.prompt)
     completions = await answers(request, batch, service.timeout)
+    request.state.tokens = sum(completion.new_tokens for completion in completions)
     listed = [_listed(asked, completion) for asked, completion in zip(batch, completions, strict=True)]
     return {"captions": listed, "model": service.model, "recipe_hash": recipe.hash}
 

@@ -62,10 +62,7 @@ class Requests:
     def ask(self, batch: Sequence[Asked]) -> None:
         """Accepts requests, all or none. Raises Busy if too many are waiting, and Unavailable once it is closed."""
         with self._changed:
-            if self._closed is not None:
-                raise self._closed
-            if self._n_waiting() + len(batch) > self.max_waiting:
-                raise Busy(f"{self._n_waiting()} requests are waiting, and {self.max_waiting} may. Try again later.")
+            self.check_room(len(batch))
             for asked in batch:
                 self._last_id += 1
                 asked.id = self._last_id
@@ -73,6 +70,14 @@ class Requests:
             self._changed.notify_all()
         for asked in batch:
             asked.answer.add_done_callback(lambda answer, asked=asked: self._drop(asked, answer))  # type: ignore[misc]
+
+    def check_room(self, n: int) -> None:
+        """Raises as `ask` would for `n` requests."""
+        with self._changed:
+            if self._closed is not None:
+                raise self._closed
+            if self._n_waiting() + n > self.max_waiting:
+                raise Busy(f"{self._n_waiting()} requests are waiting, and {self.max_waiting} may. Try again later.")
 
     def _drop(self, asked: Asked, answer: "Future[Completion]") -> None:
         """Frees the place of a request that was cancelled."""

@@ -16,11 +16,11 @@ from fastapi import FastAPI
 from rococap.errors import RococapError
 from rococap.web.app import App
 from rococap.web.captioner import Captioner
+from rococap.web.connections import Connection, room
+from rococap.web.intake import Bounded
 
 STOP_SEC = 5
 """How long answers that are under way may take after a request to stop."""
-MAX_CONNECTIONS = 500
-"""Requests beyond it are answered with 503."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -79,6 +79,13 @@ class _Server(uvicorn.Server):
         """Stops because the engine has ended. May be called in any thread."""
         self.should_exit = True
 
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # once a second
+            for connection in list(self.server_state.connections):
+                assert isinstance(connection, Connection)
+                connection.check()
+        return await super().on_tick(counter)
+
     def _stop(self) -> None:
         self.should_exit = True
         if isinstance(self._app, App):
@@ -90,17 +97,17 @@ def serve(
 ) -> None:
     """Serves until a signal asks it to stop. Raises what the captioner's engine failed with."""
     config = uvicorn.Config(
-        app,
+        Bounded(app),
         # Requests are not logged: their addresses hold tokens and what people search for.
         access_log=False,
         log_config=None,
         log_level="error",
         lifespan="off",
         ws="none",
-        http="h11",
+        http=Connection,
         loop="asyncio",
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
+        limit_concurrency=room(),
         timeout_graceful_shutdown=STOP_SEC,
     )
     server = _Server(config, app, captioner, drain_timeout)
