@@ -17,9 +17,10 @@ from rococap.errors import ModelError
 from rococap.recipe import Recipe
 from rococap.web import captioner, connections
 
-ENDLESS, FATAL, CHANGED, LOUD = 200, 201, 202, 203
-"""Grey levels: of a picture whose caption never ends, of one that ends the engine, and of one whose caption is another
-than its tokens said, as after running out of memory, and of one whose preparation is announced."""
+ENDLESS, FATAL, CHANGED, LOUD, STALLING = 200, 201, 202, 203, 204
+"""Grey levels: of a picture whose caption never ends, of one that ends the engine, of one whose caption is another than
+its tokens said, as after running out of memory, of one whose preparation is announced, and of one at which the engine
+stays in a step until the file ROCOCAP_TEST_STALLS is gone."""
 PREPARES = "a loud picture is prepared"
 RUNS = "a caption without an end begins"
 STEP_SEC = 0.005
@@ -80,6 +81,8 @@ class PatientEngine:
     def _say(self, row: Row, source: Streaming) -> None:
         if row.grey == FATAL:
             raise ModelError("the device has vanished.")
+        while row.grey == STALLING and os.path.exists(os.environ["ROCOCAP_TEST_STALLS"]):
+            time.sleep(STEP_SEC)
         token = row.caption[len(row.said) % len(row.caption)]
         source.tokens(row.job_id, len(row.said), [token])
         row.said.append(token)

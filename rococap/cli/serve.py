@@ -196,4 +196,5 @@ def _service(
     from rococap.web.captioner import Captioner
 
     known_as = served_name or (Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model)
-    return Service(Captioner(recipe, Options(**options), max_waiting, check), known_as, request_timeout)
+    captioner = Captioner(recipe, Options(**options), max_waiting, check, stall_timeout=request_timeout)
+    return Service(captioner, known_as, request_timeout)

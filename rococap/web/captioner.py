@@ -1,6 +1,7 @@
 """The server's model: one thread runs the engine, and a few prepare pictures for it. Knows no HTTP and no database."""
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 Check = Callable[[EngineInfo], None]
 
 LOADING = "The model is still loading. Try again later."
+STALLED = "The model has stopped answering. Try again later, or restart the server."
 MAX_PROMPT_TOKENS = 8_192
 """Longer prompts are refused: every row of a batch has as much memory as the longest."""
 CLOSE_SEC = 5.0
@@ -39,11 +41,20 @@ CLOSE_SEC = 5.0
 class Captioner:
     """Answers requests with a recipe's model, all in one engine. `error` is what the engine failed with.
 
-    `check` is called with what was loaded, and raises RococapError if that must not answer.
+    `check` is called with what was loaded, and raises RococapError if that must not answer. The engine is stalled when
+    it has not made a step for `stall_timeout` seconds.
     """
 
-    def __init__(self, recipe: Recipe, options: Options, max_waiting: int, check: Check = lambda info: None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: Options,
+        max_waiting: int,
+        check: Check = lambda info: None,
+        stall_timeout: float = math.inf,
+    ) -> None:
         self.recipe = recipe
+        self.stall_timeout = stall_timeout
         self.requests = Requests(max_waiting)
         self.error: BaseException | None = None
         self.is_loaded = False
@@ -64,10 +75,18 @@ class Captioner:
 
     @property
     def state(self) -> str:
-        """`ok` if requests are answered; else `loading`, `stopping` or `failed`."""
+        """`ok` if requests are answered; else `loading`, `stopping`, `stalled` or `failed`."""
         if self.error is not None:
             return "failed"
-        return "stopping" if self.is_stopping else "ok" if self.is_loaded else "loading"
+        if self.is_stopping:
+            return "stopping"
+        if not self.is_loaded:
+            return "loading"
+        return "stalled" if self.is_stalled else "ok"
+
+    @property
+    def is_stalled(self) -> bool:
+        return self.requests.since_step > self.stall_timeout
 
     def ask(
         self,
@@ -92,6 +111,8 @@ class Captioner:
     def check_room(self) -> None:
         """Raises as `ask_all` would for one request, which has not been read yet."""
         self._check_loaded()
+        if self.is_stalled:
+            raise Unavailable(STALLED)
         self.requests.check_room(1)
 
     def _check_loaded(self) -> None:
@@ -127,7 +148,7 @@ class Captioner:
 
     def close(self) -> bool:
         """Waits for an engine that is loaded to end. Returns whether it did."""
-        self._thread.join(CLOSE_SEC if self.is_loaded else 0)
+        self._thread.join(CLOSE_SEC if self.is_loaded and not self.is_stalled else 0)
         return not self._thread.is_alive()
 
     # --- threads ---

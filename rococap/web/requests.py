@@ -6,6 +6,7 @@ their pictures. Knows no HTTP and no model.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future
@@ -54,6 +55,7 @@ class Requests:
         self._ready: deque[tuple[Asked, Prepared]] = deque()
         self._running: dict[int, Asked] = {}
         self._abandoned: set[int] = set()
+        self._stepped: float | None = None
         self._closed: Unavailable | None = None
         self._ended = False
 
@@ -159,14 +161,22 @@ class Requests:
 
     # --- the engine's side: Source and Streaming ---
 
+    @property
+    def since_step(self) -> float:
+        """For how many seconds the engine has neither taken a step nor waited for requests. 0.0 before it begins."""
+        stepped = self._stepped
+        return 0.0 if stepped is None else time.monotonic() - stepped
+
     def take(self, limit: int, wait: float | None) -> list[Prepared]:
         """As `Source.take`. With a `wait` in seconds, it waits only for requests that have come already."""
         with self._changed:
+            self._stepped = None
             if wait is None:
                 self._abandoned.clear()  # an engine that has rows never waits without a timeout
             self._changed.wait_for(lambda: self._ready or self._may_stop_waiting(wait), timeout=wait)
             taken = [self._ready.popleft() for _ in range(min(limit, len(self._ready)))]
             self._running |= {asked.id: asked for asked, _ in taken}
+            self._stepped = time.monotonic()
             if taken:
                 self._changed.notify_all()
             return [prepared for _, prepared in taken]
@@ -176,6 +186,7 @@ class Requests:
         return self._ended or (not is_coming and (wait is not None or self._closed is not None))
 
     def step(self, rows: int) -> Set[int]:
+        self._stepped = time.monotonic()
         return self._abandoned
 
     def tokens(self, job_id: int, start: int, ids: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from click.testing import CliRunner
-from patient_engine import CHANGED, ENDLESS, FATAL, LOUD, PREPARES, RUNS
+from patient_engine import CHANGED, ENDLESS, FATAL, LOUD, PREPARES, RUNS, STALLING
 from patient_server import PROGRAM, captioned, chat, endless, grey, patient, sent, texts
 from places import TESTS
 from samples import fill
@@ -90,6 +90,27 @@ def test_a_request_that_takes_too_long_fails_and_frees_its_place():
         streamed = served.client.post("/v1/chat/completions", json=chat(ENDLESS, stream=True))
         assert '"code":"timeout"' in streamed.text
         assert texts(captioned(served, 4)) == ["µ grey 4"]
+        assert served.stop() == 0
+
+
+def test_an_engine_that_stays_in_a_step_is_told_to_everyone_until_it_goes_on(tmp_path):
+    stalls = tmp_path / "stalls"
+    stalls.touch()
+    with patient("--request-timeout", "0.5", ROCOCAP_TEST_STALLS=str(stalls)) as served:
+        assert captioned(served, STALLING).json()["error"]["code"] == "timeout"
+        until(lambda: served.client.get("/healthz").json() == {"status": "stalled"}, "it has stalled")
+        assert served.client.get("/healthz").status_code == 503
+        assert served.client.get("/health").status_code == 200
+        answer = captioned(served, 1)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        stalls.unlink()
+        loaded(served)
+        assert texts(captioned(served, 4)) == ["µ grey 4"]
+
+
+def test_a_server_whose_engine_stays_in_a_step_stops_all_the_same(tmp_path):
+    with patient("--request-timeout", "0.5", ROCOCAP_TEST_STALLS=str(tmp_path)) as served:
+        assert captioned(served, STALLING).status_code == 504
         assert served.stop() == 0
 
 
