@@ -1,7 +1,8 @@
 """A real engine without a model, for servers: it says what it measures in a picture, and some pictures take for ever.
 
 Run as a script, it is `rococap` with this engine: `python patient_engine.py serve --model FOLDER`. It gives slow
-clients ROCOCAP_TEST_PATIENCE seconds, and may open ROCOCAP_TEST_FILES files.
+clients ROCOCAP_TEST_PATIENCE seconds, may open ROCOCAP_TEST_FILES files, write ROCOCAP_TEST_FILE_SIZE bytes to each,
+and hold ROCOCAP_TEST_HELD bytes of requests.
 """
 
 import os
@@ -15,12 +16,12 @@ from rococap import cli
 from rococap.engines import Completion, EngineInfo, Options, Prepared, Request, Source, Streaming
 from rococap.errors import ModelError
 from rococap.recipe import Recipe
-from rococap.web import captioner, connections
+from rococap.web import captioner, connections, intake
 
-ENDLESS, FATAL, CHANGED, LOUD, STALLING = 200, 201, 202, 203, 204
+ENDLESS, FATAL, CHANGED, LOUD, STALLING, CLUMSY = 200, 201, 202, 203, 204, 205
 """Grey levels: of a picture whose caption never ends, of one that ends the engine, of one whose caption is another than
-its tokens said, as after running out of memory, of one whose preparation is announced, and of one at which the engine
-stays in a step until the file ROCOCAP_TEST_STALLS is gone."""
+its tokens said, as after running out of memory, of one whose preparation is announced, of one at which the engine
+stays in a step until the file ROCOCAP_TEST_STALLS is gone, and of one whose preparation fails with its messages."""
 PREPARES = "a loud picture is prepared"
 RUNS = "a caption without an end begins"
 STEP_SEC = 0.005
@@ -56,6 +57,8 @@ class PatientEngine:
         grey = request.pictures[0].getpixel((0, 0))[0]
         if grey == LOUD:
             print(PREPARES, flush=True)
+        if grey == CLUMSY:
+            raise RuntimeError(f"{request.messages}")
         return Prepared(job_id, Row(job_id, grey, f"µ grey {grey}".encode()), 7)
 
     def text_of(self, ids: Sequence[int]) -> str:
@@ -90,7 +93,9 @@ class PatientEngine:
 
 if __name__ == "__main__":
     captioner.load_engine = PatientEngine
+    intake.MAX_HELD = int(os.environ.get("ROCOCAP_TEST_HELD", intake.MAX_HELD))
     connections.PATIENCE_SEC = float(os.environ.get("ROCOCAP_TEST_PATIENCE", connections.PATIENCE_SEC))
-    if n_files := int(os.environ.get("ROCOCAP_TEST_FILES", 0)):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, n_files))
+    for limit, name in ((resource.RLIMIT_NOFILE, "FILES"), (resource.RLIMIT_FSIZE, "FILE_SIZE")):
+        if n := int(os.environ.get(f"ROCOCAP_TEST_{name}", 0)):
+            resource.setrlimit(limit, (n, n))
     cli.main()

@@ -1,4 +1,4 @@
-"""`rococap` with the real engine, on a device that has memory for two requests at a time: `python small_memory.py serve …`"""
+"""`rococap` with the real engine, on a device that has memory for two requests: `python small_memory.py serve …`."""
 
 from engine_steps import memory_for
 

@@ -23,7 +23,7 @@ MAX_REQUESTS: Final = 1_000
 MAX_HELD: Final = 512_000_000
 """Bytes that all requests to the API together may have sent and not been answered yet."""
 MAX_VALUES: Final = 200_000
-"""Values in a JSON document: each takes 60 times the memory of its text. Pictures, in base64, count as one each."""
+"""Values in a JSON document, of which each takes many times the memory of its text. A picture in base64 is one."""
 MEDIA_TYPES: Final = ("application/json", "multipart/form-data")
 
 # Its warnings about broken forms quote them; the answer says what is wrong.
@@ -88,7 +88,9 @@ class Intake:
             body = message.get("body", b"")
             n_bytes += len(body)
             self._held += len(body)
-            if self._held > MAX_HELD:
+            if body and time.monotonic() - began > self._service.timeout:
+                raise HTTPException(408, f"The request was not sent within {self._service.timeout:g} s.")
+            if body and self._held > MAX_HELD:
                 raise HTTPException(429, "The requests of all clients are too large together. Try again later.")
             if is_json:
                 n_values += sum(map(body.count, (b",", b"[", b"{")))

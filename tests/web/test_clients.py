@@ -1,18 +1,25 @@
 """Clients that are many, slow, broken or greedy, and what a server still answers to the others."""
 
+import base64
+import json
 import select
 import socket
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPResponse
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from patient_engine import ENDLESS, LOUD, PREPARES
-from patient_server import PROGRAM, captioned, endless, grey, patient, sent, texts
+from patient_engine import CLUMSY, ENDLESS, LOUD, PREPARES
+from patient_server import PROGRAM, captioned, chat, endless, grey, patient, sent, texts
+from PIL import Image
 from steps import until
-from web_server import Served, running
+from web_server import Served, loaded, running
 
 from rococap import open_files
 from rococap.web.server import listen
@@ -164,6 +171,22 @@ def test_a_body_without_a_length_is_refused_as_soon_as_it_is_too_long(served):
     assert peak_mb(served) - before < 200
 
 
+def test_a_body_that_nobody_wants_is_refused_by_its_length(served):
+    asking = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000000000\r\n\r\n"
+    with connected(served, asking) as (connection,):
+        assert status_of(connection) == 413
+
+
+def test_a_body_that_comes_for_longer_than_a_request_may_take_is_refused():
+    with (
+        patient("--request-timeout", "0.5") as served,
+        connected(served, HEAD + b"Content-Length: 10000000\r\n\r\n") as (connection,),
+    ):
+        while not select.select([connection], [], [], 0.05)[0]:
+            connection.sendall(b" " * 1_000)
+        assert status_of(connection) == 408
+
+
 def test_a_full_queue_is_told_before_the_body_is_read(served):
     with endless(served), sent(served, LOUD, 1):
         assert served.process.stdout.readline() == PREPARES + "\n"
@@ -190,3 +213,170 @@ def test_a_wrong_token_is_refused_before_the_body_is_read():
         with connected(served, ASKING, wrong, right) as (without, with_wrong, with_right):
             assert status_of(without) == status_of(with_wrong) == 401
             assert with_right.recv(1000).startswith(CONTINUE)
+
+
+# --- hostile ---------------------------------------------------------------------------------------------------
+
+CAPTIONS, CHAT = "/v1/captions", "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+IMAGE = b'Content-Disposition: form-data; name="image"; filename="x"'
+NESTED = b"[" * 100_000
+
+
+def in_json(body: bytes, **headers: str) -> dict[str, Any]:
+    return {"content": body, "headers": JSON | headers}
+
+
+def in_form(head: bytes, data: bytes = b"x", *, n: int = 1, **headers: str) -> dict[str, Any]:
+    return {"content": b"--b\r\n%b\r\n\r\n%b\r\n" % (head, data) * n + b"--b--\r\n", "headers": FORM | headers}
+
+
+def chatting(extra: bytes) -> dict[str, Any]:
+    return in_json(json.dumps(chat(5)).encode()[:-1] + b", %b}" % extra)
+
+
+HOSTILE: dict[str, tuple[str, dict[str, Any], int]] = {
+    "deep nesting": (CAPTIONS, in_json(b'{"images": ' + NESTED), 400),
+    "deep nesting in chat": (CHAT, chatting(b'"tools": ' + NESTED), 400),
+    "a million pictures": (CAPTIONS, in_json(b'{"images": [' + b'"",' * 1_000_000 + b'""]}'), 400),
+    "a million messages": (CHAT, chatting(b'"messages": [' + b"{}," * 1_000_000 + b"{}]"), 400),
+    "not a number": (CHAT, chatting(b'"temperature": NaN'), 400),
+    "infinity": (CHAT, chatting(b'"max_tokens": 1e999'), 400),
+    "minus infinity": (CHAT, chatting(b'"n": -Infinity'), 400),
+    "a number of many digits": (CHAT, chatting(b'"max_tokens": ' + b"9" * 5_000), 400),
+    "not a number for pictures": (CAPTIONS, in_json(b'{"images": [NaN]}'), 400),
+    "invalid UTF-8": (CAPTIONS, in_json(b'{"images": ["\xff"]}'), 400),
+    "invalid UTF-8 in chat": (CHAT, in_json(b'{"model": "\xff"}'), 400),
+    "half of a surrogate pair": (CHAT, chatting(rb'"messages": [{"role": "user", "content": "\ud800"}]'), 400),
+    "half of a pair as a field": (CHAT, chatting(rb'"\ud800": 1'), 400),
+    "half of a pair as a model": (CHAT, chatting(rb'"model": "\ud800"'), 404),
+    "a file's address": (CAPTIONS, in_json(b'{"images": ["file:///etc/passwd"]}'), 400),
+    "an address in disguise": (CAPTIONS, in_json(b'{"images": [" HTTP://example.org/a.png"]}'), 400),
+    "a data URL in disguise": (CAPTIONS, in_json(b'{"images": ["DATA:image/png;base64,AAAA"]}'), 400),
+    "a data URL without base64": (CAPTIONS, in_json(b'{"images": ["data:image/svg+xml,<svg/>"]}'), 400),
+    "compressed": (CAPTIONS, in_json(b"{}", **{"Content-Encoding": "gzip"}), 415),
+    "a picture alone": (CAPTIONS, {"content": b"\x89PNG", "headers": {"Content-Type": "image/png"}}, 415),
+    "another charset": (
+        CAPTIONS,
+        in_form(
+            b'Content-Disposition: form-data; name="prompt"',
+            b"1" * 400_000,
+            **{"Content-Type": "multipart/form-data; boundary=b; charset=punycode"},
+        ),
+        415,
+    ),
+    "many files": (CAPTIONS, in_form(IMAGE, n=100_000), 400),
+    "many fields": (CAPTIONS, in_form(IMAGE.partition(b"; file")[0], n=100_000), 400),
+    "a long head of a part": (CAPTIONS, in_form(IMAGE + b"x" * 1_000_000), 400),
+    "many heads of a part": (CAPTIONS, in_form(b"X: y\r\n" * 100_000 + IMAGE), 400),
+    "a part without a name": (CAPTIONS, in_form(b"Content-Disposition: form-data"), 400),
+    "a form without an end": (CAPTIONS, {"content": b"--b\r\n" + IMAGE + b"\r\n\r\nx", "headers": FORM}, 400),
+    "a form that is JSON": (CAPTIONS, {"content": b"{}", "headers": FORM}, 400),
+    "a form for chat": (CHAT, in_form(IMAGE), 400),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_request_is_refused_at_little_cost(served, name):
+    path, request, expected = HOSTILE[name]
+    before = peak_mb(served)
+    answer = served.client.post(path, **request)
+    assert answer.status_code == expected, answer.text
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert peak_mb(served) - before < 50
+
+
+LENGTH = b"Content-Length: 4\r\n"
+MALFORMED = {
+    "two lengths": HEAD + LENGTH + b"Content-Length: 5\r\n\r\n",
+    "two hosts": HEAD + b"Host: example.org\r\n" + LENGTH + b"\r\n",
+    "a negative length": HEAD + b"Content-Length: -1\r\n\r\n",
+    "a length of many digits": HEAD + b"Content-Length: " + b"9" * 5_000 + b"\r\n\r\n",
+    "an unknown coding": HEAD + b"Transfer-Encoding: gzip\r\n\r\n",
+    "a broken chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_what_is_no_http_is_refused(served, name):
+    with connected(served, MALFORMED[name]) as (connection,):
+        assert status_of(connection) == 400
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A picture of this size, without its pixels."""
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT": b"", b"IEND": b""}
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def animation() -> bytes:
+    file = BytesIO()
+    first, *rest = (Image.new("L", (28, 28), level) for level in range(6, 100))
+    first.save(file, "GIF", save_all=True, append_images=rest)
+    return file.getvalue()
+
+
+def test_a_bomb_fails_alone(served):
+    before = peak_mb(served)
+    bombs = [png_of(60_000, 60_000), png_of(2**31 - 1, 2**31 - 1), b"<svg/>", b"", animation()]
+    answers = []
+    for bomb in bombs:
+        beside = [("image", ("a", base64.b64decode(grey(5)))), ("image", ("b", bomb))]
+        first, second = served.client.post("/v1/captions", files=beside).json()["captions"]
+        assert first["caption"] == "µ grey 5"
+        answers.append(second["caption"] or second["failure"]["code"])
+    assert answers == ["too_large", "too_large", "unsupported", "empty", "µ grey 6"]
+    assert peak_mb(served) - before < 50
+
+
+def test_requests_that_are_too_large_together_are_asked_to_come_back():
+    size = 1_000_000
+    begun = HEAD + f"Content-Length: {size}\r\n\r\n".encode() + b" " * (size - 1)
+    with patient(ROCOCAP_TEST_HELD="8500000") as served, connected(served, *[begun] * 8) as connections:
+        assert captioned(served, 5).status_code == 200
+        with connected(served, begun) as (one_too_many,):
+            answer = answer_to(one_too_many)
+            assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
+        connections[0].sendall(b" ")
+        assert status_of(connections[0]) == 400, "it was read whole"
+        assert captioned(served, 5).status_code == 200
+
+
+def test_nothing_of_a_request_is_logged_or_written_to_disk():
+    """Not even of what fails. The server can make no file of a megabyte, as forms are usually read with."""
+    secret = b"secret" * 500_000
+    requests: list[dict[str, Any]] = [
+        {"json": {"images": [base64.b64encode(secret).decode()], "prompt": "secret"}},
+        {"json": {"images": ["AAAA"], "preset": "secret"}},
+        {"json": {"secret": "secret"}},
+        in_json(b"secret"),
+        in_form(b"secret\0secret: secret", b"secret"),
+    ]
+    with patient(ROCOCAP_TEST_FILE_SIZE="1000000") as served:
+        answer = served.client.post(CAPTIONS, files=[("image", ("secret", secret))])
+        assert answer.json()["captions"][0]["failure"]["code"] == "not_an_image"
+        for request in requests:
+            assert served.client.post(CAPTIONS, **request).status_code < 500
+        clumsy = {"images": [grey(5), grey(CLUMSY)], "prompt": "secret"}
+        assert served.client.post(CAPTIONS, json=clumsy).status_code == 500
+        served.client.get("/v1/secret?secret=secret", headers={"Secret": "secret"})
+        assert served.stop() == 0
+        served.log.seek(0)
+        log = served.log.read()
+        assert " POST /v1/captions: 400, " in log
+        assert " ERROR a request failed (RuntimeError):" in log
+        assert "secret" not in log
+
+
+def test_with_debug_the_log_says_what_went_wrong():
+    program = [PROGRAM[0], "--debug", *PROGRAM[1:]]
+    with running(program) as served:
+        loaded(served)
+        assert served.client.post(CAPTIONS, json={"images": [grey(CLUMSY)], "prompt": "secret"}).status_code == 500
+        assert [line for line in served.complaints() if line.startswith("RuntimeError") and "secret" in line]
