@@ -7,8 +7,7 @@ import socket
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from http.client import HTTPResponse
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,29 @@ from typing import Any
 import httpx
 import pytest
 from patient_engine import CLUMSY, ENDLESS, LOUD, PREPARES
-from patient_server import PROGRAM, captioned, chat, endless, grey, patient, sent, texts
+from patient_server import (
+    ASKING,
+    CONTINUE,
+    HEAD,
+    HEALTH,
+    PROGRAM,
+    answer_to,
+    captioned,
+    chat,
+    connected,
+    endless,
+    grey,
+    patient,
+    sent,
+    status_of,
+    texts,
+)
 from PIL import Image
 from steps import until
 from web_server import Served, loaded, running
 
 from rococap import open_files
 from rococap.web.server import listen
-
-TOKEN = "a-token-of-some-length"
-HEAD = b"POST /v1/captions HTTP/1.1\r\nHost: localhost\r\n"
-ASKING = HEAD + b"Content-Length: 100\r\nExpect: 100-continue\r\n\r\n"
-HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-CONTINUE = b"HTTP/1.1 100 "
 
 
 @pytest.fixture(scope="module")
@@ -37,30 +46,6 @@ def served() -> Iterator[Served]:
         yield served
         assert served.stop() == 0
         assert served.complaints() == []
-
-
-@contextmanager
-def connected(served: Served, *beginnings: bytes) -> Iterator[list[socket.socket]]:
-    """Connections that have sent these beginnings of requests, one after the other."""
-    address = served.client.base_url
-    with ExitStack() as stack:
-        connections = []
-        for beginning in beginnings:
-            one = stack.enter_context(socket.create_connection((address.host, address.port), timeout=30))
-            one.sendall(beginning)
-            connections.append(one)
-        yield connections
-
-
-def answer_to(connection: socket.socket) -> HTTPResponse:
-    answer = HTTPResponse(connection)
-    answer.begin()
-    answer.read()
-    return answer
-
-
-def status_of(connection: socket.socket) -> int:
-    return answer_to(connection).status
 
 
 def health(served: Served) -> int:
@@ -177,16 +162,6 @@ def test_a_body_that_nobody_wants_is_refused_by_its_length(served):
         assert status_of(connection) == 413
 
 
-def test_a_body_that_comes_for_longer_than_a_request_may_take_is_refused():
-    with (
-        patient("--request-timeout", "0.5") as served,
-        connected(served, HEAD + b"Content-Length: 10000000\r\n\r\n") as (connection,),
-    ):
-        while not select.select([connection], [], [], 0.05)[0]:
-            connection.sendall(b" " * 1_000)
-        assert status_of(connection) == 408
-
-
 def test_a_full_queue_is_told_before_the_body_is_read(served):
     with endless(served), sent(served, LOUD, 1):
         assert served.process.stdout.readline() == PREPARES + "\n"
@@ -199,20 +174,6 @@ def test_a_full_queue_is_told_before_the_body_is_read(served):
             connection.sendall(b" " * 1_000_000 + HEALTH)
             assert status_of(connection) == 200, "a short rest is skipped"
     until(lambda: captioned(served, 4).status_code == 200, "the places of those that have hung up are free")
-
-
-def test_a_server_that_is_loading_says_so_before_the_body_is_read():
-    with running(PROGRAM, ROCOCAP_TEST_LOADS="for ever") as served, connected(served, ASKING) as (connection,):
-        assert status_of(connection) == 503
-
-
-def test_a_wrong_token_is_refused_before_the_body_is_read():
-    with patient(ROCOCAP_TOKEN=TOKEN) as served:
-        right = ASKING.replace(b"\r\n\r\n", f"\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
-        wrong = right.replace(b"a-token", b"b-token")
-        with connected(served, ASKING, wrong, right) as (without, with_wrong, with_right):
-            assert status_of(without) == status_of(with_wrong) == 401
-            assert with_right.recv(1000).startswith(CONTINUE)
 
 
 # --- hostile ---------------------------------------------------------------------------------------------------
