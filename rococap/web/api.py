@@ -53,7 +53,8 @@ def _explain(request: Request, error: Exception) -> Response:
 def _explain_status(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     messages = {404: "There is no such address.", 413: f"A request may have {MAX_REQUEST:,} bytes."}
-    return error_response(error.status_code, messages.get(error.status_code, error.detail))
+    code = "queue_full" if error.status_code == 429 else None
+    return error_response(error.status_code, messages.get(error.status_code, error.detail), code=code)
 
 
 def _explain_validation(request: Request, error: Exception) -> Response:

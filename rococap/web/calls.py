@@ -74,7 +74,6 @@ def error_response(status: int, message: str, *, code: str | None = None, param:
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     later = {"Retry-After": str(RETRY_SEC)}
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: later, 503: later}.get(status)
-    code = code or ("queue_full" if status == 429 else None)
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return JSONResponse(body, status, headers)
 
@@ -85,7 +84,7 @@ def explain(error: Exception) -> JSONResponse:
         case ApiError():
             return error_response(error.status, str(error), code=error.code, param=error.param)
         case Busy():
-            return error_response(429, str(error))
+            return error_response(429, str(error), code="queue_full")
         case Unavailable():
             return error_response(503, str(error), code="unavailable")
         case RococapError():  # the database

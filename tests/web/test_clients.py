@@ -209,7 +209,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], int]] = {
     "not a number for pictures": (CAPTIONS, in_json(b'{"images": [NaN]}'), 400),
     "invalid UTF-8": (CAPTIONS, in_json(b'{"images": ["\xff"]}'), 400),
     "invalid UTF-8 in chat": (CHAT, in_json(b'{"model": "\xff"}'), 400),
-    "half of a surrogate pair": (CHAT, chatting(rb'"messages": [{"role": "user", "content": "\ud800"}]'), 400),
+    "half of a surrogate pair": (CHAT, in_json(json.dumps(chat(5)).replace("What?", r"\ud800").encode()), 400),
     "half of a pair as a field": (CHAT, chatting(rb'"\ud800": 1'), 400),
     "half of a pair as a model": (CHAT, chatting(rb'"model": "\ud800"'), 404),
     "a file's address": (CAPTIONS, in_json(b'{"images": ["file:///etc/passwd"]}'), 400),
