@@ -4,7 +4,8 @@ import base64
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPResponse
 from io import BytesIO
 from typing import Any
 
@@ -18,6 +19,12 @@ from rococap.demo import MODEL
 
 PROGRAM = [str(TESTS / "patient_engine.py"), "serve", "--port", "0", "--model", str(MODEL), "--batch-size", "1"]
 """A server without a database, whose engine is patient, and answers one request at a time."""
+
+HEAD = b"POST /v1/captions HTTP/1.1\r\nHost: localhost\r\n"
+ASKING = HEAD + b"Content-Length: 100\r\nExpect: 100-continue\r\n\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 "
+"""Beginnings of requests, and of the answer to one that keeps its body back."""
 
 
 @contextmanager
@@ -66,3 +73,27 @@ def sent(served: Served, *levels: int) -> Iterator[None]:
     with socket.create_connection((address.host, address.port), timeout=30) as connection:
         connection.sendall(head.encode() + body)
         yield
+
+
+@contextmanager
+def connected(served: Served, *beginnings: bytes) -> Iterator[list[socket.socket]]:
+    """Connections that have sent these beginnings of requests, one after the other."""
+    address = served.client.base_url
+    with ExitStack() as stack:
+        connections = []
+        for beginning in beginnings:
+            one = stack.enter_context(socket.create_connection((address.host, address.port), timeout=30))
+            one.sendall(beginning)
+            connections.append(one)
+        yield connections
+
+
+def answer_to(connection: socket.socket) -> HTTPResponse:
+    answer = HTTPResponse(connection)
+    answer.begin()
+    answer.read()
+    return answer
+
+
+def status_of(connection: socket.socket) -> int:
+    return answer_to(connection).status

@@ -228,7 +228,8 @@ def _service(
     from rococap.web.captioner import Captioner
 
     known_as = served_name or (Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model)
-    return Service(Captioner(recipe, Options(**engine), max_waiting, check, on_state), known_as, request_timeout)
+    captioner = Captioner(recipe, Options(**engine), max_waiting, check, on_state, stall_timeout=request_timeout)
+    return Service(captioner, known_as, request_timeout)
 
 
 # --- several devices -------------------------------------------------------------------------------------------

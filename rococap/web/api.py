@@ -4,6 +4,7 @@ from typing import Literal
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -11,11 +12,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from rococap.errors import RococapError
-from rococap.web.access import MAX_REQUEST
+from rococap.web.access import API, MAX_REQUEST
 from rococap.web.calls import ERRORS, RecipeOf, Service, Serving, error_response, explain, invalid
 from rococap.web.captioner import LOADING
 from rococap.web.captions import CAPTIONS, captions
 from rococap.web.chat import CHAT, chat_completions
+from rococap.web.intake import Intake
 from rococap.web.requests import Unavailable
 
 router = APIRouter(tags=["captions"], responses=ERRORS)
@@ -29,6 +31,8 @@ def create_api(service: Service, recipe_of: RecipeOf) -> FastAPI:
     api.state.service = service
     api.state.recipe_of = recipe_of
     api.include_router(router)
+    paths = {API.rstrip("/") + route.path for route in router.routes if isinstance(route, APIRoute)}
+    api.add_middleware(Intake, service=service, paths=paths)
     explain_errors(api)
     return api
 
@@ -65,7 +69,6 @@ def explain_errors(api: Starlette) -> None:
         api.add_exception_handler(expected, _explain)
     api.add_exception_handler(HTTPException, _explain_status)
     api.add_exception_handler(RequestValidationError, _explain_validation)
-    api.add_exception_handler(Exception, _explain)
 
 
 def _explain(request: Request, error: Exception) -> Response:
@@ -75,7 +78,9 @@ def _explain(request: Request, error: Exception) -> Response:
 def _explain_status(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     messages = {404: "There is no such address.", 413: f"A request may have {MAX_REQUEST:,} bytes."}
-    return error_response(error.status_code, messages.get(error.status_code, error.detail), headers=error.headers)
+    code = "queue_full" if error.status_code == 429 else None
+    message = messages.get(error.status_code, error.detail)
+    return error_response(error.status_code, message, code=code, headers=error.headers)
 
 
 def _explain_validation(request: Request, error: Exception) -> Response:

@@ -7,6 +7,7 @@ import asyncio
 import base64
 import binascii
 import logging
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeVar
@@ -128,8 +129,16 @@ def explain(error: Exception) -> JSONResponse:
             return error_response(503, str(error))
         case ClientDisconnect():
             return error_response(499, GONE)
-    log.error("a request failed", exc_info=error)
+    log_failure("a request failed", error)
     return error_response(500, "The server could not answer this request. Its log says why.")
+
+
+def log_failure(what: str, error: Exception) -> None:
+    """Logs where an error happened. What it says may quote a request, and is only logged with --debug."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.error(what, exc_info=error)
+    else:
+        log.error("%s (%s):\n%s", what, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
 
 
 def invalid(first: Any) -> ApiError:
@@ -161,9 +170,11 @@ def decoded(text: str, param: str) -> bytes:
 
 
 def check_text(text: str, param: str) -> None:
-    """Raises ApiError if a text is too long."""
+    """Raises ApiError if a text is too long, or no Unicode, as half of a surrogate pair."""
     if len(text) > MAX_TEXT:
         raise ApiError(400, f"A text may have {MAX_TEXT:,} characters, not {len(text):,}.", param=param)
+    if text != text.encode(errors="replace").decode():
+        raise ApiError(400, "A text is not valid Unicode.", param=param)
 
 
 # --- waiting ---------------------------------------------------------------------------------------------------

@@ -85,10 +85,12 @@ async def captions(request: Request, service: Serving) -> Captions:
     most = min(MAX_PICTURES, service.captioner.requests.max_waiting)
     if not 1 <= len(pictures) <= most:
         raise ApiError(400, f"A request may have 1 to {most} pictures, not {len(pictures)}.", param="images")
+    request.state.pictures = len(pictures)
     choose = partial(_chosen_recipe, service, request.app.state.recipe_of, chosen)
     recipe = choose() if chosen.run is None else await asyncio.to_thread(choose)  # a run is read from the database
     batch = service.captioner.caption(pictures, recipe.prompt)
     completions = await answers(request, batch, service.timeout)
+    request.state.tokens = sum(completion.new_tokens for completion in completions)
     listed = [_listed(asked, completion) for asked, completion in zip(batch, completions, strict=True)]
     return Captions(captions=listed, model=service.model, recipe_hash=_hash_of(recipe))
 

@@ -213,10 +213,12 @@ async def chat_completions(request: Request, service: Serving, chat: ChatRequest
     """Answers a conversation with pictures."""
     _check(chat, service)
     messages, pictures = await asyncio.to_thread(_read, chat)
+    request.state.pictures = len(pictures)
     if chat.stream:
         return await _stream(request, service, chat, messages, pictures)
     asked = service.captioner.ask(pictures, messages, chat.limit)
     (completion,) = await answers(request, [asked], service.timeout)
+    request.state.tokens = completion.new_tokens
     _check_answer(completion)
     choice = Choice(message=Said(content=completion.text), finish_reason=completion.finish_reason)
     return ChatCompletion(**_head(service, "chat.completion"), choices=[choice], usage=_usage(completion))
@@ -326,7 +328,7 @@ async def _stream(
         loop.call_soon_threadsafe(arrived.put_nowait, (start, ids))
 
     asked = service.captioner.ask(pictures, messages, chat.limit, tell)
-    asyncio.wrap_future(asked.answer).add_done_callback(lambda done: _ended(done, arrived))
+    asyncio.wrap_future(asked.answer).add_done_callback(lambda done: _ended(done, arrived, request))
     try:
         first = await unless_gone(request, arrived.get(), service.timeout)
         if first is None:
@@ -338,10 +340,12 @@ async def _stream(
     return _Events(_Answer(service, asked, arrived, wants_usage).events(first), asked)
 
 
-def _ended(answer: "asyncio.Future[Completion]", arrived: Arrived) -> None:
-    if not answer.cancelled():
-        answer.exception()  # raised when the events are made
-        arrived.put_nowait(None)
+def _ended(answer: "asyncio.Future[Completion]", arrived: Arrived, request: Request) -> None:
+    if answer.cancelled():
+        return
+    if answer.exception() is None:  # one is raised when the events are made
+        request.state.tokens = answer.result().new_tokens
+    arrived.put_nowait(None)
 
 
 def _event(content: dict[str, Any]) -> bytes:

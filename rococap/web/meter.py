@@ -26,8 +26,18 @@ class Meter:
         self._pictures = counter("pictures", "Pictures in requests that were answered.")
         self._prompt_tokens = counter("prompt_tokens", "Tokens read, pictures included.")
         self._new_tokens = counter("new_tokens", "Tokens written.")
+        self._calls = counter("http_requests", "Calls of the API.", "path", "status")
+        text = "Seconds until calls of the API were answered in full."
+        self._call_seconds = Histogram(
+            "rococap_http_request_seconds", text, ["path"], buckets=SECONDS, registry=self.registry
+        )
         text = "Seconds that requests spent in each stage."
         self._seconds = Histogram("rococap_stage_seconds", text, ["stage"], buckets=SECONDS, registry=self.registry)
+
+    def answered(self, path: str, status: int, seconds: float) -> None:
+        """Counts a call of the API, however it was answered."""
+        self._calls.labels(path, str(status)).inc()
+        self._call_seconds.labels(path).observe(seconds)
 
     def count(self, asked: Asked) -> None:
         """Counts a request that has ended."""

@@ -79,6 +79,7 @@ class Requests:
         """Each with the number of steps before it."""
         self._running: dict[int, Asked] = {}
         self._abandoned: set[int] = set()
+        self._stepped: float | None = None
         self._closed: Unavailable | None = None
         self._ended = False
 
@@ -87,10 +88,7 @@ class Requests:
     def ask(self, batch: Sequence[Asked]) -> None:
         """Accepts requests, all or none. Raises Busy if too many are waiting, and Unavailable once it is closed."""
         with self._changed:
-            if self._closed is not None:
-                raise self._closed
-            if self._n_waiting() + len(batch) > self.max_waiting:
-                raise Busy(f"{self._n_waiting()} requests are waiting, and {self.max_waiting} may. Try again later.")
+            self.check_room(len(batch))
             for asked in batch:
                 self._last_id += 1
                 asked.id = self._last_id
@@ -99,6 +97,14 @@ class Requests:
             self._changed.notify_all()
         for asked in batch:
             asked.answer.add_done_callback(lambda _, asked=asked: self._finish(asked))  # type: ignore[misc]
+
+    def check_room(self, n: int) -> None:
+        """Raises as `ask` would for `n` requests."""
+        with self._changed:
+            if self._closed is not None:
+                raise self._closed
+            if self._n_waiting() + n > self.max_waiting:
+                raise Busy(f"{self._n_waiting()} requests are waiting, and {self.max_waiting} may. Try again later.")
 
     def _finish(self, asked: Asked) -> None:
         if asked.answer.cancelled():
@@ -185,9 +191,16 @@ class Requests:
 
     # --- the engine's side: Source and Streaming ---
 
+    @property
+    def since_step(self) -> float:
+        """For how many seconds the engine has neither taken a step nor waited for requests. 0.0 before it begins."""
+        stepped = self._stepped
+        return 0.0 if stepped is None else time.monotonic() - stepped
+
     def take(self, limit: int, wait: float | None) -> list[Prepared]:
         """As `Source.take`. With a `wait` in seconds, it waits only for requests that have come already."""
         with self._changed:
+            self._stepped = None
             if wait is None:
                 self._abandoned.clear()  # an engine that has rows never waits without a timeout
             self._changed.wait_for(lambda: self._ready or self._may_stop_waiting(wait), timeout=wait)
@@ -195,6 +208,7 @@ class Requests:
                 return []
             taken = [self._ready.popleft() for _ in range(min(limit, len(self._ready)))]
             self._running |= {asked.id: asked for asked, _, _ in taken}
+            self._stepped = time.monotonic()
             for asked, _, _ in taken:
                 asked.enters()
             if taken:
@@ -210,6 +224,7 @@ class Requests:
         return self._ended or (not is_coming and (wait is not None or self._closed is not None))
 
     def step(self, rows: int) -> Set[int]:
+        self._stepped = time.monotonic()
         if rows:
             self.n_steps += 1
             self.n_rows += rows

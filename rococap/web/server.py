@@ -18,14 +18,14 @@ from fastapi import FastAPI
 from rococap.errors import RococapError
 from rococap.web.app import App
 from rococap.web.captioner import Captioner
+from rococap.web.connections import Connection, room
+from rococap.web.intake import Bounded
 from rococap.web.pool import Pool
 from rococap.worker.signals import ONE_REQUEST_SEC
 
 STOP_SEC = 5
 """How long answers that are under way may take after a request to stop."""
 BACKLOG = 2_048
-MAX_CONNECTIONS = 500
-"""Requests beyond it are answered with 503."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -99,6 +99,15 @@ class _Server(uvicorn.Server):
         """Stops because the engine has ended. May be called in any thread."""
         self.should_exit = True
 
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # once a second
+            for connection in list(self.server_state.connections):
+                assert isinstance(connection, Connection)
+                connection.check()
+            if isinstance(self._backend, Captioner):
+                self._backend.report()
+        return await super().on_tick(counter)
+
     def _stop(self) -> None:
         self.should_exit = True
         if isinstance(self._app, App):
@@ -110,17 +119,17 @@ def serve(
 ) -> None:
     """Serves until a signal asks it to stop. Raises what the backend failed with."""
     config = uvicorn.Config(
-        app,
+        Bounded(app),
         # Requests are not logged: their addresses hold tokens and what people search for.
         access_log=False,
         log_config=None,
         log_level="error",
         lifespan="off",
         ws="none",
-        http="h11",
+        http=Connection,
         loop="asyncio",
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
+        limit_concurrency=room(),
         timeout_graceful_shutdown=STOP_SEC,
     )
     server = _Server(config, app, backend, drain_timeout)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from patient_engine import ENDLESS, FATAL, LOUD, PREPARES, RUNS
+from patient_engine import ENDLESS, FATAL, LOUD, PREPARES, RUNS, STALLING
 from patient_server import PROGRAM, captioned, chat, grey, sent, texts
 from prometheus_client.parser import text_string_to_metric_families
 from steps import members, until
@@ -178,6 +178,24 @@ def test_a_process_whose_engine_dies_is_replaced(served):
         assert captioned(served, FATAL).json()["error"]["code"] == "unavailable"
         assert texts(captioned(served, 5)) == ["µ grey 5"]
     assert served.logged("ended with code 1 (the device has vanished.); restarting it") == 1
+
+
+def test_a_process_whose_engine_stays_in_a_step_gets_no_requests_until_it_goes_on(tmp_path):
+    stalls = tmp_path / "stalls"
+    stalls.touch()
+
+    def up() -> list[float]:
+        families = text_string_to_metric_families(served.client.get("/metrics").text)
+        return sorted(one.value for family in families for one in family.samples if one.name == "rococap_up")
+
+    with crew("--request-timeout", "0.5", ROCOCAP_TEST_STALLS=str(stalls)) as served:
+        assert captioned(served, STALLING).status_code == 504
+        until(lambda: up() == [0, 1], "it has stalled")
+        assert served.client.get("/healthz").status_code == 200
+        for _ in range(4):
+            assert texts(captioned(served, 5)) == ["µ grey 5"]
+        stalls.unlink()
+        until(lambda: up() == [1, 1], "it goes on")
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server():

@@ -49,6 +49,8 @@ def test_metrics_count_requests_tokens_and_the_time_of_each_stage(served):
 
     assert grown("rococap_requests_total", "stop") == grown("rococap_pictures_total") == 3
     assert grown("rococap_prompt_tokens_total") == 3 * 7
+    assert grown("rococap_http_requests_total", "/v1/captions", "200") == 1
+    assert grown("rococap_http_request_seconds_count", "/v1/captions") == 1
     assert grown("rococap_new_tokens_total") == 3 * len("µ grey 10".encode())
     for stage in ("waiting", "preparing", "ready", "running"):
         assert grown("rococap_stage_seconds_count", stage) == 3

@@ -1,6 +1,7 @@
 """What happens to requests: places that are freed, queues that are full, servers that stop and engines that die."""
 
 import json
+import select
 import signal
 import socket
 import threading
@@ -8,8 +9,21 @@ from collections.abc import Iterator
 
 import pytest
 from click.testing import CliRunner
-from patient_engine import CHANGED, ENDLESS, FATAL, LOUD, PREPARES, RUNS
-from patient_server import PROGRAM, captioned, chat, endless, grey, patient, sent, texts
+from patient_engine import CHANGED, ENDLESS, FATAL, LOUD, PREPARES, RUNS, STALLING
+from patient_server import (
+    ASKING,
+    HEAD,
+    PROGRAM,
+    captioned,
+    chat,
+    connected,
+    endless,
+    grey,
+    patient,
+    sent,
+    status_of,
+    texts,
+)
 from places import TESTS
 from samples import fill
 from steps import run_worker, until
@@ -76,7 +90,7 @@ def test_beyond_the_queue_requests_are_asked_to_come_back(served):
     assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
     error = {"type": "rate_limit_error", "param": None, "code": "queue_full"}
     assert answer.json()["error"] == error | {"message": "3 requests are waiting, and 3 may. Try again later."}
-    assert texts(captioned(served, 4)) == ["µ grey 4"]
+    until(lambda: captioned(served, 4).status_code == 200, "the places of those that have hung up are free")
 
 
 def test_a_request_that_takes_too_long_fails_and_frees_its_place():
@@ -89,7 +103,32 @@ def test_a_request_that_takes_too_long_fails_and_frees_its_place():
         }
         streamed = served.client.post("/v1/chat/completions", json=chat(ENDLESS, stream=True))
         assert '"code":"timeout"' in streamed.text
+        with connected(served, HEAD + b"Content-Length: 10000000\r\n\r\n") as (connection,):
+            while not select.select([connection], [], [], 0.05)[0]:
+                connection.sendall(b" " * 1_000)
+            assert status_of(connection) == 408, "it has not been sent in that time"
         assert texts(captioned(served, 4)) == ["µ grey 4"]
+        assert served.stop() == 0
+
+
+def test_an_engine_that_stays_in_a_step_is_told_to_everyone_until_it_goes_on(tmp_path):
+    stalls = tmp_path / "stalls"
+    stalls.touch()
+    with patient("--request-timeout", "0.5", ROCOCAP_TEST_STALLS=str(stalls)) as served:
+        assert captioned(served, STALLING).json()["error"]["code"] == "timeout"
+        until(lambda: served.client.get("/healthz").json() == {"status": "stalled"}, "it has stalled")
+        assert served.client.get("/healthz").status_code == 503
+        assert served.client.get("/health").status_code == 200
+        answer = captioned(served, 1)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        stalls.unlink()
+        loaded(served)
+        assert texts(captioned(served, 4)) == ["µ grey 4"]
+
+
+def test_a_server_whose_engine_stays_in_a_step_stops_all_the_same(tmp_path):
+    with patient("--request-timeout", "0.5", ROCOCAP_TEST_STALLS=str(tmp_path)) as served:
+        assert captioned(served, STALLING).status_code == 504
         assert served.stop() == 0
 
 
@@ -99,6 +138,8 @@ def test_only_who_has_the_token_gets_captions():
             answer = served.client.post("/v1/captions", json={"images": [grey(1)]}, headers=headers)
             assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
             assert served.client.get("/v1/models", headers=headers).status_code == 401
+        with connected(served, ASKING) as (connection,):
+            assert status_of(connection) == 401, "before the body is sent"
         served.client.headers["Authorization"] = f"Bearer {TOKEN}"
         assert texts(captioned(served, 5)) == ["µ grey 5"]
         answer = served.client.post("/v1/captions", json={}, headers={"Origin": "https://example.org"})
@@ -218,6 +259,8 @@ def test_a_server_whose_model_is_loading_asks_to_come_back_and_stops_at_once():
         assert served.client.get("/health").status_code == 200
         for answer in (captioned(served, 1), served.client.get("/v1/models")):
             assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        with connected(served, ASKING) as (connection,):
+            assert status_of(connection) == 503, "before the body is sent"
         assert served.stop() == 0
 
 
