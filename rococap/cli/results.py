@@ -16,12 +16,14 @@ from sqlalchemy import Engine as Database
 from rococap import db, queue
 from rococap.cli.options import (
     SHOWN_FAILURES,
+    also_options,
     cli,
     db_option,
     echo_json,
     json_option,
     open_database,
     progress_bar,
+    requested_scores,
     run_option,
     runs_option,
     splits_option,
@@ -96,7 +98,6 @@ def _compared_row(run: Any) -> list[str]:
 # --- evaluate --------------------------------------------------------------------------------------------------
 
 WIDEST_SCORE = 20  # characters, with its interval
-EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
 
 
 @cli.command("evaluate")
@@ -109,12 +110,7 @@ EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
     help="File for the scores of each caption: .parquet, .csv or .jsonl. "
     "[default: results_medical/scores_SPLIT_RUN….parquet]",
 )
-@click.option(
-    "--also",
-    type=click.Choice(EXTRA_METRICS),
-    multiple=True,
-    help="Compute this score too. It needs an extra of rococap; without a GPU, BERTScore takes hours. May be repeated.",
-)
+@also_options
 @click.option(
     "--card",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -136,6 +132,8 @@ def evaluate_command(
     names: tuple[str, ...],
     output: Path | None,
     also: tuple[str, ...],
+    commands: tuple[str, ...],
+    command_limit: float,
     card: Path | None,
     captions: "Kind",
     strip_reasoning: bool,
@@ -155,11 +153,13 @@ def evaluate_command(
         comparison.check_suffix(output)
     if card is not None:
         model_card.check(card)
+    extras, plugins = requested_scores(also, commands, command_limit)
     database = open_database()
     with progress_bar() as progress:
         found = evaluation.evaluate(
             *(database, names, splits),
-            also=also,
+            also=extras,
+            plugins=plugins,
             captions=captions,
             strip_reasoning=strip_reasoning,
             progress=progress,
@@ -285,10 +285,18 @@ def _modalities_table(runs: Sequence[Any]) -> str:
     metavar="N",
     help="Number of pictures to show.",
 )
+@also_options
 @strip_option
 @db_option
 def report_command(
-    split: str, names: tuple[str, ...], output: Path | None, pictures: int, strip_reasoning: bool
+    split: str,
+    names: tuple[str, ...],
+    output: Path | None,
+    pictures: int,
+    also: tuple[str, ...],
+    commands: tuple[str, ...],
+    command_limit: float,
+    strip_reasoning: bool,
 ) -> None:
     """Write an HTML report of scores, plots and captioned pictures.
 
@@ -297,9 +305,12 @@ def report_command(
     """
     from rococap.scores import report as reporting
 
+    extras, plugins = requested_scores(also, commands, command_limit)
     with progress_bar() as progress:
         made = reporting.report(
             *(open_database(), names, split, output),
+            also=extras,
+            plugins=plugins,
             pictures=pictures,
             strip_reasoning=strip_reasoning,
             progress=progress,

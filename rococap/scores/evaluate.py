@@ -273,7 +273,11 @@ def _scores(
         raise NotComputed(f"Not all captions are scored yet: --also {metric.name}")
     computed = zip(stale, metric.score(pairs, stale), strict=True) if stale else iter(())
     done = 0
+    names = next((score.keys() for score in scores if score), None)
     while batch := list(islice(computed, STORE)):
+        names = names or batch[0][1].keys()
+        if any(score.keys() != names for _, score in batch):
+            raise NotComputed(f"It returned other names than {', '.join(names)} for some captions.")
         _keep(database, key, [(pairs[at].job_id, digests[at], score) for at, score in batch])
         for at, score in batch:
             scores[at] = score
@@ -483,6 +487,7 @@ class Evaluation:
     paired: list[Paired]
     strip_reasoning: bool = False
     texts: Texts = MACHINE
+    plugins: Sequence[Metric] = ()
 
 
 def evaluate(
@@ -491,6 +496,7 @@ def evaluate(
     splits: Sequence[str],
     *,
     also: Sequence[str] = (),
+    plugins: Sequence[Metric] = (),
     captions: Kind = "machine",
     strip_reasoning: bool = False,
     progress: Progress = silent,
@@ -498,7 +504,8 @@ def evaluate(
     """Scores what the runs have captioned of the splits so far. Without `names`, scores the default or the only run.
 
     `captions`: the machine's texts, or "edited", with the edits of readers; both keep scores of their own. `also` names
-    the extra metrics to compute; `strip_reasoning` removes a model's reasoning from the captions first.
+    the extra metrics to compute, `plugins` are further ones; `strip_reasoning` removes a model's reasoning from the
+    captions first.
 
     Raises RunError for runs that do not exist, are of different data sets, or have captioned nothing of the splits.
     """
@@ -517,14 +524,14 @@ def evaluate(
                 f"Caption pictures: rococap worker --run {run.name}"
             )
         for split in captioned:
-            result = _evaluate(database, run, split, cutoff, texts, also, strip_reasoning, progress)
+            result = _evaluate(database, run, split, cutoff, texts, also, plugins, strip_reasoning, progress)
             result.missing = counts[run.name, split].total - len(result.pairs)
             result.warnings = list(_warnings(result, n_images[split]))
             scored.append(result)
     _add_duplicates(database, scored)
     by_split = [[result for result in scored if result.split == split] for split in splits]
     paired = [pair_up(results[0], other) for results in by_split for other in results[1:]]
-    return Evaluation(list(chain.from_iterable(by_split)), paired, strip_reasoning, texts)
+    return Evaluation(list(chain.from_iterable(by_split)), paired, strip_reasoning, texts, plugins)
 
 
 def _add_duplicates(database: Database, scored: Sequence[Scored]) -> None:
@@ -550,6 +557,7 @@ def _evaluate(
     cutoff: int,
     texts: Texts,
     also: Sequence[str],
+    plugins: Sequence[Metric],
     strip_reasoning: bool,
     progress: Progress,
 ) -> Scored:
@@ -563,7 +571,7 @@ def _evaluate(
 
     was_computed = {key for _, key in kept}
     labelled = _labelled(pairs)
-    for metric in METRICS:
+    for metric in (*METRICS, *plugins):
         if metric.extra and metric.name not in also and _key(metric, texts) not in was_computed:
             continue
         rows = range(len(pairs)) if metric.of_concepts else labelled
@@ -671,6 +679,7 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "rococap": __version__,
         "packages": {name: _version(name) for name in packages},
+        **({"plugins": {one.name: one.edition for one in evaluation.plugins}} if evaluation.plugins else {}),
         "concepts": concepts.DIGEST,
         "resamples": RESAMPLES,
         "seed": SEED,

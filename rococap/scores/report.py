@@ -29,7 +29,7 @@ from rococap.recipe import Recipe
 from rococap.results.snapshot import done_pages, finished_until, short_reads
 from rococap.scores import evaluate as evaluation
 from rococap.scores import plots
-from rococap.scores.evaluate import BY_MODALITY, Evaluation, Scored
+from rococap.scores.evaluate import BY_MODALITY, Evaluation, Metric, Scored
 from rococap.scores.explained import SUMMARY, Explained, explained
 from rococap.scores.gallery import SECTIONS, Captions, Card, Gallery, Row, cards_of, choose, rows_of
 from rococap.scores.plots import Plot, Series
@@ -62,6 +62,8 @@ def report(
     split: str,
     path: Path | None = None,
     *,
+    also: Sequence[str] = (),
+    plugins: Sequence[Metric] = (),
     pictures: int = 200,
     note: str = "",
     strip_reasoning: bool = False,
@@ -69,14 +71,16 @@ def report(
 ) -> Reported:
     """Writes a report on the runs' captions of a split to `path`, with at most `pictures` pictures and a note on top.
 
-    The card of a picture that cannot be read says why.
+    `also` and `plugins` are further scores, as for `evaluate`. The card of a picture that cannot be read says why.
 
     Raises RunError as `evaluate` does, RococapError if the file cannot be written. On failure an older file stays as it
     was.
     """
     if path is not None and path.is_dir():
         raise RococapError(f"{path} is a folder: name a file with --output, such as {path / 'report.html'}")
-    evaluated = evaluation.evaluate(database, names, [split], strip_reasoning=strip_reasoning, progress=progress)
+    evaluated = evaluation.evaluate(
+        *(database, names, [split]), also=also, plugins=plugins, strip_reasoning=strip_reasoning, progress=progress
+    )
     path = path or evaluation.default_path(evaluated, "report", ".html")
     progress("resampling", 0, 1)
     results = evaluation.to_json(evaluated)
@@ -166,9 +170,7 @@ def _page(
         version=__version__,
         made_at=datetime.now(UTC),
         notice=NOTICE,
-        scored_by=", ".join(
-            [*(f"{name} {version}" for name, version in results["packages"].items()), f"concepts {results['concepts']}"]
-        ),
+        scored_by=", ".join(_scored_by(results)),
         note=note,
         warnings=[short_within(text, paths) for text in _warnings(results)],
         facts=_facts(evaluated),
@@ -193,6 +195,12 @@ def _page(
         script=Markup(script),
         script_digest=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _scored_by(results: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"{name} {version}" for name, version in results["packages"].items())
+    yield f"concepts {results['concepts']}"
+    yield from (f"{name} ({short_within(edition)})" for name, edition in results.get("plugins", {}).items())
 
 
 def _warnings(results: Mapping[str, Any]) -> list[str]:
