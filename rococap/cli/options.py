@@ -37,7 +37,7 @@ SECTIONS = {
     "Main job": ("enqueue", "worker", "status", "export"),
     "Inspect": ("serve", "runs", "failures", "leases", "workers", "prompts"),
     "Operate": ("retry", "cancel", "pause", "resume", "reap", "vacuum", "backup"),
-    "Results": ("compare", "evaluate", "finetune", "report", "restore", "reviews", "study"),
+    "Results": ("compare", "evaluate", "finetune", "probe", "report", "restore", "reviews", "study"),
     "Set-up": ("doctor", "migrate", "bench", "demo"),
 }
 """The headings of `rococap --help` and the commands below each, in the order in which a user needs them."""

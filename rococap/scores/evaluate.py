@@ -273,11 +273,7 @@ def _scores(
         raise NotComputed(f"Not all captions are scored yet: --also {metric.name}")
     computed = zip(stale, metric.score(pairs, stale), strict=True) if stale else iter(())
     done = 0
-    names = next((score.keys() for score in scores if score), None)
     while batch := list(islice(computed, STORE)):
-        names = names or batch[0][1].keys()
-        if any(score.keys() != names for _, score in batch):
-            raise NotComputed(f"It returned other names than {', '.join(names)} for some captions.")
         _keep(database, key, [(pairs[at].job_id, digests[at], score) for at, score in batch])
         for at, score in batch:
             scores[at] = score
@@ -307,25 +303,17 @@ def _keep(database: Database, key: str, rows: Sequence[tuple[int, str, Scores]])
 
 
 @dataclass(slots=True)
-class Scored:
-    """The captions of one run and split, with their scores.
+class Computed:
+    """Pairs with their scores.
 
-    `counts` maps each kind in COUNTED to its counts, shape (captions, counts); `values` every other score to its
-    values, shape (captions,), NaN where undefined. `not_computed` maps a score to the reason why there is none.
-    `missing` counts the jobs of the split that are not done. `duplicates` says which pictures have near-duplicates in
-    other splits; None if no pictures of the split or of any other were hashed.
+    `counts` maps each kind in COUNTED to its counts, shape (pairs, counts); `values` every other score to its values,
+    shape (pairs,), NaN where undefined. `not_computed` maps a score to the reason why there is none.
     """
 
-    run: Run
-    split: str
     pairs: list[Pair]
-    modalities: list[str]
-    counts: dict[str, Matrix]
-    values: dict[str, Vector]
-    not_computed: dict[str, str]
-    missing: int = 0
-    warnings: list[str] = field(default_factory=list)
-    duplicates: leaks.Known | None = None
+    counts: dict[str, Matrix] = field(default_factory=dict)
+    values: dict[str, Vector] = field(default_factory=dict)
+    not_computed: dict[str, str] = field(default_factory=dict)
 
     def statistics(self) -> Matrix:
         """One row per caption, shape (captions, columns): all counts, and for every other score its value and whether
@@ -348,6 +336,35 @@ class Scored:
         return found
 
 
+def compute(metrics: Sequence[Metric], pairs: list[Pair], rows: Sequence[int], progress: Progress = silent) -> Computed:
+    """Scores the pairs in these rows, without storing anything; the scores of other rows are undefined."""
+    computed = Computed(pairs)
+    for done, metric in enumerate(metrics):
+        progress("scoring", done, len(metrics))
+        try:
+            _add(computed, list(metric.score(pairs, rows)), rows)
+        except NotComputed as reason:
+            computed.not_computed |= dict.fromkeys(metric.scores, str(reason))
+    progress("scoring", len(metrics), len(metrics))
+    return computed
+
+
+@dataclass(slots=True, kw_only=True)
+class Scored(Computed):
+    """The captions of one run and split, with their scores.
+
+    `missing` counts the jobs of the split that are not done. `duplicates` says which pictures have near-duplicates in
+    other splits; None if no pictures of the split or of any other were hashed.
+    """
+
+    run: Run
+    split: str
+    modalities: list[str]
+    missing: int = 0
+    warnings: list[str] = field(default_factory=list)
+    duplicates: leaks.Known | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Summary:
     """Scores of n captions: overall values and their 95 % bootstrap intervals, None where undefined."""
@@ -366,17 +383,23 @@ def summarise(scored: Scored, modality: str | None = None) -> Summary:
     if modality is not None:
         statistics = statistics[np.array(scored.modalities) == modality]
     n = len(statistics)
-    rng = np.random.default_rng(SEED)
-    drawn = np.array([np.bincount(rng.integers(n, size=n), minlength=n) @ statistics for _ in range(RESAMPLES)])
-    overall, resampled = scored.totals(statistics.sum(axis=0)), scored.totals(drawn)
+    overall, resampled = scored.totals(statistics.sum(axis=0)), scored.totals(resampled_sums(statistics))
     return Summary(
         n,
         {name: _number(value) for name, value in overall.items()},
-        {name: _interval(resampled[name]) if n > 1 else None for name in overall},
+        {name: interval(resampled[name]) if n > 1 else None for name in overall},
     )
 
 
-def _interval(values: Vector) -> tuple[float, float] | None:
+def resampled_sums(statistics: Matrix) -> Matrix:
+    """Sums of as many rows as there are, drawn with replacement: shape (rows, columns) -> (RESAMPLES, columns)."""
+    n = len(statistics)
+    rng = np.random.default_rng(SEED)
+    return np.array([np.bincount(rng.integers(n, size=n), minlength=n) @ statistics for _ in range(RESAMPLES)])
+
+
+def interval(values: Vector) -> tuple[float, float] | None:
+    """The 95 % interval of resampled scores; None if they are undefined."""
     known = values[~np.isnan(values)]
     low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
     return None if np.isnan(low) else (float(low), float(high))
@@ -458,7 +481,8 @@ def _only(scored: Scored, rows: npt.NDArray[np.int64], like: Scored, is_part: bo
     """The captions in these rows, with the scores that `like` also has."""
     counts = {name: value[rows] for name, value in scored.counts.items() if name in like.counts}
     values = {name: value[rows] for name, value in scored.values.items() if name in like.values}
-    part = Scored(scored.run, scored.split, [scored.pairs[at] for at in rows], [], counts, values, {})
+    pairs = [scored.pairs[at] for at in rows]
+    part = Scored(pairs, counts, values, run=scored.run, split=scored.split, modalities=[])
     for metric in METRICS if is_part else ():
         if metric.of_corpus and metric.name in values:
             del values[metric.name]
@@ -564,7 +588,7 @@ def _evaluate(
     with short_reads(database) as read:
         pairs, kept = _read(read, run, split, cutoff, texts, strip_reasoning=strip_reasoning)
     modalities = [concepts.modality(concepts.parse(pair.cui)) for pair in pairs]
-    scored = Scored(run, split, pairs, modalities, {}, {}, {})
+    scored = Scored(pairs, run=run, split=split, modalities=modalities)
 
     def labelled_progress(what: str, done: int, total: int) -> None:
         progress(f"{run.name}, {split}: {what}", done, total)
@@ -584,10 +608,9 @@ def _evaluate(
                 requested=metric.name in also,
                 progress=labelled_progress,
             )
+            _add(scored, scores, rows)
         except NotComputed as reason:
             scored.not_computed |= dict.fromkeys(metric.scores, str(reason))
-        else:
-            _add(scored, scores, rows)
     _drop_unlabelled(scored, labelled)
     scored.values["flagged"] = np.array([float(bool(pair.flags)) for pair in pairs])
     return scored
@@ -617,9 +640,15 @@ def _drop_unlabelled(scored: Scored, labelled: Sequence[int]) -> None:
                 scored.values[name][np.setdiff1d(np.arange(len(scored.pairs)), labelled)] = np.nan
 
 
-def _add(scored: Scored, scores: Sequence[Scores], rows: Sequence[int]) -> None:
-    """Adds the scores of the captions in these rows; the other captions have none."""
-    for name in scores[0]:
+def _add(scored: Computed, scores: Sequence[Scores], rows: Sequence[int]) -> None:
+    """Adds the scores of the captions in these rows; the other captions have none.
+
+    Raises NotComputed if some have scores of other names: a plug-in may do anything.
+    """
+    names = scores[0].keys()
+    if any(score.keys() != names for score in scores):
+        raise NotComputed(f"It returned other names than {', '.join(names)} for some captions.")
+    for name in names:
         known = np.array([score[name] for score in scores], dtype=np.float64)
         column = np.full((len(scored.pairs), *known.shape[1:]), 0.0 if name in COUNTED else np.nan)
         column[list(rows)] = known

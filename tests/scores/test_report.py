@@ -521,7 +521,8 @@ def scored(run: str, scores: dict[str, float], flagged: Sequence[str] = ()) -> S
         evaluate.Pair(n, name, "one", "", "another", "loop" if name in flagged else "") for n, name in enumerate(scores)
     ]
     values = dict.fromkeys(("cider_d", "rouge_l"), np.array(list(scores.values())))
-    return Scored(Run(1, run, 1, "", "", Recipe(), None, 5, False), "train", pairs, [], {}, values, {})
+    made_by = Run(1, run, 1, "", "", Recipe(), None, 5, False)
+    return Scored(pairs, {}, values, run=made_by, split="train", modalities=[])
 
 
 def test_best_and_worst_are_the_first_runs_and_among_equals_go_by_id():
