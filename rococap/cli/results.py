@@ -141,9 +141,9 @@ def evaluate_command(
 ) -> None:
     """Score captions against the originals, overall and by modality.
 
-    The scores are BLEU, ROUGE, METEOR, CIDEr-D and the concepts that a caption names. They are stored in the database,
-    so that no caption is scored twice, except by CIDEr-D: it weights words by how rare they are in all originals, so
-    each further caption changes it for every caption.
+    The scores are BLEU, ROUGE, METEOR, CIDEr-D, facts, and the concepts that a caption names. They are stored in the
+    database, so that no caption is scored twice, except by CIDEr-D: it weights words by how rare they are in all
+    originals, so each further caption changes it for every caption.
     """
     from rococap.scores import compare as comparison
     from rococap.scores import evaluate as evaluation
@@ -203,8 +203,14 @@ def _scores_text(scores: dict[str, Any], split: str) -> str:
         textwrap.fill(f"{', '.join(names)}: not computed: {why}", 80, subsequent_indent="  ")
         for why, names in reasons.items()
     ]
-    tables = (_overall_table(list(names), runs, paired), _modalities_table(runs))
-    parts = [f"{split}: {counts}", tables[0], "\n".join(notes), *_without_near_duplicates(list(names), runs), tables[1]]
+    parts = [
+        f"{split}: {counts}",
+        _overall_table(list(names), runs, paired),
+        "\n".join(notes),
+        *_facts_table(runs),
+        *_without_near_duplicates(list(names), runs),
+        _modalities_table(runs),
+    ]
     return "\n\n".join([*parts, "\n".join(not_computed)]).rstrip()
 
 
@@ -224,6 +230,20 @@ def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[A
         for row in rows:
             row += [_score(paired[0][key].get(row[0])) for key in ("differences", "p")]
     return within_80(header, rows, *range(1, len(runs) + 1))
+
+
+def _facts_table(runs: Sequence[Any]) -> list[str]:
+    """The facts behind the fact scores: `n` captions, where at least one of the texts has a fact of the kind."""
+    counted = [(name, run["run"], of) for run in runs for name, of in run["facts"].items() if of["n"]]
+    names = dict.fromkeys(name for name, _, _ in counted)
+    rows = [
+        [name.removeprefix("fact_"), cut(run, WIDEST_SCORE), *map(str, of.values())]
+        for name in names
+        for other, run, of in counted
+        if other == name
+    ]
+    header = ["facts", "run", "n", "agreeing", "invented", "missed", "opposite"]
+    return [within_80(header, rows, 1)] if rows else []
 
 
 def _without_near_duplicates(names: Sequence[str], runs: Sequence[Any]) -> list[str]:

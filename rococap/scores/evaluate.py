@@ -2,7 +2,8 @@
 
 Each score is computed once and stored with its caption, together with a digest of everything that it depends on; a
 missing or stale score is computed again. Corpus scores, confidence intervals and significance tests are computed from
-sums over captions, and thus from the stored values. The scores themselves are in `metrics` and `concepts`.
+sums over captions, and thus from the stored values. The scores themselves are in `metrics`, `concepts` and
+`facts`.
 """
 
 import hashlib
@@ -34,7 +35,8 @@ from rococap.results.formats import write_frames
 from rococap.results.manifest import TRAINING, manifest_path, stripped
 from rococap.results.snapshot import PAGE, Read, done_pages, finished_until, short_reads
 from rococap.results.texts import MACHINE, Kind, Texts, texts_now
-from rococap.scores import concepts, leaks, metrics
+from rococap.scores import concepts, facts, leaks, metrics
+from rococap.scores.facts.language import is_english
 from rococap.scores.metrics import ORDERS, Vector
 
 BLEUS = tuple(f"bleu_{order}" for order in range(1, ORDERS + 1))
@@ -45,6 +47,7 @@ SEED = 20_411  # fixed, so that intervals and tests are reproducible
 STORE = 500  # captions whose scores are stored in one transaction: no more are lost if the process is killed
 LONGEST_NAME = 150  # bytes of a file name that run names may take; file systems limit the whole name to 255
 NO_ORIGINALS = "There are no originals: the data set has no captions for these pictures."
+NO_FACTS = "Neither the captions nor the originals state such a fact."
 NO_CONCEPTS = "There are no originals and no concepts: the data set has neither for these pictures."
 
 Matrix = npt.NDArray[np.float64]
@@ -69,7 +72,12 @@ class Pair:
 # --- Kinds of scores -------------------------------------------------------------------------------------------
 
 Scores = dict[str, Any]
-"""The scores of one caption: name -> number, None if undefined; for a name in COUNTED, a list of counts."""
+"""The scores of one caption: name -> number, None if undefined; for a name in COUNTED, a list of counts; for one in
+FACTS, counts of agreeing, invented, missed and opposite facts, None if a text could not be read.
+"""
+FACTS = {f"fact_{kind}": kind for kind in facts.KINDS}
+"""The names of the fact scores, each with its kind of facts."""
+COUNTS = ("agreeing", "invented", "missed", "opposite")
 
 
 def _bleus_and_length_ratio(counts: Matrix) -> Matrix:
@@ -176,6 +184,18 @@ def _concepts(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
         }
 
 
+def _facts(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
+    if not any(is_english(pair.text) and is_english(pair.reference) for pair in pairs):
+        raise NotComputed(f"Facts are read from English texts, and {len(pairs)} of {len(pairs)} pairs are not (100 %).")
+    for at in wanted:
+        caption, reference = facts.facts_of(pairs[at].text), facts.facts_of(pairs[at].reference)
+        if caption is None or reference is None:
+            yield dict.fromkeys(FACTS)
+        else:
+            found = facts.agreements(caption, reference)
+            yield {name: found[kind].counts for name, kind in FACTS.items()}
+
+
 def _bertscore(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
     references = [formats.fold(pair.reference) for pair in pairs]
     texts = [(formats.fold(pairs[at].text), references[at]) for at in wanted]
@@ -208,6 +228,7 @@ METRICS = (
     ),
     Metric("meteor_nltk", ("meteor_nltk",), _meteor, ("nltk",)),
     Metric("cider_d", ("cider_d",), _cider_d, of_corpus=True),
+    Metric("facts", tuple(FACTS), _facts, edition=facts.DIGEST),
     Metric(
         "concepts",
         ("concept_f1", "concept_recall", "concept_f1_ref"),
@@ -307,13 +328,15 @@ class Computed:
     """Pairs with their scores.
 
     `counts` maps each kind in COUNTED to its counts, shape (pairs, counts); `values` every other score to its values,
-    shape (pairs,), NaN where undefined. `not_computed` maps a score to the reason why there is none.
+    shape (pairs,), NaN where undefined. `facts` maps each score in FACTS to its COUNTS, shape (pairs, 4), NaN where a
+    text could not be read or there is no original. `not_computed` maps a score to the reason why there is none.
     """
 
     pairs: list[Pair]
     counts: dict[str, Matrix] = field(default_factory=dict)
     values: dict[str, Vector] = field(default_factory=dict)
     not_computed: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Matrix] = field(default_factory=dict)
 
     def statistics(self) -> Matrix:
         """One row per caption, shape (captions, columns): all counts, and for every other score its value and whether
@@ -649,6 +672,9 @@ def _add(scored: Computed, scores: Sequence[Scores], rows: Sequence[int]) -> Non
     if any(score.keys() != names for score in scores):
         raise NotComputed(f"It returned other names than {', '.join(names)} for some captions.")
     for name in names:
+        if name in FACTS:
+            _add_facts(scored, name, [score[name] for score in scores], rows)
+            continue
         known = np.array([score[name] for score in scores], dtype=np.float64)
         column = np.full((len(scored.pairs), *known.shape[1:]), 0.0 if name in COUNTED else np.nan)
         column[list(rows)] = known
@@ -656,6 +682,16 @@ def _add(scored: Computed, scores: Sequence[Scores], rows: Sequence[int]) -> Non
             scored.counts[name] = column
         else:
             scored.values[name] = column
+
+
+def _add_facts(scored: Computed, name: str, counts: Sequence[Sequence[int] | None], rows: Sequence[int]) -> None:
+    known = np.full((len(scored.pairs), len(COUNTS)), np.nan)
+    known[list(rows)] = [(np.nan,) * len(COUNTS) if one is None else one for one in counts]
+    scored.facts[name] = known
+    if np.nansum(known):
+        scored.values[name] = facts.f1(known)
+    else:
+        scored.not_computed[name] = NO_FACTS
 
 
 def _warnings(scored: Scored, n_images: int) -> Iterator[str]:
@@ -666,6 +702,11 @@ def _warnings(scored: Scored, n_images: int) -> Iterator[str]:
             yield f"{n - n_labelled} captions of {split} have no original: scores against originals leave them out."
     else:
         yield f"{run.name} has no originals for {split}: scores against originals are not computed."
+    if unread := _not_read(scored):
+        yield (
+            f"{unread} of {n} captions of {run.name} for {split} ({unread / n:.0%}) or their originals are not in "
+            "English: no facts are read from them, and the fact scores leave them out."
+        )
     if scored.missing:
         yield f"{run.name} has not captioned {scored.missing} pictures of {split}: the scores leave them out."
     if n + scored.missing < n_images:
@@ -677,6 +718,12 @@ def _warnings(scored: Scored, n_images: int) -> Iterator[str]:
                 f"{name} was trained on {split} of this data set: the scores of {run.name} on it measure memorisation. "
                 "Evaluate a split that it was not trained on."
             )
+
+
+def _not_read(scored: Scored) -> int:
+    """The number of captions with an original that no facts were read from."""
+    labelled = _labelled(scored.pairs)
+    return max((int(np.isnan(counts[labelled, 0]).sum()) for counts in scored.facts.values()), default=0)
 
 
 def _training(path: Path) -> dict[str, Any]:
@@ -710,6 +757,7 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
         "packages": {name: _version(name) for name in packages},
         **({"plugins": {one.name: one.edition for one in evaluation.plugins}} if evaluation.plugins else {}),
         "concepts": concepts.DIGEST,
+        "facts": facts.DIGEST,
         "resamples": RESAMPLES,
         "seed": SEED,
         **stripped(evaluation.strip_reasoning),
@@ -737,11 +785,31 @@ def _run_json(scored: Scored) -> dict[str, Any]:
         "intervals": overall.intervals,
         "without_near_duplicates": _without_json(without_near_duplicates(scored, overall)),
         "not_computed": scored.not_computed,
+        "facts": facts_json(scored),
         "by_modality": {
-            name: {"n": summary.n, "metrics": summary.metrics, "intervals": summary.intervals}
+            name: {
+                "n": summary.n,
+                "metrics": summary.metrics,
+                "intervals": summary.intervals,
+                "facts": facts_json(scored, name),
+            }
             for name, summary in by_modality.items()
         },
         "warnings": scored.warnings,
+    }
+
+
+def facts_json(scored: Scored, modality: str | None = None) -> dict[str, dict[str, int]]:
+    """For each fact score, the number `n` of pairs in which at least one text has such a fact, and the facts by COUNTS;
+    of all captions, or of those of one modality.
+    """
+    rows = np.ones(len(scored.pairs), dtype=bool) if modality is None else np.array(scored.modalities) == modality
+    return {
+        name: {
+            "n": int(np.count_nonzero(np.nansum(counts[rows], axis=1))),
+            **dict(zip(COUNTS, map(int, np.nansum(counts[rows], axis=0)), strict=True)),
+        }
+        for name, counts in scored.facts.items()
     }
 
 
@@ -798,4 +866,9 @@ def _by_caption(scored: Scored) -> dict[str, Vector]:
     for kind, counts in scored.counts.items():
         names, _ = COUNTED[kind]
         counted |= zip(names, _of_counts(kind, counts).T, strict=True)
-    return counted | {name: value for name, value in scored.values.items() if name != "flagged"}
+    of_facts = {
+        f"{name}_{what}": values
+        for name, counts in scored.facts.items()
+        for what, values in zip(COUNTS, counts.T, strict=True)
+    }
+    return counted | {name: value for name, value in scored.values.items() if name != "flagged"} | of_facts

@@ -51,6 +51,19 @@ EXPLAINED: Final = {
         "0 to 1",
         "Concept F1 of the original captions themselves: the level to compare with.",
     ),
+    **{
+        f"fact_{kind}": Explained(f"Facts: {kind}", "0 to 1", f"F1 of {what}, over captions where either text has one.")
+        for kind, what in (
+            ("modality", "the modalities that a caption and its original name"),
+            ("plane", "planes, projections and standard views"),
+            ("region", "regions of the body"),
+            ("side", "left and right, with what they are the sides of"),
+            ("negation", "findings that are denied"),
+            ("measurement", "numbers with units, equal within rounding"),
+            ("contrast", "contrast media and their phases"),
+            ("sequence", "MRI sequences and weightings"),
+        )
+    },
     "flagged": Explained(
         "Flagged", "0 to 1", "Share of captions that are empty, repetitive or otherwise flagged: lower is better."
     ),

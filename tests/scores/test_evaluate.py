@@ -18,7 +18,7 @@ from rococap import db, queue
 from rococap.errors import RunError
 from rococap.queue import Run
 from rococap.recipe import Recipe
-from rococap.scores import evaluate, metrics
+from rococap.scores import evaluate, facts, metrics
 
 ORIGINALS = [
     "CT of the chest with a mass in the left lung.",
@@ -111,7 +111,7 @@ def test_a_new_caption_costs_itself_but_in_cider_d(database, run, computed):
     computed.clear()
     caption(database, run, texts(*CAPTIONS[4:]), now=2_000)
     found = of(database)
-    assert dict(computed) == {"overlap": 2, "meteor_nltk": 2, "concepts": 2, "cider_d": 6}
+    assert dict(computed) == {"overlap": 2, "meteor_nltk": 2, "concepts": 2, "facts": 2, "cider_d": 6}
     assert found["n"] == 6
     words = [metrics.tokens(text) for text in CAPTIONS]
     expected = metrics.cider_d(words, [[metrics.tokens(text)] for text in ORIGINALS])
@@ -134,7 +134,7 @@ def test_an_original_that_changed_has_its_caption_scored_anew(database, run, roo
     originals(root, n1="Something else altogether.")
     register(database, root, ["train"])
     after = of(database)["metrics"]
-    assert dict(computed) == {"overlap": 1, "meteor_nltk": 1, "concepts": 1, "cider_d": 6}
+    assert dict(computed) == {"overlap": 1, "meteor_nltk": 1, "concepts": 1, "facts": 1, "cider_d": 6}
     assert after["rouge_l"] < before["rouge_l"] - 0.1
     computed.clear()
     assert of(database)["metrics"] == after
@@ -628,6 +628,7 @@ def test_a_second_call_imports_neither_torch_nor_nltk(url, here, tmp_path):
 AGAINST_ORIGINALS = [
     *(*evaluate.BLEUS, "rouge_1", "rouge_l", "rouge_l_coco", "rouge1_imageclef", "meteor_nltk", "cider_d"),
     "concept_f1_ref",
+    *evaluate.FACTS,
 ]
 
 
@@ -672,6 +673,8 @@ def test_captions_without_an_original_do_not_weigh_on_the_scores_of_the_others(d
                 values = scored.values[name]
                 assert np.isnan(values[[1, 4]]).all()
                 expected = np.array([one[name] for one in of_others], dtype=float)
+                if name in evaluate.FACTS:
+                    expected = facts.f1(expected)
                 np.testing.assert_array_equal(values[some], expected)
     bleu = evaluate.summarise(scored).metrics["bleu_1"]
     counts = scored.counts["bleu"][some].sum(axis=0)
