@@ -86,7 +86,7 @@ def _text(probed: "Probed") -> str:
 
     return "\n\n".join(
         [
-            f"{probed.n} original captions, changed and scored against themselves: how far each score falls",
+            f"How far each score falls when {probed.n} original captions are changed",
             *_tables(probed),
             _paragraph(
                 "= cannot be told from no change: the 95% interval of the fall includes 0. cider_d goes up to 10; "

@@ -53,7 +53,7 @@ def _in_case_of(model: str, word: str) -> str:
 
 _SIDE: Final = re.compile(
     r"\b(?:was |were |been |be )?(left|right)(?=(?:wards?|[- ]sided)?\b)"
-    r"(?![- ](?:handed|angled?|after|before|behind|untreated|alone|in place|panels?|images?|pictures?|figures?)\b)",
+    r"(?![- ](?:handed|angle[ds]?|after|before|behind|untreated|alone|in place|panels?|images?|pictures?|figures?)\b)",
     re.IGNORECASE,
 )
 _ABBREVIATION: Final = re.compile(r"\b[LR][A-Za-z]{0,4}\b\W{1,3}(?:left|right)\b")
@@ -110,7 +110,7 @@ _SO: Final = (
         r"(?:(?:an?|some|multiple|several|many|numerous) )?+(?=\w)",
         r"\1 no ",
     ),
-    (rf"\b(is|was|are|were) ((?:clearly |also )?{_SEEN})\b", r"\1 not \2"),
+    (rf"\b(is|was|are|were) (?:also )?((?:clearly )?{_SEEN})\b", r"\1 not \2"),
 )
 
 
