@@ -112,6 +112,11 @@ WIDEST_SCORE = 20  # characters, with its interval
 )
 @also_options
 @click.option(
+    "--imageclef",
+    type=click.Choice(["2026"]),
+    help="Also combine the scores as ImageCLEFmedical Caption of this year ranks, if all of their parts are there.",
+)
+@click.option(
     "--card",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
@@ -134,6 +139,7 @@ def evaluate_command(
     also: tuple[str, ...],
     commands: tuple[str, ...],
     command_limit: float,
+    imageclef: str | None,
     card: Path | None,
     captions: "Kind",
     strip_reasoning: bool,
@@ -160,6 +166,7 @@ def evaluate_command(
             *(database, names, splits),
             also=extras,
             plugins=plugins,
+            as_imageclef=imageclef is not None,
             captions=captions,
             strip_reasoning=strip_reasoning,
             progress=progress,

@@ -35,7 +35,7 @@ from rococap.results.formats import write_frames
 from rococap.results.manifest import TRAINING, manifest_path, stripped
 from rococap.results.snapshot import PAGE, Read, done_pages, finished_until, short_reads
 from rococap.results.texts import MACHINE, Kind, Texts, texts_now
-from rococap.scores import concepts, facts, leaks, metrics
+from rococap.scores import concepts, facts, imageclef, leaks, metrics
 from rococap.scores.facts.language import is_english
 from rococap.scores.metrics import ORDERS, Vector
 
@@ -512,6 +512,9 @@ def _only(scored: Scored, rows: npt.NDArray[np.int64], like: Scored, is_part: bo
             labelled = _labelled(part.pairs)
             if not metric.extra and len(labelled) > 1:
                 _add(part, list(metric.score([part.pairs[at] for at in labelled], range(len(labelled)))), labelled)
+    for name in imageclef.PARTS:
+        if imageclef.missing(name, values):
+            values.pop(name, None)
     return part
 
 
@@ -544,6 +547,7 @@ def evaluate(
     *,
     also: Sequence[str] = (),
     plugins: Sequence[Metric] = (),
+    as_imageclef: bool = False,
     captions: Kind = "machine",
     strip_reasoning: bool = False,
     progress: Progress = silent,
@@ -551,8 +555,8 @@ def evaluate(
     """Scores what the runs have captioned of the splits so far. Without `names`, scores the default or the only run.
 
     `captions`: the machine's texts, or "edited", with the edits of readers; both keep scores of their own. `also` names
-    the extra metrics to compute, `plugins` are further ones; `strip_reasoning` removes a model's reasoning from the
-    captions first.
+    the extra metrics to compute, `plugins` are further ones, and `as_imageclef` adds ImageCLEF's combined scores;
+    `strip_reasoning` removes a model's reasoning from the captions first.
 
     Raises RunError for runs that do not exist, are of different data sets, or have captioned nothing of the splits.
     """
@@ -571,7 +575,9 @@ def evaluate(
                 f"Caption pictures: rococap worker --run {run.name}"
             )
         for split in captioned:
-            result = _evaluate(database, run, split, cutoff, texts, also, plugins, strip_reasoning, progress)
+            result = _evaluate(
+                database, run, split, cutoff, texts, also, plugins, as_imageclef, strip_reasoning, progress
+            )
             result.missing = counts[run.name, split].total - len(result.pairs)
             result.warnings = list(_warnings(result, n_images[split]))
             scored.append(result)
@@ -605,6 +611,7 @@ def _evaluate(
     texts: Texts,
     also: Sequence[str],
     plugins: Sequence[Metric],
+    as_imageclef: bool,
     strip_reasoning: bool,
     progress: Progress,
 ) -> Scored:
@@ -635,6 +642,8 @@ def _evaluate(
         except NotComputed as reason:
             scored.not_computed |= dict.fromkeys(metric.scores, str(reason))
     _drop_unlabelled(scored, labelled)
+    if as_imageclef:
+        _add_imageclef(scored, labelled)
     scored.values["flagged"] = np.array([float(bool(pair.flags)) for pair in pairs])
     return scored
 
@@ -661,6 +670,14 @@ def _drop_unlabelled(scored: Scored, labelled: Sequence[int]) -> None:
                 scored.values.pop(name, None)
             elif name not in metric.of_concepts and name in scored.values:
                 scored.values[name][np.setdiff1d(np.arange(len(scored.pairs)), labelled)] = np.nan
+
+
+def _add_imageclef(scored: Scored, labelled: Sequence[int]) -> None:
+    complete = {name: values for name, values in scored.values.items() if not np.isnan(values[labelled]).any()}
+    scored.values |= imageclef.combine(complete)
+    for name in imageclef.PARTS:
+        if parts := imageclef.missing(name, complete):
+            scored.not_computed[name] = imageclef.why_not(parts)
 
 
 def _add(scored: Computed, scores: Sequence[Scores], rows: Sequence[int]) -> None:

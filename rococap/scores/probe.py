@@ -133,8 +133,8 @@ def of_file(path: Path) -> list[Pair]:
             f"{path} has no columns ID and Caption: it has {', '.join(map(str, frame.columns))}. Rename them, or name "
             "a CSV file that rococap exported."
         )
-    manifest = read_json(manifest_path(path))
-    if manifest and manifest.get("excel_safe"):
+    is_export = captions.name == CAPTION_COLUMNS[-1]
+    if is_export and (read_json(manifest_path(path)) or {}).get("excel_safe"):
         captions = captions.map(armed)
     if repeated := [id for id, n in Counter(ids).items() if n > 1]:
         raise RococapError(f"{path} has several rows with the ID {repeated[0]!r}: leave one of each.")
