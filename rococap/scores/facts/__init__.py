@@ -6,6 +6,7 @@ sides.py, negation.py and measurements.py.
 """
 
 import hashlib
+import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -73,7 +74,7 @@ def facts_of(text: str) -> Facts | None:
         return None
     folded = fold(text)
     named = {kind: frozenset(one.name for one in _lexicon(kind).finditer(folded)) for kind in NAMED}
-    named["modality"] |= {one.name for one in concepts.modalities(folded)}
+    named["modality"] |= _modalities(folded)
     denied, affirmed = negation.split(folded, list(_lexicon("finding").finditer(folded)))
     return Facts(named, tuple(sides.find(folded)), denied, affirmed, tuple(measurements.find(folded)))
 
@@ -194,7 +195,19 @@ def _by_words(found: Collection[Side], n_words: int) -> dict[tuple[str, ...], di
     return grouped
 
 
-# --- The lexicon -----------------------------------------------------------------------------------------------
+# --- Reading -----------------------------------------------------------------------------------------------
+
+
+def _modalities(folded: str) -> frozenset[str]:
+    """The modalities by the terms of concepts.toml. How something looks, such as "hyperintense", counts only if the
+    text has no other word for a modality; PET/CT is not PET as well.
+    """
+    found = list(concepts.modalities(folded))
+    said = {one.name for one in found if not _LOOK.match(folded, one.start)} or {one.name for one in found}
+    return frozenset(said - {"PET"} if "PET/CT" in said else said)
+
+
+_LOOK: Final = re.compile(r"(?:hyper|hypo|iso|an)[-‐‑–— ]?(?:inten|den|echo)|echogen", re.IGNORECASE)
 
 
 @cache

@@ -90,6 +90,7 @@ _NO_SIDE: Final = (
     r"(?:left|right)[ -]to[ -](?:left|right)",
     r"(?:left|right)[ -]+hand(?:ed(?:ness)?)",
     r"(?:left|right)[ -]+(?:lateral[ -]+)?decubitus",
+    r"(?:left|right)[ -]+lateral (?:\w+ )?(?:view|projection|radiograph|x-ray)",
     rf"(?:left|right)[ -]+(?:{_FIGURE})s?",
     r"right[ -]+(?:angle[ds]?|away|after|before|here|now)",
     # "Both the femur and the tibia": two things, not two sides.
