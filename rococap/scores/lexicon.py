@@ -57,10 +57,10 @@ class Lexicon:
 
 
 def _words(entry: Entry) -> Iterator[tuple[str, str]]:
-    """The first character of each term and abbreviation, in lower case, and a pattern for the rest."""
-    for term in sorted(entry.terms):
+    """For each term or abbreviation, the longest first: its first character, lower case, and a pattern of the rest."""
+    for term in sorted(entry.terms, key=len, reverse=True):
         yield term[0], _pattern(term[1:], _any_case)
-    for word in sorted(entry.abbreviations):
+    for word in sorted(entry.abbreviations, key=len, reverse=True):
         yield word[0].lower(), f"(?<={re.escape(word[0])}){_pattern(word[1:], re.escape)}"
 
 
