@@ -37,6 +37,7 @@ from rococap.figures import significant
 if TYPE_CHECKING:
     from rococap.results.messages import Text
     from rococap.results.texts import Kind
+    from rococap.scores.disagreement import Disagreements
 
 CAPTIONS = ("machine", "edited", "reviewed")
 
@@ -51,6 +52,14 @@ CAPTIONS = ("machine", "edited", "reviewed")
     help="A .csv, .parquet or .jsonl file. [default: results_medical/compare_RUN_RUN….csv]",
 )
 @click.option("--all-done", is_flag=True, help="Only pictures that every run has captioned.")
+@click.option(
+    "--worst",
+    type=click.IntRange(0, 100_000),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="Number of pictures to name on which runs state different facts, the worst first.",
+)
 @strip_option
 @json_option
 @db_option
@@ -59,12 +68,14 @@ def compare_command(
     splits: tuple[str, ...],
     output: Path | None,
     all_done: bool,
+    worst: int,
     strip_reasoning: bool,
     as_json: bool,
 ) -> None:
-    """Compare runs side by side: captions, speed, length and flags.
+    """Compare runs side by side: captions, speed, length, flags, and the facts in which they differ.
 
-    The captions go to a file, with a row for each picture; the rest is printed.
+    The captions go to a file, with a row for each picture; the rest is printed. Runs differ in facts where one says
+    left and another right, one denies a finding that another names, or one sees a CT and another an MRI.
     """
     from rococap.scores import compare as comparison
 
@@ -76,6 +87,7 @@ def compare_command(
             splits=splits,
             all_done=all_done,
             strip_reasoning=strip_reasoning,
+            worst=worst,
             progress=progress,
         )
     if as_json:
@@ -83,6 +95,8 @@ def compare_command(
         return
     header = ["run", "captions", "s/pic", "pic/s", "tokens", "chars", "words", "flag %", "cut %"]
     click.echo(within_80(header, [_compared_row(run) for run in compared.runs], 0))
+    if (found := compared.disagreements) and found.compared + found.not_read:
+        click.echo(f"\n{_disagreements_text(found)}")
     shared = f", {compared.shared} of them captioned by every run" if len(names) > 1 else ""
     click.echo(
         f"\n{compared.path}: {compared.rows} pictures{shared}{'' if compared.originals else ', no original captions'}"
@@ -93,6 +107,23 @@ def _compared_row(run: Any) -> list[str]:
     means = (run.sec_per_picture, run.pictures_per_sec, run.new_tokens, run.characters, run.words)
     shares = (None if share is None else 100 * share for share in (run.flagged, run.cut))
     return [run.run, str(run.captions), *("-" if n is None else str(significant(n)) for n in (*means, *shares))]
+
+
+def _disagreements_text(found: "Disagreements") -> str:
+    unread = f" {found.not_read} more have captions that are not in English." if found.not_read else ""
+    heading = (
+        f"Facts (side, negation, modality): the runs differ on {found.differing} of {found.compared} pictures, and "
+        f"contradict each other on {found.opposite}.{unread}"
+    )
+    lines = textwrap.wrap(heading, 80)
+    for one in found.worst:
+        lines.append(f"{one.image_id} ({one.split})")
+        for difference in one.differences:
+            says = ", ".join(
+                f"{run}: {fact or 'nothing'}" for run, fact in zip(difference.runs, difference.says, strict=True)
+            )
+            lines += textwrap.wrap(f"{difference.kind}: {says}", 80, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ sides.py, negation.py and measurements.py.
 """
 
 import hashlib
+import re
 import tomllib
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -73,8 +74,8 @@ def facts_of(text: str) -> Facts | None:
         return None
     folded = fold(text)
     named = {kind: frozenset(one.name for one in _lexicon(kind).finditer(folded)) for kind in NAMED}
-    named["modality"] |= {one.name for one in concepts.modalities(folded)}
-    denied, affirmed = negation.split(folded, list(_lexicon("finding").finditer(folded)))
+    named["modality"] |= _modalities(folded)
+    denied, affirmed = negation.split(folded, _lexicon("finding").finditer(folded))
     return Facts(named, tuple(sides.find(folded)), denied, affirmed, tuple(measurements.find(folded)))
 
 
@@ -139,62 +140,99 @@ def _negations(caption: Facts, reference: Facts) -> Agreement:
 
 
 def _measurements(caption: Sequence[Measurement], reference: Sequence[Measurement]) -> Agreement:
-    agreeing: list[str] = []
-    ours, theirs = list(dict.fromkeys(caption)), list(dict.fromkeys(reference))
-    for one in tuple(theirs):
-        if found := next((other for other in ours if other.equals(one)), None):
-            ours.remove(found)
-            theirs.remove(one)
-            agreeing.append(str(one))
-    opposite: list[tuple[str, str]] = []
-    for one in tuple(theirs):
-        if found := next((other for other in ours if other.dimension == one.dimension), None):
-            ours.remove(found)
-            theirs.remove(one)
-            opposite.append((str(one), str(found)))
-    return Agreement(agreeing, [str(one) for one in ours], [str(one) for one in theirs], opposite)
+    """Matches measurements of each dimension in the order of their values, so that long texts take no longer a word."""
+    parts: list[Agreement] = []
+    for dimension in sorted({one.dimension for one in (*caption, *reference)}):
+        ours, theirs = (
+            sorted({one for one in several if one.dimension == dimension}, key=lambda one: (-one.value, one.text))
+            for several in (caption, reference)
+        )
+        agreeing: list[str] = []
+        invented: list[str] = []
+        missed: list[str] = []
+        while ours and theirs:
+            if ours[-1].equals(theirs[-1]):
+                ours.pop()
+                agreeing.append(str(theirs.pop()))
+            elif ours[-1].value < theirs[-1].value:
+                invented.append(str(ours.pop()))
+            else:
+                missed.append(str(theirs.pop()))
+        parts.append(_paired(agreeing, [*invented, *map(str, ours)], [*missed, *map(str, theirs)]))
+    return Agreement(
+        [one for part in parts for one in part.agreeing],
+        [one for part in parts for one in part.invented],
+        [one for part in parts for one in part.missed],
+        [one for part in parts for one in part.opposite],
+    )
 
 
 def _sides(caption: Sequence[Side], reference: Sequence[Side]) -> Agreement:
     """Compares sides by what they are the sides of, as far as both texts say it in the same words.
 
     First by the two words that follow each side, then by the first of them: the same side agrees, the other one is
-    opposite. Of the sides that are left, each counts once: one that the other text names at all agrees or has been
-    counted, left in place of right is opposite, and any other is invented or missed.
+    opposite. Where both texts name both sides of one thing, the word before decides: "nodule in the left lung, effusion
+    in the right lung". Of the sides that are left, each counts once: one that both texts have left agrees, one that the
+    other text has named already says nothing new, left in place of right is opposite, and any other is invented or
+    missed.
     """
     agreeing: list[str] = []
     opposite: list[tuple[str, str]] = []
     ours, theirs = set(caption), set(reference)
-    for n_words in (2, 1):
-        mine, other = _by_words(ours, n_words), _by_words(theirs, n_words)
-        for words in sorted(mine.keys() & other.keys()):
+    contested = _of_both_sides(ours) & _of_both_sides(theirs)
+    for key_of in (
+        lambda one: (one.before, *one.words) if one.words in contested else (),
+        lambda one: one.words,
+        lambda one: one.words[:1],
+    ):
+        mine, other = _by_key(ours, key_of), _by_key(theirs, key_of)
+        for key in sorted(mine.keys() & other.keys()):
             for side in (LEFT, RIGHT):
-                if side in mine[words] and side in other[words]:
-                    agreeing.append(str(Side(side, words)))
-                    ours -= mine[words].pop(side)
-                    theirs -= other[words].pop(side)
-            for side, instead in zip(sorted(other[words]), sorted(mine[words]), strict=False):
-                opposite.append((str(Side(side, words)), str(Side(instead, words))))
-                ours -= mine[words].pop(instead)
-                theirs -= other[words].pop(side)
+                if side in mine[key] and side in other[key]:
+                    agreeing.append(str(min(other[key][side], key=str)))
+                    ours -= mine[key].pop(side)
+                    theirs -= other[key].pop(side)
+            for side, instead in zip(sorted(other[key]), sorted(mine[key]), strict=False):
+                opposite.append((str(min(other[key][side], key=str)), str(min(mine[key][instead], key=str))))
+                ours -= mine[key].pop(instead)
+                theirs -= other[key].pop(side)
     mine_left, theirs_left = {one.side for one in ours}, {one.side for one in theirs}
-    agreeing += sorted(mine_left & theirs_left)
-    invented = sorted(mine_left - {one.side for one in reference})
-    missed = sorted(theirs_left - {one.side for one in caption})
-    rest = _paired(agreeing, invented, missed)
+    rest = _paired(
+        [*agreeing, *sorted(mine_left & theirs_left)],
+        sorted(mine_left - {one.side for one in reference}),
+        sorted(theirs_left - {one.side for one in caption}),
+    )
     return Agreement(rest.agreeing, rest.invented, rest.missed, (*opposite, *rest.opposite))
 
 
-def _by_words(found: Collection[Side], n_words: int) -> dict[tuple[str, ...], dict[str, set[Side]]]:
-    """(words) -> side -> the mentions with these first words."""
+def _of_both_sides(found: Collection[Side]) -> set[tuple[str, ...]]:
+    return {one.words for one in found if one.side == LEFT} & {one.words for one in found if one.side == RIGHT}
+
+
+def _by_key(
+    found: Collection[Side], key_of: Callable[[Side], tuple[str, ...]]
+) -> dict[tuple[str, ...], dict[str, set[Side]]]:
+    """Key -> side -> the mentions with this key; those whose key is empty are left out."""
     grouped: dict[tuple[str, ...], dict[str, set[Side]]] = defaultdict(lambda: defaultdict(set))
     for one in found:
-        if len(one.words) >= n_words:
-            grouped[one.words[:n_words]][one.side].add(one)
+        if key := key_of(one):
+            grouped[key][one.side].add(one)
     return grouped
 
 
-# --- The lexicon -----------------------------------------------------------------------------------------------
+# --- Reading -----------------------------------------------------------------------------------------------
+
+
+def _modalities(folded: str) -> frozenset[str]:
+    """The modalities by the terms of concepts.toml. How something looks, such as "hyperintense", counts only if the
+    text has no other word for a modality; PET/CT is not PET as well.
+    """
+    found = list(concepts.modalities(folded))
+    said = {one.name for one in found if not _LOOK.match(folded, one.start)} or {one.name for one in found}
+    return frozenset(said - {"PET"} if "PET/CT" in said else said)
+
+
+_LOOK: Final = re.compile(r"(?:hyper|hypo|iso|an)[-‐‑–— ]?(?:inten|den|echo)|echogen", re.IGNORECASE)
 
 
 @cache

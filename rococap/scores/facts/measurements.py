@@ -100,6 +100,7 @@ _EXACT: Final = {
     "kVp": ("voltage in kV", 1.0),
     "mA": ("current in mA", 1.0),
     "mAs": ("charge in mAs", 1.0),
+    "mAsec": ("charge in mAs", 1.0),
     "ms": ("time in s", 1e-3),
     "msec": ("time in s", 1e-3),
     "kg": ("mass in kg", 1.0),
@@ -158,6 +159,6 @@ _BY: Final = r"\s?(?:[x×X✕*]|by|BY)\s?"
 _RANGE: Final = r"\s?(?:[-–—−]|to|and|or|±)\s?"
 _MEASUREMENT: Final = re.compile(
     rf"(?P<numbers>(?:{_DIGITS}|\b(?i:{'|'.join(_WORDS)})\b)"
-    rf"(?:(?:[ -]?(?:cm|mm))?(?:{_BY}|{_RANGE})\d+(?:[.,·]\d+)*){{0,3}})[ -‐‑–]?[ ]?(?P<unit>{_UNIT})"
+    rf"(?:(?:{_BY}|{_RANGE})\d+(?:[.,·]\d+)*){{0,3}})[ -‐‑–]?[ ]?(?P<unit>{_UNIT})"
 )
 _SUV: Final = re.compile(r"\bSUV[ -]?(?:max|mean|peak)?[^\d.;]{0,12}(?P<number>\d+(?:[.,]\d+)?)", re.IGNORECASE)

@@ -8,21 +8,27 @@ conjunction such as "but", and at a comma unless the list goes on to an "or".
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from rococap.scores.lexicon import Found
 
 
-def split(folded: str, findings: Sequence[Found]) -> tuple[frozenset[str], frozenset[str]]:
-    """The names of the findings that the text denies, and of those that it names otherwise.
+def split(folded: str, findings: Iterable[Found]) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of the findings that the text denies, and of those that it names otherwise; `findings` in their order.
 
     A finding that a text both denies and affirms, of two places or times, counts as both.
     """
-    scopes = list(_scopes(folded))
-    denied = [one for one in findings if any(start <= one.start and one.end <= end for start, end in scopes)]
-    affirmed = {one.name for one in findings} if not denied else {one.name for one in findings if one not in denied}
-    return frozenset(one.name for one in denied), frozenset(affirmed)
+    scopes = sorted(_scopes(folded))
+    denied: set[str] = set()
+    affirmed: set[str] = set()
+    at = reach = 0
+    for one in findings:
+        while at < len(scopes) and scopes[at][0] <= one.start:
+            reach = max(reach, scopes[at][1])
+            at += 1
+        (denied if one.end <= reach else affirmed).add(one.name)
+    return frozenset(denied), frozenset(affirmed)
 
 
 def _scopes(folded: str) -> Iterator[tuple[int, int]]:
@@ -82,7 +88,7 @@ _NOTHING: Final = (
 _BEFORE: Final = (
     rf"(?:no|without|lack of|absence of|negative for|neither|nor) (?:any )?{_EVIDENCE}",
     r"(?:complete |total )?(?:lack|absence) of",
-    r"(?:complete|total|full|spontaneous) (?:resolution|disappearance|regression) of",
+    r"(?:complete|total|full|spontaneous|interval) (?:resolution|disappearance|regression) of",
     r"(?:rules?|ruled|ruling) out",
     r"(?:excludes|excluded|excluding|denies|denied)",
     r"(?:did|does|do) not "

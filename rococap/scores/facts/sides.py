@@ -8,7 +8,7 @@ shunt, and parts of the figure ("left panel").
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 LEFT: Final = "left"
@@ -17,10 +17,11 @@ RIGHT: Final = "right"
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A side, and up to two words of what it is the side of."""
+    """A side, up to two words of what it is the side of, and the last word of meaning before it, "" if none is near."""
 
     side: str
     words: tuple[str, ...]
+    before: str = ""
 
     def __str__(self) -> str:
         return " ".join([self.side, *self.words])
@@ -29,20 +30,26 @@ class Side:
 def find(folded: str) -> Iterator[Side]:
     """Every mention of a side; two for "bilateral"."""
     for match in _SIDE.finditer(folded):
+        start, end = match.span()
         match match.lastgroup:
             case "side":
-                yield Side(match["side"].lower(), _words(folded[match.end() : match.end() + _AHEAD]))
+                yield Side(match["side"].lower(), _words(folded[end : end + _NEAR]), _before(folded, start))
             case "both":
-                words = _words(folded[match.end() : match.end() + _AHEAD])
-                yield from (Side(LEFT, words), Side(RIGHT, words))
+                words, before = _words(folded[end : end + _NEAR]), _before(folded, start)
+                yield from (Side(LEFT, words, before), Side(RIGHT, words, before))
             case "abbreviation":
-                yield ABBREVIATIONS[match["abbreviation"]]
+                yield replace(ABBREVIATIONS[match["abbreviation"]], before=_before(folded, start))
+
+
+def _before(folded: str, end: int) -> str:
+    sentence = _SENTENCE.split(folded[max(0, end - _NEAR) : end])[-1]
+    return next((word for word in reversed(_WORD.findall(sentence.lower())) if word not in _LINKS), "")
 
 
 def _words(text: str) -> tuple[str, ...]:
     """The next two words of the clause in the singular, without "and right", "side" and the like."""
     clause = _END.split(_OTHER.sub(" ", text, count=1), maxsplit=1)[0]
-    words = (word.removesuffix("s") for word in _WORD.findall(clause.lower()))
+    words = (_PLURAL.sub("", word) for word in _WORD.findall(clause.lower()))
     return tuple(word for word in words if word not in _EMPTY)[:2]
 
 
@@ -76,7 +83,7 @@ ABBREVIATIONS: Final = {
 }
 """Written as here only: "la" is also a French article."""
 
-_AHEAD: Final = 60  # characters in which the words of a side are looked for
+_NEAR: Final = 60  # characters in which the words of a side are looked for
 _FIGURE: Final = "panel|image|picture|figure|photo(?:graph)?|column|row|inset|frame|plot|graph|bar"
 _LEFT_BEHIND: Final = "in|on|to|out|open|untreated|alone|behind|unrepaired|inside"
 _PAIRS: Final = (
@@ -90,6 +97,7 @@ _NO_SIDE: Final = (
     r"(?:left|right)[ -]to[ -](?:left|right)",
     r"(?:left|right)[ -]+hand(?:ed(?:ness)?)",
     r"(?:left|right)[ -]+(?:lateral[ -]+)?decubitus",
+    r"(?:left|right)[ -]+lateral (?:\w+ )?(?:view|projection|radiograph|x-ray)",
     rf"(?:left|right)[ -]+(?:{_FIGURE})s?",
     r"right[ -]+(?:angle[ds]?|away|after|before|here|now)",
     # "Both the femur and the tibia": two things, not two sides.
@@ -97,11 +105,35 @@ _NO_SIDE: Final = (
     r"both (?:(?:of|the|a|an) )*(?:\w+ ){1,2}and",
 )
 _SIDE: Final = re.compile(
-    rf"\b(?:{'|'.join(_NO_SIDE)}|(?P<side>[Ll]eft|[Rr]ight|LEFT|RIGHT)(?:-?(?:sided|side|ward))?"
+    rf"\b(?:(?i:{'|'.join(_NO_SIDE)})|(?P<side>[Ll]eft|[Rr]ight|LEFT|RIGHT)(?:-?(?:sided|side|ward))?"
     rf"|(?P<both>[Bb]ilateral(?:ly)?|BILATERAL|[Bb]oth|B/L)"
     rf"|(?P<abbreviation>{'|'.join(sorted(ABBREVIATIONS, key=len, reverse=True))}))\b"
 )
 _OTHER: Final = re.compile(r"^ ?(?:and|or|/|,|&) ?(?:the )?(?:left|right)\b", re.IGNORECASE)
 _END: Final = re.compile(r"[.;:,()\[\]=]")
+_SENTENCE: Final = re.compile(r"[.;:] ")
+_PLURAL: Final = re.compile(r"(?<=..)(?<![isu])s$")
 _WORD: Final = re.compile(r"[^\W_]+")
 _EMPTY: Final = {"side", "sided", "ward", "and", "of", "the", "a", "hand", "aspect"}
+_LINKS: Final = _EMPTY | {
+    *(
+        "in",
+        "on",
+        "at",
+        "to",
+        "from",
+        "with",
+        "by",
+        "for",
+        "an",
+        "is",
+        "are",
+        "was",
+        "were",
+        "it",
+        "its",
+        "this",
+        "left",
+    ),
+    *("right", "or", "as", "into", "upper", "lower"),
+}
