@@ -122,7 +122,8 @@ def _cell(change: "Changed", score: str) -> str:
     fall: Fall | None = change.scores.get(score)
     if fall is None:
         return "-"
-    return f"{fall.fall:.3f}" if fall.is_seen else f"{fall.fall:.3f} ="
+    shown = f"{round(fall.fall, 3) + 0.0:.3f}"  # + 0.0: no "-0.000"
+    return shown if fall.is_seen else f"{shown} ="
 
 
 def _list(heading: str, found: Iterable[tuple[str, Sequence[str]]]) -> list[str]:

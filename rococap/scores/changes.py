@@ -128,10 +128,13 @@ def negation_flip(text: str, random: Random) -> str | None:
 
 _MODALITIES: Final[tuple[tuple[str, str, str], ...]] = (
     # the modality, the words that name it, and the words that replace them
-    ("CT", r"\b(?:computed|computeri[sz]ed)(?: axial)? tomography\b", "magnetic resonance imaging"),
+    ("CT", r"\b(?:computed|computeri[sz]ed) tomography\b", "magnetic resonance imaging"),
+    ("CT", r"\b(?:computed|computeri[sz]ed) axial tomography\b", "axial magnetic resonance imaging"),
     ("CT", r"\b(?:computed|computeri[sz]ed) tomographic\b", "magnetic resonance"),
     ("CT", r"\b(?:computed|computeri[sz]ed) tomogram\b", "magnetic resonance image"),
-    ("CT", r"\b(?-i:MDCT|HRCT|CBCT|CECT|NECT|NCCT|CT)(?-i:s?)\b", "MRI"),
+    ("CT", r"\b(?-i:CECT)\b", "contrast-enhanced MRI"),
+    ("CT", r"\b(?-i:NECT|NCCT)\b", "non-contrast MRI"),
+    ("CT", r"\b(?-i:(?:MD|HR|CB)?CTs?)\b", "MRI"),
     ("MRI", r"\bmagnetic resonance imaging\b", "computed tomography"),
     ("MRI", r"\bmagnetic resonance\b(?! imaging)", "computed tomography"),
     ("MRI", r"\b(?-i:MRIs?|MR)\b", "CT"),
@@ -144,7 +147,7 @@ _ONE_MODALITY_ONLY: Final = re.compile(
     # another modality, or what only one modality has, which would contradict the other
     r"\b(?:PET|SPECT|scinti\w+|fluoroscop\w+|mammogra\w+|echocardiogra\w+|\w*angiogra\w+|\w*venogra\w+|\w*urogra\w+|CTA|"
     r"MRA|MRCP|MRV|DSA|OPG|tomosynthesis|Doppler|trans\w+al|endoscopic|hypo-?echoic|hyper-?echoic|an-?echoic|echo\w*|"
-    r"T[12]\w*|FLAIR|STIR|DWI|ADC|diffusion|spin-echo|gadolinium|TE|TR|HU|Hounsfield|panoramic|bitewing|periapical|film)\b",
+    r"T[12]\w*|FLAIR|STIR|DWI|ADC|diffusion|spin-echo|gadolinium|TE|TR|HU|Hounsfield|plain|panoramic|bitewing|periapical|film)\b",
     re.IGNORECASE,
 )
 
