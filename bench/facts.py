@@ -11,13 +11,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.append(sys.path.pop(0))  # moved to the end: queue.py here would shadow the standard library's
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
-from labelled import counts_of, read_labelled
+from labelled import ROCOV2, counts_of, read_labelled, read_labelled_rocov2
 
 from rococap.scores import facts
 
@@ -36,9 +37,9 @@ def scores(captions: list[str], references: list[str]) -> dict[str, list[float]]
     return found
 
 
-def print_labelled() -> None:
-    print(f"facts {facts.DIGEST}\n\n| kind | captions | precision | recall |\n| --- | --- | --- | --- |")
-    for kind, (n, correct, n_found, n_labelled) in counts_of(read_labelled()).items():
+def print_labelled(labelled: list[dict[str, Any]]) -> None:
+    print(f"\n{len(labelled)} captions\n\n| kind | captions | precision | recall |\n| --- | --- | --- | --- |")
+    for kind, (n, correct, n_found, n_labelled) in counts_of(labelled).items():
         precision, recall = (f"{correct}/{whole} = {correct / whole:.2f}" for whole in (n_found, n_labelled))
         print(f"| {kind} | {n} | {precision} | {recall} |")
 
@@ -70,7 +71,10 @@ def main() -> None:
     path = parser.parse_args().file
     with path.open(newline="", encoding="utf-8-sig") as file:
         captions = [row["caption"] for row in csv.DictReader(file)]
-    print_labelled()
+    print(f"facts {facts.DIGEST}")
+    print_labelled(read_labelled())
+    if ROCOV2.exists():
+        print_labelled(read_labelled_rocov2())
     print_time(captions)
     print_floors(captions)
 

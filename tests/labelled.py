@@ -1,10 +1,13 @@
 """Captions whose facts were labelled by reading, and how many of them the lexicons find."""
 
+import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from places import SHARED
 
 from rococap.scores import facts
 from rococap.scores.facts import Facts, measurements
@@ -12,9 +15,19 @@ from rococap.scores.facts import Facts, measurements
 LABELLED = Path(__file__).parent / "scores" / "facts_labelled.json"
 
 
+ROCOV2 = SHARED / "captions" / "rocov2_test_sample_39.csv"
+"""Captions that the project may not contain."""
+
+
 def read_labelled() -> list[dict[str, Any]]:
     captions: list[dict[str, Any]] = json.loads(LABELLED.read_text(encoding="utf-8"))["captions"]
     return captions
+
+
+def read_labelled_rocov2() -> list[dict[str, Any]]:
+    with ROCOV2.open(newline="", encoding="utf-8-sig") as file:
+        texts = {row["ID"]: row["Caption"] for row in csv.DictReader(file)}
+    return [one | {"caption": texts[one["id"]]} for one in json.loads(LABELLED.read_text(encoding="utf-8"))["rocov2"]]
 
 
 def counts_of(labelled: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int, int, int]]:

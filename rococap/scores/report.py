@@ -29,7 +29,8 @@ from rococap.recipe import Recipe
 from rococap.results.snapshot import done_pages, finished_until, short_reads
 from rococap.scores import evaluate as evaluation
 from rococap.scores import plots
-from rococap.scores.evaluate import BY_MODALITY, Evaluation, Metric, Scored
+from rococap.scores.confusions import Confused, confusions
+from rococap.scores.evaluate import BY_MODALITY, COUNTS, FACTS, Evaluation, Metric, Scored
 from rococap.scores.explained import SUMMARY, Explained, explained
 from rococap.scores.gallery import SECTIONS, Captions, Card, Gallery, Row, cards_of, choose, rows_of
 from rococap.scores.plots import Plot, Series
@@ -92,7 +93,10 @@ def report(
     rows = rows_of(database, evaluated.scored[0].run, split, list(gallery.tags))
     unreadable: list[str] = []
     cards = cards_of(gallery, Captions(evaluated, failures), rows, evaluated.scored[0].run, unreadable, progress)
-    page = _page(results, evaluated, _plots(database, evaluated, results), gallery, rows, cards, studies, note)
+    confused = confusions(evaluated.scored, progress)
+    page = _page(
+        results, evaluated, confused, _plots(database, evaluated, results), gallery, rows, cards, studies, note
+    )
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(page)
     captions = sum(run["n"] for run in results["runs"])
@@ -145,6 +149,7 @@ def _times(database: Database, scored: Scored) -> tuple[plots.Values, plots.Valu
 def _page(
     results: Mapping[str, Any],
     evaluated: Evaluation,
+    confused: Sequence[Confused],
     drawn: Sequence[Plot],
     gallery: Gallery,
     rows: Sequence[Row],
@@ -181,6 +186,8 @@ def _page(
         paired=results["paired"],
         by_modality=_modality_rows(results),
         modality_scores=[explained(name) for name in BY_MODALITY],
+        fact_rows=_fact_rows(results),
+        confused=confused,
         studies=[(review.heading_of(found), review.tables_of(found)) for found in studies],
         plots=[(plot, Markup(plot.svg)) for plot in drawn],
         dashes=plots.DASHES,
@@ -199,7 +206,7 @@ def _page(
 
 def _scored_by(results: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{name} {version}" for name, version in results["packages"].items())
-    yield f"concepts {results['concepts']}"
+    yield from (f"{name} {results[name]}" for name in ("concepts", "facts"))
     yield from (f"{name} ({short_within(edition)})" for name, edition in results.get("plugins", {}).items())
 
 
@@ -315,4 +322,20 @@ def _modality_rows(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str
             ],
         )
         for modality in names
+    ]
+
+
+def _fact_rows(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, int, list[int]]]]]:
+    """For each kind of facts, the runs in which a text has one: (name, index, captions and numbers of facts)."""
+    return [
+        (
+            kind,
+            [
+                (run["run"], at, [run["facts"][name][key] for key in ("n", *COUNTS)])
+                for at, run in enumerate(results["runs"])
+                if run["facts"].get(name, {}).get("n")
+            ],
+        )
+        for name, kind in FACTS.items()
+        if any(run["facts"].get(name, {}).get("n") for run in results["runs"])
     ]

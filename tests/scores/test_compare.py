@@ -386,7 +386,7 @@ def test_the_command_names_the_pictures_to_look_at(database, runs, here):
     caption(database, runs[0], texts("Right lung.", "MRI: effusion."), skip=0, now=4_000)
     caption(database, runs[1], texts("Left kidney.", "CT without effusion."), now=5_000)
     told = invoke("a", "b").stdout
-    assert "runs differ on 4 of 4 pictures, and contradict each\nother on 2." in told
+    assert "runs differ on 4 of 4 pictures, and contradict each other on 2." in " ".join(told.split())
     assert "train_00003 (train)\n  negation: a: effusion, b: no effusion\n  modality: a: MRI, b: CT\n" in told
     assert told.index("train_00003") < told.index("train_00002") < told.index("train_00000")
     assert "train_00000" not in invoke("a", "b", "--worst", "2").stdout

@@ -702,3 +702,65 @@ def test_evaluate_says_that_there_are_no_originals(database, root, url, tmp_path
     assert "default has no originals for train" in result.stderr
     compared = steps.invoke("--db", url, "compare", "default")
     assert compared.output.splitlines()[-1].endswith("6 pictures, no original captions")
+
+
+# --- Facts -----------------------------------------------------------------------------------------------------
+
+STATED = [
+    "CT of the chest with a mass in the left lung, no effusion.",
+    "MRI of the brain.",
+    "Axial CT.",
+    "Radiographie du thorax de face et de profil.",
+    "",
+    "MRI of the spine.",
+]
+
+
+def test_facts_are_scored_counted_and_left_out_where_they_cannot_be_read(database, root):
+    captions = dict(enumerate(STATED))
+    write_shard(root, "train", range(6), captions=captions, cuis=dict(enumerate(CUIS)))
+    register(database, root, ["train"])
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, "default")
+    caption(
+        database,
+        run,
+        texts("CT, mass in the right lung and an effusion.", "CT of the brain.", "Axial CT.", "CT.", "CT.", ""),
+    )
+    evaluation = evaluate.evaluate(database, [], ["train"])
+    (scored,) = evaluation.scored
+    told = evaluate.to_json(evaluation)["runs"][0]
+    nan = np.nan
+    np.testing.assert_array_equal(scored.values["fact_side"], [0, nan, nan, nan, nan, nan])
+    np.testing.assert_array_equal(scored.values["fact_modality"], [1, 0, 1, nan, nan, 0])
+    assert told["metrics"]["fact_modality"] == 0.5
+    assert told["facts"]["fact_modality"] == {"n": 4, "agreeing": 2, "invented": 0, "missed": 1, "opposite": 1}
+    assert told["facts"]["fact_negation"] == {"n": 1, "agreeing": 0, "invented": 0, "missed": 0, "opposite": 1}
+    assert told["facts"]["fact_sequence"]["n"] == 0
+    assert told["not_computed"]["fact_sequence"] == evaluate.NO_FACTS
+    assert told["by_modality"]["MRI"]["facts"]["fact_modality"]["opposite"] == 1
+    assert any("1 of 6 captions of default for train (17%) or their originals are not in English" in one
+               for one in scored.warnings)  # fmt: skip
+
+
+def test_the_facts_of_each_caption_are_in_the_file(database, run, tmp_path):
+    caption(database, run, texts("CT, right lung.", *CAPTIONS[1:]))
+    evaluation = evaluate.evaluate(database, [], ["train"])
+    evaluate.write(evaluation, tmp_path / "scores.parquet", evaluate.to_json(evaluation))
+    rows = pd.read_parquet(tmp_path / "scores.parquet")
+    columns = [f"fact_side{end}" for end in ("", *(f"_{what}" for what in evaluate.COUNTS))]
+    assert rows[columns].iloc[0].tolist() == [0, 0, 0, 0, 1]
+    assert rows["fact_side"].isna().tolist() == [False, True, True, True, False, True]
+
+
+def test_where_no_text_is_english_facts_are_not_computed(database, root):
+    scored = scored_of(database, root, dict.fromkeys(range(6), "胸部X线显示左侧"), dict(enumerate(CUIS)))
+    assert set(evaluate.FACTS) <= set(scored.not_computed)
+    assert "6 of 6 pairs are not (100 %)" in scored.not_computed["fact_side"]
+
+
+def test_evaluate_prints_how_many_facts_agree(database, run, url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    caption(database, run, texts("CT, right lung.", *CAPTIONS[1:]))
+    told = steps.invoke("--db", url, "evaluate", "--split", "train").stdout.splitlines()
+    assert [line.split() for line in told if line.startswith("side ")] == [["side", "default", "2", "0", "0", "1", "1"]]

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -224,10 +225,13 @@ def _by_key(
 
 
 def _modalities(folded: str) -> frozenset[str]:
-    """The modalities by the terms of concepts.toml. How something looks, such as "hyperintense", counts only if the
-    text has no other word for a modality; PET/CT is not PET as well.
+    """The modalities by the terms of concepts.toml. What directly follows another belongs to it: "computed tomography
+    angiography". How something looks, such as "hyperintense", counts only if the text has no other word for a modality;
+    PET/CT is not PET as well.
     """
-    found = list(concepts.modalities(folded))
+    every = list(concepts.modalities(folded))
+    follows = [folded[before.end : one.start] in ("", " ", "-") for before, one in pairwise(every)]
+    found = [one for one, is_part in zip(every, [False, *follows], strict=False) if not is_part]
     said = {one.name for one in found if not _LOOK.match(folded, one.start)} or {one.name for one in found}
     return frozenset(said - {"PET"} if "PET/CT" in said else said)
 

@@ -88,7 +88,8 @@ _NOTHING: Final = (
 _BEFORE: Final = (
     rf"(?:no|without|lack of|absence of|negative for|neither|nor) (?:any )?{_EVIDENCE}",
     r"(?:complete |total )?(?:lack|absence) of",
-    r"(?:complete|total|full|spontaneous|interval) (?:resolution|disappearance|regression) of",
+    r"(?:complete|total|full) regression of",
+    r"(?:(?<!high )(?<!high-)resolution|disappearance|cessation) of",
     r"(?:rules?|ruled|ruling) out",
     r"(?:excludes|excluded|excluding|denies|denied)",
     r"(?:did|does|do) not "
