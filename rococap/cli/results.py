@@ -72,7 +72,7 @@ def compare_command(
     strip_reasoning: bool,
     as_json: bool,
 ) -> None:
-    """Compare runs side by side: captions, speed, length, flags, and the facts in which they differ.
+    """Compare runs side by side: captions, speed, length, flags and facts.
 
     The captions go to a file, with a row for each picture; the rest is printed. Runs differ in facts where one says
     left and another right, one denies a finding that another names, or one sees a CT and another an MRI.

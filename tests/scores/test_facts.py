@@ -1,6 +1,7 @@
 """Facts read from captions: what is stated, what is not, and how two captions agree."""
 
 import csv
+import re
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -372,6 +373,24 @@ def test_precision_and_recall_do_not_fall(labelled, measured):
         _, now_both, now_found, now_labelled = found[kind]
         assert now_both / now_found >= both / n_found - 1e-12, (kind, "precision")
         assert now_both / now_labelled >= both / n_labelled - 1e-12, (kind, "recall")
+
+
+OTHER_SIDE = {"left": "right", "right": "left"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "at_most"),
+    [
+        ("side", lambda text: re.sub(r"(?i)\b(?:left|right)\b", lambda one: OTHER_SIDE[one[0].lower()], text), 0.2),
+        ("negation", lambda text: re.sub(r"(?i)\b(?:no|without)(?: evidence of)? ", "", text), 0.4),
+    ],
+)
+def test_a_change_of_that_one_fact_costs_most_of_its_score(kind, changed, at_most):
+    pairs = [(changed(one["caption"]), one["caption"]) for one in read_labelled() if one["facts"]]
+    found = [score(kind, *pair) for pair in pairs if pair[0] != pair[1]]
+    known = [value for value in found if not np.isnan(value)]
+    assert len(known) > 4
+    assert np.mean(known) <= at_most
 
 
 def test_the_labelled_captions_name_their_source():
