@@ -3,7 +3,7 @@
 Nothing of the queue or the models is decided here. torch and pandas are imported inside the commands that need them.
 """
 
-from rococap.cli import enqueue, finetune, operate, results, review, serve, setup, status, study, worker
+from rococap.cli import enqueue, finetune, operate, probe, results, review, serve, setup, status, study, worker
 from rococap.cli.options import cli
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "finetune",
     "main",
     "operate",
+    "probe",
     "results",
     "review",
     "serve",

@@ -711,6 +711,7 @@ COMMANDS = [
     ["serve"],
     ["compare", "default"],
     ["evaluate", "--split", "train"],
+    ["probe", "--split", "train"],
     ["finetune", "--split", "train", "--output", "tuned"],
     ["report", "--split", "train"],
     ["reviews"],
