@@ -156,7 +156,7 @@ workers = Table(
     sqlite_strict=True,
 )
 
-# Which parts of a split a run has, if `enqueue --part` registered them; no row if it has the whole split, or a selection.
+# The parts of a split that a run has, if `enqueue --part` registered them; none if it has all of it, or a selection.
 parts = Table(
     "parts",
     metadata,

@@ -205,7 +205,8 @@ def _rates(conn: Connection, at: int) -> dict[tuple[int, str], float]:
     rows = execute(
         conn,
         "SELECT run_id, split, sum(n_done), min(claimed_at) FROM ("
-        "SELECT run_id, split, n_done, claimed_at FROM leases WHERE closed_at BETWEEN ? AND ? UNION ALL "
+        "SELECT run_id, split, n_done, claimed_at FROM leases WHERE closed_at BETWEEN ? AND ? "
+        "AND origin_id IS NULL UNION ALL "
         "SELECT run_id, split, n_done, claimed_at FROM leases WHERE state = 'open') AS recent "
         "WHERE claimed_at <= ? GROUP BY run_id, split",
         (start, at, at),
