@@ -18,9 +18,7 @@ TTL = 1_000
 
 
 def live(database: Engine, run: Run, chance: random.Random, *, until: int = 10, start: int = 0) -> None:
-    """A few workers that complete, fail, release and die, `until` claims long, from the time `start` on. No lease is open
-    at the end.
-    """
+    """A few workers that complete, fail, release and die, for `until` claims; no lease is open at the end."""
     now = start
     workers = [_worker(database, chance, now) for _ in range(chance.randint(1, 3))]
     for _ in range(until):
@@ -128,8 +126,10 @@ def contents(database: Engine) -> dict[str, list[tuple]]:
                 row = dict(zip(names, values, strict=True))
                 key = row.get("id", row.get("job_id"))
                 here[key] = tuple(_shown(table.name, row, targets, known))
-            found[table.name] = sorted((tuple(_shown(table.name, dict(zip(names, values, strict=True)), targets, known))
-                                        for values in rows), key=repr)
+            found[table.name] = sorted(
+                (tuple(_shown(table.name, dict(zip(names, values, strict=True)), targets, known)) for values in rows),
+                key=repr,
+            )
         tallies = db.execute(
             conn,
             "SELECT r.name, t.split, t.status, CAST(sum(t.n) AS INTEGER) FROM tallies t JOIN runs r ON r.id = t.run_id "

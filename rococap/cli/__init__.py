@@ -3,7 +3,7 @@
 Nothing of the queue or the models is decided here. torch and pandas are imported inside the commands that need them.
 """
 
-from rococap.cli import enqueue, finetune, operate, results, review, serve, setup, status, study, worker
+from rococap.cli import enqueue, finetune, operate, results, review, serve, setup, status, study, transfer, worker
 from rococap.cli.options import cli
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "setup",
     "status",
     "study",
+    "transfer",
     "worker",
 ]
 

@@ -33,7 +33,7 @@ SHOWN_FAILURES = 10
 SECTIONS = {
     "Main job": ("enqueue", "worker", "status", "export"),
     "Inspect": ("serve", "runs", "failures", "leases", "workers", "prompts"),
-    "Operate": ("retry", "cancel", "pause", "resume", "reap", "vacuum", "backup"),
+    "Operate": ("retry", "cancel", "pause", "resume", "reap", "vacuum", "backup", "merge", "copy-db"),
     "Results": ("compare", "evaluate", "finetune", "report", "restore", "reviews", "study"),
     "Set-up": ("doctor", "migrate", "bench", "demo"),
 }

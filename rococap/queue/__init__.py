@@ -22,7 +22,7 @@ from rococap.queue.leases import (
     release,
 )
 from rococap.queue.operate import cancel, clear_deleted, delete_run, pause, prune, retry, unknown_codes, unknown_images
-from rococap.queue.parts import Part, parts_of
+from rococap.queue.parts import Part, all_parts, are_all, parts_of
 from rococap.queue.parts import forget as forget_parts
 from rococap.queue.parts import record as record_parts
 from rococap.queue.rates import Interval, Made, throughput
@@ -106,6 +106,8 @@ __all__ = [
     "Telemetry",
     "Timing",
     "WorkerSeen",
+    "all_parts",
+    "are_all",
     "belongs",
     "by_code",
     "cancel",

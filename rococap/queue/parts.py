@@ -35,6 +35,10 @@ class Part:
             raise ValueError(f"{text!r} is not a part: write its number and how many there are, such as 1/4 or 4/4.")
         return cls(int(match[1]), int(match[2]))
 
+    def __contains__(self, unit: int) -> bool:
+        """Whether the unit with this number, from 0, is in the part."""
+        return unit % self.n_parts == self.number - 1
+
     def __str__(self) -> str:
         return f"{self.number}/{self.n_parts}"
 
@@ -73,6 +77,23 @@ def _is_parquet(path: str) -> bool:
     return path.lower().endswith(PARQUET)
 
 
+def are_all(parts: Sequence[Part]) -> bool:
+    """Whether these parts are together the whole split."""
+    return any(len({part for part in parts if part.n_parts == n}) == n for n in {part.n_parts for part in parts})
+
+
+def all_parts(conn: Connection) -> dict[tuple[str, str], list[Part]]:
+    """The parts that runs have, by run and split."""
+    found: dict[tuple[str, str], list[Part]] = {}
+    sql = (
+        "SELECT r.name, p.split, p.number, p.n_parts FROM parts p JOIN runs r ON r.id = p.run_id "
+        "WHERE r.deleted_at IS NULL ORDER BY r.id, p.split, p.n_parts, p.number"
+    )
+    for run, split, number, n_parts in execute(conn, sql).fetchall():
+        found.setdefault((run, split), []).append(Part(number, n_parts))
+    return found
+
+
 def parts_of(conn: Connection, run: Run, split: str) -> list[Part]:
     """The parts of a split that the run has, in order; none if it has the whole split, or a selection of its rows."""
     sql = "SELECT number, n_parts FROM parts WHERE run_id = ? AND split = ? ORDER BY n_parts, number"
@@ -96,5 +117,5 @@ def record(conn: Connection, run_id: int, split: str, parts: Iterable[Part]) -> 
 
 
 def forget(conn: Connection, run_id: int, split: str) -> None:
-    """Records that the run has the whole split."""
+    """Records that the run has the whole split, or other pictures than those of its parts."""
     execute(conn, "DELETE FROM parts WHERE run_id = ? AND split = ?", (run_id, split))

@@ -177,6 +177,12 @@ def counts_of(conn: Connection, run: Run, splits: Sequence[str] = SPLITS) -> lis
     return found
 
 
+def has_jobs(conn: Connection, run: Run, split: str) -> bool:
+    """Whether the run has any pictures of the split."""
+    sql = "SELECT 1 FROM tallies WHERE run_id = ? AND split = ? LIMIT 1"
+    return execute(conn, sql, (run.id, split)).one_or_none() is not None
+
+
 def runs_seen(conn: Connection) -> list[RunSeen]:
     """Every run, at a cost that does not depend on how many pictures it has."""
     by_run: dict[str, list[Counts]] = {}

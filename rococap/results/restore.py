@@ -37,7 +37,7 @@ class Restored:
 
     `restored` rows are done now; `known` ones were captioned already; `leased` ones are being captioned by a worker;
     `unknown` ones are of images that the run does not have; `different` ones of images that have another original
-    caption in the database. Where files are merged, `twice` ones had another caption, which gave way in `replaced` cases.
+    caption in the database. Where files are merged, `twice` ones had another caption, which in `replaced` cases went.
     `has_manifest` is true if the file has a manifest of its own, or is a segment.
     """
 

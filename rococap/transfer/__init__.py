@@ -4,7 +4,7 @@ Rows are read and written by what `tables.metadata` says, so that a column that 
 """
 
 from rococap.transfer.copy import Copied, copy
-from rococap.transfer.merge import MERGED, merge
+from rococap.transfer.merge import MERGED, is_export, merge, open_source
 from rococap.transfer.work import Merged
 
-__all__ = ["MERGED", "Copied", "Merged", "copy", "merge"]
+__all__ = ["MERGED", "Copied", "Merged", "copy", "is_export", "merge", "open_source"]

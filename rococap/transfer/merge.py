@@ -79,7 +79,9 @@ def _is_same(one: Database, other: Database) -> bool:
 
 def _merge_database(read: Connection, database: Database, source: str, progress: Progress) -> Merged:
     refuse_open_leases(read, shlex.quote(source), "merged")
-    result = Merged(source, parts=_parts(read))
+    result = Merged(source)
+    for (run, split), parts in queue.all_parts(read).items():
+        result.parts += [f"{run} {split} {part}" for part in parts]
     with transaction(database, write=True) as conn:
         catalogue = merge_runs(read, conn, source)
         _refuse_used_twice(read, conn, catalogue, source)
@@ -92,15 +94,6 @@ def _merge_database(read: Connection, database: Database, source: str, progress:
     merge_jobs(read, database, catalogue, result, progress)
     merge_studies(read, database, catalogue, result)
     return result
-
-
-def _parts(read: Connection) -> list[str]:
-    """The parts that a database has, such as `default train 1/4`."""
-    sql = (
-        "SELECT r.name, p.split, p.number, p.n_parts FROM parts p JOIN runs r ON r.id = p.run_id "
-        "WHERE r.deleted_at IS NULL ORDER BY r.id, p.split, p.n_parts, p.number"
-    )
-    return [f"{run} {split} {number}/{n}" for run, split, number, n in execute(read, sql).fetchall()]
 
 
 _USED = (

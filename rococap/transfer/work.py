@@ -1,8 +1,8 @@
-"""What workers did in another database: workers, leases, jobs, their captions, failures and scores; and what people said
-of the captions.
+"""What workers did in another database: workers, leases, jobs, their captions, failures and scores; and what people
+said of the captions.
 
-Of each job, the state that is nearer to its end counts: done, failed, unfinished, cancelled. Pictures that a worker here
-holds are left to it.
+Of each job, the state that is nearer to its end counts: done, failed, unfinished, cancelled. Pictures that a worker
+here holds are left to it.
 """
 
 from collections import Counter
@@ -31,14 +31,15 @@ Identity = tuple[str, int]
 class Merged:
     """What became of the pictures of one database, export or checkpoint.
 
-    `merged` have a caption now that had none here, and `failed` have failed; `known` had the same caption already.
-    `twice` had another caption here, and one of the two was kept. `leased` are being captioned by a worker here.
+    `pictures` were not in their run here. `merged` have a caption now that had none here, and `failed` have failed;
+    `known` had the same caption already. `twice` had another caption here, and one of the two was kept. `leased` are being captioned by a worker here.
     `unknown` are not among the pictures here, or have another original caption, and were left out. `reviews` and
-    `edits` are new here, and so are the rows of `studies`; `studies_left` are the names of studies with pictures that are
-    leased.
+    `edits` are new here, and so are the rows of `studies`; `studies_left` are the names of studies with pictures that
+    are leased.
     """
 
     source: str
+    pictures: int = 0
     merged: int = 0
     failed: int = 0
     known: int = 0
@@ -229,6 +230,7 @@ class _Merge:
         new = [{"run_id": run.id, "image_id": id, "split": self._split} for id in images.values() if id not in known]
         insert(self._conn, "jobs", new)
         self._moved[JobState.PENDING] += len(new)
+        self._result.pictures += len(new)
         self._result.is_new |= bool(new)
         jobs = {
             job["image_id"]: job if job["image_id"] in known else job | {"status": None}

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from databases import recount, sound, tallies
-from histories import contents, hash_pictures, judge, live, study
+from databases import sound
+from histories import contents, hash_pictures, judge, live
 from samples import register, write_shard
-from sqlalchemy import Engine
-from steps import select
 
 from rococap import db, queue
-from rococap.queue import Run
-from rococap.transfer import MERGED, merge
-from rococap.tables import metadata
+from rococap.transfer import merge
 
 N = 40
 
