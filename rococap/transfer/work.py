@@ -32,10 +32,10 @@ class Merged:
     """What became of the pictures of one database, export or checkpoint.
 
     `pictures` were not in their run here. `merged` have a caption now that had none here, and `failed` have failed;
-    `known` had the same caption already. `twice` had another caption here, and one of the two was kept. `leased` are being captioned by a worker here.
-    `unknown` are not among the pictures here, or have another original caption, and were left out. `reviews` and
-    `edits` are new here, and so are the rows of `studies`; `studies_left` are the names of studies with pictures that
-    are leased.
+    `known` had the same caption already. `twice` had another caption here, and one of the two was kept. `leased` are
+    being captioned by a worker here. `unknown` are not among the pictures here, or have another original caption, and
+    were left out. `reviews` and `edits` are new here, and so are the rows of `studies`; `studies_left` are the names of
+    studies with pictures that are leased. `parts` are those that the other database has, such as `default train 1/4`.
     """
 
     source: str
