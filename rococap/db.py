@@ -524,8 +524,8 @@ def execute(conn: Connection, sql: str, params: Row | list[Row] = ()) -> "Cursor
 
 
 def marks(values: Sequence[Any]) -> str:
-    """The placeholders of a list of values, for `IN (…)`."""
-    return ", ".join("?" * len(values))
+    """The placeholders of values in `IN (…)`, which finds nothing if there are none."""
+    return ", ".join("?" * len(values)) or "NULL"
 
 
 def now(conn: Connection) -> int:

@@ -108,7 +108,7 @@ def hash_pictures(database: Engine, chance: random.Random) -> None:
 # --- What a database holds -------------------------------------------------------------------------------------
 
 OF_THIS_DATABASE = {"id", "finished_at", "checkpoint", "lease_id", "origin_uuid", "origin_id", "slot"}
-"""Columns of ids, and of when and where a row came into the database. The lease of a caption is looked at."""
+"""Columns of ids, and of when and where a row came into the database. A foreign key is the row that it points to."""
 
 
 def contents(database: Engine) -> dict[str, list[tuple]]:
@@ -132,14 +132,16 @@ def contents(database: Engine) -> dict[str, list[tuple]]:
             )
         tallies = db.execute(
             conn,
-            "SELECT r.name, t.split, t.status, CAST(sum(t.n) AS INTEGER) FROM tallies t JOIN runs r ON r.id = t.run_id "
-            "GROUP BY r.name, t.split, t.status HAVING sum(t.n) <> 0",
+            "SELECT r.name, t.split, REPLACE(t.status, 'waiting', 'pending'), CAST(sum(t.n) AS INTEGER) FROM tallies t "
+            "JOIN runs r ON r.id = t.run_id GROUP BY 1, 2, 3 HAVING sum(t.n) <> 0",
         )
         found["tallies"] = sorted(map(tuple, tallies.fetchall()))
     return found
 
 
 def _shown(table: str, row: dict, targets: dict[str, str], known: dict[str, dict[int, tuple]]) -> Iterator[Any]:
+    if row.get("status") == "waiting":  # for how long is up to each database
+        row = row | {"status": "pending", "not_before": None}
     for name, value in row.items():
         if name in targets and not (table == "jobs" and name == "lease_id"):
             yield None if value is None else known[targets[name]][value]

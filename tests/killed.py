@@ -1,22 +1,27 @@
-"""Transfers in a process of their own that is killed before one of its statements."""
+"""Transfers in processes of their own that are killed before one of their statements."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import traceback
 from itertools import count
+from typing import Any
 
 from sqlalchemy import Engine, event
 
 from rococap import db, transfer
 
 
-def killed_at(n: int, what: str, *arguments: str) -> bool:
-    """Runs `copy FROM TO` or `merge TARGET FILE…` with SIGKILL before its nth statement; returns whether it came."""
-    command = [sys.executable, __file__, str(n), what, *arguments]
-    code = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=60).returncode
-    assert code in (0, -signal.SIGKILL)
-    return code != 0
+def killed(*runs: tuple[Any, ...]) -> list[bool]:
+    """Whether each run was killed: the number of the statement before which SIGKILL comes, and `copy FROM TO` or `merge
+    TARGET FILE…`.
+    """
+    command = [sys.executable, __file__, json.dumps(runs)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, timeout=60, check=True, stdout=subprocess.PIPE)
+    return [{0: False, -signal.SIGKILL: True}[code] for code in json.loads(done.stdout)]
 
 
 def main(n: int, what: str, *arguments: str) -> None:
@@ -36,5 +41,17 @@ def main(n: int, what: str, *arguments: str) -> None:
         transfer.merge(database, source)
 
 
+def forked(run: list[Any]) -> int:
+    """The exit code of a fork that does it: the packages are imported once."""
+    if (pid := os.fork()) == 0:
+        try:
+            main(*run)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    print(json.dumps([forked(run) for run in json.loads(sys.argv[1])]))

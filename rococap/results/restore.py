@@ -226,7 +226,8 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
             if status == JobState.DONE:
                 result.twice += 1
                 replaced.append(job_id)
-            moved.update({str(status): -1, JobState.DONE: 1})
+            moved[str(status)] -= 1
+            moved[JobState.DONE] += 1
             jobs[image_id], here[job_id] = (job_id, JobState.DONE, current), made
             processing_ms = None if seconds is None else seconds * 1000
             captions[job_id] = (job_id, made.text, queue.flags_of(text, ""), processing_ms, generated_at)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from histories import contents, hash_pictures, judge, live, study
-from killed import killed_at
+from killed import killed
 from postgres import Server
 from samples import fill
 from sqlalchemy import Engine
@@ -60,7 +60,7 @@ def rows(database: Engine) -> dict[str, list[tuple]]:
 @pytest.fixture
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/copy.db"
+        yield f"sqlite:///{shutil.copy(request.getfixturevalue('empty_queue'), tmp_path / 'copy.db')}"
     else:
         server: Server = request.getfixturevalue("postgres")
         url = server.create(template="empty_queue")
@@ -167,10 +167,9 @@ def test_a_row_that_is_not_what_was_read_is_noticed(source, tmp_path, empty_queu
 
 @BOTH
 def test_a_copy_that_is_killed_leaves_nothing_and_is_made_again(source, target):
-    """Before any of its statements: SIGKILL."""
-    for n in (20, 60, 10**6):
-        is_killed = killed_at(n, "copy", url_of(source), target)
-        assert is_killed == (n < 10**6)
-        there = db.connect(target)
-        assert rows(there) == ({table: [] for table in rows(source)} if is_killed else rows(source))
-        there.dispose()
+    assert killed(*((n, "copy", url_of(source), target) for n in (20, 50, 80, 110))) == [True] * 4
+    there = db.connect(target)
+    assert not any(rows(there).values())
+    assert killed((10**6, "copy", url_of(source), target)) == [False]
+    assert rows(there) == rows(source)
+    there.dispose()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from databases import sound
 from histories import contents, hash_pictures, judge, live, study
-from killed import killed_at
+from killed import killed
 from places import ROOT
 from samples import caption, register, texts, write_shard
 from small_engine import INFO
@@ -29,6 +29,7 @@ from rococap.tables import metadata
 from rococap.transfer import MERGED, merge
 
 N = 40
+HOUR = 3_600_000
 PICTURES = [f"train_{n:05}" for n in range(N)]
 
 
@@ -79,18 +80,19 @@ def history(database: Engine, chance: random.Random, judged: Sequence[str]) -> N
         queue.cancel(conn, run, image_ids=chance.sample(PICTURES, 5), now=9_000)
 
 
+JUDGED = (PICTURES[:25], PICTURES[25:30:2], [*PICTURES[26:30:2], *PICTURES[30:]])
 WINDOWS = ({"limit": 25}, {"offset": 10, "limit": 20}, {"offset": 20})
 
 
 @pytest.fixture
 def parts(new: New, request: pytest.FixtureRequest) -> list[str]:
-    """Three databases that overlap. Nobody judged a picture that others judged."""
+    """Three databases that overlap. Nobody judged, edited or studied a picture that others did."""
     chance = random.Random(getattr(request, "param", 0))
     made = []
     for n, window in enumerate(WINDOWS):
         database = new(f"part{n}", **window)
-        history(database, chance, PICTURES[n::3])
-        if column(database, "SELECT 1 FROM captions c JOIN reviews v ON v.job_id = c.job_id LIMIT 1") and n == 0:
+        history(database, chance, JUDGED[n])
+        if n == 0:
             study(database, run_of(database), "one", chance)
         made.append(path_of(database))
     return made
@@ -151,10 +153,12 @@ def test_every_kind_of_database_is_merged_into_and_from(parts, new, database):
 
 def test_a_merge_that_is_killed_before_any_statement_is_finished_by_the_same_command(parts, new, tmp_path, empty_queue):
     first = merged(new("target", enqueue=False), parts)
-    for n in (30, 90, 150, 210, 270):
-        path = shutil.copy(empty_queue, tmp_path / "killed.db")
-        assert killed_at(n, "merge", f"sqlite:///{path}", *parts), "it was over too early"
-        engine = db.connect(f"sqlite:///{path}")
+    points = range(20, 290, 45)
+    targets = [f"sqlite:///{shutil.copy(empty_queue, tmp_path / f'killed{n}.db')}" for n in points]
+    kills = killed(*((n, "merge", target, *parts) for n, target in zip(points, targets, strict=True)))
+    assert kills == [True] * len(points), "it was over too early"
+    for target in targets:
+        engine = db.connect(target)
         assert_same(merged(engine, parts), first)
         engine.dispose()
 
@@ -362,7 +366,7 @@ def test_merged_captions_are_not_counted_as_work_of_this_database(new):
         with db.transaction(database) as conn:
             assert (queue.counts(conn)[0].per_minute > 0) == bool(n)
         read = lambda: db.transaction(database)  # noqa: B023, E731
-        assert queue.throughput(read, since=0, every_ms=10**13).captions.total() == n
+        assert queue.throughput(read, since=now - now % HOUR - HOUR, every_ms=HOUR).captions.total() == n
 
 
 # --- Studies ---------------------------------------------------------------------------------------------------
@@ -411,10 +415,10 @@ def pinned(database: Engine, **resolved: Any) -> Engine:
     ("change", "differences"),
     [
         (
-            lambda new: new("source", recipe=Recipe(model="tests/small", prompt="What?", frame=2)),
+            lambda new: new("source", recipe=Recipe(model="tests/small", prompt="What?", max_new_tokens=9)),
             "prompt: 'What?', not 'Des",
         ),
-        (lambda new: new("source", recipe=Recipe(model="tests/small", frame=2)), "frame: 2, not 1"),
+        (lambda new: new("source", recipe=Recipe(model="tests/small", max_new_tokens=9)), "max_new_tokens: 9, not 256"),
         (lambda new: pinned(new("source"), digest="aa", dtype="float16", rules=2), "digest: aa, not bb"),
         (lambda new: pinned(new("source"), digest="bb", more="known here only"), "rules: 1, not 2"),
     ],
@@ -441,7 +445,7 @@ def test_what_either_database_knows_of_the_model_is_known_after_the_merge(new):
 
 
 def test_another_data_set_is_refused(new, tmp_path):
-    write_shard(tmp_path / "other", "train", range(7), "00000-of-00002")
+    write_shard(tmp_path / "other", "train", range(7))
     target, source = new("target"), new("source", root=tmp_path / "other")
     with pytest.raises(RunError) as caught:
         merge(target, path_of(source))
