@@ -145,7 +145,7 @@ def _shown(table: str, row: dict, targets: dict[str, str], known: dict[str, dict
     for name, value in row.items():
         if name in targets and not (table == "jobs" and name == "lease_id"):
             yield None if value is None else known[targets[name]][value]
-        elif name not in OF_THIS_DATABASE:
+        elif name not in OF_THIS_DATABASE and (table, name) != ("runs", "created_at"):
             yield value
     if table == "leases":
         yield row["origin_id"] or row["id"]

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @json_option
 @db_option
 def merge_command(sources: tuple[str, ...], as_json: bool) -> None:
-    """Combine the databases, exports or checkpoints of parts into this database.
+    """Combine the databases or exports of parts in this database.
 
-    A database, a file or a URL, brings its pictures and runs along; for exports and checkpoints, enqueue the split
+    They are databases, exports and checkpoint segments. A database, a file or a URL, brings its pictures and runs along; for exports and checkpoints, enqueue the split
     first. Parts may be merged in any order, before they are finished, and again. Of a picture that was captioned twice,
     the caption that people have judged, edited or studied is kept, or else the one that was made first.
     """
@@ -72,7 +72,7 @@ def _echo_merged(result: "Merged") -> None:
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
 def copy_command(source: str, target: str) -> None:
-    """Copy a database to another place, in either direction between SQLite and PostgreSQL.
+    """Copy a database, also between SQLite and PostgreSQL.
 
     FROM and TO are URLs, or the paths of SQLite files; TO is new or empty. Stop the workers first. The copy is verified
     by the number and the hashes of the rows of each table; if it is interrupted, TO stays empty.

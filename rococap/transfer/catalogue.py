@@ -146,14 +146,9 @@ def _run(read: Connection, conn: Connection, source: str, theirs: Run, datasets:
         raise _refusal(
             source, f"its run {theirs.name!r} differs from the one here", differences, "a run never mixes two"
         )
-    changed = (
-        _joined(theirs.resolved, ours.resolved),
-        max(theirs.max_attempts, ours.max_attempts),
-        min(row["created_at"], known[0]["created_at"]),
-    )
-    if changed != (known[0]["resolved"], ours.max_attempts, known[0]["created_at"]):
-        sql = "UPDATE runs SET resolved = ?, max_attempts = ?, created_at = ? WHERE id = ?"
-        execute(conn, sql, (*changed, ours.id))
+    changed = (_joined(theirs.resolved, ours.resolved), max(theirs.max_attempts, ours.max_attempts))
+    if changed != (known[0]["resolved"], ours.max_attempts):
+        execute(conn, "UPDATE runs SET resolved = ?, max_attempts = ? WHERE id = ?", (*changed, ours.id))
     return queue.get_run(conn, theirs.name)
 
 

@@ -547,8 +547,8 @@ def tallies_match(database: Engine) -> bool:
     [
         (
             queue.Part(2, 2),
-            "Run 'default' has part 1/3 of train, which part 2/2 would overlap. Use the same number of parts, --part i/3, "
-            "or another run: --run NAME",
+            "Run 'default' has part 1/3 of train, which part 2/2 would overlap. Use the same number of parts, "
+            "--part i/3, or another run: --run NAME",
         ),
         (
             queue.Part(1, 5),
