@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def merge_command(sources: tuple[str, ...], as_json: bool) -> None:
     """Combine the databases or exports of parts in this database.
 
-    They are databases, exports and checkpoint segments. A database, a file or a URL, brings its pictures and runs along; for exports and checkpoints, enqueue the split
-    first. Parts may be merged in any order, before they are finished, and again. Of a picture that was captioned twice,
-    the caption that people have judged, edited or studied is kept, or else the one that was made first.
+    A database, a file or a URL, brings its pictures and runs along. For exports and checkpoint segments, enqueue the
+    split first. Parts may be merged in any order, before they are finished, and again. Of a picture that was captioned
+    twice, the caption that people have judged, edited or studied is kept, or else the one that was made first.
     """
     from rococap import transfer
 

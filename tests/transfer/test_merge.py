@@ -5,6 +5,7 @@ import random
 import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -322,14 +323,14 @@ def test_what_a_worker_here_holds_is_left_to_it_and_merged_later(database, new, 
 @pytest.mark.every_database
 def test_workers_go_on_while_parts_are_merged(database, new, root, parts):
     """Whatever they hold when a part comes, they keep; in the end every picture has one caption."""
-    from concurrent.futures import ThreadPoolExecutor
-
     register(database, root, ["train"])
+    mine = db.connect(database.url.render_as_string(hide_password=False))
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(run_worker, database)
         for part in parts * 2:
-            merge(database, part)
+            merge(mine, part)
         working.result(60)
+    mine.dispose()
     for part in parts:
         assert merge(database, part).leased == 0
     assert column(database, "SELECT count(*) FROM leases WHERE state = 'open'") == [0]
