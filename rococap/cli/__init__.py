@@ -3,7 +3,20 @@
 Nothing of the queue or the models is decided here. torch and pandas are imported inside the commands that need them.
 """
 
-from rococap.cli import enqueue, finetune, operate, probe, results, review, serve, setup, status, study, worker
+from rococap.cli import (
+    enqueue,
+    finetune,
+    operate,
+    probe,
+    results,
+    review,
+    serve,
+    setup,
+    status,
+    study,
+    transfer,
+    worker,
+)
 from rococap.cli.options import cli
 
 __all__ = [
@@ -19,6 +32,7 @@ __all__ = [
     "setup",
     "status",
     "study",
+    "transfer",
     "worker",
 ]
 

@@ -36,8 +36,8 @@ SHOWN_FAILURES = 10
 SECTIONS = {
     "Main job": ("enqueue", "worker", "status", "export"),
     "Inspect": ("serve", "runs", "failures", "leases", "workers", "prompts"),
-    "Operate": ("retry", "cancel", "pause", "resume", "reap", "vacuum", "backup"),
-    "Results": ("compare", "evaluate", "finetune", "probe", "report", "restore", "reviews", "study"),
+    "Operate": ("retry", "cancel", "pause", "resume", "reap", "vacuum", "backup", "copy-db"),
+    "Results": ("compare", "evaluate", "finetune", "probe", "report", "restore", "reviews", "study", "merge"),
     "Set-up": ("doctor", "migrate", "bench", "demo"),
 }
 """The headings of `rococap --help` and the commands below each, in the order in which a user needs them."""
