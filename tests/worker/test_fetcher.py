@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,36 @@ def test_what_is_finished_and_not_stored_yet_is_not_given_back(held):
     assert source.withdraw(running=True) == [(lease, [second])]
     source.finish(second)
     assert source.unfinished_leases() == []
+
+
+@pytest.mark.parametrize("ends", ["lost", "settled"])
+def test_a_picture_that_is_claimed_again_before_the_loss_of_its_lease_is_known_belongs_to_the_new_one(held, ends):
+    # A job that was cancelled and retried within seconds is free again, while its worker still holds the first lease.
+    source, lease = held
+    first, second = (job.id for job in lease.jobs)
+    source.take(2, 0)
+    again = replace(lease, id=lease.id + 1, jobs=lease.jobs[:1])
+    source.enter(again, expires_at=1_060.0)
+    source.offer(replace(again.jobs[0], lease_id=again.id), Prepared(first, None, 1), 0.0, 0.0, is_blank=False)
+    if ends == "lost":
+        source.lose([lease.id])
+        assert source.step(1) == {second}
+    else:
+        source.settle(lease, [first, second])
+    assert source.open_leases() == [again]
+    assert source.lease_of(first) == again
+    assert [picture.job_id for picture in source.take(2, 0)] == [first]
+    source.settle(again, [first])
+    assert source.open_leases() == []
+
+
+def test_a_picture_that_is_stored_while_it_is_ready_once_more_is_not_waited_for(held):
+    source, lease = held
+    source.settle(lease, [job.id for job in lease.jobs])
+    waiting = threading.Thread(target=source.wait_until_taken, daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert not waiting.is_alive()
 
 
 # --- the engine's progress -------------------------------------------------------------------------------------
