@@ -277,19 +277,21 @@ class _AlwaysInContact:
 
 
 class World:
-    """A run of three jobs on the database, of which the last was in a crash before, and two workers that hold nothing.
+    """A run on the database, and two workers that hold nothing yet.
 
-    Leases last `ttl` ticks.
+    `crashes` says how many crashes each job of the run has been in before. Leases last `ttl` ticks.
     """
 
-    def __init__(self, database: Engine, folder: Path, control: Control, *, n_jobs: int = 3, ttl: int = 1) -> None:
+    def __init__(
+        self, database: Engine, folder: Path, control: Control, *, crashes: Sequence[int], ttl: int = 1
+    ) -> None:
         self.database = database
         self.control = control
         self.ttl_ms = ttl * TICK_MS
-        self.run = fill(database, folder / "set", n_jobs)
+        self.run = fill(database, folder / "set", len(crashes))
         with self._writing() as conn:
             db.execute(conn, "UPDATE runs SET max_attempts = ?", (MAX_ATTEMPTS,))
-            db.execute(conn, "UPDATE jobs SET crashes = 2 WHERE id = ?", (n_jobs,))
+            db.execute(conn, "UPDATE jobs SET crashes = ? WHERE id = ?", [(n, id) for id, n in enumerate(crashes, 1)])
         self._template = Context(
             database,
             Settings(lease_ttl=self.ttl_ms / 1000),
