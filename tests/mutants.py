@@ -346,7 +346,7 @@ MUTANTS = (
         "two crashes in company fail a picture",
         "crash",
         "solo = int(lane == SOLO)",
-        "solo = int(lane != NORMAL)",
+        "solo = int(lane > 0)",
         "queue/test_queue.py::test_a_picture_that_crashed_two_workers_is_claimed_alone_and_fails_after_two_more",
     ),
     mutant(

@@ -39,7 +39,7 @@ CLAIM = 2
 """The most jobs that a worker claims at once."""
 A, B = 0, 1
 LOST, REFUSED = "lost", "refused"
-"""What may go wrong with a transaction: it is committed, but its answer is lost; or it never begins."""
+"""What may go wrong with a transaction: it is committed, but its answer is lost; or it is not committed."""
 FINISHED = ("done", "failed", "cancelled")
 
 
@@ -60,19 +60,19 @@ def controlled(monkeypatch: pytest.MonkeyPatch) -> Control:
     control = Control()
     begin, commit = db._begin, db._commit
 
-    def begin_or_refuse(conn: Connection, write: bool, patience: float | None = None) -> None:
-        if write and control.answer == REFUSED:
-            raise DatabaseUnavailable("The test refuses it.")
+    def begin_and_note(conn: Connection, write: bool, patience: float | None = None) -> None:
         control.is_writing = write
         begin(conn, write, patience)
 
-    def commit_and_lose(conn: Connection, patience: float | None = None) -> None:
+    def commit_or_not(conn: Connection, patience: float | None = None) -> None:
+        if control.is_writing and control.answer == REFUSED:
+            raise DatabaseUnavailable("The test refuses it.")
         commit(conn, patience)
         if control.is_writing and control.answer == LOST:
             raise DatabaseUnavailable("The test lost the answer.")
 
-    monkeypatch.setattr(db, "_begin", begin_or_refuse)
-    monkeypatch.setattr(db, "_commit", commit_and_lose)
+    monkeypatch.setattr(db, "_begin", begin_and_note)
+    monkeypatch.setattr(db, "_commit", commit_or_not)
     monkeypatch.setattr(db.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(db, "now", lambda conn: control.now)
     monkeypatch.setattr(clock, "now", lambda: control.now / 1000)
