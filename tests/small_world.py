@@ -306,6 +306,8 @@ class World:
         self._n_started = 0
         self.left: list[Entry] = []
         """What dead workers have left in their spools."""
+        self.n_lost = 0
+        """Captions that the latest replay counted as lost."""
         self.minds = [self._start(), self._start()]
         self.tables: dict[str, list[Any]] = {}
         self._driver = database.raw_connection().driver_connection if database.dialect.name == "sqlite" else None
@@ -433,8 +435,9 @@ class World:
             yield Step("take", (slot,))
         if state.held:
             yield from self._either("beat", slot)
-            yield from self._either("give_back", slot, False)
-            yield from self._either("give_back", slot, True)
+            for running in (False, True):
+                yield from self._either("give_back", slot, running)
+                yield Step("give_back", (slot, running), REFUSED)
             yield Step("give_up", (slot,))
         for lease_id in state.held:
             jobs = mind.workable(lease_id)
@@ -533,6 +536,7 @@ class World:
         store._next_look = float("inf")
         store._empty_spool()
         mind.entries[n:n] = entries
+        self.n_lost = store.outcome.lost
 
     def _take_over(self, slot: int, n: int) -> None:
         try:

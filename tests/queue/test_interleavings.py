@@ -83,6 +83,9 @@ def check_state(world: World, rows: Rows) -> None:
     failed = {id for id, job in rows.jobs.items() if job.status == "failed"}
     assert failed <= {id for id, *_ in rows.failures}, "a job failed without a reason"
     for mind in world.minds:
+        known = mind.state.held.keys() | {entry.lease.id for entry in mind.entries}
+        mine = {id for id, lease in rows.open().items() if lease.worker_id == mind.worker_id}
+        assert mind.is_unsure or mine <= known, "a worker has forgotten a lease, which will be taken for a crash"
         lanes = [held.lease.lane for held in mind.state.held.values()]
         assert len(lanes) < 2 or set(lanes) == {NORMAL}, "a suspect has company"
         for id, held in mind.state.held.items():
@@ -122,6 +125,11 @@ def check_move(move: Move) -> None:
     check_leases(move)
     check_record(move)
     check_nothing_made_is_lost(move)
+    if move.verb == "cancel":
+        chosen = move.step.args or move.after.jobs
+        assert all(move.after.jobs[id].status in FINISHED for id in chosen), "cancel left something out"
+    if move.verb == "replay" and not move.step.answer:
+        check_told(move)
     if move.verb == "claim":
         check_claim(move)
     if move.verb == "take":
@@ -227,6 +235,20 @@ def check_nothing_made_is_lost(move: Move) -> None:
     for id in made - kept:
         status = move.after.jobs[id].status
         assert status in FINISHED, f"the caption of job {id}, which is {status}, is nowhere any more"
+
+
+def check_told(move: Move) -> None:
+    """A worker tells a caption that came too late from one that was stored before."""
+    entry = move.mind.entries[move.step.args[1]]
+    lost = {
+        one.job_id
+        for one in entry.completions
+        if one.failure is None
+        and move.after.jobs[one.job_id].status in FINISHED
+        and move.after.captions.get(one.job_id, [0])[0] != entry.lease.id
+        and one.job_id not in move.after.captions.keys() - move.before.captions.keys()
+    }
+    assert move.world.n_lost == len(lost), f"{move.world.n_lost} captions were counted as lost, not {len(lost)}"
 
 
 def check_claim(move: Move) -> None:
