@@ -94,11 +94,47 @@ _NOT_SO: Final = (
     (r"\bnegative for\b", "positive for"),
     (r"(?<!nearly )(?<!almost )\bno (?!longer|more|less|doubt)(?=[a-z])", "evidence of "),
 )
+_IS_SEEN: Final = re.compile(rf"\b{_SEEN}$", re.IGNORECASE)
 _NO_CUE: Final = re.compile(
     _words("no", "not", "cannot", "nor", "none", "without", "absen(?:t|ce)", "lack", "negative", "normal(?:ly)?"),
     re.IGNORECASE,
 )
 _NOT_ENGLISH: Final = re.compile(_words("com", "con", "del", "des", "el", "em", "les", "que", "und"), re.IGNORECASE)
+_FINDING: Final = re.compile(
+    # the nouns of disease by their endings, where these are regular, and the common ones that are not; what is enlarged
+    # or displaced; what differs in density, signal or echo
+    r"\b(?:(?!(?:ana|uro|dia)lys|diagnos|prognos|anastomos|s?troma|stoma|coma)"
+    r"\w*(?:omas?|omata|itis|os[ie]s|iasis|a?emia|megaly|ectas(?:[ie]s|ia)|plasi[ac]|troph(?:y|ic)|path(?:y|ies)|lys[ie]s|"
+    r"rrhages?|malacia|edema|penia|celes?|kinesi[as]|liths?|genesis|emphysema)|"
+    r"(?:pneumo|ha?emo|hydro|pyo|chylo)(?:thora(?:x|ces)|peri(?:toneum|cardium)|mediastinum)|"
+    r"\w*(?:mass(?:es)?|lesions?|tumou?rs?|cysts?|nodules?|cancers?|polyps?|fractures?|effusions?|abscess(?:es)?|stones?|"
+    r"aneurysms?|calcifications?|hernias?|herniations?|thromb(?:us|i|osed))|neoplasms?|malignanc(?:y|ies)|foc(?:us|i)|"
+    r"(?:fluid|gas|air|bleeding|clots?|embol(?:us|i|ism)|infarct(?:ion)?s?|strictures?|narrowing|occlusions?|occluded|"
+    r"obstructions?|blockages?|dilat(?:at)?ions?|dilated|distended|distension|bulging|opacit(?:y|ies)|opacification|"
+    r"consolidations?|infiltrat(?:es?|ions?|ive)|shadows?|collapsed?|cavit(?:y|ies|ation)|ossifications?|calcul(?:us|i)|"
+    r"swelling|thickening|thickened|enlargement|enlarged|widening|enhancement|uptake|leak(?:s|age)?|extravasations?|"
+    r"flow|vascularity|hydrocephalus|fistulas?|fistulae|communications?|shunts?|"
+    r"reflux|regurgitation|ruptures?|perforations?|tears?|lacerations?|disruptions?|transections?|dissections?|"
+    r"dislocations?|subluxations?|displacement|displaced|deviation|migration|malalignment|prolapse|protrusions?|"
+    r"erosions?|destructi(?:on|ve)|necrosis|resorption|bone loss|bony injury|radiolucenc(?:y|ies)|lucenc(?:y|ies)|"
+    r"callus|fusion|union|invasion|involvement|extension|metastas[ie]s|metastatic|recurren(?:ces?|t)|compression|"
+    r"indentations?|infections?|inflammat(?:ion|ory)|stranding|diverticul(?:um|a)|plaques?|collaterals?|varices|defects?|"
+    r"malformations?|abnormalit(?:y|ies)|anomal(?:y|ies)|deformit(?:y|ies)|atresia|achalasia|intussusceptions?|"
+    r"volvulus|(?:loose|foreign) bod(?:y|ies)|vegetations?|collections?|ascites|pneumonia|tamponade|spasm|ulcers?|"
+    r"lymph nodes?|impacted|ectopic|(?:high|increased|abnormal) (?:signal|density)|"
+    r"(?:hyper|hypo|an)-?(?:intens|dens|echo)\w+))\b",
+    re.IGNORECASE,
+)
+_PHRASE_ENDS: Final = re.compile(
+    r"[;:()]|\.(?!\d)|(?<!\d)\.|\b(?<!area )(?<!areas )(?<!formation )(?:in|on|at|of|with|within|without|to|from|by|"
+    r"for|into|after|before|during|but|which|that|who|where|is|are|was|were|has|have|had|arising|surrounding|"
+    rf"involving|extending|causing|measuring|{_SHOWS})\b",
+    re.IGNORECASE,
+)
+_IN_BRACKETS: Final = re.compile(r"\([^()]*\)")
+_CLAUSE: Final = re.compile(
+    r"(?:[.;:,]|\b(?:that|which|where|and)\b)\s*(?:(?:in|on|at)\b)?|^(?:in|on|at)\b", re.IGNORECASE
+)
 _SO: Final = (
     (r"\bpositive for\b", "negative for"),
     (r"\bpresence of\b", "absence of"),
@@ -115,15 +151,23 @@ _SO: Final = (
 
 
 def negation_flip(text: str, random: Random) -> str | None:
-    """The first statement that something is absent says that it is there or, in a text without one, the reverse."""
+    """The first statement that a finding is absent says that it is there or, in a text without one, the reverse."""
     if _NOT_ENGLISH.search(text):
         return None
     for pattern, instead in _NOT_SO if _NO_CUE.search(text) else _SO:
-        match = re.search(pattern, text, re.IGNORECASE)
-        if match:
-            changed = _in_case_of(match[0], match.expand(instead))
-            return text[: match.start()] + changed + text[match.end() :]
+        for match in re.finditer(pattern, text, re.IGNORECASE):
+            if _FINDING.search(_stated(text, match)):
+                changed = _in_case_of(match[0], match.expand(instead))
+                return text[: match.start()] + changed + text[match.end() :]
     return None
+
+
+def _stated(text: str, match: re.Match[str]) -> str:
+    """The phrase that the match says to be there or not: what follows it or, of "is seen", the head of its subject."""
+    phrase = text[match.end() :]
+    if _IS_SEEN.search(match[0]):
+        phrase = _CLAUSE.split(_IN_BRACKETS.sub("", text[: match.start()]))[-1]
+    return _PHRASE_ENDS.split(phrase, maxsplit=1)[0]
 
 
 _MODALITIES: Final[tuple[tuple[str, str, str], ...]] = (

@@ -170,6 +170,18 @@ def test_sides_agree_or_are_opposite(caption, reference, expected):
         ("No change of the mass.", set(), {"mass"}),
         ("CT without contrast showing a mass.", set(), {"mass"}),
         ("Absence of the left kidney.", set(), set()),
+        ("No large, lobulated, solid mass.", {"mass"}, set()),
+        ("No enhancement, effusion on the left.", {"enhancement"}, {"effusion"}),
+        ("No abnormal signal, mass in the liver.", {"signal abnormality"}, {"mass"}),
+        ("No 4.3 x 2 cm cyst.", {"cyst"}, set()),
+        ("Case no 4 with a cyst.", set(), {"cyst"}),
+        ("No formation of a fistula.", {"fistula"}, set()),
+        ("The stone (arrow) is not seen.", {"stone"}, set()),
+        ("A cyst. A stone (arrow) is not seen.", {"stone"}, {"cyst"}),
+        ("Enhancement of the mass was not seen.", {"enhancement"}, {"mass"}),
+        ("In this view of the liver a mass is not seen.", {"mass"}, set()),
+        ("Signs of inflammation were not seen.", {"inflammation"}, set()),
+        ("A cyst, and a mass is not seen.", {"mass"}, {"cyst"}),
         ("An effusion (culture negative).", set(), {"effusion"}),
         ("An effusion on the left, no effusion on the right.", {"effusion"}, {"effusion"}),
         ("A cyst (tumor not shown).", set(), {"cyst", "mass"}),
@@ -241,6 +253,7 @@ def test_measurements_are_equal_within_rounding(caption, reference, expected):
     [
         *("", "…", "Case 1.", "CT abdomen axial", "Coronal T2, de Quervain tenosynovitis", "IVC and SMV"),
         *("Müller maneuver, Köhler disease of the foot", "A mass (sagittal view) in the left lung"),
+        "d'Acosta disease",
     ],
 )
 def test_english_is_read_also_where_it_is_terse(text):
@@ -252,6 +265,8 @@ def test_english_is_read_also_where_it_is_terse(text):
     "text",
     [
         "Radiographie du thorax montrant un épanchement pleural gauche",
+        "Coupe scanographique montrant l’aorte",
+        "Aspect de l'IRM d'un kyste",
         "Radiografía de tórax con derrame pleural",
         "Röntgenbild der Lunge mit Erguss und Überblähung",
         "TC de tórax, corte axial, com janela para o mediastino",

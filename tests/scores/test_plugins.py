@@ -322,6 +322,10 @@ def answer(id, score=1):
     ("source", "reason"),
     [
         ("import sys; print('one', file=sys.stderr); sys.exit('no\\nmodel')", "ended with exit code 1. It said: model"),
+        (
+            "import sys; print('loading ' * 9_000, file=sys.stderr); sys.exit('no model')",
+            "exit code 1. It said: no model",
+        ),
         ("import os; os.kill(os.getpid(), 11)", "Its command was killed by SIGSEGV."),
         (ANSWERS, "Its command answered for 0 of 3 captions."),
         (ANSWERS + "answer(ids[0]); print('tired', file=sys.stderr)", "answered for 1 of 3 captions. It said: tired"),

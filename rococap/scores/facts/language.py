@@ -6,9 +6,9 @@ from typing import Final
 
 def is_english(text: str) -> bool:
     """False if most letters are not Latin, or if at least two words belong to another language, and more than belong to
-    English. A word belongs to another language if it is one of its commonest words, or has an accented letter; to
-    English, if it is one of its commonest words. So a few words without any of these, as in "CT abdomen axial", are
-    taken for English.
+    English. A word belongs to another language if it is one of the commonest words there, has an accented letter, or
+    begins with an elided word ("l'image"); to English, if it is one of its commonest words. So a few words without any
+    of these, as in "CT abdomen axial", are taken for English.
     """
     letters = _LETTER.findall(text)
     latin = _LATIN.findall(text)
@@ -16,6 +16,7 @@ def is_english(text: str) -> bool:
         return False
     words = _WORD.findall(text.lower())
     foreign = sum(word in _FOREIGN or bool(_ACCENTED.search(word)) for word in words)
+    foreign += len(_ELIDED.findall(text))
     return foreign < 2 or foreign <= sum(word in _ENGLISH for word in words)
 
 
@@ -23,6 +24,7 @@ _LETTER: Final = re.compile(r"[^\W\d_]")
 _LATIN: Final = re.compile(r"[A-Za-zµ\u00c0-\u024f]")
 _WORD: Final = re.compile(r"[^\W\d_]+")
 _ACCENTED: Final = re.compile(r"[\u00df-\u00f6\u00f8-\u024f]")
+_ELIDED: Final = re.compile(r"\b[dlDL]['’](?=[^\W\d_]{2})")
 _ENGLISH: Final = frozenset(
     """
     the of and with in is are was were a an to at on by for from this that there no not after before into as which has
@@ -33,7 +35,7 @@ _ENGLISH: Final = frozenset(
 # Without words that are English as well ("die", "son", "on") or common in anatomical terms ("os").
 _FOREIGN: Final = frozenset(
     """
-    le la les du des une et avec au aux dans par qui est ce cette sans pour sur
+    le la les du des une et avec au aux dans par qui est ce cette sans pour sur montrant
     el los las del y con una en por que se muestra
     da dos das com uma um na nas ao mostrando
     il gli della di che nel nella e dei

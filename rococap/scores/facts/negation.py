@@ -4,7 +4,8 @@ After NegEx (Chapman et al., "A simple algorithm for identifying negated finding
 Journal of Biomedical Informatics 34:301-310, 2001) and its terms of 2013 (Chapman et al., "Extending the NegEx lexicon
 for multiple languages", MEDINFO 2013): a trigger denies the findings in its scope, pseudo-triggers deny nothing. The
 scope here is that of a caption, which packs more into a sentence than a report: it ends at a preposition, a verb or a
-conjunction such as "but", and at a comma unless the list goes on to an "or".
+conjunction such as "but", and at a comma unless this follows an adjective ("no large, solid mass") or the list goes on
+to an "or". Before "is not seen" it is the head of the subject: "enhancement" in "enhancement of the mass".
 """
 
 import re
@@ -38,25 +39,30 @@ def _scopes(folded: str) -> Iterator[tuple[int, int]]:
             case "before":
                 yield trigger.end(), _forward(folded, trigger.end())
             case "after":
-                yield _backward(folded, trigger.start()), trigger.start()
+                yield _backward(folded, trigger.start())
 
 
 def _forward(folded: str, start: int) -> int:
     """Where the scope of a trigger that stands before its findings ends."""
     ahead = folded[start : start + _REACH]
     end = stop.start() if (stop := _STOP.search(ahead)) else len(ahead)
-    comma = ahead.find(",", 0, end)
-    if comma >= 0 and not _GOES_ON.search(ahead, comma, end):
-        end = comma
+    for comma in _COMMA.finditer(ahead, 0, end):
+        if not (_ADJECTIVE.search(ahead, 0, comma.start()) or _GOES_ON.search(ahead, comma.start(), end)):
+            return start + comma.start()
     return start + end
 
 
-def _backward(folded: str, end: int) -> int:
-    """Where the scope of a trigger that stands after its findings begins: at the subject of its clause."""
+def _backward(folded: str, end: int) -> tuple[int, int]:
+    """The scope of a trigger that stands after its findings: the subject of its clause, up to a preposition, or what
+    follows the last one if the clause begins with one.
+    """
     first = max(0, end - _REACH)
     behind = folded[first:end]
-    stops = [stop.end() for stop in _CLAUSE.finditer(behind)]
-    return first + (stops[-1] if stops else 0)
+    start = max((stop.end() for stop in _CLAUSE.finditer(behind) if stop["ends"]), default=0)
+    leads = list(_LEADS.finditer(behind, start))
+    if leads and behind[start : leads[0].start()].strip():
+        return first + start, first + leads[0].start()
+    return first + (leads[-1].end() if leads else start), end
 
 
 _REACH: Final = 90
@@ -79,7 +85,7 @@ _NOTHING: Final = (
     r"(?:not|cannot|can not|could not|does not|do not|did not) (?:be )?(?:(?:entirely|completely|definitely) )?"
     r"(?:exclude|excluded|rule out|ruled out)",
     r"not (?:only|necessarily|certain|shown|pictured|included|to scale)",
-    r"no \d+",
+    r"no \d+(?![\d.,]*(?: ?[x×] ?|[ ‐-]{0,2}[cm]m\b))",
     r"without (?:any )?(?:treatment|change)",
     r"without (?:\w+ )?(?:contrast|gadolinium)(?: (?:medium|media|agent|material|enhancement))?",
     r"non?[ -]contrast",
@@ -116,9 +122,11 @@ _AFTER: Final = (
 _TRIGGER: Final = re.compile(
     rf"\b(?:{'|'.join(_NOTHING)}|(?P<before>{'|'.join(_BEFORE)})|(?P<after>{'|'.join(_AFTER)}))\b", re.IGNORECASE
 )
+# "Evidence of" belongs to the finding; any other "of" leads from the finding to where it is.
+_OF: Final = r"(?<!evidence )(?<!sign )(?<!signs )(?<!formation )(?<!area )(?<!areas )of"
 _PREPOSITIONS: Final = (
     r"in|within|at|to|from|on|over|after|before|during|since|due|by|for|with|into|between|around|near|under|above|below|"
-    r"along|through|throughout|across|surrounding|outside|inside|following|upon|of"
+    rf"along|through|throughout|across|surrounding|outside|inside|following|upon|{_OF}"
 )
 _VERBS: Final = (
     r"is|are|was|were|be|been|has|have|had|shows?|showing|showed|shown|demonstrat\w+|reveal\w+|seen|noted|observed|"
@@ -126,10 +134,16 @@ _VERBS: Final = (
     r"can|could|may|but|however|although|though|except|yet|while|whereas|which|who|that|because|therefore|apart|then|"
     r"despite|accompanied|resulting|only|arrows?|arrowheads?"
 )
-# "Evidence of" and the like belong to the trigger; any other "of" leads from the finding to where it is.
-_STOP: Final = re.compile(rf"[.;:!?()\[\]]|\b(?:{_PREPOSITIONS}|{_VERBS}|no|without)\b", re.IGNORECASE)
+_STOP: Final = re.compile(
+    rf"(?<!\d)\.|\.(?!\d)|[;:!?()\[\]]|\b(?:{_PREPOSITIONS}|{_VERBS}|no|without)\b", re.IGNORECASE
+)
 _GOES_ON: Final = re.compile(r",? (?:or|nor) ", re.IGNORECASE)
-_CLAUSE: Final = re.compile(
-    rf"[.;:!?()\[\],]|\b(?:{_VERBS}|and|in|within|at|on|with|of|from|there)\b",
+_COMMA: Final = re.compile(r",(?!\d)")
+_ADJECTIVE: Final = re.compile(
+    r"\b(?:large|huge|small|tiny|big|soft|thick|thin|dense|solid|round|oval|long|new|clear|mild|moderate|diffuse|"
+    r"discrete|high|low|(?!signal$)\w+(?:ed|al|ous|ic|ile|ive|(?<!m)ent|ant|ar|ary|oid|like))$",
     re.IGNORECASE,
 )
+_CLAUSE: Final = re.compile(rf"\([^()]*\)|(?P<ends>[.;:!?()\[\],]|\b(?:{_VERBS}|and|with|there)\b)", re.IGNORECASE)
+"""Where a clause begins; what stands in brackets within it begins none."""
+_LEADS: Final = re.compile(rf"\b(?:in|within|at|on|from|{_OF})\b", re.IGNORECASE)
