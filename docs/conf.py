@@ -32,6 +32,7 @@ CONTENTS = """
 docs/guide
 docs/models
 docs/operations
+docs/scaling
 docs/web
 docs/serving
 docs/scores

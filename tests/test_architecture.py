@@ -22,7 +22,7 @@ PLAN = (
     {"results"},
     {"review"},
     {"scores", "training", "worker"},
-    {"doctor", "web"},
+    {"doctor", "launch", "web"},
     {"demo"},
     {"cli"},
 )

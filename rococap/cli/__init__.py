@@ -3,13 +3,14 @@
 Nothing of the queue or the models is decided here. torch and pandas are imported inside the commands that need them.
 """
 
-from rococap.cli import enqueue, finetune, operate, results, review, serve, setup, status, study, worker
+from rococap.cli import enqueue, finetune, launch, operate, results, review, serve, setup, status, study, worker
 from rococap.cli.options import cli
 
 __all__ = [
     "cli",
     "enqueue",
     "finetune",
+    "launch",
     "main",
     "operate",
     "results",

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from sqlalchemy import Engine as Database
 
@@ -82,19 +82,32 @@ def work(
     `url` is that of `database`, for the children. `report` is called every few seconds, from a thread, once there are
     results. Raises RunError if there is nothing to work on.
     """
-    with transaction(database) as conn:
-        run = choose_run(conn, settings.run, settings.splits)
-        splits = settings.splits or SPLITS
-        queue.counts_of(conn, run, splits)  # raises here, rather than in every child, if the run has no such pictures
-        left = queue.unfinished(conn, run, splits)
-    if not (settings.wait or any(left.values())):
+    run, is_work_left = find_run(database, settings)
+    if not is_work_left:
         return Ended(Outcome(run.name), (), ())
     child_env = environment(url, devices)
     shares = share_out(replace(settings, run=run.name), devices)
     children = [Child(label, share, command, child_env, echo) for label, share in shares]
+    return see_through(database, run, children, report)
+
+
+def see_through(database: Database, run: Run, children: Sequence["Supervised"], report: Report) -> Ended:
+    """Supervises the children, and reports the progress of their run meanwhile."""
     with _reporting(database, run, children, report):
         ended = supervise(children)
     return replace(ended, outcome=replace(ended.outcome, run=run.name))
+
+
+def find_run(database: Database, settings: Settings) -> tuple[Run, bool]:
+    """The run to work on, and whether there is anything to wait for or to do.
+
+    Raises RunError, here rather than in every child, if there is no such run or it has no pictures of these splits.
+    """
+    with transaction(database) as conn:
+        run = choose_run(conn, settings.run, settings.splits)
+        splits = settings.splits or SPLITS
+        queue.counts_of(conn, run, splits)
+        return run, settings.wait or any(queue.unfinished(conn, run, splits).values())
 
 
 # --- Devices, settings and command lines -----------------------------------------------------------------------
@@ -181,9 +194,14 @@ def program() -> list[str]:
     return [sys.executable, *([] if is_checkout else ["-P"]), "-m", "rococap"]
 
 
+def flags(*, force: bool, debug: bool) -> list[str]:
+    """The options before the name of a command that another process needs as well."""
+    return [flag for flag, is_set in (("--force", force), ("--debug", debug)) if is_set]
+
+
 def worker_command(*, force: bool = False, debug: bool = False) -> Command:
     """The command line of a child: the `worker` command with `--member`. The environment names the database."""
-    before = [flag for flag, is_set in (("--force", force), ("--debug", debug)) if is_set]
+    before = flags(force=force, debug=debug)
 
     def command(settings: Settings) -> list[str]:
         return [*program(), *before, "worker", "--member", settings.to_json()]
@@ -214,7 +232,24 @@ def report_to_parent(outcome: Outcome, counts: Sequence[Counts] = ()) -> None:
 # --- The parent's side -----------------------------------------------------------------------------------------
 
 
-def supervise(children: Sequence["Child"]) -> Ended:
+class Supervised(Protocol):
+    """What can be supervised: a child on this machine, or one elsewhere."""
+
+    is_over: bool
+    error: str
+
+    def outcome(self) -> Outcome: ...
+
+    def tend(self, *, is_stopping: bool) -> None: ...
+
+    def ask_to_stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+def supervise(children: Sequence[Supervised]) -> Ended:
     """Starts the children, restarts those that die, and returns when all have ended."""
     n_passed_on, kills_at = 0, math.inf
     with _signals() as received:
@@ -241,16 +276,24 @@ def supervise(children: Sequence["Child"]) -> Ended:
     return Ended(outcome, tuple(child.error for child in children if child.error), tuple(received))
 
 
-def total(children: Sequence["Child"]) -> Outcome:
+def total(children: Sequence[Supervised]) -> Outcome:
     """The sum of the outcomes reported so far. `seconds` is the longest time that one device has worked."""
     outcomes = [child.outcome() for child in children]
-    return replace(_sum(outcomes), seconds=max((outcome.seconds for outcome in outcomes), default=0.0))
+    return replace(added(outcomes), seconds=max((outcome.seconds for outcome in outcomes), default=0.0))
 
 
-def _sum(outcomes: Sequence[Outcome]) -> Outcome:
-    added = ("done", "failed", "lost", "recovered", "spooled", "seconds")
+def added(outcomes: Sequence[Outcome]) -> Outcome:
+    """The sum of the outcomes."""
+    names = ("done", "failed", "lost", "recovered", "spooled", "seconds")
     spool = next((outcome.spool for outcome in outcomes if outcome.spooled), "")
-    return Outcome(spool=spool, **{name: sum(getattr(outcome, name) for outcome in outcomes) for name in added})
+    return Outcome(spool=spool, **{name: sum(getattr(outcome, name) for outcome in outcomes) for name in names})
+
+
+def left_of(limit: int | None, outcome: Outcome) -> int | None:
+    """How many of so many pictures are left after this outcome; None without a limit."""
+    if limit is None:
+        return None
+    return max(0, limit - (outcome.done - outcome.recovered) - outcome.failed - outcome.lost)
 
 
 @contextmanager
@@ -271,7 +314,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _reporting(database: Database, run: Run, children: Sequence["Child"], report: Report) -> Iterator[None]:
+def _reporting(database: Database, run: Run, children: Sequence[Supervised], report: Report) -> Iterator[None]:
     """Calls `report` while the block runs. It does so in a thread, so that a database that does not answer cannot delay
     stopping.
     """
@@ -322,7 +365,7 @@ class Child:
     def outcome(self) -> Outcome:
         """The sum of what its processes have reported so far."""
         process = self._process
-        return _sum([*self._ended, process.reported] if process else self._ended)
+        return added([*self._ended, process.reported] if process else self._ended)
 
     def tend(self, *, is_stopping: bool) -> None:
         """Starts its process when that is due; if the process has ended, decides whether to start another."""
@@ -355,10 +398,7 @@ class Child:
 
     def _left(self) -> int | None:
         """How much of its share of the limit is left; None without a limit."""
-        if self._settings.limit is None:
-            return None
-        outcome = self.outcome()
-        return max(0, self._settings.limit - (outcome.done - outcome.recovered) - outcome.failed - outcome.lost)
+        return left_of(self._settings.limit, self.outcome())
 
     def _decide_restart(self, process: "Process", is_stopping: bool) -> None:
         if process.code == 0 or self._left() == 0:
