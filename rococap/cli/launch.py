@@ -12,8 +12,12 @@ from rococap.cli.worker import (
     batch_size_option,
     check_engine,
     decoding_options,
+    echo_log_line,
+    limit_option,
+    report_ended,
     served_options,
     worker_command,
+    worker_progress,
     working_options,
 )
 
@@ -142,3 +146,51 @@ def _given(ctx: click.Context, without: str) -> Iterator[str]:
         else:
             for one in value if isinstance(value, tuple) else [value]:
                 yield from (param.opts[0], "auto" if one is None else str(one))
+
+
+# --- Ray -------------------------------------------------------------------------------------------------------
+
+
+@launch_group.command("ray")
+@click.option("--gpus", type=click.IntRange(1, 10_000), metavar="N", help="Caption on N GPUs of the cluster.")
+@click.option("--cpus", type=click.IntRange(1, 10_000), metavar="N", help="Caption on N CPU cores, one worker on each.")
+@click.option(
+    "--address",
+    metavar="auto|HOST:PORT",
+    help="The cluster. auto: the one that this machine belongs to. [default: RAY_ADDRESS, or the one on this machine, "
+    "which is started if there is none]",
+)
+@limit_option
+@launched_options
+@click.pass_context
+def ray_command(
+    ctx: click.Context,
+    /,
+    gpus: int | None,
+    cpus: int | None,
+    address: str | None,
+    run_name: str | None,
+    splits: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Caption on the GPUs or CPU cores of a Ray cluster.
+
+    Ray starts a worker again when its machine is lost. Ctrl-C stops all of them, once they have finished what they are
+    captioning.
+    """
+    from rococap.launch import ray
+    from rococap.worker import supervisor
+    from rococap.worker.settings import Settings
+
+    check_engine(options)
+    if (gpus is None) == (cpus is None):
+        raise click.UsageError("Say where to caption: either --gpus N or --cpus N.")
+    target = ctx.find_root().obj
+    settings = Settings.of(run=run_name, splits=splits, **options)
+    kind: ray.Kind = "cpu" if gpus is None else "gpu"
+    command = supervisor.worker_command(force=target.force, debug=target.debug)
+    with worker_progress() as report:
+        ended = ray.work(
+            open_database(), target.url, settings, kind, gpus or cpus or 0, address, command, report, echo_log_line
+        )
+    report_ended(ended, settings)
