@@ -5,6 +5,7 @@ then how its child is doing, so that `supervisor.supervise` sees them as it sees
 """
 
 import logging
+import math
 import os
 import socket
 import sys
@@ -77,11 +78,6 @@ class Device:
         if self._child is not None:
             self._child.kill()
 
-    def __ray_shutdown__(self) -> None:
-        """Ray calls this when it ends the actor in good order."""
-        if self._child is not None:
-            self._child.leave()
-
 
 class Remote:
     """The driver's side of an actor; `supervisor.supervise` treats it as a child."""
@@ -97,10 +93,15 @@ class Remote:
         self._last = Answer("", False, "", Outcome(), ())
         self._pending: Any = None
         self._asks_at = 0.0
-        self._gives_up_at: float | None = None
-        # Restarts alone would begin with the constructor: a question that the machine took with it is asked again.
-        lasting = {"max_restarts": -1, "max_task_retries": -1, f"num_{kind}s": 1}
-        self._actor = ray.remote(Device).options(**lasting).remote(label, kind, url, command)
+        self._gives_up_at = math.inf
+        options = {
+            f"num_{kind}s": 1,
+            "max_restarts": -1,
+            "max_task_retries": -1,  # else a restart would call the constructor only
+            # When Ray ends an actor, its child drains, because its stdin is closed. Ray would kill it.
+            "runtime_env": {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "false"}},
+        }
+        self._actor = ray.remote(Device).options(**options).remote(label, kind, url, command)
 
     def outcome(self) -> Outcome:
         return supervisor.added([*self._before, self._last.outcome])
@@ -108,7 +109,7 @@ class Remote:
     def tend(self, *, is_stopping: bool) -> None:
         if self.is_over:
             return
-        if is_stopping and self._gives_up_at is None:
+        if is_stopping and self._gives_up_at == math.inf:
             patience = self._settings.drain_timeout + STOP_SLACK_SEC if self._last.start else 0.0
             self._gives_up_at = time.monotonic() + patience
         if self._pending is None:
@@ -119,7 +120,7 @@ class Remote:
             self._asks_at = time.monotonic() + ASK_EVERY_SEC
             self._take(self._pending)
             self._pending = None
-        if self._gives_up_at is not None and time.monotonic() >= self._gives_up_at and not self.is_over:
+        if time.monotonic() >= self._gives_up_at and not self.is_over:
             self._end()  # it has no machine, or its machine does not answer
 
     def ask_to_stop(self) -> None:
@@ -127,6 +128,7 @@ class Remote:
 
     def kill(self) -> None:
         self._actor.kill.remote()
+        self._gives_up_at = min(self._gives_up_at, time.monotonic() + supervisor.KILL_AFTER_SEC)
 
     def leave(self) -> None:
         """Asks an actor that still runs to drain, and waits for it; needed if the driver itself fails."""
@@ -145,7 +147,7 @@ class Remote:
             self.error = f"{self._label} could not be started: {str(error).strip().splitlines()[-1]}"
             return
         if self._last.start not in ("", answer.start):
-            log.warning("%s was lost with its machine; Ray has started it again", self._label)
+            log.warning("%s was lost; Ray has started it again", self._label)
             self._before.append(self._last.outcome)
         self._last = answer
         for line in answer.lines:
@@ -212,8 +214,8 @@ def _connected(address: str | None) -> Iterator[Any]:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise LaunchError(
-            f"There is no Ray cluster at {named} ({str(error).splitlines()[0]}). Start one with ray start --head, or "
-            "leave out --address to use this machine alone."
+            f"There is no Ray cluster at {named or 'this machine'} ({str(error).splitlines()[0]}). Start one with "
+            "ray start --head, or leave out --address to use this machine alone."
         ) from error
     with redirect_stdout(sys.stderr):  # where Ray prints what it does about machines that are lost
         try:

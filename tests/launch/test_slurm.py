@@ -1,6 +1,7 @@
 """`rococap launch slurm`: the script that it writes, and real workers in jobs of a real Slurm."""
 
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -186,6 +187,17 @@ class Job:
         assert column(self.database, "SELECT stopped_at IS NOT NULL FROM workers") == [True] * n
         assert set(column(self.database, "SELECT state FROM leases")) <= {"closed", "released"}
 
+    def freeze(self, worker: psutil.Process) -> None:
+        """Suspends it between two transactions: for a minute, others would wait for what it has locked in one."""
+        busy = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state <> 'idle'"
+        while True:
+            worker.suspend()
+            time.sleep(0.1)  # what the server is executing comes to its end
+            if column(self.database, busy) == [1]:  # this one
+                return
+            worker.resume()
+            time.sleep(0.05)
+
     def workers(self) -> list[psutil.Process]:
         """Those of this cluster that caption."""
         found = []
@@ -304,7 +316,7 @@ def test_a_node_that_fails_loses_nothing_although_its_worker_wakes_up_later(job)
     job.until(lambda: job.n_done() > 0, "it works")
     [old] = job.workers()
     node = job.cluster.job(job.number)["NodeList"]
-    old.suspend()
+    job.freeze(old)
     job.cluster.kill_node(node)
     try:
         job.until(lambda: len(job.workers()) == 2, "another worker has started")
