@@ -151,6 +151,14 @@ def test_a_pod_that_has_nothing_left_to_do_is_finished(pod, world):
 
 
 @pytest.mark.slow
+def test_a_pod_whose_worker_fails_ends_with_its_code(pod):
+    with running(*pod) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Nothing is registered here yet" in err
+
+
+@pytest.mark.slow
 def test_a_container_is_healthy_while_the_queue_hears_from_a_worker_of_it(world):
     environment = {"ROCOCAP_DB": world.url, "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Engine as Database
 
+from rococap import __version__
 from rococap.launch import LaunchError, check_shared
 from rococap.urls import shown
 from rococap.worker import supervisor
@@ -144,7 +145,8 @@ class Remote:
             answer = self._ray.get(pending)
         except self._ray.exceptions.RayError as error:
             self.is_over = True
-            self.error = f"{self._label} could not be started: {str(error).strip().splitlines()[-1]}"
+            reason = str(error).strip().splitlines()[-1]
+            self.error = f"{self._label} could not be started: {reason}. Does each machine have rococap {__version__}?"
             return
         if self._last.start not in ("", answer.start):
             log.warning("%s was lost; Ray has started it again", self._label)
