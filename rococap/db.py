@@ -492,6 +492,12 @@ def _roll_back(conn: Connection) -> None:
             conn.invalidate()
 
 
+def stay_idle(conn: Connection) -> None:
+    """Lets this transaction idle as long as it likes: one that only reads holds nobody up."""
+    if conn.dialect.name != "sqlite":
+        execute(conn, "SET LOCAL idle_in_transaction_session_timeout = 0")
+
+
 def lock(conn: Connection, table: str, id: int) -> None:
     """Locks a row until the transaction ends, so that one writer at a time changes what depends on it.
 
@@ -515,6 +521,11 @@ def execute(conn: Connection, sql: str, params: Row | list[Row] = ()) -> "Cursor
     if conn.dialect.name != "sqlite":
         sql = sql.replace("?", "%s")
     return conn.exec_driver_sql(sql, params if isinstance(params, list) else tuple(params))
+
+
+def marks(values: Sequence[Any]) -> str:
+    """The placeholders of values in `IN (…)`, which finds nothing if there are none."""
+    return ", ".join("?" * len(values)) or "NULL"
 
 
 def now(conn: Connection) -> int:

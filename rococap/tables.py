@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA = "0007"
+SCHEMA = "0008"
 """The alembic revision that this code reads and writes."""
 
 
@@ -156,6 +156,17 @@ workers = Table(
     sqlite_strict=True,
 )
 
+# The parts of a split that a run has, if `enqueue --part` registered them; none if it has all of it, or a selection.
+parts = Table(
+    "parts",
+    metadata,
+    _to("run_id", "runs.id", primary_key=True),
+    Column("split", Text, primary_key=True),
+    Column("number", Int64, primary_key=True, autoincrement=False),  # from 1
+    Column("n_parts", Int64, primary_key=True, autoincrement=False),
+    sqlite_strict=True,
+)
+
 # One row per claim: it is the lease, its fencing token and the timing record. Ids are never reused.
 leases = Table(
     "leases",
@@ -177,10 +188,21 @@ leases = Table(
     Column("prefill_ms", Real, nullable=False, server_default="0"),
     Column("decode_ms", Real, nullable=False, server_default="0"),
     Column("store_ms", Real, nullable=False, server_default="0"),
+    # Set if the lease was made in another database and merged: the uuid of its worker, and its id there.
+    Column("origin_uuid", Text),
+    Column("origin_id", Int64),
     CheckConstraint("state IN ('open', 'closed', 'released', 'expired')", name="state"),
     CheckConstraint("(state = 'open') = (closed_at IS NULL)", name="closed"),
     Index(None, "expires_at", sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
     Index(None, "closed_at"),
+    Index(
+        "ix_leases_origin",
+        "origin_uuid",
+        "origin_id",
+        unique=True,
+        sqlite_where=text("origin_id IS NOT NULL"),
+        postgresql_where=text("origin_id IS NOT NULL"),
+    ),
     sqlite_autoincrement=True,
     sqlite_strict=True,
 )

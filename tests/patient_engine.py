@@ -1,9 +1,13 @@
 """A real engine without a model, for servers: it says what it measures in a picture, and some pictures take for ever.
 
-Run as a script, it is `rococap` with this engine: `python patient_engine.py serve --model FOLDER`.
+Run as a script, it is `rococap` with this engine, in every process: `python patient_engine.py serve --model FOLDER`.
+It gives slow clients ROCOCAP_TEST_PATIENCE seconds, may open ROCOCAP_TEST_FILES files, write ROCOCAP_TEST_FILE_SIZE
+bytes to each, and hold ROCOCAP_TEST_HELD bytes of requests.
 """
 
 import os
+import resource
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,11 +17,13 @@ from rococap import cli
 from rococap.engines import Completion, EngineInfo, Options, Prepared, Request, Source, Streaming
 from rococap.errors import ModelError
 from rococap.recipe import Recipe
-from rococap.web import captioner
+from rococap.web import captioner, connections, intake
+from rococap.worker import children
 
-ENDLESS, FATAL, CHANGED, LOUD = 200, 201, 202, 203
-"""Grey levels: of a picture whose caption never ends, of one that ends the engine, and of one whose caption is another
-than its tokens said, as after running out of memory, and of one whose preparation is announced."""
+ENDLESS, FATAL, CHANGED, LOUD, STALLING, CLUMSY = 200, 201, 202, 203, 204, 205
+"""Grey levels: of a picture whose caption never ends, of one that ends the engine, of one whose caption is another than
+its tokens said, as after running out of memory, of one whose preparation is announced, of one at which the engine
+stays in a step until the file ROCOCAP_TEST_STALLS is gone, and of one whose preparation fails with its messages."""
 PREPARES = "a loud picture is prepared"
 RUNS = "a caption without an end begins"
 STEP_SEC = 0.005
@@ -53,6 +59,8 @@ class PatientEngine:
         grey = request.pictures[0].getpixel((0, 0))[0]
         if grey == LOUD:
             print(PREPARES, flush=True)
+        if grey == CLUMSY:
+            raise RuntimeError(f"{request.messages}")
         return Prepared(job_id, Row(job_id, grey, f"µ grey {grey}".encode()), 7)
 
     def text_of(self, ids: Sequence[int]) -> str:
@@ -78,6 +86,8 @@ class PatientEngine:
     def _say(self, row: Row, source: Streaming) -> None:
         if row.grey == FATAL:
             raise ModelError("the device has vanished.")
+        while row.grey == STALLING and os.path.exists(os.environ["ROCOCAP_TEST_STALLS"]):
+            time.sleep(STEP_SEC)
         token = row.caption[len(row.said) % len(row.caption)]
         source.tokens(row.job_id, len(row.said), [token])
         row.said.append(token)
@@ -85,4 +95,12 @@ class PatientEngine:
 
 if __name__ == "__main__":
     captioner.load_engine = PatientEngine
+    children.program = lambda: [sys.executable, __file__]
+    children.FIRST_PAUSE_SEC = 0.1
+    children.TRIES = 2
+    intake.MAX_HELD = int(os.environ.get("ROCOCAP_TEST_HELD", intake.MAX_HELD))
+    connections.PATIENCE_SEC = float(os.environ.get("ROCOCAP_TEST_PATIENCE", connections.PATIENCE_SEC))
+    for limit, name in ((resource.RLIMIT_NOFILE, "FILES"), (resource.RLIMIT_FSIZE, "FILE_SIZE")):
+        if n := int(os.environ.get(f"ROCOCAP_TEST_{name}", 0)):
+            resource.setrlimit(limit, (n, n))
     cli.main()

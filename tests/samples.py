@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -79,7 +80,7 @@ def register(
     *,
     run: str = "default",
     recipe: Recipe | None = None,
-    **window: int,
+    **window: Any,
 ) -> list[Enqueued]:
     located = datasets.locate(str(root), splits)
     return enqueue(engine, located, splits, run=run, recipe=recipe or Recipe(model="tests/small"), **window)

@@ -12,7 +12,7 @@ from typing import Any
 from small_engine import QUICK, SmallEngine, set_constants
 
 from rococap import db
-from rococap.worker import supervisor
+from rococap.worker import children, supervisor
 from rococap.worker.process import work
 from rococap.worker.settings import Settings
 
@@ -27,14 +27,14 @@ def small_command(**engine: Any) -> supervisor.Command:
 
 
 def be_member(engine: str, settings: str) -> None:
-    supervisor.leave_with_parent()
+    children.leave_with_parent()
     set_constants(QUICK)
     database = db.connect(os.environ["ROCOCAP_DB"])
-    supervisor.report_to_parent(
+    supervisor.report_outcome(
         work(
             database,
             Settings.from_json(settings),
-            supervisor.report_to_parent,
+            supervisor.report_outcome,
             load=lambda *_: SmallEngine(**json.loads(engine)),
         )
     )

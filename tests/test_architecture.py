@@ -21,7 +21,7 @@ PLAN = (
     {"queue"},
     {"results"},
     {"review"},
-    {"scores", "training", "worker"},
+    {"scores", "training", "transfer", "worker"},
     {"doctor", "launch", "web"},
     {"demo"},
     {"cli"},

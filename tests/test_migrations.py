@@ -27,6 +27,7 @@ INSERT INTO images VALUES (1, 1, 'train', 'train_1', 1, 0, 0, 'An X-ray.', 'C004
 INSERT INTO images VALUES (2, 1, 'train', 'train_2', 1, 0, 1, 'A CT.', '');
 INSERT INTO image_hashes VALUES (1, 'dhash-16', 'ff00'), (2, 'dhash-16', '00ff');
 INSERT INTO runs (id, name, dataset_id, recipe, recipe_hash, created_at) VALUES (1, 'default', 1, '{}', 'bb', 5);
+INSERT INTO parts VALUES (1, 'train', 1, 2);
 INSERT INTO workers (id, uuid, host, pid, device, engine, versions, started_at, seen_at)
     VALUES (1, 'cc', 'host', 1, 'cpu', 'hf', '{}', 5, 5);
 INSERT INTO leases (id, worker_id, run_id, split, lane, state, n_jobs, claimed_at, beat_at, expires_at, closed_at)
@@ -177,7 +178,7 @@ def test_the_migrations_make_what_the_models_say_word_for_word(engine, tmp_path)
 
 def test_every_table_is_strict_and_only_lease_ids_are_never_used_again(path):
     sql = {name: text for (kind, name), text in schema_of(path).items() if kind == "table" and name in TABLES}
-    assert len(sql) == 19
+    assert len(sql) == 20
     assert {name: text.endswith(")STRICT") for name, text in sql.items()} == dict.fromkeys(sql, True)
     assert [name for name, text in sql.items() if "AUTOINCREMENT" in text] == ["leases"]
     assert "(id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT," in sql["leases"]
@@ -221,6 +222,7 @@ def test_every_index_is_in_the_database_with_its_condition(path):
         "ix_jobs_waiting": "jobs(not_before)WHERE status = 'waiting'",
         "ix_leases_closed_at": "leases(closed_at)",
         "ix_leases_expires_at": "leases(expires_at)WHERE state = 'open'",
+        "ix_leases_origin": "leases(origin_uuid,origin_id)WHERE origin_id IS NOT NULL",
         "ix_ratings_study_id_reader_number_position": "ratings(study_id,reader_number,position)",
         "ix_reviews_job_id_at_uuid": "reviews(job_id,at,uuid)",
         "ix_study_items_job_id": "study_items(job_id)",

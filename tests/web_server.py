@@ -38,6 +38,11 @@ class Served:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(20)
 
+    def logged(self, text: str) -> int:
+        """How often its log has this."""
+        self.log.seek(0)
+        return self.log.read().count(text)
+
     def complaints(self) -> list[str]:
         """The lines of its log that are no mere information."""
         self.log.seek(0)

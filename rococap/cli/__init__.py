@@ -3,7 +3,21 @@
 Nothing of the queue or the models is decided here. torch and pandas are imported inside the commands that need them.
 """
 
-from rococap.cli import enqueue, finetune, launch, operate, results, review, serve, setup, status, study, worker
+from rococap.cli import (
+    enqueue,
+    finetune,
+    launch,
+    operate,
+    probe,
+    results,
+    review,
+    serve,
+    setup,
+    status,
+    study,
+    transfer,
+    worker,
+)
 from rococap.cli.options import cli
 
 __all__ = [
@@ -13,12 +27,14 @@ __all__ = [
     "launch",
     "main",
     "operate",
+    "probe",
     "results",
     "review",
     "serve",
     "setup",
     "status",
     "study",
+    "transfer",
     "worker",
 ]
 

@@ -33,6 +33,13 @@ from rococap.recipe import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, GREEDY, LOAD_I
 LONGEST_RUN_NAME = 100  # bytes in UTF-8
 
 
+def _part(ctx: click.Context, param: click.Parameter, value: str | None) -> queue.Part | None:
+    try:
+        return None if value is None else queue.Part.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+
+
 # --- prompts ---------------------------------------------------------------------------------------------------
 
 prompts_option = click.option(
@@ -228,6 +235,12 @@ def chosen_recipe(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--limit", type=click.IntRange(1, MAX_ROWS), metavar="N", help="At most N rows of each split.")
 @click.option("--offset", type=click.IntRange(0, MAX_ROWS), default=0, metavar="K", help="Skip the first K rows.")
 @click.option(
+    "--part",
+    callback=_part,
+    metavar="i/n",
+    help="Only part i of n of each split, counted from 1, for machines without a shared database: see `rococap merge`.",
+)
+@click.option(
     "--run",
     "run_name",
     default="default",
@@ -262,6 +275,7 @@ def enqueue_command(
     columns: str | None,
     limit: int | None,
     offset: int,
+    part: queue.Part | None,
     run_name: str,
     source: str | None,
     flags: tuple[str, ...],
@@ -300,6 +314,7 @@ def enqueue_command(
                 recipe=new_recipe,
                 limit=limit,
                 offset=offset,
+                part=part,
                 progress=progress,
             )
     for result in results:
@@ -326,8 +341,10 @@ def _check_enqueue(ctx: click.Context, source: str | None, has_splits: bool, has
             raise click.UsageError("--flag selects from another run's captions: name that run with --from RUN.")
         if not has_splits:
             raise click.UsageError("Missing option '--split'. Choose from: train, validation, test, all.")
+        if ctx.params["part"] is not None and (ctx.params["limit"] is not None or ctx.params["offset"]):
+            raise click.UsageError("--part divides the whole split: leave --limit and --offset out.")
         return
-    for name in ("dataset", "dataset_revision", "config", "columns", "limit", "offset"):
+    for name in ("dataset", "dataset_revision", "config", "columns", "limit", "offset", "part"):
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--from takes another run's pictures: leave --{name.replace('_', '-')} out.")
     if ctx.get_parameter_source("run_name") is ParameterSource.DEFAULT:

@@ -97,7 +97,7 @@ def slurm_command(ctx: click.Context, /, run_name: str | None, splits: tuple[str
     as pictures are unfinished. There is a log for each job and for each of its tasks, in this folder.
     """
     from rococap.launch import check_shared, slurm
-    from rococap.worker import supervisor
+    from rococap.worker import children, supervisor
     from rococap.worker.settings import Settings
 
     check_engine(options)
@@ -115,7 +115,7 @@ def slurm_command(ctx: click.Context, /, run_name: str | None, splits: tuple[str
         run.name,
         list(_given(ctx, without="run_name")),
         drain_timeout=options["drain_timeout"],
-        flags=supervisor.flags(force=target.force, debug=target.debug),
+        flags=children.flags(force=target.force, debug=target.debug),
     )
     if is_dry_run:
         click.echo(script, nl=False)

@@ -8,12 +8,12 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from io import TextIOWrapper
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -25,6 +25,9 @@ from rococap.data import SPLITS
 from rococap.errors import RococapError
 from rococap.urls import holds_password
 
+if TYPE_CHECKING:
+    from rococap.scores.evaluate import Metric
+
 DEFAULT_DATASET = "eltorio/ROCOv2-radiology"
 MAX_ROWS = 10**12
 DAY_SEC = 86_400.0
@@ -33,8 +36,8 @@ SHOWN_FAILURES = 10
 SECTIONS = {
     "Main job": ("enqueue", "worker", "launch", "status", "export"),
     "Inspect": ("serve", "runs", "failures", "leases", "workers", "prompts"),
-    "Operate": ("retry", "cancel", "pause", "resume", "reap", "vacuum", "backup"),
-    "Results": ("compare", "evaluate", "finetune", "report", "restore", "reviews", "study"),
+    "Operate": ("retry", "cancel", "pause", "resume", "reap", "vacuum", "backup", "copy-db"),
+    "Results": ("compare", "evaluate", "finetune", "probe", "report", "restore", "reviews", "study", "merge"),
     "Set-up": ("doctor", "migrate", "bench", "demo"),
 }
 """The headings of `rococap --help` and the commands below each, in the order in which a user needs them."""
@@ -253,6 +256,46 @@ strip_option = click.option(
     is_flag=True,
     help="Leave out the model's reasoning: closed <think> blocks and the white space after them.",
 )
+
+
+def also_options(command: F) -> F:
+    """Options for scores that are computed only on request: `also`, `commands` and `command_limit`."""
+    limit = click.option(
+        "--command-limit",
+        type=Seconds(min=1),
+        default=3600,
+        show_default=True,
+        metavar="SECONDS",
+        help="What a command of --also-command may take for 1,000 captions.",
+    )
+    commands = click.option(
+        "--also-command",
+        "commands",
+        multiple=True,
+        metavar="NAME=COMMAND",
+        help="Compute a score by a command, which may have an environment of its own. May be repeated.",
+    )
+    also = click.option(
+        "--also",
+        multiple=True,
+        metavar="SCORE",
+        help="Compute this score too: bertscore_f1 or meteor_1_5, which need an extra of rococap (without a GPU, "
+        "BERTScore takes hours), one that a package brings, or your own, [NAME=]package.module:function. May be "
+        "repeated.",
+    )
+    return also(commands(limit(command)))
+
+
+def requested_scores(
+    also: Sequence[str], commands: Sequence[str], command_limit: float
+) -> tuple[list[str], list["Metric"]]:
+    """The scores that `also_options` ask for: the names of our own, and plug-ins."""
+    from rococap.scores import plugins
+
+    try:
+        return plugins.requested(also, commands, command_limit)
+    except RococapError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def runs_option(help: str) -> Callable[[F], F]:

@@ -16,12 +16,14 @@ from sqlalchemy import Engine as Database
 from rococap import db, queue
 from rococap.cli.options import (
     SHOWN_FAILURES,
+    also_options,
     cli,
     db_option,
     echo_json,
     json_option,
     open_database,
     progress_bar,
+    requested_scores,
     run_option,
     runs_option,
     splits_option,
@@ -35,6 +37,7 @@ from rococap.figures import significant
 if TYPE_CHECKING:
     from rococap.results.messages import Text
     from rococap.results.texts import Kind
+    from rococap.scores.disagreement import Disagreements
 
 CAPTIONS = ("machine", "edited", "reviewed")
 
@@ -49,6 +52,14 @@ CAPTIONS = ("machine", "edited", "reviewed")
     help="A .csv, .parquet or .jsonl file. [default: results_medical/compare_RUN_RUN….csv]",
 )
 @click.option("--all-done", is_flag=True, help="Only pictures that every run has captioned.")
+@click.option(
+    "--worst",
+    type=click.IntRange(0, 100_000),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="Number of pictures to name on which runs state different facts, the worst first.",
+)
 @strip_option
 @json_option
 @db_option
@@ -57,12 +68,14 @@ def compare_command(
     splits: tuple[str, ...],
     output: Path | None,
     all_done: bool,
+    worst: int,
     strip_reasoning: bool,
     as_json: bool,
 ) -> None:
-    """Compare runs side by side: captions, speed, length and flags.
+    """Compare runs side by side: captions, speed, length, flags and facts.
 
-    The captions go to a file, with a row for each picture; the rest is printed.
+    The captions go to a file, with a row for each picture; the rest is printed. Runs differ in facts where one says
+    left and another right, one denies a finding that another names, or one sees a CT and another an MRI.
     """
     from rococap.scores import compare as comparison
 
@@ -74,6 +87,7 @@ def compare_command(
             splits=splits,
             all_done=all_done,
             strip_reasoning=strip_reasoning,
+            worst=worst,
             progress=progress,
         )
     if as_json:
@@ -81,6 +95,8 @@ def compare_command(
         return
     header = ["run", "captions", "s/pic", "pic/s", "tokens", "chars", "words", "flag %", "cut %"]
     click.echo(within_80(header, [_compared_row(run) for run in compared.runs], 0))
+    if (found := compared.disagreements) and found.compared + found.not_read:
+        click.echo(f"\n{_disagreements_text(found)}")
     shared = f", {compared.shared} of them captioned by every run" if len(names) > 1 else ""
     click.echo(
         f"\n{compared.path}: {compared.rows} pictures{shared}{'' if compared.originals else ', no original captions'}"
@@ -93,10 +109,26 @@ def _compared_row(run: Any) -> list[str]:
     return [run.run, str(run.captions), *("-" if n is None else str(significant(n)) for n in (*means, *shares))]
 
 
+def _disagreements_text(found: "Disagreements") -> str:
+    unread = f" {found.not_read} more have captions that are not in English." if found.not_read else ""
+    heading = (
+        f"Facts (side, negation, modality): the runs differ on {found.differing} of {found.compared} pictures, and "
+        f"contradict each other on {found.opposite}.{unread}"
+    )
+    lines = textwrap.wrap(heading, 80)
+    for one in found.worst:
+        lines.append(f"{one.image_id} ({one.split})")
+        for difference in one.differences:
+            says = ", ".join(
+                f"{run}: {fact or 'nothing'}" for run, fact in zip(difference.runs, difference.says, strict=True)
+            )
+            lines += textwrap.wrap(f"{difference.kind}: {says}", 80, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
 # --- evaluate --------------------------------------------------------------------------------------------------
 
 WIDEST_SCORE = 20  # characters, with its interval
-EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
 
 
 @cli.command("evaluate")
@@ -109,11 +141,11 @@ EXTRA_METRICS = ("bertscore_f1", "meteor_1_5")
     help="File for the scores of each caption: .parquet, .csv or .jsonl. "
     "[default: results_medical/scores_SPLIT_RUN….parquet]",
 )
+@also_options
 @click.option(
-    "--also",
-    type=click.Choice(EXTRA_METRICS),
-    multiple=True,
-    help="Compute this score too. It needs an extra of rococap; without a GPU, BERTScore takes hours. May be repeated.",
+    "--imageclef",
+    type=click.Choice(["2026"]),
+    help="Also combine the scores as ImageCLEFmedical Caption of this year ranks, if all of their parts are there.",
 )
 @click.option(
     "--card",
@@ -136,6 +168,9 @@ def evaluate_command(
     names: tuple[str, ...],
     output: Path | None,
     also: tuple[str, ...],
+    commands: tuple[str, ...],
+    command_limit: float,
+    imageclef: str | None,
     card: Path | None,
     captions: "Kind",
     strip_reasoning: bool,
@@ -143,9 +178,9 @@ def evaluate_command(
 ) -> None:
     """Score captions against the originals, overall and by modality.
 
-    The scores are BLEU, ROUGE, METEOR, CIDEr-D and the concepts that a caption names. They are stored in the database,
-    so that no caption is scored twice, except by CIDEr-D: it weights words by how rare they are in all originals, so
-    each further caption changes it for every caption.
+    The scores are BLEU, ROUGE, METEOR, CIDEr-D, facts, and the concepts that a caption names. They are stored in the
+    database, so that no caption is scored twice, except by CIDEr-D: it weights words by how rare they are in all
+    originals, so each further caption changes it for every caption.
     """
     from rococap.scores import compare as comparison
     from rococap.scores import evaluate as evaluation
@@ -155,11 +190,14 @@ def evaluate_command(
         comparison.check_suffix(output)
     if card is not None:
         model_card.check(card)
+    extras, plugins = requested_scores(also, commands, command_limit)
     database = open_database()
     with progress_bar() as progress:
         found = evaluation.evaluate(
             *(database, names, splits),
-            also=also,
+            also=extras,
+            plugins=plugins,
+            as_imageclef=imageclef is not None,
             captions=captions,
             strip_reasoning=strip_reasoning,
             progress=progress,
@@ -203,8 +241,14 @@ def _scores_text(scores: dict[str, Any], split: str) -> str:
         textwrap.fill(f"{', '.join(names)}: not computed: {why}", 80, subsequent_indent="  ")
         for why, names in reasons.items()
     ]
-    tables = (_overall_table(list(names), runs, paired), _modalities_table(runs))
-    parts = [f"{split}: {counts}", tables[0], "\n".join(notes), *_without_near_duplicates(list(names), runs), tables[1]]
+    parts = [
+        f"{split}: {counts}",
+        _overall_table(list(names), runs, paired),
+        "\n".join(notes),
+        *_facts_table(runs),
+        *_without_near_duplicates(list(names), runs),
+        _modalities_table(runs),
+    ]
     return "\n\n".join([*parts, "\n".join(not_computed)]).rstrip()
 
 
@@ -224,6 +268,20 @@ def _overall_table(names: Sequence[str], runs: Sequence[Any], paired: Sequence[A
         for row in rows:
             row += [_score(paired[0][key].get(row[0])) for key in ("differences", "p")]
     return within_80(header, rows, *range(1, len(runs) + 1))
+
+
+def _facts_table(runs: Sequence[Any]) -> list[str]:
+    """The facts behind the fact scores: `n` captions, where at least one of the texts has a fact of the kind."""
+    counted = [(name, run["run"], of) for run in runs for name, of in run["facts"].items() if of["n"]]
+    names = dict.fromkeys(name for name, _, _ in counted)
+    rows = [
+        [name.removeprefix("fact_"), cut(run, WIDEST_SCORE), *map(str, of.values())]
+        for name in names
+        for other, run, of in counted
+        if other == name
+    ]
+    header = ["facts", "run", "n", "agreeing", "invented", "missed", "opposite"]
+    return [within_80(header, rows, 1)] if rows else []
 
 
 def _without_near_duplicates(names: Sequence[str], runs: Sequence[Any]) -> list[str]:
@@ -285,10 +343,18 @@ def _modalities_table(runs: Sequence[Any]) -> str:
     metavar="N",
     help="Number of pictures to show.",
 )
+@also_options
 @strip_option
 @db_option
 def report_command(
-    split: str, names: tuple[str, ...], output: Path | None, pictures: int, strip_reasoning: bool
+    split: str,
+    names: tuple[str, ...],
+    output: Path | None,
+    pictures: int,
+    also: tuple[str, ...],
+    commands: tuple[str, ...],
+    command_limit: float,
+    strip_reasoning: bool,
 ) -> None:
     """Write an HTML report of scores, plots and captioned pictures.
 
@@ -297,9 +363,12 @@ def report_command(
     """
     from rococap.scores import report as reporting
 
+    extras, plugins = requested_scores(also, commands, command_limit)
     with progress_bar() as progress:
         made = reporting.report(
             *(open_database(), names, split, output),
+            also=extras,
+            plugins=plugins,
             pictures=pictures,
             strip_reasoning=strip_reasoning,
             progress=progress,

@@ -1,7 +1,9 @@
 """The command that shows the queue in a browser, and answers requests for captions: serve."""
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from sqlalchemy import Engine as Database
 from rococap import db, queue
 from rococap.cli.enqueue import checked_recipe, chosen_recipe, explicit, recipe_options
 from rococap.cli.options import DAY_SEC, Seconds, cli, db_option, open_database, run_option
-from rococap.cli.worker import batch_size_option, local_options
+from rococap.cli.worker import batch_size_option, check_devices, devices_option, echo_log_line, local_options
 from rococap.engines import EngineInfo, Options
 from rococap.errors import RococapError
 from rococap.recipe import Recipe
@@ -20,11 +22,23 @@ from rococap.recipe import Recipe
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from rococap.web.calls import Service
-
+    from rococap.web.calls import RecipeOf, Service
+    from rococap.web.pool import Pool
 
 OF_THE_ENGINE = ("engine", "device", "decode", "graphs", "device_map", "batch_size")
 OF_THE_SERVICE = ("served_name", "max_waiting", "request_timeout")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What a process that --devices starts serves, and at which socket. `engine` and `service` are options."""
+
+    recipe: str
+    run: str | None
+    engine: dict[str, Any]
+    service: dict[str, Any]
+    drain_timeout: float
+    socket: str = ""
 
 
 @cli.command("serve")
@@ -55,6 +69,7 @@ OF_THE_SERVICE = ("served_name", "max_waiting", "request_timeout")
     help="What runs the model.",
 )
 @local_options
+@devices_option
 @batch_size_option
 @click.option(
     "--name",
@@ -86,6 +101,7 @@ OF_THE_SERVICE = ("served_name", "max_waiting", "request_timeout")
     metavar="SECONDS",
     help="Time that SIGTERM, SIGUSR1 and Ctrl-C leave the requests that were accepted.",
 )
+@click.option("--member", metavar="JSON", hidden=True, help="What a process that --devices starts serves.")
 @db_option
 @click.pass_context
 def serve_command(
@@ -96,7 +112,9 @@ def serve_command(
     names: tuple[str, ...],
     read_only: bool,
     run_name: str | None,
+    devices: list[str] | None,
     drain_timeout: float,
+    member: str | None,
     **options: Any,
 ) -> None:
     """Show the queue in a browser, live, and answer requests for captions.
@@ -109,20 +127,26 @@ def serve_command(
     """
     try:
         from rococap.web import access, app, bare, server
+        from rococap.web.calls import Service
     except ModuleNotFoundError as error:
         raise RococapError(f"rococap serve needs FastAPI ({error}). Install it: pip install 'rococap[web]'") from error
+    if member is not None:
+        _be_member(Member(**json.loads(member)))
+        return
     engine = {name: options.pop(name) for name in OF_THE_ENGINE}
     limits = {name: options.pop(name) for name in OF_THE_SERVICE}
     recipe = options
     _check_usage(ctx, run_name, recipe)
+    check_devices(ctx, devices)
     if read_only and (run_name is not None or recipe["model"]):
         raise click.UsageError("--read-only accepts no requests for captions: leave it out, or --run and --model.")
     database = None if recipe["model"] else open_database(pooled=False)
-    service = None
-    if database is None:
-        service = _service_of_model(engine, recipe, **limits)
-    elif run_name is not None:
-        service = _service_of_run(database, run_name, engine, **limits)
+    chosen = _recipe_of_run(database, run_name) if database else checked_recipe(chosen_recipe(recipe))
+    service: Service | Pool | None = None
+    if chosen is not None and devices:
+        service = _pool(devices, Member(chosen.to_json(), run_name, engine, limits, drain_timeout))
+    elif chosen is not None:
+        service = _service(chosen, engine, _check_of(database, run_name), **limits)
     given = os.environ.get("ROCOCAP_TOKEN", "")
     with server.listen(host, port) as listening:
         port = listening.getsockname()[1]
@@ -133,7 +157,8 @@ def serve_command(
         else:
             assert service is not None
             application = bare.create_bare_app(allowed, service)
-        server.serve(application, listening, None if service is None else service.captioner, drain_timeout)
+        backend = service.captioner if isinstance(service, Service) else service
+        server.serve(application, listening, backend, drain_timeout)
 
 
 def _welcome(link: str, token: str | None, is_given: bool, *, has_pages: bool) -> str:
@@ -162,31 +187,38 @@ def _check_usage(ctx: click.Context, run_name: str | None, recipe: dict[str, Any
     if run_name is None and not given:
         for param in ctx.command.params:
             is_given = ctx.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE
-            if is_given and param.name in (*OF_THE_ENGINE, *OF_THE_SERVICE, "drain_timeout"):
+            if is_given and param.name in (*OF_THE_ENGINE, *OF_THE_SERVICE, "devices", "drain_timeout"):
                 message = f"{param.opts[0]} goes with a model: name one with --model, or a run with --run."
                 raise click.UsageError(message)
 
 
-def _service_of_model(options: dict[str, Any], recipe: dict[str, Any], **service: Any) -> "Service":
-    return _service(checked_recipe(chosen_recipe(recipe)), options, lambda info: None, **service)
-
-
-def _service_of_run(database: Database, name: str, options: dict[str, Any], **service: Any) -> "Service":
+def _recipe_of_run(database: Database, name: str | None) -> Recipe | None:
+    """The recipe of the run of this name, or None without one."""
+    if name is None:
+        return None
     with db.transaction(database) as conn:
         run = queue.get_run(conn, name)
         queue.check_rules(conn, run)
+    return run.recipe
+
+
+def _check_of(database: Database | None, name: str | None) -> Callable[[EngineInfo], None]:
+    """The check that what was loaded is what made the captions of a run, if one is served."""
 
     def check(info: EngineInfo) -> None:
+        if database is None or name is None:
+            return
         with db.transaction(database) as conn:
-            queue.check_pinned(conn, run, info)
+            queue.check_pinned(conn, queue.get_run(conn, name), info)
 
-    return _service(run.recipe, options, check, **service)
+    return check
 
 
 def _service(
     recipe: Recipe,
-    options: dict[str, Any],
+    engine: dict[str, Any],
     check: Callable[[EngineInfo], None],
+    on_state: Callable[[str], None] = lambda state: None,
     *,
     served_name: str | None,
     max_waiting: int,
@@ -196,4 +228,52 @@ def _service(
     from rococap.web.captioner import Captioner
 
     known_as = served_name or (Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model)
-    return Service(Captioner(recipe, Options(**options), max_waiting, check), known_as, request_timeout)
+    captioner = Captioner(recipe, Options(**engine), max_waiting, check, on_state, stall_timeout=request_timeout)
+    return Service(captioner, known_as, request_timeout)
+
+
+# --- several devices -------------------------------------------------------------------------------------------
+
+
+def _pool(devices: Sequence[str], member: Member) -> "Pool":
+    from rococap.web.pool import Pool
+    from rococap.worker import children
+
+    target = click.get_current_context().find_root().obj
+
+    def command(device: str, socket: Path) -> list[str]:
+        one = replace(member, engine=member.engine | {"device": device}, socket=str(socket))
+        return children.member_command("serve", json.dumps(asdict(one)), force=target.force, debug=target.debug)
+
+    # `ps` would show the password of the database on a command line.
+    env = children.environment(devices) | {"ROCOCAP_DB": target.url}
+    return Pool(devices, command, env, echo_log_line, member.service["request_timeout"])
+
+
+def _be_member(member: Member) -> None:
+    from rococap.web import access, bare, server
+    from rococap.worker import children
+
+    children.leave_with_parent()
+    database = open_database(pooled=False) if member.run is not None else None
+    service = _service(
+        Recipe.from_json(member.recipe),
+        member.engine,
+        _check_of(database, member.run),
+        lambda state: children.report_to_parent({"state": state}),
+        **member.service,
+    )
+    recipe_of = None if database is None else _recipes_of(database)
+    # Who may ask, its parent has decided.
+    allowed = access.Access(0, frozenset(["localhost"]))
+    with server.listen_at(member.socket) as listening:
+        application = bare.create_bare_app(allowed, service, recipe_of)
+        server.serve(application, listening, service.captioner, member.drain_timeout)
+
+
+def _recipes_of(database: Database) -> "RecipeOf":
+    def recipe_of(name: str) -> Recipe:
+        with db.transaction(database) as conn:
+            return queue.get_run(conn, name).recipe
+
+    return recipe_of

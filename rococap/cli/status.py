@@ -50,23 +50,39 @@ def status_command(watch: bool, as_json: bool) -> None:
         say(_status_text(database))
 
 
-def _look(database: Database) -> tuple[list[queue.Counts], list[queue.WorkerSeen]]:
+Parts = dict[tuple[str, str], list[queue.Part]]
+
+
+def _look(database: Database) -> tuple[list[queue.Counts], list[queue.WorkerSeen], Parts]:
     with db.transaction(database) as conn:
-        return queue.counts(conn), queue.list_workers(conn)
+        return queue.counts(conn), queue.list_workers(conn), queue.all_parts(conn)
 
 
 def _status_json(database: Database) -> dict[str, Any]:
-    counts, workers = _look(database)
-    runs = [{**asdict(tally), "total": tally.total, "per_minute": round(tally.per_minute, 2)} for tally in counts]
+    counts, workers, parts = _look(database)
+    runs = [
+        {
+            **asdict(tally),
+            "total": tally.total,
+            "per_minute": round(tally.per_minute, 2),
+            "parts": list(map(str, parts.get((tally.run, tally.split), []))),
+        }
+        for tally in counts
+    ]
     return {"runs": runs, "workers": [asdict(worker) for worker in workers]}
 
 
 def _status_text(database: Database) -> str:
-    counts, workers = _look(database)
+    counts, workers, parts = _look(database)
     if not counts:
         return "Nothing is registered here yet. Register pictures first: rococap enqueue --split train"
     paused = sorted({tally.run for tally in counts if tally.paused})
     notes = [
+        *(
+            f"{run} {split}: only part {', '.join(map(str, some))}"
+            for (run, split), some in parts.items()
+            if not queue.are_all(some)
+        ),
         *filter(None, map(_rare_states, counts)),
         *(f"{run} is paused. To resume: {queue.with_run('resume', run)}" for run in paused),
     ]

@@ -132,10 +132,10 @@ batch_size_option = click.option(
 def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
     if value is None:
         return None
-    from rococap.worker import supervisor
+    from rococap.worker import children
 
     try:
-        return supervisor.parse_devices(value, supervisor.count_gpus)
+        return children.parse_devices(value, children.count_gpus)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
 
@@ -192,16 +192,24 @@ def working_options(command: F) -> F:
     return command
 
 
-@cli.command("worker")
-@run_option(RUN_HELP)
-@splits_option()
-@engine_options
-@click.option(
+devices_option = click.option(
     "--devices",
     callback=_devices,
     metavar="all|0,1,…|cpu:N",
     help="Start a process per GPU, or N that share the CPU cores. One that dies is restarted; all stop together.",
 )
+
+
+def check_devices(ctx: click.Context, devices: Sequence[str] | None) -> None:
+    if devices and ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--devices sets the device of every process: leave out --device.")
+
+
+@cli.command("worker")
+@run_option(RUN_HELP)
+@splits_option()
+@engine_options
+@devices_option
 @batch_size_option
 @limit_option
 @working_options
@@ -228,8 +236,7 @@ def worker_command(
         _be_member(Settings.from_json(member))
         return
     check_engine(options)
-    if devices and ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
-        raise click.UsageError("--devices sets the device of every process: leave out --device.")
+    check_devices(ctx, devices)
     settings = Settings.of(run=run_name, splits=splits, **options)
     if devices:
         _work_on(devices, settings)
@@ -264,10 +271,10 @@ def report_ended(ended: Any, settings: Any) -> None:
 
 
 def _be_member(settings: Any) -> None:
-    from rococap.worker import process, supervisor
+    from rococap.worker import children, process, supervisor
 
-    supervisor.leave_with_parent()
-    supervisor.report_to_parent(process.work(open_database(), settings, supervisor.report_to_parent))
+    children.leave_with_parent()
+    supervisor.report_outcome(process.work(open_database(), settings, supervisor.report_outcome))
 
 
 def echo_log_line(line: str) -> None:

@@ -27,7 +27,7 @@ from rococap.progress import Progress
 from rococap.queue.enqueue import enqueue, enqueue_from
 from rococap.recipe import Recipe
 from rococap.results import checkpoints, export, restore, snapshot
-from rococap.worker.supervisor import program, shared_threads
+from rococap.worker.children import program, shared_threads
 
 MODEL = Path(__file__).parent / "model"
 SHUFFLED = "captions of run default, shuffled"

@@ -1,7 +1,7 @@
 """Workers on a Ray cluster: one actor for each device, which runs `rococap worker` as a child process.
 
 Ray places the actors, and starts one again elsewhere when its machine is lost. The driver asks each of them now and
-then how its child is doing, so that `supervisor.supervise` sees them as it sees processes on this machine.
+then how its child is doing, so that `children.tend` tends them as it does processes on this machine.
 """
 
 import logging
@@ -22,11 +22,12 @@ from sqlalchemy import Engine as Database
 from rococap import __version__
 from rococap.launch import LaunchError, check_shared
 from rococap.urls import shown
-from rococap.worker import supervisor
+from rococap.worker import children, supervisor
+from rococap.worker.children import Echo
 from rococap.worker.process import STOP_SLACK_SEC
 from rococap.worker.settings import Settings
 from rococap.worker.store import Outcome, Report
-from rococap.worker.supervisor import Child, Command, Echo, Ended
+from rococap.worker.supervisor import Command, Ended, WorkerChild
 
 log = logging.getLogger(__name__)
 
@@ -57,16 +58,16 @@ class Device:
         self._start = uuid.uuid4().hex
         self._label = f"{label} on {socket.gethostname()}"
         self._command = command
-        self._env = supervisor.environment(url, [])
+        self._env = supervisor.worker_environment(url, [])
         if kind == "gpu":
             self._env.pop("OMP_NUM_THREADS", None)  # Ray sets it to 1: it counts the CPU cores of an actor, here none
         self._lines: deque[str] = deque(maxlen=MAX_LINES)
-        self._child: Child | None = None
+        self._child: WorkerChild | None = None
 
     def tend(self, settings: Settings, is_stopping: bool) -> Answer:
-        """Starts the child when that is due, as `Child.tend` does. The settings are those of the first call."""
+        """Starts the child when that is due, as `WorkerChild.tend` does. The settings are those of the first call."""
         if self._child is None:
-            self._child = Child(self._label, settings, self._command, self._env, self._lines.append)
+            self._child = WorkerChild(self._label, settings, self._command, self._env, self._lines.append)
         self._child.tend(is_stopping=is_stopping)
         lines = tuple(self._lines.popleft() for _ in range(len(self._lines)))
         return Answer(self._start, self._child.is_over, self._child.error, self._child.outcome(), lines)
@@ -81,7 +82,7 @@ class Device:
 
 
 class Remote:
-    """The driver's side of an actor; `supervisor.supervise` treats it as a child."""
+    """The driver's side of an actor: a `supervisor.Worker`."""
 
     def __init__(self, ray: Any, label: str, kind: Kind, url: str, settings: Settings, command: Command, echo: Echo):
         self.is_over = False
@@ -129,7 +130,7 @@ class Remote:
 
     def kill(self) -> None:
         self._actor.kill.remote()
-        self._gives_up_at = min(self._gives_up_at, time.monotonic() + supervisor.KILL_AFTER_SEC)
+        self._gives_up_at = min(self._gives_up_at, time.monotonic() + children.KILL_AFTER_SEC)
 
     def leave(self) -> None:
         """Asks an actor that still runs to drain, and waits for it; needed if the driver itself fails."""
@@ -138,7 +139,7 @@ class Remote:
             deadline = time.monotonic() + self._settings.drain_timeout + STOP_SLACK_SEC
             while not self.is_over and time.monotonic() < deadline:
                 self.tend(is_stopping=True)
-                time.sleep(supervisor.POLL_SEC)
+                time.sleep(children.POLL_SEC)
 
     def _take(self, pending: Any) -> None:
         try:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rococap.launch import LaunchError
-from rococap.worker.supervisor import program
+from rococap.worker.children import program
 
 WARNING_SEC = 120
 """How long before the time limit Slurm signals the script, unless workers need longer to drain."""

@@ -22,6 +22,9 @@ from rococap.queue.leases import (
     release,
 )
 from rococap.queue.operate import cancel, clear_deleted, delete_run, pause, prune, retry, unknown_codes, unknown_images
+from rococap.queue.parts import Part, all_parts, are_all, parts_of
+from rococap.queue.parts import forget as forget_parts
+from rococap.queue.parts import record as record_parts
 from rococap.queue.rates import Interval, Made, throughput
 from rococap.queue.records import (
     NORMAL,
@@ -96,12 +99,15 @@ __all__ = [
     "Lease",
     "LeaseSeen",
     "Made",
+    "Part",
     "Recovered",
     "Run",
     "RunSeen",
     "Telemetry",
     "Timing",
     "WorkerSeen",
+    "all_parts",
+    "are_all",
     "belongs",
     "by_code",
     "cancel",
@@ -124,6 +130,7 @@ __all__ = [
     "flag_counts",
     "flagged",
     "flags_of",
+    "forget_parts",
     "get_run",
     "has_suspects",
     "heartbeat",
@@ -136,12 +143,14 @@ __all__ = [
     "list_workers",
     "lock_leases",
     "overdue",
+    "parts_of",
     "pause",
     "pin",
     "pin_first",
     "place_of",
     "prune",
     "reap",
+    "record_parts",
     "recover",
     "refuse_deleted",
     "register_worker",

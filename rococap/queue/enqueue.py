@@ -20,7 +20,8 @@ from rococap.data.probe import require_pictures
 from rococap.db import execute, lock, transaction
 from rococap.errors import DatasetError, RunError
 from rococap.progress import Progress, silent
-from rococap.queue import records, runs, status
+from rococap.queue import parts, records, runs, status
+from rococap.queue.parts import Part, Units, check_same_division, parts_of
 from rococap.queue.records import clean_text
 from rococap.recipe import Recipe
 from rococap.tables import JobState
@@ -58,13 +59,16 @@ def enqueue(
     recipe: Recipe,
     limit: int | None = None,
     offset: int = 0,
+    part: Part | None = None,
     progress: Progress = silent,
 ) -> list[Enqueued]:
-    """Makes the rows `offset` to `offset + limit` of each split pending jobs of a run; existing jobs stay as they are.
+    """Makes the rows `offset` to `offset + limit` of each split, or those of a part of it, pending jobs of a run;
+    existing jobs stay as they are.
 
-    Raises RunError if the run exists with another recipe or data set, and DatasetError for data that cannot be read or
-    ids that are too long. All of this is checked before anything is written: the footer of every shard, and the ids
-    and some pictures of a split that is new or has changed.
+    Raises RunError if the run exists with another recipe or data set, if it has parts that the part would overlap or if
+    the part would be empty, and DatasetError for data that cannot be read or ids that are too long. All of this is
+    checked before anything is written: the footer of every shard, and the ids and some pictures of a split that is new
+    or has changed.
     """
     with transaction(database) as conn:
         dataset, known = _as_registered(conn, dataset, splits)
@@ -73,14 +77,23 @@ def enqueue(
         if new := [shard for shard in shards[split] if known[split].get(shard.path) != shard]:
             _check_ids(dataset, new)
             require_pictures(dataset, split, shards[split], recipe)
+    if part is not None:
+        for split in splits:
+            Units.of(shards[split]).check(part, split)
     with transaction(database, write=True) as conn:
         dataset_id = register_dataset(conn, dataset)
         target = runs.create_run(conn, run, dataset_id, recipe)
+        if part is not None:
+            for split in splits:
+                check_same_division(target, split, parts_of(conn, target, split), part)
     results = []
     for split in splits:
         result = Enqueued(split)
         _register_split(database, dataset, dataset_id, shards[split], result, progress)
-        _register_jobs(database, target, split, limit, offset, result, progress)
+        if part is not None:
+            _register_part(database, target, split, part, shards[split], result, progress)
+        else:
+            _register_jobs(database, target, split, limit, offset, result, progress)
         with transaction(database) as conn:
             result.is_unlabelled = not _has_originals(conn, dataset_id, split)
         results.append(result)
@@ -320,12 +333,16 @@ def _register_jobs(
             conn, f"SELECT id {_SPLIT_FROM} LIMIT 1 OFFSET ?", (0, run.dataset_id, split, offset)
         ).scalar_one_or_none()
         totals = [c.total for c in status.counts(conn) if (c.run, c.split) == (run.name, split)]
+        has_parts = bool(parts_of(conn, run, split))
     if first is None:
         raise RunError(
             f"Split {split} has {n_images} rows"
             + (f", so --offset {offset} is past its end: choose a smaller one." if n_images else ": choose another.")
         )
     total = n_images - offset if limit is None else min(limit, n_images - offset)
+    if has_parts:
+        with _writing_to(database, run) as conn:
+            parts.forget(conn, run.id, split)
     if totals == [n_images]:  # every image already has its job
         result.known = total
         return
@@ -357,13 +374,51 @@ def _register_from(
             if not page:
                 return result
             chosen = [row[1] for row in page if not flags or flags & set(row[2].split(","))]
-            rows = [(run.id, image_id, split) for image_id in chosen]
-            new = execute(conn, _ADD_JOB, rows).rowcount if rows else 0
-            records.tally(conn, run.id, split, 0, {JobState.PENDING: new})
-        result.new += new
-        result.known += len(chosen) - new
+            _add_jobs(conn, run, split, chosen, result)
         n_read, last = n_read + len(page), page[-1][0]
         progress(f"{split}: registering", n_read, total)
+
+
+def _register_part(
+    database: Database,
+    run: runs.Run,
+    split: str,
+    part: Part,
+    shards: Sequence[Shard],
+    result: Enqueued,
+    progress: Progress,
+) -> None:
+    with transaction(database) as conn:
+        known = _known_shards(conn, run.dataset_id, split)
+        ids = execute(conn, "SELECT id, path FROM shards WHERE dataset_id = ?", (run.dataset_id,)).fetchall()
+        count = "SELECT count(*) FROM images WHERE dataset_id = ? AND split = ?"
+        total = execute(conn, count, (run.dataset_id, split)).scalar_one()
+    paths = dict(map(tuple, ids))
+    # Shards that are gone come last, in an order that is the same everywhere.
+    gone = sorted(known.keys() - {shard.path for shard in shards})
+    units = Units.of([*shards, *(known[path] for path in gone)])
+    with _writing_to(database, run) as conn:
+        if parts_of(conn, run, split) or not status.has_jobs(conn, run, split):
+            parts.record(conn, run.id, split, [part])
+    n_read, first = 0, 0
+    while True:
+        with _writing_to(database, run) as conn:
+            sql = f"SELECT id, shard_id, row_group, row_in_group {_SPLIT_FROM} LIMIT ?"
+            page = execute(conn, sql, (first, run.dataset_id, split, PAGE)).fetchall()
+            if not page:
+                return
+            chosen = [id for id, shard_id, *place in page if units.at(paths[shard_id], *place) in part]
+            _add_jobs(conn, run, split, chosen, result)
+        n_read, first = n_read + len(page), page[-1][0] + 1
+        progress(f"{split}: registering", n_read, total)
+
+
+def _add_jobs(conn: Connection, run: runs.Run, split: str, image_ids: Sequence[int], result: Enqueued) -> None:
+    rows = [(run.id, image_id, split) for image_id in image_ids]
+    new = execute(conn, _ADD_JOB, rows).rowcount if rows else 0
+    records.tally(conn, run.id, split, 0, {JobState.PENDING: new})
+    result.new += new
+    result.known += len(rows) - new
 
 
 _JOBS = "SELECT id, image_id FROM jobs WHERE run_id = ? AND split = ? AND id > ? ORDER BY id LIMIT ?"

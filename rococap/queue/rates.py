@@ -38,7 +38,7 @@ _ACTIVE = (
 )
 _SUMS = (
     "SELECT j.finished_at / ?, count(*), COALESCE(sum(c.new_tokens), 0) FROM jobs j JOIN captions c ON c.job_id = j.id "
-    "WHERE j.run_id = ? AND j.split = ? AND c.lease_id IS NOT NULL AND "
+    "WHERE j.run_id = ? AND j.split = ? AND c.lease_id IS NOT NULL AND c.generated_at = j.finished_at AND "
 )
 # Two queries, because a job is in one partial index until it has its checkpoint segment, and then in another.
 _NOT_IN_A_SEGMENT = _SUMS + (
@@ -52,7 +52,7 @@ _Sums = Iterator[tuple[int, int, int]]
 
 def throughput(read: Read, *, since: int, every_ms: int, now: int | None = None) -> Made:
     """What workers captioned since the time `since`, in intervals of `every_ms` milliseconds, of which `since` must be
-    a multiple. Restored captions are left out.
+    a multiple. Captions that were restored or merged are left out.
 
     `read` opens a transaction for one page, so that no page holds up a commit for long.
     """

@@ -90,9 +90,12 @@ def _take(conn: Connection, worker_id: int, lost: Lease, jobs: Sequence[tuple[in
 
 def belongs(conn: Connection, lease: Lease, uuid: str) -> bool:
     """Whether this database gave the lease to the worker with that uuid: in another database, the ids refer to other
-    pictures.
+    pictures. A merged lease has another id here than the one that its worker knows.
     """
-    sql = "SELECT 1 FROM leases l JOIN workers w ON w.id = l.worker_id WHERE l.id = ? AND w.uuid = ?"
+    sql = (
+        "SELECT 1 FROM leases l JOIN workers w ON w.id = l.worker_id WHERE l.id = ? AND w.uuid = ? "
+        "AND l.origin_id IS NULL"
+    )
     return execute(conn, sql, (lease.id, uuid)).one_or_none() is not None
 
 

@@ -177,6 +177,12 @@ def counts_of(conn: Connection, run: Run, splits: Sequence[str] = SPLITS) -> lis
     return found
 
 
+def has_jobs(conn: Connection, run: Run, split: str) -> bool:
+    """Whether the run has any pictures of the split."""
+    sql = "SELECT 1 FROM tallies WHERE run_id = ? AND split = ? LIMIT 1"
+    return execute(conn, sql, (run.id, split)).one_or_none() is not None
+
+
 def runs_seen(conn: Connection) -> list[RunSeen]:
     """Every run, at a cost that does not depend on how many pictures it has."""
     by_run: dict[str, list[Counts]] = {}
@@ -205,7 +211,8 @@ def _rates(conn: Connection, at: int) -> dict[tuple[int, str], float]:
     rows = execute(
         conn,
         "SELECT run_id, split, sum(n_done), min(claimed_at) FROM ("
-        "SELECT run_id, split, n_done, claimed_at FROM leases WHERE closed_at BETWEEN ? AND ? UNION ALL "
+        "SELECT run_id, split, n_done, claimed_at FROM leases WHERE closed_at BETWEEN ? AND ? "
+        "AND origin_id IS NULL UNION ALL "
         "SELECT run_id, split, n_done, claimed_at FROM leases WHERE state = 'open') AS recent "
         "WHERE claimed_at <= ? GROUP BY run_id, split",
         (start, at, at),

@@ -22,7 +22,9 @@ from rococap.db import execute, transaction
 from rococap.errors import RococapError, RunError
 from rococap.files import ending, read_json, sha256_of
 from rococap.queue import Run, clean_text
+from rococap.results import doubles
 from rococap.results.checkpoints import segment_number
+from rococap.results.doubles import Made
 from rococap.results.formats import armed
 from rococap.results.manifest import STRIPPED, manifest_path
 from rococap.results.snapshot import COLUMNS, PAGE
@@ -35,23 +37,27 @@ class Restored:
 
     `restored` rows are done now; `known` ones were captioned already; `leased` ones are being captioned by a worker;
     `unknown` ones are of images that the run does not have; `different` ones of images that have another original
-    caption in the database. `has_manifest` is true if the file has a manifest of its own, or is a segment.
+    caption in the database. Where files are merged, `twice` ones had another caption, which in `replaced` cases went.
+    `has_manifest` is true if the file has a manifest of its own, or is a segment.
     """
 
     path: Path
     restored: int = 0
     known: int = 0
+    twice: int = 0
+    replaced: int = 0
     leased: int = 0
     unknown: int = 0
     different: int = 0
     has_manifest: bool = True
 
 
-def restore(database: Database, run: Run, path: Path) -> Restored:
+def restore(database: Database, run: Run, path: Path, *, merging: bool = False) -> Restored:
     """Restores the captions of an export or a checkpoint segment into a run.
 
     Existing captions are kept. Columns that a file does not have, such as token counts, stay NULL. Images restored from
-    a segment are recorded as written to it.
+    a segment are recorded as written to it. `merging`: the file is of another database, so that of two captions of an
+    image the one that `doubles` says is kept, and segments are not those of this database.
 
     Raises RococapError, and changes nothing, for a file that is not an export, was altered since, had its reasoning
     stripped, or was made with another model or recipe than the run's.
@@ -68,7 +74,7 @@ def restore(database: Database, run: Run, path: Path) -> Restored:
     for frame in _as_exported(path, manifest):
         with transaction(database, write=True) as conn:
             for split, rows in frame.groupby("split", sort=False):
-                _restore_page(conn, run, str(split), rows, result)
+                _restore_page(conn, run, str(split), rows, result, merging)
     if manifest and manifest.get("resolved") and result.restored:
         with transaction(database, write=True) as conn:
             queue.pin_first(conn, run, manifest["resolved"])
@@ -191,47 +197,58 @@ def _seconds(path: Path, frame: pd.DataFrame) -> list[float | None]:
     return [None if absent else float(value) for value, absent in zip(values, is_absent, strict=True)]
 
 
-def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, result: Restored) -> None:
+def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, result: Restored, merging: bool) -> None:
     now = db.now(conn)
-    segment = segment_number(result.path)
+    segment = None if merging else segment_number(result.path)
     jobs = _jobs_by_image_id(conn, run, split, list(rows["image_id"]))
+    is_done = [job_id for job_id, status, _ in jobs.values() if status == JobState.DONE]
+    here = doubles.made(conn, is_done) if merging else {}
     moved: Counter[str] = Counter()
-    done, captions, known = [], [], []
+    captions: dict[int, tuple[Any, ...]] = {}
+    known, replaced = [], []
     cells = (rows["image_id"], rows["original_caption"], rows["generated_caption"])
     measures = (_seconds(result.path, rows), _milliseconds(result.path, rows))
     for image_id, original, text, seconds, generated_at in zip(*cells, *measures, strict=True):
         job_id, status, current = jobs.get(image_id, (None, None, None))
+        made = Made(True, generated_at, clean_text(text))
         if job_id is None:
             result.unknown += 1
         elif current != clean_text(original):
             result.different += 1
-        elif status == JobState.DONE:
-            result.known += 1
-            known.append((segment, job_id))
         elif status == JobState.LEASED:
             result.leased += 1
+        elif status == JobState.DONE and made.is_same(here.get(job_id, made)):
+            result.known += 1
+            known.append((segment, job_id))
+        elif status == JobState.DONE and here[job_id] < made:
+            result.twice += 1
         else:
-            moved[str(status)] += 1
-            jobs[image_id] = (job_id, JobState.DONE, current)
-            done.append((now, segment, job_id))
+            if status == JobState.DONE:
+                result.twice += 1
+                replaced.append(job_id)
+            moved[str(status)] -= 1
+            moved[JobState.DONE] += 1
+            jobs[image_id], here[job_id] = (job_id, JobState.DONE, current), made
             processing_ms = None if seconds is None else seconds * 1000
-            captions.append((job_id, clean_text(text), queue.flags_of(text, ""), processing_ms, generated_at))
-    if done:
+            captions[job_id] = (job_id, made.text, queue.flags_of(text, ""), processing_ms, generated_at)
+    doubles.remove(conn, run, split, replaced)
+    if captions:
         execute(
             conn,
             "UPDATE jobs SET status = 'done', not_before = NULL, finished_at = ?, checkpoint = ? WHERE id = ?",
-            done,
+            [(now, segment, job_id) for job_id in captions],
         )
         execute(
             conn,
             "INSERT INTO captions (job_id, text, flags, processing_ms, generated_at) VALUES (?, ?, ?, ?, ?)",
-            captions,
+            list(captions.values()),
         )
-        changes: dict[str, int] = {status: -n for status, n in moved.items()} | {JobState.DONE: len(done)}
-        queue.tally(conn, run.id, split, 0, changes | queue.flag_counts(caption[2] for caption in captions))
+        moved.update(queue.flag_counts(caption[2] for caption in captions.values()))
+        queue.tally(conn, run.id, split, 0, moved)
     if segment and known:
         execute(conn, "UPDATE jobs SET checkpoint = ? WHERE id = ? AND checkpoint IS NULL", known)
-    result.restored += len(done)
+    result.replaced += len(replaced)
+    result.restored += len(captions) - len(replaced)
 
 
 def _jobs_by_image_id(conn: Connection, run: Run, split: str, image_ids: list[str]) -> dict[str, tuple[int, str, str]]:

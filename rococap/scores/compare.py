@@ -1,7 +1,8 @@
 """Compares runs side by side: a file with one row per picture, and totals for each run's captions.
 
 Like an export, it reads what was done by one cutoff time, in short transactions. It reads one page of each run at a
-time, so its memory does not grow with the number of pictures. Texts are never edited, and nothing is scored.
+time, so its memory does not grow with the number of pictures. Texts are never edited, and nothing is scored; where runs
+state different facts is found on the way.
 """
 
 from collections import Counter
@@ -27,6 +28,7 @@ from rococap.queue.runs import find_runs
 from rococap.results.export import FOLDER
 from rococap.results.formats import FORMATS, write_frames
 from rococap.results.snapshot import PAGE, Read, done_pages, finished_until, short_reads
+from rococap.scores.disagreement import Disagreements
 
 SHARED = ("image_id", "split", "original_caption")
 RUN_COLUMNS = {
@@ -42,6 +44,9 @@ the flags of all runs, and so on.
 
 Captions = dict[int, Sequence[Any]]
 """One picture's captions: index of the run -> the row that was read."""
+
+WORST = 20
+"""How many pictures on which runs differ are named unless another number is asked for."""
 
 _COLUMNS = "j.image_id, i.image_id, i.caption, c.text, c.flags, c.new_tokens, c.processing_ms, c.finish_reason"
 
@@ -73,6 +78,7 @@ class Compared:
     """The file, the number of its rows, and a summary of each run.
 
     `shared` counts the pictures that every run has captioned, `originals` the rows that have an original caption.
+    `disagreements` are the pictures on which runs state different facts; None for a single run.
     """
 
     path: Path
@@ -80,6 +86,7 @@ class Compared:
     shared: int
     runs: tuple[Summary, ...]
     originals: int
+    disagreements: Disagreements | None = None
 
 
 def default_path(names: Sequence[str]) -> Path:
@@ -95,10 +102,12 @@ def compare(
     splits: Sequence[str] = (),
     all_done: bool = False,
     strip_reasoning: bool = False,
+    worst: int = WORST,
     progress: Progress = silent,
 ) -> Compared:
     """Writes one row for every picture that any of the runs has captioned, or with `all_done` that all have captioned,
-    in data set order, to a .csv, .parquet or .jsonl file. Without `splits`, compares all splits of the runs.
+    in data set order, to a .csv, .parquet or .jsonl file. Without `splits`, compares all splits of the runs. Finds the
+    `worst` pictures on which runs state different facts.
 
     Raises RunError for runs that do not exist, cannot be compared or have no captions, RococapError if the file cannot
     be written. On failure an older file stays as it was.
@@ -114,7 +123,7 @@ def compare(
         raise RunError(
             f"{_quoted(names)} captioned nothing of {compared} yet. Caption pictures: rococap worker --run {names[0]}"
         )
-    join = _Join(runs, [_Measure(run) for run in runs], all_done, strip_reasoning)
+    join = _Join(runs, [_Measure(run) for run in runs], all_done, strip_reasoning, Disagreements(worst))
     with replacing(path) as partial, short_reads(database) as read:
         rows = write_frames(join.frames(read, cutoff, done, progress), partial, ending(path), _schema(runs))
         if not rows:
@@ -122,7 +131,9 @@ def compare(
                 f"{_quoted(names)} have no captioned picture in common yet. Leave out --all-done, or caption more: "
                 "rococap worker"
             )
-    return Compared(path, rows, join.shared, tuple(measure.summary() for measure in join.measures), join.originals)
+    summaries = tuple(measure.summary() for measure in join.measures)
+    disagreements = join.disagreements.done() if len(runs) > 1 else None
+    return Compared(path, rows, join.shared, summaries, join.originals, disagreements)
 
 
 def check_suffix(path: Path) -> None:
@@ -210,6 +221,7 @@ class _Join:
     measures: Sequence[_Measure]
     all_done: bool
     strip_reasoning: bool
+    disagreements: Disagreements
     shared: int = 0
     originals: int = 0
 
@@ -244,6 +256,7 @@ class _Join:
         for n, row in captions.items():
             cells[n] = _cells(*row[3:])
             self.measures[n].add(*cells[n])
+        self.disagreements.add(split, image_id, {self.runs[n].name: row[3] for n, row in sorted(captions.items())})
         return [image_id, split, original, *chain.from_iterable(zip(*cells, strict=True))]
 
 

@@ -4,17 +4,17 @@ Text in, UMLS CUIs out: knows nothing of pictures, models or the database.
 """
 
 import hashlib
-import re
 import tomllib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 from rococap.results.formats import fold
+from rococap.scores import lexicon
+from rococap.scores.lexicon import Entry, Found, Lexicon
 
 _SOURCE: Final = (Path(__file__).parent / "concepts.toml").read_bytes()
 _XRAY: Final = "C1306645"
@@ -44,6 +44,12 @@ def found(text: str) -> frozenset[str]:
     if _XRAY in named:
         named |= _first("region", folded) | _first("direction", folded)
     return named
+
+
+def modalities(folded: str) -> Iterator[Found]:
+    """Every modality that a text names, as its name in concepts.toml. White space in the text must be folded."""
+    for one in _lexicon("modality").finditer(folded):
+        yield Found(_NAMES[one.name], one.start, one.end)
 
 
 def modality(cuis: Collection[str]) -> str:
@@ -84,45 +90,20 @@ def recall(found: Collection[str], reference: Collection[str]) -> float | None:
 
 
 def _first(kind: str, folded: str) -> frozenset[str]:
-    cuis = (match.lastgroup for match in _matcher(kind).finditer(folded))
-    return frozenset(islice(filter(None, cuis), 1))
+    return frozenset(one.name for one in islice(_lexicon(kind).finditer(folded), 1))
 
 
 @cache
-def _matcher(kind: str) -> re.Pattern[str]:
-    """A pattern with one group per concept, named by its CUI. Traps come first and have no group."""
-    traps = [_alternatives(*_terms(table)) for table in _TABLES["trap"] if table["kind"] == kind]
-    concepts = [f"(?P<{one.cui}>{_alternatives(one.terms, one.abbreviations)})" for one in CONCEPTS if one.kind == kind]
-    return re.compile(rf"(?<!\w)(?:{'|'.join(traps + concepts)})(?!\w)")
-
-
-def _alternatives(terms: tuple[str, ...], abbreviations: tuple[str, ...]) -> str:
-    return "|".join([*_by_first(terms, _any_case), *_by_first(abbreviations, re.escape)])
-
-
-def _by_first(terms: tuple[str, ...], cased: Callable[[str], str]) -> Iterator[str]:
-    """Patterns of terms, grouped by first character, so that the regular expression tests that character only once."""
-    for first, same in groupby(sorted(terms), itemgetter(0)):
-        yield f"{cased(first)}(?:{'|'.join(_pattern(term[1:], cased) for term in same)})s?"
-
-
-def _pattern(term: str, cased: Callable[[str], str]) -> str:
-    return "".join(_WILD.get(part, cased(part)) for part in re.split("(… |-)", term))
-
-
-def _any_case(text: str) -> str:
-    """A pattern for the text in any case, spelled out letter by letter: re.IGNORECASE takes twice as long."""
-    return "".join(f"[{char}{char.upper()}]" if char.isalpha() else re.escape(char) for char in text)
-
-
-def _terms(table: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return tuple(table.get("terms", ())), tuple(table.get("abbreviations", ()))
+def _lexicon(kind: str) -> Lexicon:
+    traps = [lexicon.entry(table, "") for table in _TABLES["trap"] if table["kind"] == kind]
+    return Lexicon([Entry(one.cui, one.terms, one.abbreviations) for one in CONCEPTS if one.kind == kind], traps)
 
 
 def _concept(table: dict[str, Any]) -> Concept:
-    return Concept(table["cui"], table["name"], table["kind"], *_terms(table))
+    words = lexicon.entry(table, table["name"])
+    return Concept(table["cui"], words.name, table["kind"], words.terms, words.abbreviations)
 
 
-_WILD: Final = {"-": "[-‐‑–—−/ ]{0,3}", "… ": r"(?:[^ .;]+ ){0,3}?"}
 _TABLES: Final = tomllib.loads(_SOURCE.decode())
 CONCEPTS: Final = tuple(map(_concept, _TABLES["concept"]))
+_NAMES: Final = {concept.cui: concept.name for concept in CONCEPTS}

@@ -2,7 +2,8 @@
 
 Each score is computed once and stored with its caption, together with a digest of everything that it depends on; a
 missing or stale score is computed again. Corpus scores, confidence intervals and significance tests are computed from
-sums over captions, and thus from the stored values. The scores themselves are in `metrics` and `concepts`.
+sums over captions, and thus from the stored values. The scores themselves are in `metrics`, `concepts` and
+`facts`.
 """
 
 import hashlib
@@ -34,7 +35,8 @@ from rococap.results.formats import write_frames
 from rococap.results.manifest import TRAINING, manifest_path, stripped
 from rococap.results.snapshot import PAGE, Read, done_pages, finished_until, short_reads
 from rococap.results.texts import MACHINE, Kind, Texts, texts_now
-from rococap.scores import concepts, leaks, metrics
+from rococap.scores import concepts, facts, imageclef, leaks, metrics
+from rococap.scores.facts.language import is_english
 from rococap.scores.metrics import ORDERS, Vector
 
 BLEUS = tuple(f"bleu_{order}" for order in range(1, ORDERS + 1))
@@ -45,6 +47,7 @@ SEED = 20_411  # fixed, so that intervals and tests are reproducible
 STORE = 500  # captions whose scores are stored in one transaction: no more are lost if the process is killed
 LONGEST_NAME = 150  # bytes of a file name that run names may take; file systems limit the whole name to 255
 NO_ORIGINALS = "There are no originals: the data set has no captions for these pictures."
+NO_FACTS = "Neither the captions nor the originals state such a fact."
 NO_CONCEPTS = "There are no originals and no concepts: the data set has neither for these pictures."
 
 Matrix = npt.NDArray[np.float64]
@@ -69,7 +72,12 @@ class Pair:
 # --- Kinds of scores -------------------------------------------------------------------------------------------
 
 Scores = dict[str, Any]
-"""The scores of one caption: name -> number, None if undefined; for a name in COUNTED, a list of counts."""
+"""The scores of one caption: name -> number, None if undefined; for a name in COUNTED, a list of counts; for one in
+FACTS, counts of agreeing, invented, missed and opposite facts, None if a text could not be read.
+"""
+FACTS = {f"fact_{kind}": kind for kind in facts.KINDS}
+"""The names of the fact scores, each with its kind of facts."""
+COUNTS = ("agreeing", "invented", "missed", "opposite")
 
 
 def _bleus_and_length_ratio(counts: Matrix) -> Matrix:
@@ -176,6 +184,18 @@ def _concepts(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
         }
 
 
+def _facts(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
+    if not any(is_english(pair.text) and is_english(pair.reference) for pair in pairs):
+        raise NotComputed(f"Facts are read from English texts, and {len(pairs)} of {len(pairs)} pairs are not (100 %).")
+    for at in wanted:
+        caption, reference = facts.facts_of(pairs[at].text), facts.facts_of(pairs[at].reference)
+        if caption is None or reference is None:
+            yield dict.fromkeys(FACTS)
+        else:
+            found = facts.agreements(caption, reference)
+            yield {name: found[kind].counts for name, kind in FACTS.items()}
+
+
 def _bertscore(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
     references = [formats.fold(pair.reference) for pair in pairs]
     texts = [(formats.fold(pairs[at].text), references[at]) for at in wanted]
@@ -208,6 +228,7 @@ METRICS = (
     ),
     Metric("meteor_nltk", ("meteor_nltk",), _meteor, ("nltk",)),
     Metric("cider_d", ("cider_d",), _cider_d, of_corpus=True),
+    Metric("facts", tuple(FACTS), _facts, edition=facts.DIGEST),
     Metric(
         "concepts",
         ("concept_f1", "concept_recall", "concept_f1_ref"),
@@ -303,25 +324,19 @@ def _keep(database: Database, key: str, rows: Sequence[tuple[int, str, Scores]])
 
 
 @dataclass(slots=True)
-class Scored:
-    """The captions of one run and split, with their scores.
+class Computed:
+    """Pairs with their scores.
 
-    `counts` maps each kind in COUNTED to its counts, shape (captions, counts); `values` every other score to its
-    values, shape (captions,), NaN where undefined. `not_computed` maps a score to the reason why there is none.
-    `missing` counts the jobs of the split that are not done. `duplicates` says which pictures have near-duplicates in
-    other splits; None if no pictures of the split or of any other were hashed.
+    `counts` maps each kind in COUNTED to its counts, shape (pairs, counts); `values` every other score to its values,
+    shape (pairs,), NaN where undefined. `facts` maps each score in FACTS to its COUNTS, shape (pairs, 4), NaN where a
+    text could not be read or there is no original. `not_computed` maps a score to the reason why there is none.
     """
 
-    run: Run
-    split: str
     pairs: list[Pair]
-    modalities: list[str]
-    counts: dict[str, Matrix]
-    values: dict[str, Vector]
-    not_computed: dict[str, str]
-    missing: int = 0
-    warnings: list[str] = field(default_factory=list)
-    duplicates: leaks.Known | None = None
+    counts: dict[str, Matrix] = field(default_factory=dict)
+    values: dict[str, Vector] = field(default_factory=dict)
+    not_computed: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Matrix] = field(default_factory=dict)
 
     def statistics(self) -> Matrix:
         """One row per caption, shape (captions, columns): all counts, and for every other score its value and whether
@@ -344,6 +359,35 @@ class Scored:
         return found
 
 
+def compute(metrics: Sequence[Metric], pairs: list[Pair], rows: Sequence[int], progress: Progress = silent) -> Computed:
+    """Scores the pairs in these rows, without storing anything; the scores of other rows are undefined."""
+    computed = Computed(pairs)
+    for done, metric in enumerate(metrics):
+        progress("scoring", done, len(metrics))
+        try:
+            _add(computed, list(metric.score(pairs, rows)), rows)
+        except NotComputed as reason:
+            computed.not_computed |= dict.fromkeys(metric.scores, str(reason))
+    progress("scoring", len(metrics), len(metrics))
+    return computed
+
+
+@dataclass(slots=True, kw_only=True)
+class Scored(Computed):
+    """The captions of one run and split, with their scores.
+
+    `missing` counts the jobs of the split that are not done. `duplicates` says which pictures have near-duplicates in
+    other splits; None if no pictures of the split or of any other were hashed.
+    """
+
+    run: Run
+    split: str
+    modalities: list[str]
+    missing: int = 0
+    warnings: list[str] = field(default_factory=list)
+    duplicates: leaks.Known | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Summary:
     """Scores of n captions: overall values and their 95 % bootstrap intervals, None where undefined."""
@@ -362,17 +406,23 @@ def summarise(scored: Scored, modality: str | None = None) -> Summary:
     if modality is not None:
         statistics = statistics[np.array(scored.modalities) == modality]
     n = len(statistics)
-    rng = np.random.default_rng(SEED)
-    drawn = np.array([np.bincount(rng.integers(n, size=n), minlength=n) @ statistics for _ in range(RESAMPLES)])
-    overall, resampled = scored.totals(statistics.sum(axis=0)), scored.totals(drawn)
+    overall, resampled = scored.totals(statistics.sum(axis=0)), scored.totals(resampled_sums(statistics))
     return Summary(
         n,
         {name: _number(value) for name, value in overall.items()},
-        {name: _interval(resampled[name]) if n > 1 else None for name in overall},
+        {name: interval(resampled[name]) if n > 1 else None for name in overall},
     )
 
 
-def _interval(values: Vector) -> tuple[float, float] | None:
+def resampled_sums(statistics: Matrix) -> Matrix:
+    """Sums of as many rows as there are, drawn with replacement: shape (rows, columns) -> (RESAMPLES, columns)."""
+    n = len(statistics)
+    rng = np.random.default_rng(SEED)
+    return np.array([np.bincount(rng.integers(n, size=n), minlength=n) @ statistics for _ in range(RESAMPLES)])
+
+
+def interval(values: Vector) -> tuple[float, float] | None:
+    """The 95 % interval of resampled scores; None if they are undefined."""
     known = values[~np.isnan(values)]
     low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
     return None if np.isnan(low) else (float(low), float(high))
@@ -454,13 +504,17 @@ def _only(scored: Scored, rows: npt.NDArray[np.int64], like: Scored, is_part: bo
     """The captions in these rows, with the scores that `like` also has."""
     counts = {name: value[rows] for name, value in scored.counts.items() if name in like.counts}
     values = {name: value[rows] for name, value in scored.values.items() if name in like.values}
-    part = Scored(scored.run, scored.split, [scored.pairs[at] for at in rows], [], counts, values, {})
+    pairs = [scored.pairs[at] for at in rows]
+    part = Scored(pairs, counts, values, run=scored.run, split=scored.split, modalities=[])
     for metric in METRICS if is_part else ():
         if metric.of_corpus and metric.name in values:
             del values[metric.name]
             labelled = _labelled(part.pairs)
             if not metric.extra and len(labelled) > 1:
                 _add(part, list(metric.score([part.pairs[at] for at in labelled], range(len(labelled)))), labelled)
+    for name in imageclef.PARTS:
+        if imageclef.missing(name, values):
+            values.pop(name, None)
     return part
 
 
@@ -483,6 +537,7 @@ class Evaluation:
     paired: list[Paired]
     strip_reasoning: bool = False
     texts: Texts = MACHINE
+    plugins: Sequence[Metric] = ()
 
 
 def evaluate(
@@ -491,6 +546,8 @@ def evaluate(
     splits: Sequence[str],
     *,
     also: Sequence[str] = (),
+    plugins: Sequence[Metric] = (),
+    as_imageclef: bool = False,
     captions: Kind = "machine",
     strip_reasoning: bool = False,
     progress: Progress = silent,
@@ -498,7 +555,8 @@ def evaluate(
     """Scores what the runs have captioned of the splits so far. Without `names`, scores the default or the only run.
 
     `captions`: the machine's texts, or "edited", with the edits of readers; both keep scores of their own. `also` names
-    the extra metrics to compute; `strip_reasoning` removes a model's reasoning from the captions first.
+    the extra metrics to compute, `plugins` are further ones, and `as_imageclef` adds ImageCLEF's combined scores;
+    `strip_reasoning` removes a model's reasoning from the captions first.
 
     Raises RunError for runs that do not exist, are of different data sets, or have captioned nothing of the splits.
     """
@@ -517,14 +575,16 @@ def evaluate(
                 f"Caption pictures: rococap worker --run {run.name}"
             )
         for split in captioned:
-            result = _evaluate(database, run, split, cutoff, texts, also, strip_reasoning, progress)
+            result = _evaluate(
+                database, run, split, cutoff, texts, also, plugins, as_imageclef, strip_reasoning, progress
+            )
             result.missing = counts[run.name, split].total - len(result.pairs)
             result.warnings = list(_warnings(result, n_images[split]))
             scored.append(result)
     _add_duplicates(database, scored)
     by_split = [[result for result in scored if result.split == split] for split in splits]
     paired = [pair_up(results[0], other) for results in by_split for other in results[1:]]
-    return Evaluation(list(chain.from_iterable(by_split)), paired, strip_reasoning, texts)
+    return Evaluation(list(chain.from_iterable(by_split)), paired, strip_reasoning, texts, plugins)
 
 
 def _add_duplicates(database: Database, scored: Sequence[Scored]) -> None:
@@ -550,20 +610,22 @@ def _evaluate(
     cutoff: int,
     texts: Texts,
     also: Sequence[str],
+    plugins: Sequence[Metric],
+    as_imageclef: bool,
     strip_reasoning: bool,
     progress: Progress,
 ) -> Scored:
     with short_reads(database) as read:
         pairs, kept = _read(read, run, split, cutoff, texts, strip_reasoning=strip_reasoning)
     modalities = [concepts.modality(concepts.parse(pair.cui)) for pair in pairs]
-    scored = Scored(run, split, pairs, modalities, {}, {}, {})
+    scored = Scored(pairs, run=run, split=split, modalities=modalities)
 
     def labelled_progress(what: str, done: int, total: int) -> None:
         progress(f"{run.name}, {split}: {what}", done, total)
 
     was_computed = {key for _, key in kept}
     labelled = _labelled(pairs)
-    for metric in METRICS:
+    for metric in (*METRICS, *plugins):
         if metric.extra and metric.name not in also and _key(metric, texts) not in was_computed:
             continue
         rows = range(len(pairs)) if metric.of_concepts else labelled
@@ -576,11 +638,12 @@ def _evaluate(
                 requested=metric.name in also,
                 progress=labelled_progress,
             )
+            _add(scored, scores, rows)
         except NotComputed as reason:
             scored.not_computed |= dict.fromkeys(metric.scores, str(reason))
-        else:
-            _add(scored, scores, rows)
     _drop_unlabelled(scored, labelled)
+    if as_imageclef:
+        _add_imageclef(scored, labelled)
     scored.values["flagged"] = np.array([float(bool(pair.flags)) for pair in pairs])
     return scored
 
@@ -609,9 +672,26 @@ def _drop_unlabelled(scored: Scored, labelled: Sequence[int]) -> None:
                 scored.values[name][np.setdiff1d(np.arange(len(scored.pairs)), labelled)] = np.nan
 
 
-def _add(scored: Scored, scores: Sequence[Scores], rows: Sequence[int]) -> None:
-    """Adds the scores of the captions in these rows; the other captions have none."""
-    for name in scores[0]:
+def _add_imageclef(scored: Scored, labelled: Sequence[int]) -> None:
+    complete = {name: values for name, values in scored.values.items() if not np.isnan(values[labelled]).any()}
+    scored.values |= imageclef.combine(complete)
+    for name in imageclef.PARTS:
+        if parts := imageclef.missing(name, complete):
+            scored.not_computed[name] = imageclef.why_not(parts)
+
+
+def _add(scored: Computed, scores: Sequence[Scores], rows: Sequence[int]) -> None:
+    """Adds the scores of the captions in these rows; the other captions have none.
+
+    Raises NotComputed if some have scores of other names: a plug-in may do anything.
+    """
+    names = scores[0].keys()
+    if any(score.keys() != names for score in scores):
+        raise NotComputed(f"It returned other names than {', '.join(names)} for some captions.")
+    for name in names:
+        if name in FACTS:
+            _add_facts(scored, name, [score[name] for score in scores], rows)
+            continue
         known = np.array([score[name] for score in scores], dtype=np.float64)
         column = np.full((len(scored.pairs), *known.shape[1:]), 0.0 if name in COUNTED else np.nan)
         column[list(rows)] = known
@@ -619,6 +699,16 @@ def _add(scored: Scored, scores: Sequence[Scores], rows: Sequence[int]) -> None:
             scored.counts[name] = column
         else:
             scored.values[name] = column
+
+
+def _add_facts(scored: Computed, name: str, counts: Sequence[Sequence[int] | None], rows: Sequence[int]) -> None:
+    known = np.full((len(scored.pairs), len(COUNTS)), np.nan)
+    known[list(rows)] = [(np.nan,) * len(COUNTS) if one is None else one for one in counts]
+    scored.facts[name] = known
+    if np.nansum(known):
+        scored.values[name] = facts.f1(known)
+    else:
+        scored.not_computed[name] = NO_FACTS
 
 
 def _warnings(scored: Scored, n_images: int) -> Iterator[str]:
@@ -629,6 +719,11 @@ def _warnings(scored: Scored, n_images: int) -> Iterator[str]:
             yield f"{n - n_labelled} captions of {split} have no original: scores against originals leave them out."
     else:
         yield f"{run.name} has no originals for {split}: scores against originals are not computed."
+    if unread := _not_read(scored):
+        yield (
+            f"{unread} of {n} captions of {run.name} for {split} ({unread / n:.0%}) or their originals are not in "
+            "English: no facts are read from them, and the fact scores leave them out."
+        )
     if scored.missing:
         yield f"{run.name} has not captioned {scored.missing} pictures of {split}: the scores leave them out."
     if n + scored.missing < n_images:
@@ -640,6 +735,12 @@ def _warnings(scored: Scored, n_images: int) -> Iterator[str]:
                 f"{name} was trained on {split} of this data set: the scores of {run.name} on it measure memorisation. "
                 "Evaluate a split that it was not trained on."
             )
+
+
+def _not_read(scored: Scored) -> int:
+    """The number of captions with an original that no facts were read from."""
+    labelled = _labelled(scored.pairs)
+    return max((int(np.isnan(counts[labelled, 0]).sum()) for counts in scored.facts.values()), default=0)
 
 
 def _training(path: Path) -> dict[str, Any]:
@@ -671,7 +772,9 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "rococap": __version__,
         "packages": {name: _version(name) for name in packages},
+        **({"plugins": {one.name: one.edition for one in evaluation.plugins}} if evaluation.plugins else {}),
         "concepts": concepts.DIGEST,
+        "facts": facts.DIGEST,
         "resamples": RESAMPLES,
         "seed": SEED,
         **stripped(evaluation.strip_reasoning),
@@ -699,11 +802,31 @@ def _run_json(scored: Scored) -> dict[str, Any]:
         "intervals": overall.intervals,
         "without_near_duplicates": _without_json(without_near_duplicates(scored, overall)),
         "not_computed": scored.not_computed,
+        "facts": facts_json(scored),
         "by_modality": {
-            name: {"n": summary.n, "metrics": summary.metrics, "intervals": summary.intervals}
+            name: {
+                "n": summary.n,
+                "metrics": summary.metrics,
+                "intervals": summary.intervals,
+                "facts": facts_json(scored, name),
+            }
             for name, summary in by_modality.items()
         },
         "warnings": scored.warnings,
+    }
+
+
+def facts_json(scored: Scored, modality: str | None = None) -> dict[str, dict[str, int]]:
+    """For each fact score, the number `n` of pairs in which at least one text has such a fact, and the facts by COUNTS;
+    of all captions, or of those of one modality.
+    """
+    rows = np.ones(len(scored.pairs), dtype=bool) if modality is None else np.array(scored.modalities) == modality
+    return {
+        name: {
+            "n": int(np.count_nonzero(np.nansum(counts[rows], axis=1))),
+            **dict(zip(COUNTS, map(int, np.nansum(counts[rows], axis=0)), strict=True)),
+        }
+        for name, counts in scored.facts.items()
     }
 
 
@@ -760,4 +883,9 @@ def _by_caption(scored: Scored) -> dict[str, Vector]:
     for kind, counts in scored.counts.items():
         names, _ = COUNTED[kind]
         counted |= zip(names, _of_counts(kind, counts).T, strict=True)
-    return counted | {name: value for name, value in scored.values.items() if name != "flagged"}
+    of_facts = {
+        f"{name}_{what}": values
+        for name, counts in scored.facts.items()
+        for what, values in zip(COUNTS, counts.T, strict=True)
+    }
+    return counted | {name: value for name, value in scored.values.items() if name != "flagged"} | of_facts

@@ -51,6 +51,19 @@ EXPLAINED: Final = {
         "0 to 1",
         "Concept F1 of the original captions themselves: the level to compare with.",
     ),
+    **{
+        f"fact_{kind}": Explained(f"Facts: {kind}", "0 to 1", f"F1 of {what}, over captions where either text has one.")
+        for kind, what in (
+            ("modality", "the modalities that a caption and its original name"),
+            ("plane", "planes, projections and standard views"),
+            ("region", "regions of the body"),
+            ("side", "left and right, with what they are the sides of"),
+            ("negation", "findings that are denied"),
+            ("measurement", "numbers with units, equal within rounding"),
+            ("contrast", "contrast media and their phases"),
+            ("sequence", "MRI sequences and weightings"),
+        )
+    },
     "flagged": Explained(
         "Flagged", "0 to 1", "Share of captions that are empty, repetitive or otherwise flagged: lower is better."
     ),
@@ -58,6 +71,14 @@ EXPLAINED: Final = {
     "meteor_1_5": Explained(
         "METEOR 1.5", "0 to 1", "METEOR as its authors' own program computes it, which also matches paraphrases."
     ),
+    **{
+        f"imageclef_{name}": Explained(f"ImageCLEF 2026: {name}", "up to 1", meaning)
+        for name, meaning in (
+            ("relevance", "Mean of BERTScore, ROUGE-1, BLEURT and the similarity of picture and caption."),
+            ("factuality", "Mean of AlignScore and the F1 of UMLS concepts."),
+            ("overall", "Mean of relevance and factuality, by which the task ranks."),
+        )
+    },
     "length_ratio": Explained(
         "Length ratio", "around 1", "Words in the captions divided by words in the originals.", 2.0
     ),

@@ -23,6 +23,7 @@ from rococap.errors import DatasetError, PictureError
 from rococap.progress import Progress
 from rococap.queue import PLACE, Failed, Run, place_of
 from rococap.scores import concepts
+from rococap.scores.disagreement import between
 from rococap.scores.evaluate import SEED, Evaluation, Scored
 from rococap.scores.explained import CARD_SCORES, explained
 from rococap.scores.shown import folders_of, rounded, short_within
@@ -170,7 +171,9 @@ class Thumbnail:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One picture of the report. `number` counts in data set order; `mean` is the mean ROUGE-L of the runs."""
+    """One picture of the report. `number` counts in data set order; `mean` is the mean ROUGE-L of the runs;
+    `disagreement` is larger the more facts the runs state differently, opposite ones before all others.
+    """
 
     number: int
     image_id: str
@@ -179,6 +182,7 @@ class Card:
     tags: list[str]
     said: list[Said]
     mean: float | None
+    disagreement: float | None
     thumbnail: Thumbnail
 
 
@@ -198,6 +202,12 @@ class Captions:
         values = [float(one.values["rouge_l"][at]) for one, at in places if "rouge_l" in one.values]
         known = [value for value in values if not np.isnan(value)]
         return sum(known) / len(known) if known else None
+
+    def disagreement(self, image_id: str) -> float | None:
+        """None if fewer than two runs have a caption in English."""
+        places = [(one, at[image_id]) for one, at in zip(self._scored, self._at, strict=True) if image_id in at]
+        differences = between({one.run.name: one.pairs[at].text for one, at in places})
+        return None if differences is None else sum(1 if one.is_opposite else 0.001 for one in differences)
 
     def _said(self, number: int, scored: Scored, image_id: str) -> Said:
         at = self._at[number].get(image_id)
@@ -239,7 +249,7 @@ def cards_of(
                 unreadable.append(image_id)
             yield Card(
                 *(number, image_id, row.modality, _cut(row.original), gallery.tags[image_id]),
-                *(captions.of(image_id), captions.mean(image_id), thumbnail),
+                *(captions.of(image_id), captions.mean(image_id), captions.disagreement(image_id), thumbnail),
             )
     progress("reading pictures", len(rows), len(rows))
 

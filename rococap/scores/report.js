@@ -14,13 +14,15 @@
     dataset: (one, other) => one.dataset.number - other.dataset.number,
     best: (one, other) => other.dataset.mean - one.dataset.mean || orders.dataset(one, other),
     worst: (one, other) => one.dataset.mean - other.dataset.mean || orders.dataset(one, other),
+    facts: (one, other) => other.dataset.facts - one.dataset.facts || orders.dataset(one, other),
   };
+  const sortedBy = { dataset: "number", best: "mean", worst: "mean", facts: "facts" };
 
   const sort = () => {
-    const scored = cards.filter((card) => card.dataset.mean !== "");
-    const others = cards.filter((card) => card.dataset.mean === "");
     const order = filters.elements.order.value;
-    list.append(...(order === "dataset" ? [...cards].sort(orders.dataset) : [...scored.sort(orders[order]), ...others]));
+    const isKnown = (card) => card.dataset[sortedBy[order]] !== "";
+    const others = cards.filter((card) => !isKnown(card));
+    list.append(...cards.filter(isKnown).sort(orders[order]), ...others);
   };
 
   const show = () => {

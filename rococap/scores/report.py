@@ -29,7 +29,8 @@ from rococap.recipe import Recipe
 from rococap.results.snapshot import done_pages, finished_until, short_reads
 from rococap.scores import evaluate as evaluation
 from rococap.scores import plots
-from rococap.scores.evaluate import BY_MODALITY, Evaluation, Scored
+from rococap.scores.confusions import Confused, confusions
+from rococap.scores.evaluate import BY_MODALITY, COUNTS, FACTS, Evaluation, Metric, Scored
 from rococap.scores.explained import SUMMARY, Explained, explained
 from rococap.scores.gallery import SECTIONS, Captions, Card, Gallery, Row, cards_of, choose, rows_of
 from rococap.scores.plots import Plot, Series
@@ -62,6 +63,8 @@ def report(
     split: str,
     path: Path | None = None,
     *,
+    also: Sequence[str] = (),
+    plugins: Sequence[Metric] = (),
     pictures: int = 200,
     note: str = "",
     strip_reasoning: bool = False,
@@ -69,14 +72,16 @@ def report(
 ) -> Reported:
     """Writes a report on the runs' captions of a split to `path`, with at most `pictures` pictures and a note on top.
 
-    The card of a picture that cannot be read says why.
+    `also` and `plugins` are further scores, as for `evaluate`. The card of a picture that cannot be read says why.
 
     Raises RunError as `evaluate` does, RococapError if the file cannot be written. On failure an older file stays as it
     was.
     """
     if path is not None and path.is_dir():
         raise RococapError(f"{path} is a folder: name a file with --output, such as {path / 'report.html'}")
-    evaluated = evaluation.evaluate(database, names, [split], strip_reasoning=strip_reasoning, progress=progress)
+    evaluated = evaluation.evaluate(
+        *(database, names, [split]), also=also, plugins=plugins, strip_reasoning=strip_reasoning, progress=progress
+    )
     path = path or evaluation.default_path(evaluated, "report", ".html")
     progress("resampling", 0, 1)
     results = evaluation.to_json(evaluated)
@@ -88,7 +93,10 @@ def report(
     rows = rows_of(database, evaluated.scored[0].run, split, list(gallery.tags))
     unreadable: list[str] = []
     cards = cards_of(gallery, Captions(evaluated, failures), rows, evaluated.scored[0].run, unreadable, progress)
-    page = _page(results, evaluated, _plots(database, evaluated, results), gallery, rows, cards, studies, note)
+    confused = confusions(evaluated.scored, progress)
+    page = _page(
+        results, evaluated, confused, _plots(database, evaluated, results), gallery, rows, cards, studies, note
+    )
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(page)
     captions = sum(run["n"] for run in results["runs"])
@@ -141,6 +149,7 @@ def _times(database: Database, scored: Scored) -> tuple[plots.Values, plots.Valu
 def _page(
     results: Mapping[str, Any],
     evaluated: Evaluation,
+    confused: Sequence[Confused],
     drawn: Sequence[Plot],
     gallery: Gallery,
     rows: Sequence[Row],
@@ -166,9 +175,7 @@ def _page(
         version=__version__,
         made_at=datetime.now(UTC),
         notice=NOTICE,
-        scored_by=", ".join(
-            [*(f"{name} {version}" for name, version in results["packages"].items()), f"concepts {results['concepts']}"]
-        ),
+        scored_by=", ".join(_scored_by(results)),
         note=note,
         warnings=[short_within(text, paths) for text in _warnings(results)],
         facts=_facts(evaluated),
@@ -179,6 +186,8 @@ def _page(
         paired=results["paired"],
         by_modality=_modality_rows(results),
         modality_scores=[explained(name) for name in BY_MODALITY],
+        fact_rows=_fact_rows(results),
+        confused=confused,
         studies=[(review.heading_of(found), review.tables_of(found)) for found in studies],
         plots=[(plot, Markup(plot.svg)) for plot in drawn],
         dashes=plots.DASHES,
@@ -193,6 +202,12 @@ def _page(
         script=Markup(script),
         script_digest=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _scored_by(results: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"{name} {version}" for name, version in results["packages"].items())
+    yield from (f"{name} {results[name]}" for name in ("concepts", "facts"))
+    yield from (f"{name} ({short_within(edition)})" for name, edition in results.get("plugins", {}).items())
 
 
 def _warnings(results: Mapping[str, Any]) -> list[str]:
@@ -307,4 +322,20 @@ def _modality_rows(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str
             ],
         )
         for modality in names
+    ]
+
+
+def _fact_rows(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, int, list[int]]]]]:
+    """For each kind of facts, the runs in which a text has one: (name, index, captions and numbers of facts)."""
+    return [
+        (
+            kind,
+            [
+                (run["run"], at, [run["facts"][name][key] for key in ("n", *COUNTS)])
+                for at, run in enumerate(results["runs"])
+                if run["facts"].get(name, {}).get("n")
+            ],
+        )
+        for name, kind in FACTS.items()
+        if any(run["facts"].get(name, {}).get("n") for run in results["runs"])
     ]

@@ -108,7 +108,7 @@ Refuse = Callable[[Request, Refused], Response]
 
 
 class Guard:
-    """ASGI middleware that refuses what `access` does not allow, and adds HEADERS to every answer."""
+    """ASGI middleware that refuses what `access` does not allow, and adds those of HEADERS that an answer lacks."""
 
     def __init__(self, app: ASGIApp, access: Access, refuse: Refuse) -> None:
         self._app = app
@@ -122,8 +122,8 @@ class Guard:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers.update(HEADERS)
-                headers.setdefault("Cache-Control", "no-store")
+                for name, value in (HEADERS | {"Cache-Control": "no-store"}).items():
+                    headers.setdefault(name, value)
             await send(message)
 
         request = Request(scope)
@@ -136,12 +136,12 @@ class Guard:
     def _answer(self, request: Request) -> Response | None:
         """The answer to a request that needs no route; None if a route may answer it. Raises Refused."""
         _check_host(request, self._access)
+        most = MAX_REQUEST if request.url.path.startswith(API) else MAX_BODY
+        if int(request.headers.get("content-length", "0")) > most:
+            raise Refused(413, f"A request may have {most:,} bytes.")
         is_write = request.method not in READS
         if is_write:
             _check_origin(request)
-            most = MAX_REQUEST if request.url.path.startswith(API) else MAX_BODY
-            if int(request.headers.get("content-length", "0")) > most:
-                raise Refused(413, f"A request may have {most:,} bytes.")
         if self._access.token and not request.url.path.startswith(OPEN_PATHS):
             answer = _identify(request, self._access, self._access.token)
             if answer is not None:

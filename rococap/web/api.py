@@ -1,20 +1,28 @@
 """The application of the inference API, below /v1."""
 
-from typing import Any
+from typing import Literal
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from rococap.errors import RococapError
-from rococap.web.access import MAX_REQUEST
-from rococap.web.calls import RecipeOf, Service, Serving, error_response, explain, invalid
+from rococap.web.access import API, MAX_REQUEST
+from rococap.web.calls import ERRORS, RecipeOf, Service, Serving, error_response, explain, invalid
 from rococap.web.captioner import LOADING
-from rococap.web.captions import captions
-from rococap.web.chat import chat_completions
+from rococap.web.captions import CAPTIONS, captions
+from rococap.web.chat import CHAT, chat_completions
+from rococap.web.intake import Intake
 from rococap.web.requests import Unavailable
+
+router = APIRouter(tags=["captions"], responses=ERRORS)
+router.add_api_route("/captions", captions, methods=["POST"], **CAPTIONS)
+router.add_api_route("/chat/completions", chat_completions, methods=["POST"], response_model=None, **CHAT)
 
 
 def create_api(service: Service, recipe_of: RecipeOf) -> FastAPI:
@@ -22,27 +30,45 @@ def create_api(service: Service, recipe_of: RecipeOf) -> FastAPI:
     api = FastAPI(openapi_url=None, max_body_size=MAX_REQUEST, telemetry={"auto_configure": False})
     api.state.service = service
     api.state.recipe_of = recipe_of
-    api.add_api_route("/captions", captions, methods=["POST"])
-    api.add_api_route("/chat/completions", chat_completions, methods=["POST"], response_model=None)
-    api.add_api_route("/models", models, methods=["GET"])
+    api.include_router(router)
+    paths = {API.rstrip("/") + route.path for route in router.routes if isinstance(route, APIRoute)}
+    api.add_middleware(Intake, service=service, paths=paths)
+    explain_errors(api)
+    return api
+
+
+class Model(BaseModel):
+    """A model, as OpenAI describes it. `root` changes with its weights."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "rococap"
+    root: str
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+@router.get("/models")
+def models(service: Serving) -> Models:
+    """The one model that is served."""
+    if service.captioner.info is None:
+        raise Unavailable(LOADING)
+    return Models(data=[Model(id=service.model, root=service.captioner.info.digest)])
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------
+
+
+def explain_errors(api: Starlette) -> None:
+    """Has an application answer what goes wrong with errors in OpenAI's shape."""
     for expected in (RococapError, ClientDisconnect):
         api.add_exception_handler(expected, _explain)
     api.add_exception_handler(HTTPException, _explain_status)
     api.add_exception_handler(RequestValidationError, _explain_validation)
-    api.add_exception_handler(Exception, _explain)
-    return api
-
-
-def models(service: Serving) -> dict[str, Any]:
-    """The one model that is served, as OpenAI lists models. `root` changes with its weights."""
-    if service.captioner.info is None:
-        raise Unavailable(LOADING)
-    digest = service.captioner.info.digest
-    model = {"id": service.model, "object": "model", "created": 0, "owned_by": "rococap", "root": digest}
-    return {"object": "list", "data": [model]}
-
-
-# --- what goes wrong -------------------------------------------------------------------------------------------
 
 
 def _explain(request: Request, error: Exception) -> Response:
@@ -52,7 +78,9 @@ def _explain(request: Request, error: Exception) -> Response:
 def _explain_status(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     messages = {404: "There is no such address.", 413: f"A request may have {MAX_REQUEST:,} bytes."}
-    return error_response(error.status_code, messages.get(error.status_code, error.detail))
+    code = "queue_full" if error.status_code == 429 else None
+    message = messages.get(error.status_code, error.detail)
+    return error_response(error.status_code, message, code=code, headers=error.headers)
 
 
 def _explain_validation(request: Request, error: Exception) -> Response:

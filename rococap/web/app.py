@@ -1,6 +1,7 @@
 """Puts the routers together, and answers what goes wrong with a page or, for programs, with JSON."""
 
 import logging
+from collections.abc import Mapping
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -14,14 +15,15 @@ from starlette.types import ASGIApp
 from rococap import queue
 from rococap.errors import DatabaseError, DatabaseUnavailable, RococapError, RunError
 from rococap.recipe import Recipe
-from rococap.web import actions, browse, dashboard, images, picture, reader, replace, studies
+from rococap.web import actions, browse, dashboard, images, operations, picture, reader, reference, replace, studies
 from rococap.web.access import API, MAX_BODY, READS, Access, Guard, Refused
-from rococap.web.api import create_api
 from rococap.web.calls import Service, error_response
 from rococap.web.pictures import PictureGone, Pictures, Thumbnails, folder_of
+from rococap.web.pool import Pool
+from rococap.web.proxy import api_of
 from rococap.web.reader import ReaderUnknown
 from rococap.web.search import Search
-from rococap.web.site import Here, Site, assets, site_of
+from rococap.web.site import Site, assets, site_of
 
 log = logging.getLogger(__name__)
 
@@ -40,26 +42,6 @@ ROUTERS = (
 router = APIRouter()
 
 
-@router.get("/health")
-def health() -> dict[str, str]:
-    """That the process answers."""
-    return {"status": "ok"}
-
-
-@router.get("/healthz")
-def healthz(request: Request, site: Here) -> Response:
-    """Whether the server can read its database, and caption. Why not, which may name hosts and files, is left out."""
-    service: Service | None = request.app.state.service
-    if service is not None and service.captioner.state != "ok":
-        return JSONResponse({"status": service.captioner.state}, 503)
-    try:
-        with site.read():
-            pass
-    except RococapError:
-        return JSONResponse({"status": "database unavailable"}, 503)
-    return JSONResponse({"status": "ok"})
-
-
 @router.get("/static/{version}/{name}")
 def static(version: str, name: str) -> Response:
     """A file that was loaded at the start. Its address changes with its content, so that browsers may keep it."""
@@ -73,7 +55,7 @@ def static(version: str, name: str) -> Response:
 class App(FastAPI):
     """FastAPI behind the guard, which stands before everything, FastAPI's own answers to errors included."""
 
-    def __init__(self, site: Site, service: Service | None) -> None:
+    def __init__(self, site: Site, service: Service | Pool | None) -> None:
         super().__init__(openapi_url=None, max_body_size=MAX_BODY, telemetry={"auto_configure": False})
         self.state.site = site
         self.state.dashboard = dashboard.Dashboard(site)
@@ -96,18 +78,20 @@ class App(FastAPI):
         return Guard(super().build_middleware_stack(), site.access, refuse)
 
 
-def create_app(database: Database, access: Access, service: Service | None = None) -> App:
+def create_app(database: Database, access: Access, service: Service | Pool | None = None) -> App:
     """The application for a database that `db.connect(…, pooled=False)` has opened.
 
     With a `service`, the inference API is beside the pages.
     """
     site = Site(database, access)
     app = App(site, service)
-    for one in (router, *ROUTERS):
+    for one in (router, operations.router, *ROUTERS):
         app.include_router(one)
     site.paths = frozenset(route.path for one in ROUTERS for route in one.routes if isinstance(route, APIRoute))
     if service is not None:
-        app.mount(API.rstrip("/"), create_api(service, lambda name: _recipe_of(site, name)))
+        app.include_router(reference.router)
+        site.paths |= {"/docs"}
+        app.mount(API.rstrip("/"), api_of(service, lambda name: _recipe_of(site, name)))
     app.add_exception_handler(RococapError, _explain)
     app.add_exception_handler(ReaderUnknown, _ask_reader)
     app.add_exception_handler(HTTPException, _explain_status)
@@ -142,9 +126,11 @@ MESSAGES = {
 }
 
 
-def answer(request: Request, site: Site, status: int, message: str) -> Response:
+def answer(
+    request: Request, site: Site, status: int, message: str, headers: Mapping[str, str] | None = None
+) -> Response:
     """An error as a page for browsers, and as {"error": {"message": …}} for scripts and other programs."""
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}.get(status)
+    headers = headers or {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}.get(status)
     if "text/html" in request.headers.get("accept", ""):
         title = TITLES.get(status, TITLES[400])
         page = site.page(request, "error.html", status, status_code=status, title=title, message=message)
@@ -178,7 +164,9 @@ def _ask_reader(request: Request, error: Exception) -> Response:
 
 def _explain_status(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return answer(request, site_of(request), error.status_code, MESSAGES.get(error.status_code, error.detail))
+    return answer(
+        request, site_of(request), error.status_code, MESSAGES.get(error.status_code, error.detail), error.headers
+    )
 
 
 def _explain_request(request: Request, error: Exception) -> Response:

@@ -1,46 +1,42 @@
-"""The application without a database: the inference API alone."""
+"""The application without pages: the inference API alone."""
 
 from typing import NoReturn
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp
 
 from rococap.errors import RunError
+from rococap.web import operations, reference
 from rococap.web.access import API, MAX_BODY, Access, Guard, Refused
-from rococap.web.api import create_api
-from rococap.web.calls import Service, error_response
+from rococap.web.calls import RecipeOf, Service, error_response
+from rococap.web.pool import Pool
+from rococap.web.proxy import api_of
 
 
 class Bare(FastAPI):
     """FastAPI behind the guard."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, service: Service | Pool) -> None:
         super().__init__(openapi_url=None, max_body_size=MAX_BODY, telemetry={"auto_configure": False})
         self._access = access
+        self.state.service = service
+        self.state.site = None
 
     def build_middleware_stack(self) -> ASGIApp:
         return Guard(super().build_middleware_stack(), self._access, _refuse)
 
 
-def create_bare_app(access: Access, service: Service) -> FastAPI:
-    """The application of a server that has a model and no database."""
-    app = Bare(access)
+def create_bare_app(access: Access, service: Service | Pool, recipe_of: RecipeOf | None = None) -> FastAPI:
+    """The application of a server that has a model and no pages."""
+    app = Bare(access, service)
 
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        """That the process answers."""
-        return {"status": "ok"}
-
-    @app.get("/healthz")
-    def healthz() -> Response:
-        """Whether requests for captions are answered."""
-        state = service.captioner.state
-        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
-
-    app.mount(API.rstrip("/"), create_api(service, _no_run))
+    app.include_router(operations.router)
+    app.include_router(reference.router)
+    app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
+    app.mount(API.rstrip("/"), api_of(service, recipe_of or _no_run))
     app.add_exception_handler(HTTPException, _explain_status)
     return app
 
@@ -55,4 +51,4 @@ def _refuse(request: Request, error: Refused) -> Response:
 
 def _explain_status(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return error_response(error.status_code, error.detail)
+    return error_response(error.status_code, error.detail, headers=error.headers)

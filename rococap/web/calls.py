@@ -7,11 +7,13 @@ import asyncio
 import base64
 import binascii
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
@@ -43,8 +45,13 @@ class Service:
     model: str
     timeout: float
 
+    @property
+    def state(self) -> str:
+        return self.captioner.state
 
-def service_of(request: Request) -> Service:
+
+async def service_of(request: Request) -> Service:
+    # FastAPI would call a plain function in another thread.
     service: Service = request.app.state.service
     return service
 
@@ -58,6 +65,31 @@ Serving = Annotated[Service, Depends(service_of)]
 TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
+class Problem(BaseModel):
+    """What went wrong. `param` names the field that is at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """An error, in OpenAI's shape."""
+
+    error: Problem
+
+
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    "4XX": {"model": ErrorAnswer, "description": "The request is at fault, or comes too early."},
+    "5XX": {
+        "model": ErrorAnswer,
+        "description": "The server is at fault, loads or stops, or has no time left.",
+    },
+}
+"""The answers to requests that fail, for the OpenAPI document."""
+
+
 class ApiError(RococapError):
     """A request that is answered with this HTTP `status`. `param` names the field that is at fault."""
 
@@ -68,11 +100,18 @@ class ApiError(RococapError):
         self.param = param
 
 
-def error_response(status: int, message: str, *, code: str | None = None, param: str | None = None) -> JSONResponse:
+def error_response(
+    status: int,
+    message: str,
+    *,
+    code: str | None = None,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
     """An error in OpenAI's shape."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     later = {"Retry-After": str(RETRY_SEC)}
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: later, 503: later}.get(status)
+    headers = headers or {401: {"WWW-Authenticate": "Bearer"}, 429: later, 503: later}.get(status)
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return JSONResponse(body, status, headers)
 
@@ -90,8 +129,16 @@ def explain(error: Exception) -> JSONResponse:
             return error_response(503, str(error))
         case ClientDisconnect():
             return error_response(499, GONE)
-    log.error("a request failed", exc_info=error)
+    log_failure("a request failed", error)
     return error_response(500, "The server could not answer this request. Its log says why.")
+
+
+def log_failure(what: str, error: Exception) -> None:
+    """Logs where an error happened. What it says may quote a request, and is only logged with --debug."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.error(what, exc_info=error)
+    else:
+        log.error("%s (%s):\n%s", what, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
 
 
 def invalid(first: Any) -> ApiError:
@@ -123,9 +170,11 @@ def decoded(text: str, param: str) -> bytes:
 
 
 def check_text(text: str, param: str) -> None:
-    """Raises ApiError if a text is too long."""
+    """Raises ApiError if a text is too long, or no Unicode, as half of a surrogate pair."""
     if len(text) > MAX_TEXT:
         raise ApiError(400, f"A text may have {MAX_TEXT:,} characters, not {len(text):,}.", param=param)
+    if text != text.encode(errors="replace").decode():
+        raise ApiError(400, "A text is not valid Unicode.", param=param)
 
 
 # --- waiting ---------------------------------------------------------------------------------------------------
@@ -151,12 +200,12 @@ async def _all(batch: Sequence[Asked]) -> list[Completion | BaseException]:
     return await asyncio.gather(*(asyncio.wrap_future(asked.answer) for asked in batch), return_exceptions=True)
 
 
-async def unless_gone(request: Request, work: Awaitable[T], timeout: float) -> T:
+async def unless_gone(request: Request, work: Awaitable[T], timeout: float, is_read: asyncio.Event | None = None) -> T:
     """The result of `work`, which is cancelled when the client has gone, or has waited for `timeout` seconds.
 
-    Raises ApiError for both.
+    Work that reads the request says with `is_read` that it has done so. Raises ApiError for both.
     """
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request, is_read))
     both: list[asyncio.Future[Any]] = [working, gone]
     try:
         await asyncio.wait(both, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -174,6 +223,8 @@ def timed_out(timeout: float) -> ApiError:
     return ApiError(504, f"There was no answer within {timeout:g} s.", code="timeout")
 
 
-async def _disconnected(request: Request) -> None:
+async def _disconnected(request: Request, is_read: asyncio.Event | None) -> None:
+    if is_read is not None:
+        await is_read.wait()
     while (await request.receive())["type"] != "http.disconnect":
         pass

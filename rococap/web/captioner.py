@@ -1,6 +1,8 @@
 """The server's model: one thread runs the engine, and a few prepare pictures for it. Knows no HTTP and no database."""
 
+import gc
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +24,7 @@ from rococap.engines.template import question
 from rococap.errors import PictureError, RococapError
 from rococap.flags import BLANK
 from rococap.recipe import Recipe
+from rococap.web.meter import Meter
 from rococap.web.requests import Asked, Requests, Tell, Unavailable
 from rococap.worker.fetcher import n_preparers
 
@@ -30,6 +33,8 @@ log = logging.getLogger(__name__)
 Check = Callable[[EngineInfo], None]
 
 LOADING = "The model is still loading. Try again later."
+STOPPING = "The server is stopping. Try again later."
+STALLED = "The model has stopped answering. Try again later, or restart the server."
 MAX_PROMPT_TOKENS = 8_192
 """Longer prompts are refused: every row of a batch has as much memory as the longest."""
 CLOSE_SEC = 5.0
@@ -39,17 +44,30 @@ CLOSE_SEC = 5.0
 class Captioner:
     """Answers requests with a recipe's model, all in one engine. `error` is what the engine failed with.
 
-    `check` is called with what was loaded, and raises RococapError if that must not answer.
+    `check` is called with what was loaded, and raises RococapError if that must not answer. `on_state` is told each new
+    state, in any thread. The engine is stalled when it has not made a step for `stall_timeout` seconds.
     """
 
-    def __init__(self, recipe: Recipe, options: Options, max_waiting: int, check: Check = lambda info: None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: Options,
+        max_waiting: int,
+        check: Check = lambda info: None,
+        on_state: Callable[[str], None] = lambda state: None,
+        stall_timeout: float = math.inf,
+    ) -> None:
         self.recipe = recipe
-        self.requests = Requests(max_waiting)
+        self.stall_timeout = stall_timeout
+        self.meter = Meter()
+        self.requests = Requests(max_waiting, self.meter.count)
         self.error: BaseException | None = None
         self.is_loaded = False
         self.is_stopping = False
         self._options = options
         self._check = check
+        self._on_state = on_state
+        self._reported = "loading"
         self._engine: Engine
 
     def start(self, on_end: Callable[[], None]) -> None:
@@ -63,11 +81,30 @@ class Captioner:
         return self._engine.info if self.is_loaded else None
 
     @property
+    def batch_size(self) -> int:
+        """How many requests are answered at a time, at most; 0 until the model is loaded."""
+        return self._engine.batch_size if self.is_loaded else 0
+
+    @property
     def state(self) -> str:
-        """`ok` if requests are answered; else `loading`, `stopping` or `failed`."""
+        """`ok` if requests are answered; else `loading`, `stopping`, `stalled` or `failed`."""
         if self.error is not None:
             return "failed"
-        return "stopping" if self.is_stopping else "ok" if self.is_loaded else "loading"
+        if self.is_stopping:
+            return "stopping"
+        if not self.is_loaded:
+            return "loading"
+        return "stalled" if self.is_stalled else "ok"
+
+    def report(self) -> None:
+        """Tells `on_state` a state that is new. To be called now and then, since an engine stalls without a word."""
+        if (state := self.state) != self._reported:
+            self._reported = state
+            self._on_state(state)
+
+    @property
+    def is_stalled(self) -> bool:
+        return self.requests.since_step > self.stall_timeout
 
     def ask(
         self,
@@ -86,9 +123,19 @@ class Captioner:
 
         Raises Busy if too many are waiting, and Unavailable while the model is loading, or once the server stops.
         """
+        self._check_loaded()
+        self.requests.ask(batch)
+
+    def check_room(self) -> None:
+        """Raises as `ask_all` would for one request, which has not been read yet."""
+        self._check_loaded()
+        if self.is_stalled:
+            raise Unavailable(STALLED)
+        self.requests.check_room(1)
+
+    def _check_loaded(self) -> None:
         if not self.is_loaded and self.error is None:
             raise Unavailable(LOADING)
-        self.requests.ask(batch)
 
     def caption(self, pictures: Sequence[bytes], prompt: str) -> list[Asked]:
         """Asks for a caption of each picture. Raises as `ask_all` does."""
@@ -110,8 +157,9 @@ class Captioner:
 
     def drain(self, timeout: float) -> None:
         """Accepts no more requests, and returns once all are answered, or have failed after `timeout` seconds."""
-        why = Unavailable("The server is stopping. Try again later.")
+        why = Unavailable(STOPPING)
         self.is_stopping = True
+        self.report()
         self.requests.close(why)
         if self.is_loaded and not self.requests.wait_until_idle(timeout):
             log.warning("some requests were not answered within %g s", timeout)
@@ -119,7 +167,7 @@ class Captioner:
 
     def close(self) -> bool:
         """Waits for an engine that is loaded to end. Returns whether it did."""
-        self._thread.join(CLOSE_SEC if self.is_loaded else 0)
+        self._thread.join(CLOSE_SEC if self.is_loaded and not self.is_stalled else 0)
         return not self._thread.is_alive()
 
     # --- threads ---
@@ -129,13 +177,17 @@ class Captioner:
             self._engine = load_engine(self.recipe, self._options)  # here, because importing torch takes seconds
             self._engine.load()
             self._check(self._engine.info)
+            # A million objects live as long as the process: the collector would go through them again and again.
+            gc.freeze()
             self._start_preparing()
             self.is_loaded = True
+            self.report()
             for completion in self._engine.run(self.requests):
                 self.requests.answer(completion)
             self._engine.close()
         except BaseException as error:
             self.error = error
+            self.report()
             reason = str(error) if isinstance(error, RococapError) else type(error).__name__
             self.requests.end(Unavailable(f"The model has failed, and the server ends: {reason}"))
         on_end()
@@ -153,7 +205,6 @@ class Captioner:
             except PictureError as error:
                 _give(asked, Completion(asked.id, failure=Failure(error.code, str(error), error.transient)))
             except Exception as error:
-                log.exception("a request could not be prepared")
                 if asked.answer.set_running_or_notify_cancel():
                     asked.answer.set_exception(error)
             self.requests.offer(asked, prepared)

@@ -2,9 +2,10 @@
 
 import asyncio
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
@@ -20,6 +21,8 @@ from rococap.web.requests import Asked
 
 MAX_PICTURES: Final = 64
 """Pictures in one request."""
+LENGTH: Final[dict[str, Any]] = {"minItems": 1, "maxItems": MAX_PICTURES}
+"""Only described, since a server that lets fewer wait accepts fewer."""
 
 
 class CaptionsRequest(BaseModel):
@@ -27,13 +30,53 @@ class CaptionsRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    images: list[str]
+    images: list[str] = Field(json_schema_extra=LENGTH)
     run: str | None = None
     preset: str | None = None
     prompt: str | None = None
 
 
-async def captions(request: Request, service: Serving) -> dict[str, Any]:
+class CaptionFailure(BaseModel):
+    """Why a picture has no caption."""
+
+    code: str
+    message: str
+
+
+class Caption(BaseModel):
+    """The caption of a picture, or the failure that it has instead."""
+
+    caption: str | None
+    flags: list[str]
+    finish_reason: str | None
+    prompt_tokens: int
+    new_tokens: int
+    failure: CaptionFailure | None
+
+
+class Captions(BaseModel):
+    """The captions of a request's pictures, in order, and what made them."""
+
+    captions: list[Caption]
+    model: str
+    recipe_hash: str
+
+
+def _described() -> dict[str, Any]:
+    """The two forms of a request, which FastAPI cannot tell from the signature."""
+    as_json = CaptionsRequest.model_json_schema()
+    fields = {name: field for name, field in as_json["properties"].items() if name != "images"}
+    pictures = {"type": "array", "items": {"type": "string", "format": "binary"}} | LENGTH
+    as_form = {"type": "object", "properties": {"image": pictures} | fields, "required": ["image"]}
+    content = {"application/json": {"schema": as_json}, "multipart/form-data": {"schema": as_form}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+CAPTIONS: Final[dict[str, Any]] = {"openapi_extra": _described()}
+"""What FastAPI is told of the route."""
+
+
+async def captions(request: Request, service: Serving) -> Captions:
     """Captions pictures, which are sent as a form or as JSON. A picture that has no caption fails alone."""
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         pictures, chosen = await _read_form(request)
@@ -42,11 +85,14 @@ async def captions(request: Request, service: Serving) -> dict[str, Any]:
     most = min(MAX_PICTURES, service.captioner.requests.max_waiting)
     if not 1 <= len(pictures) <= most:
         raise ApiError(400, f"A request may have 1 to {most} pictures, not {len(pictures)}.", param="images")
-    recipe = await asyncio.to_thread(_chosen_recipe, service, request.app.state.recipe_of, chosen)
+    request.state.pictures = len(pictures)
+    choose = partial(_chosen_recipe, service, request.app.state.recipe_of, chosen)
+    recipe = choose() if chosen.run is None else await asyncio.to_thread(choose)  # a run is read from the database
     batch = service.captioner.caption(pictures, recipe.prompt)
     completions = await answers(request, batch, service.timeout)
+    request.state.tokens = sum(completion.new_tokens for completion in completions)
     listed = [_listed(asked, completion) for asked, completion in zip(batch, completions, strict=True)]
-    return {"captions": listed, "model": service.model, "recipe_hash": recipe.hash}
+    return Captions(captions=listed, model=service.model, recipe_hash=_hash_of(recipe))
 
 
 def _read_json(body: bytes) -> tuple[list[bytes], CaptionsRequest]:
@@ -105,22 +151,27 @@ def _chosen_recipe(service: Service, recipe_of: RecipeOf, chosen: CaptionsReques
     return recipe
 
 
+@lru_cache(maxsize=8)
+def _hash_of(recipe: Recipe) -> str:
+    return recipe.hash
+
+
 def _prompt_of(run: Recipe, name: str, served: Recipe) -> str:
     if (run.model, run.adapter) != (served.model, served.adapter):
         raise ApiError(400, f"Run {name!r} has another model than the one served here.", param="run")
     return run.prompt
 
 
-def _listed(asked: Asked, completion: Completion) -> dict[str, Any]:
+def _listed(asked: Asked, completion: Completion) -> Caption:
     """A caption in the answer. Its text and flags are those that a worker stores."""
     completion = flagged(asked, completion)
     failure = completion.failure
     flags = "" if failure else flags_of(completion.text, completion.finish_reason, completion.flags)
-    return {
-        "caption": None if failure else clean_text(completion.text),
-        "flags": [flag for flag in flags.split(",") if flag],
-        "finish_reason": None if failure else completion.finish_reason,
-        "prompt_tokens": completion.prompt_tokens,
-        "new_tokens": completion.new_tokens,
-        "failure": failure and {"code": failure.code, "message": failure.message},
-    }
+    return Caption(
+        caption=None if failure else clean_text(completion.text),
+        flags=[flag for flag in flags.split(",") if flag],
+        finish_reason=None if failure else completion.finish_reason,
+        prompt_tokens=completion.prompt_tokens,
+        new_tokens=completion.new_tokens,
+        failure=None if failure is None else CaptionFailure(code=failure.code, message=failure.message),
+    )

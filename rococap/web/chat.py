@@ -167,27 +167,70 @@ def _read(chat: ChatRequest) -> tuple[list[Message], list[bytes]]:
 # --- what is answered ------------------------------------------------------------------------------------------
 
 
-async def chat_completions(request: Request, service: Serving, chat: ChatRequest) -> Response | dict[str, Any]:
+class Said(BaseModel):
+    """The model's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    """The only answer to a request."""
+
+    index: Literal[0] = 0
+    message: Said
+    logprobs: None = None
+    finish_reason: str
+
+
+class Usage(BaseModel):
+    """Tokens read, pictures included, and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatCompletion(BaseModel):
+    """An answer, as OpenAI describes it. `created` is in seconds since 1970."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+CHAT: Final[dict[str, Any]] = {
+    "responses": {200: {"model": ChatCompletion, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+}
+"""What FastAPI is told of the route."""
+
+
+async def chat_completions(request: Request, service: Serving, chat: ChatRequest) -> Response | ChatCompletion:
     """Answers a conversation with pictures."""
     _check(chat, service)
     messages, pictures = await asyncio.to_thread(_read, chat)
+    request.state.pictures = len(pictures)
     if chat.stream:
         return await _stream(request, service, chat, messages, pictures)
     asked = service.captioner.ask(pictures, messages, chat.limit)
     (completion,) = await answers(request, [asked], service.timeout)
+    request.state.tokens = completion.new_tokens
     _check_answer(completion)
-    message = {"role": "assistant", "content": completion.text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": completion.finish_reason}
-    return _head(service, "chat.completion") | {"choices": [choice], "usage": _usage(completion)}
+    choice = Choice(message=Said(content=completion.text), finish_reason=completion.finish_reason)
+    return ChatCompletion(**_head(service, "chat.completion"), choices=[choice], usage=_usage(completion))
 
 
 def _head(service: Service, kind: str) -> dict[str, Any]:
     return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": service.model}
 
 
-def _usage(completion: Completion) -> dict[str, int]:
+def _usage(completion: Completion) -> Usage:
     asked, said = completion.prompt_tokens, completion.new_tokens
-    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    return Usage(prompt_tokens=asked, completion_tokens=said, total_tokens=asked + said)
 
 
 def _check_answer(completion: Completion) -> None:
@@ -246,13 +289,13 @@ class _Answer:
             if rest := words.rest(completion):
                 yield self._chunk({"content": rest})
         except TimeoutError:
-            yield _event_of(timed_out(self._service.timeout))
+            yield error_event(timed_out(self._service.timeout))
         except Exception as error:
-            yield _event_of(error)
+            yield error_event(error)
         else:
             yield self._chunk({}, completion.finish_reason)
             if self._wants_usage:
-                yield _event(self._head | {"choices": [], "usage": _usage(completion)})
+                yield _event(self._head | {"choices": [], "usage": _usage(completion).model_dump()})
             yield format_sse_event(data_str="[DONE]")
 
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
@@ -285,7 +328,7 @@ async def _stream(
         loop.call_soon_threadsafe(arrived.put_nowait, (start, ids))
 
     asked = service.captioner.ask(pictures, messages, chat.limit, tell)
-    asyncio.wrap_future(asked.answer).add_done_callback(lambda done: _ended(done, arrived))
+    asyncio.wrap_future(asked.answer).add_done_callback(lambda done: _ended(done, arrived, request))
     try:
         first = await unless_gone(request, arrived.get(), service.timeout)
         if first is None:
@@ -297,16 +340,18 @@ async def _stream(
     return _Events(_Answer(service, asked, arrived, wants_usage).events(first), asked)
 
 
-def _ended(answer: "asyncio.Future[Completion]", arrived: Arrived) -> None:
-    if not answer.cancelled():
-        answer.exception()  # raised when the events are made
-        arrived.put_nowait(None)
+def _ended(answer: "asyncio.Future[Completion]", arrived: Arrived, request: Request) -> None:
+    if answer.cancelled():
+        return
+    if answer.exception() is None:  # one is raised when the events are made
+        request.state.tokens = answer.result().new_tokens
+    arrived.put_nowait(None)
 
 
 def _event(content: dict[str, Any]) -> bytes:
     return format_sse_event(data_str=json.dumps(content))
 
 
-def _event_of(error: Exception) -> bytes:
+def error_event(error: Exception) -> bytes:
     """The event for an error after the first token, which OpenAI's client raises."""
     return format_sse_event(data_str=bytes(explain(error).body).decode())

@@ -29,7 +29,7 @@ from rococap.web.access import Access
 from rococap.web.pieces import pieces
 
 NOTICE: Final = "Machine-generated captions. Not for clinical use."
-NAVIGATION: Final = (("Dashboard", "/"), ("Pictures", "/pictures"), ("Studies", "/studies"))
+NAVIGATION: Final = (("Dashboard", "/"), ("Pictures", "/pictures"), ("Studies", "/studies"), ("API", "/docs"))
 """Titles and paths, in order. A page is linked once a router answers its path."""
 READ_PATIENCE_SEC: Final = 2.0
 WRITE_PATIENCE_SEC: Final = 10.0

@@ -213,6 +213,7 @@ def test_status_as_json_has_the_fields_that_others_build_on(here):
     assert status["runs"] == [
         {"run": "default", "split": "train", "pending": 5, "leased": 0, "waiting": 0, "done": 0, "failed": 0}
         | {"cancelled": 0, "total": 5, "per_minute": 0.0, "eta_sec": None, "paused": False, "flags": {}}
+        | {"parts": []}
     ]
     (worker,) = status["workers"]
     assert worker.pop("seen_sec_ago") < 60
@@ -703,6 +704,8 @@ COMMANDS = [
     ["workers"],
     ["vacuum"],
     ["backup", "copy.db"],
+    ["copy-db", "rococap.db", "copy.db"],
+    ["merge", "file.csv"],
     ["doctor"],
     ["bench"],
     ["demo"],
@@ -711,6 +714,7 @@ COMMANDS = [
     ["serve"],
     ["compare", "default"],
     ["evaluate", "--split", "train"],
+    ["probe", "--split", "train"],
     ["finetune", "--split", "train", "--output", "tuned"],
     ["report", "--split", "train"],
     ["reviews"],

@@ -471,3 +471,110 @@ def test_the_same_recipe_would_say_the_same_again(database, tmp_path):
         "Run 'default' has the same recipe, which would give the same captions again. Change something: --prompt, "
         "--model, --max-new-tokens, --repetition-penalty …"
     )
+
+
+# --- Parts of a split ------------------------------------------------------------------------------------------
+
+
+def folder_of(root: Path, n: int) -> None:
+    """Pictures in a folder, with their captions CSV."""
+    (root / "train").mkdir(parents=True)
+    for number in range(n):
+        (root / "train" / f"train_{number:05}.png").write_bytes(picture(number))
+    rows = "".join(f"train_{number:05},Original caption {number}.\n" for number in range(n))
+    (root / "train_captions.csv").write_text("ID,Caption\n" + rows)
+
+
+def test_parts_are_every_nth_row_group_across_shards_disjoint_and_together_everything(database, root):
+    write_shard(root, "train", range(25), "00000-of-00002")  # row groups of 10, 10, 5
+    write_shard(root, "train", range(25, 47), "00001-of-00002")  # 10, 10, 2
+    for number in (2, 1, 4, 3):
+        (result,) = register(database, root, ["train"], run=f"part{number}", part=queue.Part(number, 4))
+        assert result.known == 0
+    assert image_ids(database, "part1") == names(*range(10), *range(35, 45))
+    assert image_ids(database, "part2") == names(*range(10, 20), *range(45, 47))
+    assert image_ids(database, "part3") == names(*range(20, 25))
+    assert image_ids(database, "part4") == names(*range(25, 35))
+
+
+def test_parts_of_a_folder_are_blocks_of_100_pictures(database, root):
+    folder_of(root, 305)
+    for number in (1, 2):
+        register(database, root, ["train"], run=f"part{number}", part=queue.Part(number, 2))
+    assert image_ids(database, "part1") == names(*range(100), *range(200, 300))
+    assert image_ids(database, "part2") == names(*range(100, 200), *range(300, 305))
+
+
+def test_parts_are_the_same_on_a_machine_that_saw_the_shards_in_another_order(database, root):
+    write_shard(root, "train", range(20, 40), "b-00000-of-00001")
+    (root / "data" / "train-b-00000-of-00001.parquet").rename(root / "data" / "train-00001-of-00002.parquet")
+    later = write_shard(root, "train", range(20), "00000-of-00002")
+    later.rename(root / "later.parquet")
+    (root / "data" / "train-00001-of-00002.parquet").rename(root / "data" / "train-00000-of-00001.parquet")
+    register(database, root, ["train"], run="before")
+    (root / "data" / "train-00000-of-00001.parquet").rename(root / "data" / "train-00001-of-00002.parquet")
+    (root / "later.parquet").rename(later)
+    register(database, root, ["train"], part=queue.Part(1, 2))
+    assert sorted(image_ids(database)) == names(*range(10), *range(20, 30))
+
+
+def parts(database: Engine) -> list[str]:
+    with db.transaction(database) as conn:
+        return list(map(str, queue.parts_of(conn, queue.get_run(conn, "default"), "train")))
+
+
+def test_several_parts_add_up_and_the_whole_split_is_no_part(database, root):
+    write_shard(root, "train", range(40))
+    part = queue.Part(1, 3)
+    assert [register(database, root, ["train"], part=part)[0].new for _ in range(2)] == [20, 0]
+    assert parts(database) == ["1/3"]
+    register(database, root, ["train"], part=queue.Part(3, 3))
+    assert (parts(database), len(image_ids(database))) == (["1/3", "3/3"], 30)
+    register(database, root, ["train"])
+    assert (parts(database), len(image_ids(database))) == ([], 40)
+    register(database, root, ["train"], part=part)
+    assert parts(database) == [], "it has the rest too"
+    assert tallies_match(database)
+
+
+def tallies_match(database: Engine) -> bool:
+    with db.transaction(database) as conn:
+        return tallies(conn) == recount(conn)
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        (
+            queue.Part(2, 2),
+            "Run 'default' has part 1/3 of train, which part 2/2 would overlap. Use the same number of parts, "
+            "--part i/3, or another run: --run NAME",
+        ),
+        (
+            queue.Part(1, 5),
+            "Split train cannot be divided into 5 parts: it has 4 row groups or blocks of 100 pictures, which stay "
+            "together. Use --part i/4 or fewer parts.",
+        ),
+    ],
+)
+def test_a_part_that_would_overlap_or_leave_another_empty_is_refused(database, root, part, told):
+    write_shard(root, "train", range(40))
+    register(database, root, ["train"], part=queue.Part(1, 3))
+    before = select(database, "SELECT * FROM jobs")
+    with pytest.raises(RunError) as caught:
+        register(database, root, ["train"], part=part)
+    assert str(caught.value) == told
+    assert (parts(database), select(database, "SELECT * FROM jobs")) == (["1/3"], before)
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/3", "1/3/5", ""])
+def test_what_is_no_part(text):
+    with pytest.raises(ValueError, match="is not a part: write its number and how many there are, such as 1/4"):
+        queue.Part.parse(text)
+
+
+def test_parts_are_all_there_only_if_each_of_one_division_is():
+    of = queue.Part.parse
+    assert not queue.are_all([])
+    assert not queue.are_all([of("1/2"), of("2/3")])
+    assert queue.are_all([of("1/2"), of("2/3"), of("2/2")])

@@ -19,6 +19,7 @@ from rococap.queue import Run
 from rococap.recipe import Recipe
 from rococap.results import formats, snapshot
 from rococap.scores import compare as comparison
+from rococap.scores import disagreement
 from rococap.scores.compare import compare
 
 AWKWARD = ['He said "no", twice.', "two\nlines", "a bare \r here", " spaces ", "", "NA", "=1+1", "line \u2028 sep, 🦴"]
@@ -289,6 +290,61 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_whole(database, runs, 
     assert (out.read_bytes(), list(out.parent.iterdir())) == (before, [out])
 
 
+# --- where runs state different facts ---------------------------------------------------------------------------
+
+
+def say(database: Engine, runs: tuple[Run, Run], *pairs: tuple[str, str]) -> None:
+    for run, said in zip(runs, zip(*pairs, strict=True), strict=True):
+        caption(database, run, texts(*said))
+
+
+@pytest.mark.every_database
+def test_the_pictures_on_which_runs_contradict_each_other_come_first(database, runs, out):
+    say(
+        database,
+        runs,
+        ("A mass in the left lung.", "A mass in the left lung."),
+        ("CT of the chest.", "CT of the left chest."),
+        ("MRI, mass in the left kidney, no effusion.", "CT: mass in the right kidney, and an effusion."),
+        ("Left kidney.", "Right kidney."),
+        ("Fracture.", "No fracture."),
+        ("Masse im linken Oberlappen mit der Biopsie.", "Left lung."),
+    )
+    found = compare(database, ["a", "b"], out).disagreements
+    assert (found.compared, found.not_read, found.differing, found.opposite) == (5, 1, 4, 3)
+    assert [(one.image_id, one.split, one.opposite, one.other) for one in found.worst] == [
+        ("train_00002", "train", 3, 0),
+        ("train_00003", "train", 1, 0),
+        ("train_00004", "train", 1, 0),
+        ("train_00001", "train", 0, 1),
+    ]
+    assert [(one.kind, one.runs, one.says) for one in found.worst[0].differences] == [
+        ("side", ("a", "b"), ("left kidney", "right kidney")),
+        ("negation", ("a", "b"), ("no effusion", "effusion")),
+        ("modality", ("a", "b"), ("MRI", "CT")),
+    ]
+    assert [one.says for one in found.worst[3].differences] == [(None, "left")]
+
+
+def test_of_many_pictures_only_the_worst_are_kept_in_data_set_order(database, runs, out, monkeypatch):
+    monkeypatch.setattr(disagreement, "_SLACK", 0)
+    say(database, runs, *[("Left lung.", f"Right lung, no {what}.") for what in ["mass", "cyst"] * 5])
+    found = compare(database, ["a", "b"], out, worst=3).disagreements
+    assert (found.differing, [one.image_id for one in found.worst]) == (
+        10,
+        ["train_00000", "train_00001", "train_00002"],
+    )
+    assert compare(database, ["a", "b"], out, worst=0).disagreements.worst == []
+
+
+def test_every_two_of_several_runs_are_compared_and_one_run_with_nothing(database, runs, out, tmp_path):
+    third = fill(database, tmp_path / "set", 20, run="c")
+    say(database, (*runs, third), ("Left lung.", "Right lung.", "Left lung."))
+    (one,) = compare(database, ["a", "b", "c"], out).disagreements.worst
+    assert [difference.runs for difference in one.differences] == [("a", "b"), ("b", "c")]
+    assert compare(database, ["a"], out).disagreements is None
+
+
 # --- the command -----------------------------------------------------------------------------------------------
 
 
@@ -323,6 +379,24 @@ def test_the_command_prints_json_and_writes_where_it_is_told(here):
     assert (told["path"], told["rows"], told["shared"]) == ("c/d.parquet", 2, 0)
     assert told["runs"][0]["flags"] == {"loop": 1}
     assert len(pd.read_parquet("c/d.parquet")) == 2
+
+
+def test_the_command_names_the_pictures_to_look_at(database, runs, here):
+    caption(database, runs[1], texts("Left lung.", "CT without effusion."), now=3_000)
+    caption(database, runs[0], texts("Right lung.", "MRI: effusion."), skip=0, now=4_000)
+    caption(database, runs[1], texts("Left kidney.", "CT without effusion."), now=5_000)
+    told = invoke("a", "b").stdout
+    assert "runs differ on 4 of 4 pictures, and contradict each other on 2." in " ".join(told.split())
+    assert "train_00003 (train)\n  negation: a: effusion, b: no effusion\n  modality: a: MRI, b: CT\n" in told
+    assert told.index("train_00003") < told.index("train_00002") < told.index("train_00000")
+    assert "train_00000" not in invoke("a", "b", "--worst", "2").stdout
+    found = json.loads(invoke("a", "b", "--json", "--worst", "1").stdout)["disagreements"]
+    assert (found["differing"], found["opposite"], len(found["worst"])) == (4, 2, 1)
+    assert found["worst"][0]["differences"][0] == {
+        "kind": "negation",
+        "runs": ["a", "b"],
+        "says": ["effusion", "no effusion"],
+    }
 
 
 def test_reasoning_is_flagged_and_compared_unless_it_is_to_be_stripped(database, runs, out):

@@ -15,11 +15,10 @@ from samples import caption, fill, register, texts, write_shard
 from sqlalchemy import Engine
 
 from rococap import db, queue
-from rococap.cli.results import EXTRA_METRICS
 from rococap.errors import RunError
 from rococap.queue import Run
 from rococap.recipe import Recipe
-from rococap.scores import evaluate, metrics
+from rococap.scores import evaluate, facts, metrics
 
 ORIGINALS = [
     "CT of the chest with a mass in the left lung.",
@@ -112,7 +111,7 @@ def test_a_new_caption_costs_itself_but_in_cider_d(database, run, computed):
     computed.clear()
     caption(database, run, texts(*CAPTIONS[4:]), now=2_000)
     found = of(database)
-    assert dict(computed) == {"overlap": 2, "meteor_nltk": 2, "concepts": 2, "cider_d": 6}
+    assert dict(computed) == {"overlap": 2, "meteor_nltk": 2, "concepts": 2, "facts": 2, "cider_d": 6}
     assert found["n"] == 6
     words = [metrics.tokens(text) for text in CAPTIONS]
     expected = metrics.cider_d(words, [[metrics.tokens(text)] for text in ORIGINALS])
@@ -135,7 +134,7 @@ def test_an_original_that_changed_has_its_caption_scored_anew(database, run, roo
     originals(root, n1="Something else altogether.")
     register(database, root, ["train"])
     after = of(database)["metrics"]
-    assert dict(computed) == {"overlap": 1, "meteor_nltk": 1, "concepts": 1, "cider_d": 6}
+    assert dict(computed) == {"overlap": 1, "meteor_nltk": 1, "concepts": 1, "facts": 1, "cider_d": 6}
     assert after["rouge_l"] < before["rouge_l"] - 0.1
     computed.clear()
     assert of(database)["metrics"] == after
@@ -590,8 +589,9 @@ def test_many_runs_are_numbered_in_the_name_of_their_file(two, database):
     assert evaluate.default_path(found, "scores", ".csv").name.startswith("scores_train_2-runs-")
 
 
-def test_the_command_takes_every_extra_score():
-    assert tuple(metric.name for metric in evaluate.METRICS if metric.extra) == EXTRA_METRICS
+def test_the_help_of_the_command_names_every_extra_score():
+    text = " ".join(steps.invoke("evaluate", "--help").output.split())
+    assert [metric.name for metric in evaluate.METRICS if metric.extra and metric.name not in text] == []
 
 
 @pytest.mark.parametrize("names", [[], ["--run", "default", "--run", "other"]])
@@ -628,6 +628,7 @@ def test_a_second_call_imports_neither_torch_nor_nltk(url, here, tmp_path):
 AGAINST_ORIGINALS = [
     *(*evaluate.BLEUS, "rouge_1", "rouge_l", "rouge_l_coco", "rouge1_imageclef", "meteor_nltk", "cider_d"),
     "concept_f1_ref",
+    *evaluate.FACTS,
 ]
 
 
@@ -672,6 +673,8 @@ def test_captions_without_an_original_do_not_weigh_on_the_scores_of_the_others(d
                 values = scored.values[name]
                 assert np.isnan(values[[1, 4]]).all()
                 expected = np.array([one[name] for one in of_others], dtype=float)
+                if name in evaluate.FACTS:
+                    expected = facts.f1(expected)
                 np.testing.assert_array_equal(values[some], expected)
     bleu = evaluate.summarise(scored).metrics["bleu_1"]
     counts = scored.counts["bleu"][some].sum(axis=0)
@@ -699,3 +702,65 @@ def test_evaluate_says_that_there_are_no_originals(database, root, url, tmp_path
     assert "default has no originals for train" in result.stderr
     compared = steps.invoke("--db", url, "compare", "default")
     assert compared.output.splitlines()[-1].endswith("6 pictures, no original captions")
+
+
+# --- Facts -----------------------------------------------------------------------------------------------------
+
+STATED = [
+    "CT of the chest with a mass in the left lung, no effusion.",
+    "MRI of the brain.",
+    "Axial CT.",
+    "Radiographie du thorax de face et de profil.",
+    "",
+    "MRI of the spine.",
+]
+
+
+def test_facts_are_scored_counted_and_left_out_where_they_cannot_be_read(database, root):
+    captions = dict(enumerate(STATED))
+    write_shard(root, "train", range(6), captions=captions, cuis=dict(enumerate(CUIS)))
+    register(database, root, ["train"])
+    with db.transaction(database) as conn:
+        run = queue.get_run(conn, "default")
+    caption(
+        database,
+        run,
+        texts("CT, mass in the right lung and an effusion.", "CT of the brain.", "Axial CT.", "CT.", "CT.", ""),
+    )
+    evaluation = evaluate.evaluate(database, [], ["train"])
+    (scored,) = evaluation.scored
+    told = evaluate.to_json(evaluation)["runs"][0]
+    nan = np.nan
+    np.testing.assert_array_equal(scored.values["fact_side"], [0, nan, nan, nan, nan, nan])
+    np.testing.assert_array_equal(scored.values["fact_modality"], [1, 0, 1, nan, nan, 0])
+    assert told["metrics"]["fact_modality"] == 0.5
+    assert told["facts"]["fact_modality"] == {"n": 4, "agreeing": 2, "invented": 0, "missed": 1, "opposite": 1}
+    assert told["facts"]["fact_negation"] == {"n": 1, "agreeing": 0, "invented": 0, "missed": 0, "opposite": 1}
+    assert told["facts"]["fact_sequence"]["n"] == 0
+    assert told["not_computed"]["fact_sequence"] == evaluate.NO_FACTS
+    assert told["by_modality"]["MRI"]["facts"]["fact_modality"]["opposite"] == 1
+    assert any("1 of 6 captions of default for train (17%) or their originals are not in English" in one
+               for one in scored.warnings)  # fmt: skip
+
+
+def test_the_facts_of_each_caption_are_in_the_file(database, run, tmp_path):
+    caption(database, run, texts("CT, right lung.", *CAPTIONS[1:]))
+    evaluation = evaluate.evaluate(database, [], ["train"])
+    evaluate.write(evaluation, tmp_path / "scores.parquet", evaluate.to_json(evaluation))
+    rows = pd.read_parquet(tmp_path / "scores.parquet")
+    columns = [f"fact_side{end}" for end in ("", *(f"_{what}" for what in evaluate.COUNTS))]
+    assert rows[columns].iloc[0].tolist() == [0, 0, 0, 0, 1]
+    assert rows["fact_side"].isna().tolist() == [False, True, True, True, False, True]
+
+
+def test_where_no_text_is_english_facts_are_not_computed(database, root):
+    scored = scored_of(database, root, dict.fromkeys(range(6), "胸部X线显示左侧"), dict(enumerate(CUIS)))
+    assert set(evaluate.FACTS) <= set(scored.not_computed)
+    assert "6 of 6 pairs are not (100 %)" in scored.not_computed["fact_side"]
+
+
+def test_evaluate_prints_how_many_facts_agree(database, run, url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    caption(database, run, texts("CT, right lung.", *CAPTIONS[1:]))
+    told = steps.invoke("--db", url, "evaluate", "--split", "train").stdout.splitlines()
+    assert [line.split() for line in told if line.startswith("side ")] == [["side", "default", "2", "0", "0", "1", "1"]]

@@ -435,9 +435,51 @@ def test_a_score_that_is_not_computed_says_why(database, run, out, monkeypatch):
     caption(database, run, texts(*ORIGINALS[:4]))
     report(database, [], "train", out)
     page = parse(out)
-    (reason,) = page.one(id="scores").all(class_="reason")
-    assert reason.text.startswith("not computed: WordNet is not installed.")
+    reasons = {node.text for node in page.one(id="scores").all(class_="reason")}
+    assert {one for one in reasons if "WordNet" in one} == {
+        f"not computed: WordNet is not installed. {metrics.WORDNET_COMMAND}"
+    }
+    assert reasons - {f"not computed: {evaluate.NO_FACTS}"} == {one for one in reasons if "WordNet" in one}
     assert "METEOR (nltk) by modality" not in [node.text for node in page.one(id="plots").all("h3")]
+
+
+def test_what_became_what_is_counted_by_modality(database, out, tmp_path, quick, no_plots):
+    originals = [
+        "CT, left lung.",
+        "X-ray.",
+        "Ultrasound.",
+        "CT, left kidney.",
+        "X-ray.",
+        "Ultrasound.",
+        "CT, left arm.",
+    ]
+    write_set(tmp_path / "set", originals)
+    runs = [start(database, tmp_path / "set", name) for name in "ab"]
+    caption(database, runs[0], texts("CT, right lung.", "MRI.", "Ultrasound.", "MRI, right kidney.", "X-ray."))
+    caption(database, runs[1], texts("CT, left lung.", "X-ray.", "Ultrasound.", "CT, right kidney."), now=2_000)
+    report(database, ["a", "b"], "train", out)
+    facts = parse(out).one(id="facts")
+    tables = list(facts.all("table"))
+    (side,) = (group for group in tables[0].all("tbody") if group.one("th").text == "side")
+    assert [[cell.text for cell in row.all("td")][1:] for row in side.all("tr")] == [
+        ["2", "0", "0", "0", "2"],
+        ["2", "1", "0", "0", "1"],
+    ]
+    confusions = [
+        [group.one("th").text, *([cell.text for cell in row.all("td")] for row in group.all("tr"))]
+        for group in tables[1].all("tbody")
+    ]
+    assert confusions == [
+        ["CT", ["side", "left", "right", "2of 2", "1of 2"], ["modality", "CT", "MRI", "1of 2", "0of 2"]],
+        ["X-ray", ["modality", "X-ray", "MRI", "1of 2", "0of 1"]],
+    ]
+
+
+def test_without_originals_there_is_no_table_of_facts(database, out, tmp_path, quick, no_plots):
+    write_set(tmp_path / "set", ["", "", ""])
+    caption(database, start(database, tmp_path / "set", "a"), texts("CT, right lung."))
+    report(database, [], "train", out)
+    assert list(parse(out).all(id="facts")) == []
 
 
 @pytest.mark.every_database
@@ -521,7 +563,8 @@ def scored(run: str, scores: dict[str, float], flagged: Sequence[str] = ()) -> S
         evaluate.Pair(n, name, "one", "", "another", "loop" if name in flagged else "") for n, name in enumerate(scores)
     ]
     values = dict.fromkeys(("cider_d", "rouge_l"), np.array(list(scores.values())))
-    return Scored(Run(1, run, 1, "", "", Recipe(), None, 5, False), "train", pairs, [], {}, values, {})
+    made_by = Run(1, run, 1, "", "", Recipe(), None, 5, False)
+    return Scored(pairs, {}, values, run=made_by, split="train", modalities=[])
 
 
 def test_best_and_worst_are_the_first_runs_and_among_equals_go_by_id():
@@ -740,6 +783,19 @@ def test_cards_are_sorted_by_the_mean_of_the_scores_those_without_last(opened):
         *numbers, last = shown(page)
         assert last == "26"
         assert numbers == sorted(numbers, key=lambda number: (sign * float(mean[number]), int(number)))
+
+
+def test_cards_are_sorted_by_the_facts_in_which_runs_differ_those_of_one_run_last(opened):
+    page = opened
+    page.locator("[name=order]").select_option("facts")
+    facts = dict(
+        page.locator(".card").evaluate_all("cards => cards.map(({dataset}) => [dataset.number, dataset.facts])")
+    )
+    of_both = [number for number in shown(page) if facts[number]]
+    assert shown(page)[: len(of_both)] == of_both
+    assert set(of_both) == {"0", "1", "3", "4"}  # "la la la" is no English
+    assert of_both == sorted(of_both, key=lambda number: (-float(facts[number]), int(number)))
+    assert float(facts["3"]) > float(facts["0"]) == 0
 
 
 def test_the_keyboard_reaches_every_control_and_works_the_filters(opened):

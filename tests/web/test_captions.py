@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -15,8 +16,8 @@ import pytest
 from PIL import Image
 from places import TESTS
 from samples import picture, register, write_shard
-from steps import select
-from web_server import Served, loaded, serving
+from steps import select, until
+from web_server import Served, loaded, running, serving
 
 from rococap import db, prompts
 from rococap.demo import MODEL
@@ -173,10 +174,30 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_sent(beside):
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
-def test_nothing_of_a_request_is_logged(beside):
-    beside.client.post("/v1/captions", json={"images": ["c2VjcmV0"], "prompt": "secret"})
+def test_running_out_of_memory_fails_nobodys_request(worked):
+    program = [str(TESTS / "small_memory.py"), "serve", "--port", "0", "--model", str(MODEL), "--dtype", "float32"]
+    with running([*program, "--max-new-tokens", "64", "--device", "cpu", "--batch-size", "8"]) as served:
+        loaded(served)
+        assert listed(served.client.post("/v1/captions", files=form(*PICTURES))) == stored(worked)
+        assert [line for line in served.complaints() if "out of memory" in line]
+        assert served.stop() == 0
+
+
+def test_a_request_is_logged_with_its_size_and_its_time(beside):
+    beside.client.post("/v1/captions", files=form(*PICTURES[:2]))
+    with client_of(beside) as client:
+        for stream in (False, True):
+            list(client.chat.completions.create(model=MODEL.name, messages=asking(PICTURES[0]), stream=stream))
+    beside.client.post("/v1/secret?secret")
     beside.log.seek(0)
-    assert "secret" not in beside.log.read()
+    lines = [re.sub(r"\d+ (bytes|tokens|ms)", r"N \1", line.partition(" INFO ")[2]) for line in beside.log]
+    logged = "POST /v1/{}, N bytes, {} pictures, N tokens, N ms\n"
+    assert lines[-4:] == [
+        logged.format("captions: 200", 2),
+        logged.format("chat/completions: 200", 1),
+        logged.format("chat/completions: 200", 1),
+        logged.format("…: 404", 0),
+    ]
 
 
 # --- chat ------------------------------------------------------------------------------------------------------
@@ -272,6 +293,23 @@ def test_a_worker_captions_by_this_server_as_it_does_by_itself(beside, worked, t
     work(database, Settings(options=options))
     database.dispose()
     assert stored(url) == stored(worked)
+
+
+@pytest.mark.slow
+def test_several_processes_answer_as_one_does(worked):
+    expected = stored(worked)
+    with serving(worked, "--run", "default", "--devices", "cpu:2") as served:
+        until(lambda: served.logged("answers requests") == 2, "both models are loaded")
+        with ThreadPoolExecutor(4) as threads:
+            answers = threads.map(lambda data: served.client.post("/v1/captions", files=form(data)), PICTURES)
+            assert [listed(answer) for answer in answers] == [[one] for one in expected]
+        assert listed(served.client.post("/v1/captions", data={"run": "default"}, files=form(*PICTURES))) == expected
+        with client_of(served) as client:
+            assert [model.id for model in client.models.list()] == [MODEL.name]
+            chunks = list(client.chat.completions.create(model=MODEL.name, messages=asking(PICTURES[1]), stream=True))
+        said = [chunk.choices[0].delta.content for chunk in chunks]
+        assert "".join(text or "" for text in said) == expected[1]["caption"]
+        assert sum(bool(text) for text in said) == expected[1]["new_tokens"] - 1
 
 
 # --- the documentation -----------------------------------------------------------------------------------------

@@ -1,20 +1,29 @@
 """What happens to requests: places that are freed, queues that are full, servers that stop and engines that die."""
 
-import base64
 import json
+import select
 import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BytesIO
-from typing import Any
 
-import httpx
 import pytest
 from click.testing import CliRunner
-from patient_engine import CHANGED, ENDLESS, FATAL, LOUD, PREPARES, RUNS
-from PIL import Image
+from patient_engine import CHANGED, ENDLESS, FATAL, LOUD, PREPARES, RUNS, STALLING
+from patient_server import (
+    ASKING,
+    HEAD,
+    PROGRAM,
+    captioned,
+    chat,
+    connected,
+    endless,
+    grey,
+    patient,
+    sent,
+    status_of,
+    texts,
+)
 from places import TESTS
 from samples import fill
 from steps import run_worker, until
@@ -24,21 +33,10 @@ from rococap.cli.options import cli
 from rococap.demo import MODEL
 from rococap.engines import Prepared
 from rococap.recipe import Recipe
-from rococap.web.requests import Asked, Requests
+from rococap.web.requests import HOLD, Asked, Requests
 
 TOKEN = "a-token-of-some-length"
 STOPPING = "The server is stopping. Try again later."
-
-
-PROGRAM = [str(TESTS / "patient_engine.py"), "serve", "--port", "0", "--model", str(MODEL), "--batch-size", "1"]
-"""A server without a database, whose engine is patient, and answers one request at a time."""
-
-
-@contextmanager
-def patient(*options: str, **environment: str) -> Iterator[Served]:
-    with running([*PROGRAM, *options], **environment) as served:
-        loaded(served)
-        yield served
 
 
 @pytest.fixture(scope="module")
@@ -47,47 +45,6 @@ def served() -> Iterator[Served]:
         yield served
         assert served.stop() == 0
         assert served.complaints() == []
-
-
-def grey(level: int) -> str:
-    file = BytesIO()
-    Image.new("L", (28, 28), level).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def chat(level: int, **fields: Any) -> dict[str, Any]:
-    url = {"url": f"data:image/png;base64,{grey(level)}"}
-    parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What?"}]
-    return {"model": MODEL.name, "messages": [{"role": "user", "content": parts}]} | fields
-
-
-def captioned(served: Served, *levels: int) -> httpx.Response:
-    return served.client.post("/v1/captions", json={"images": [grey(level) for level in levels]})
-
-
-def texts(answer: httpx.Response) -> list[str]:
-    assert answer.status_code == 200, answer.text
-    return [caption["caption"] for caption in answer.json()["captions"]]
-
-
-@contextmanager
-def endless(served: Served) -> Iterator[Iterator[str]]:
-    """The lines of a stream that never ends, and has the only place of a batch."""
-    with served.client.stream("POST", "/v1/chat/completions", json=chat(ENDLESS, stream=True)) as answer:
-        assert answer.status_code == 200
-        assert served.process.stdout.readline() == RUNS + "\n"
-        yield answer.iter_lines()
-
-
-@contextmanager
-def asked(served: Served, *levels: int) -> Iterator[None]:
-    """A request that was sent, whose client hangs up at the end without having read an answer."""
-    body = json.dumps({"images": [grey(level) for level in levels]}).encode()
-    head = f"POST /v1/captions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    address = served.client.base_url
-    with socket.create_connection((address.host, address.port), timeout=30) as connection:
-        connection.sendall(head.encode() + body)
-        yield
 
 
 def test_captions_come_in_the_order_of_their_pictures(served):
@@ -109,10 +66,10 @@ def test_an_answer_that_has_changed_since_it_was_streamed_ends_in_an_error(serve
 
 def test_a_client_that_hangs_up_frees_its_place(served):
     """There is only one place: if one of the endless ones stayed, nothing would be answered any more."""
-    with endless(served), asked(served, LOUD, ENDLESS, ENDLESS):
+    with endless(served), sent(served, LOUD, ENDLESS, ENDLESS):
         assert served.process.stdout.readline() == PREPARES + "\n"
     assert texts(captioned(served, 1, 2, 3)) == ["µ grey 1", "µ grey 2", "µ grey 3"]
-    with asked(served, ENDLESS):
+    with sent(served, ENDLESS):
         assert served.process.stdout.readline() == RUNS + "\n"
     assert texts(captioned(served, 4)) == ["µ grey 4"]
 
@@ -127,13 +84,13 @@ def test_a_client_that_hangs_up_before_it_has_sent_everything_is_no_error(served
 
 
 def test_beyond_the_queue_requests_are_asked_to_come_back(served):
-    with endless(served), asked(served, LOUD, 1, 2):
+    with endless(served), sent(served, LOUD, 1, 2):
         assert served.process.stdout.readline() == PREPARES + "\n"
         answer = captioned(served, 1)
     assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
     error = {"type": "rate_limit_error", "param": None, "code": "queue_full"}
     assert answer.json()["error"] == error | {"message": "3 requests are waiting, and 3 may. Try again later."}
-    assert texts(captioned(served, 4)) == ["µ grey 4"]
+    until(lambda: captioned(served, 4).status_code == 200, "the places of those that have hung up are free")
 
 
 def test_a_request_that_takes_too_long_fails_and_frees_its_place():
@@ -146,7 +103,32 @@ def test_a_request_that_takes_too_long_fails_and_frees_its_place():
         }
         streamed = served.client.post("/v1/chat/completions", json=chat(ENDLESS, stream=True))
         assert '"code":"timeout"' in streamed.text
+        with connected(served, HEAD + b"Content-Length: 10000000\r\n\r\n") as (connection,):
+            while not select.select([connection], [], [], 0.05)[0]:
+                connection.sendall(b" " * 1_000)
+            assert status_of(connection) == 408, "it has not been sent in that time"
         assert texts(captioned(served, 4)) == ["µ grey 4"]
+        assert served.stop() == 0
+
+
+def test_an_engine_that_stays_in_a_step_is_told_to_everyone_until_it_goes_on(tmp_path):
+    stalls = tmp_path / "stalls"
+    stalls.touch()
+    with patient("--request-timeout", "0.5", ROCOCAP_TEST_STALLS=str(stalls)) as served:
+        assert captioned(served, STALLING).json()["error"]["code"] == "timeout"
+        until(lambda: served.client.get("/healthz").json() == {"status": "stalled"}, "it has stalled")
+        assert served.client.get("/healthz").status_code == 503
+        assert served.client.get("/health").status_code == 200
+        answer = captioned(served, 1)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        stalls.unlink()
+        loaded(served)
+        assert texts(captioned(served, 4)) == ["µ grey 4"]
+
+
+def test_a_server_whose_engine_stays_in_a_step_stops_all_the_same(tmp_path):
+    with patient("--request-timeout", "0.5", ROCOCAP_TEST_STALLS=str(tmp_path)) as served:
+        assert captioned(served, STALLING).status_code == 504
         assert served.stop() == 0
 
 
@@ -156,6 +138,8 @@ def test_only_who_has_the_token_gets_captions():
             answer = served.client.post("/v1/captions", json={"images": [grey(1)]}, headers=headers)
             assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
             assert served.client.get("/v1/models", headers=headers).status_code == 401
+        with connected(served, ASKING) as (connection,):
+            assert status_of(connection) == 401, "before the body is sent"
         served.client.headers["Authorization"] = f"Bearer {TOKEN}"
         assert texts(captioned(served, 5)) == ["µ grey 5"]
         answer = served.client.post("/v1/captions", json={}, headers={"Origin": "https://example.org"})
@@ -209,6 +193,31 @@ def test_a_batch_waits_only_for_requests_that_have_come():
     assert requests.take(4, 60) == []
 
 
+def test_a_running_batch_takes_requests_a_few_at_a_time_and_lets_none_wait_for_long():
+    requests = Requests(max_waiting=20)
+
+    def come(n: int) -> None:
+        requests.ask([Asked([b""]) for _ in range(n)])
+        for _ in range(n):
+            asked = requests.next(20)
+            requests.offer(asked, Prepared(asked.id, None, 1))
+
+    def joined() -> int:
+        return len(requests.take(20, 0))
+
+    come(9)
+    assert joined() == 9
+    come(1)
+    assert joined() == 0
+    come(1)
+    assert joined() == 2
+    come(1)
+    for _ in range(HOLD):
+        assert joined() == 0
+        requests.step(11)
+    assert joined() == 1
+
+
 # --- the end ---------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +259,8 @@ def test_a_server_whose_model_is_loading_asks_to_come_back_and_stops_at_once():
         assert served.client.get("/health").status_code == 200
         for answer in (captioned(served, 1), served.client.get("/v1/models")):
             assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        with connected(served, ASKING) as (connection,):
+            assert status_of(connection) == 503, "before the body is sent"
         assert served.stop() == 0
 
 

@@ -22,10 +22,10 @@ from steps import captions, expected, invoke, members, running, select, small_cr
 import rococap
 from rococap.cli.options import cli
 from rococap.engines import Options
-from rococap.worker import supervisor
+from rococap.worker import children, supervisor
 from rococap.worker.settings import Settings
 from rococap.worker.signals import STOP_SIGNALS
-from rococap.worker.supervisor import Child, Ended
+from rococap.worker.supervisor import Ended, WorkerChild
 
 
 def done(database: Engine) -> int:
@@ -49,7 +49,7 @@ def done(database: Engine) -> int:
     ],
 )
 def test_devices_are_all_gpus_or_some_or_so_many_times_the_cpu(text, gpus, devices):
-    assert supervisor.parse_devices(text, lambda: gpus) == devices
+    assert children.parse_devices(text, lambda: gpus) == devices
 
 
 NO_DEVICES = "names no devices. Use all, the numbers of GPUs as in 0,1, or cpu:N."
@@ -72,11 +72,11 @@ NO_DEVICES = "names no devices. Use all, the numbers of GPUs as in 0,1, or cpu:N
 )
 def test_what_names_no_devices_is_refused_with_what_would_be_right(text, gpus, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        supervisor.parse_devices(text, lambda: gpus)
+        children.parse_devices(text, lambda: gpus)
 
 
 def test_gpus_are_counted_only_where_they_matter():
-    assert supervisor.parse_devices("cpu:2", lambda: pytest.fail("counted")) == ["cpu", "cpu"]
+    assert children.parse_devices("cpu:2", lambda: pytest.fail("counted")) == ["cpu", "cpu"]
 
 
 def test_a_crew_is_imported_without_torch():
@@ -141,9 +141,9 @@ def test_every_setting_comes_through_a_members_command_line():
 
 def test_the_password_is_in_the_environment_of_a_member_and_not_on_its_command_line():
     url = "postgresql+psycopg://me:secret@host/queue"
-    assert supervisor.environment(url, ["cuda:0"])["ROCOCAP_DB"] == url
+    assert supervisor.worker_environment(url, ["cuda:0"])["ROCOCAP_DB"] == url
     command = supervisor.worker_command(force=True, debug=True)(EVERY_SETTING)
-    assert command[: command.index("--member")] == [*supervisor.program(), "--force", "--debug", "worker"]
+    assert command[: command.index("--member")] == [*children.program(), "--force", "--debug", "worker"]
     assert "secret" not in " ".join(command)
 
 
@@ -161,7 +161,7 @@ def shadow(folder: Path, *names: str) -> None:
 def test_a_process_that_is_started_imports_nothing_of_the_working_folder(tmp_path, monkeypatch, name):
     shadow(tmp_path, name)
     monkeypatch.chdir(tmp_path)
-    told = subprocess.run([*supervisor.program(), "worker", "--help"], capture_output=True, text=True)
+    told = subprocess.run([*children.program(), "worker", "--help"], capture_output=True, text=True)
     assert (told.returncode, told.stderr) == (0, "")
     assert told.stdout.startswith("Usage: ")
 
@@ -170,7 +170,7 @@ def test_a_checkout_that_is_not_installed_is_found_in_the_working_folder(monkeyp
     monkeypatch.chdir(Path(rococap.__file__).parents[1])
     monkeypatch.delenv("PYTHONPATH", raising=False)
     script = "import rococap; print(rococap.__file__)"
-    found = subprocess.run([*supervisor.program()[:-2], "-c", script], capture_output=True, text=True).stdout.strip()
+    found = subprocess.run([*children.program()[:-2], "-c", script], capture_output=True, text=True).stdout.strip()
     assert found == rococap.__file__
 
 
@@ -191,11 +191,11 @@ def test_devices_work_beside_a_users_own_modules(database, url, tmp_path):
 
 
 def test_processes_on_the_cpu_share_its_cores(monkeypatch):
-    monkeypatch.setattr(supervisor, "_n_cores", lambda: 8)
+    monkeypatch.setattr(children, "_n_cores", lambda: 8)
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    three, many = (supervisor.environment("", ["cpu"] * n) for n in (3, 20))
+    three, many = (children.environment(["cpu"] * n) for n in (3, 20))
     assert [three[name] for name in names] == ["2", "passive", "7"]
     assert many["OMP_NUM_THREADS"] == "1"
     told = []
@@ -208,11 +208,11 @@ def test_processes_on_the_cpu_share_its_cores(monkeypatch):
 
 
 def child(
-    script: str, echo: supervisor.Echo = lambda line: None, *, label: str = "a", limit: int | None = None, around=None
+    script: str, echo: children.Echo = lambda line: None, *, label: str = "a", limit: int | None = None, around=None
 ):
     """Runs a piece of Python; its limit is sys.argv[1]."""
     environment = os.environ if around is None else around
-    return Child(
+    return WorkerChild(
         label,
         Settings(limit=limit),
         lambda settings: [sys.executable, "-I", "-S", "-c", script, str(settings.limit)],
@@ -223,7 +223,7 @@ def child(
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE_SEC", 0.02)
+    monkeypatch.setattr(children, "FIRST_PAUSE_SEC", 0.02)
 
 
 def test_lines_of_a_child_are_told_with_its_device_and_what_it_did_is_added_up():
@@ -281,7 +281,7 @@ def test_a_child_that_dies_by_a_signal_is_never_given_up_and_waits_longer_each_t
     assert starts[5] - starts[4] > 16 * 0.02
 
 
-def signals_when_ready(*signums: int, told: list[str]) -> supervisor.Echo:
+def signals_when_ready(*signums: int, told: list[str]) -> children.Echo:
     """Sends this process signals as soon as a child has said a line."""
 
     def echo(line: str) -> None:
@@ -310,7 +310,7 @@ def test_a_signal_is_passed_on_once_and_what_ends_by_it_is_no_error():
 
 
 def test_what_does_not_even_leave_at_the_second_signal_is_killed(monkeypatch):
-    monkeypatch.setattr(supervisor, "KILL_AFTER_SEC", 0.3)
+    monkeypatch.setattr(children, "KILL_AFTER_SEC", 0.3)
     script = (
         "import signal, sys, time\n"
         "signal.signal(15, signal.SIG_IGN); print('ready', file=sys.stderr, flush=True); time.sleep(60)"
@@ -489,7 +489,7 @@ def test_the_command_captions_on_two_processes_and_stops_them_together(database,
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_model_that_cannot_be_loaded_is_given_up_with_what_the_worker_said(database, url, tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "TRIES", 2)
+    monkeypatch.setattr(children, "TRIES", 2)
     fill(database, tmp_path / "set", 4)
     with ChatServer() as server:
         server.listed = []

@@ -1,0 +1,44 @@
+"""Whether a caption is written in English, which is what facts are read from."""
+
+import re
+from typing import Final
+
+
+def is_english(text: str) -> bool:
+    """False if most letters are not Latin, or if at least two words belong to another language, and more than belong to
+    English. A word belongs to another language if it is one of its commonest words, or has an accented letter; to
+    English, if it is one of its commonest words. So a few words without any of these, as in "CT abdomen axial", are
+    taken for English.
+    """
+    letters = _LETTER.findall(text)
+    latin = _LATIN.findall(text)
+    if 2 * len(latin) < len(letters):
+        return False
+    words = _WORD.findall(text.lower())
+    foreign = sum(word in _FOREIGN or bool(_ACCENTED.search(word)) for word in words)
+    return foreign < 2 or foreign <= sum(word in _ENGLISH for word in words)
+
+
+_LETTER: Final = re.compile(r"[^\W\d_]")
+_LATIN: Final = re.compile(r"[A-Za-zµ\u00c0-\u024f]")
+_WORD: Final = re.compile(r"[^\W\d_]+")
+_ACCENTED: Final = re.compile(r"[\u00df-\u00f6\u00f8-\u024f]")
+_ENGLISH: Final = frozenset(
+    """
+    the of and with in is are was were a an to at on by for from this that there no not after before into as which has
+    had seen its his her our within without between showing shows showed shown show demonstrating demonstrates
+    demonstrated reveals revealed revealing view scan image patient left right arrow arrows
+    """.split()  # noqa: SIM905
+)
+# Without words that are English as well ("die", "son", "on") or common in anatomical terms ("os").
+_FOREIGN: Final = frozenset(
+    """
+    le la les du des une et avec au aux dans par qui est ce cette sans pour sur
+    el los las del y con una en por que se muestra
+    da dos das com uma um na nas ao mostrando
+    il gli della di che nel nella e dei
+    der den dem und mit ein eine einer im zeigt bei von zur nach ist
+    het een van met voor
+    z w oraz przez ve ile bir och med som cu din si
+    """.split()  # noqa: SIM905
+)

@@ -1,0 +1,110 @@
+"""Rows of any table, by what the metadata says of its columns and foreign keys; and what every transfer refuses."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection
+
+from rococap import db
+from rococap.db import execute
+from rococap.errors import DatabaseError
+from rococap.tables import metadata
+
+PAGE = 500
+Row = dict[str, Any]
+Ids = Mapping[str, Mapping[int, int]]
+"""For some tables, the ids of rows here by their ids in the other database."""
+
+
+def columns_of(table: str) -> list[str]:
+    return [column.name for column in metadata.tables[table].columns]
+
+
+def select(conn: Connection, table: str, where: str = "1 = 1", params: Sequence[Any] = ()) -> list[Row]:
+    """Whole rows of a table, whose alias is `x`."""
+    names = columns_of(table)
+    sql = f"SELECT {', '.join(f'x.{name}' for name in names)} FROM {table} x WHERE {where}"
+    return [dict(zip(names, row, strict=True)) for row in execute(conn, sql, tuple(params)).fetchall()]
+
+
+def pages(conn: Connection, table: str, where: str = "1 = 1", params: Sequence[Any] = ()) -> Iterator[list[Row]]:
+    """The rows of a table with ids, in order of id, in pages."""
+    after = 0
+    while rows := select(conn, table, f"{where} AND x.id > ? ORDER BY x.id LIMIT {PAGE}", (*params, after)):
+        yield rows
+        after = rows[-1]["id"]
+
+
+def of_jobs(conn: Connection, table: str, job_ids: Sequence[int], order: str = "1") -> dict[int, list[Row]]:
+    """The rows of a table that belong to these jobs, by job."""
+    found: dict[int, list[Row]] = {}
+    for row in select(conn, table, f"x.job_id IN ({db.marks(job_ids)}) ORDER BY {order}", job_ids) if job_ids else []:
+        found.setdefault(row["job_id"], []).append(row)
+    return found
+
+
+def translated(table: str, row: Row, ids: Ids, **changes: Any) -> Row:
+    """The row without its id, with `changes`, and with foreign keys to the tables in `ids` that point to rows here."""
+    new = {name: value for name, value in row.items() if name != "id"} | changes
+    for key in metadata.tables[table].foreign_keys:
+        name, target = key.parent.name, key.column.table.name
+        if name not in changes and target in ids and new[name] is not None:
+            new[name] = ids[target][new[name]]
+    return new
+
+
+def insert(conn: Connection, table: str, rows: Sequence[Row], conflict: str = "") -> int:
+    """Inserts rows that have the same columns; returns how many. `conflict` is an ON CONFLICT clause."""
+    if not rows:
+        return 0
+    names = list(rows[0])
+    sql = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({db.marks(names)}) {conflict}"
+    return execute(conn, sql, [tuple(row[name] for name in names) for row in rows]).rowcount
+
+
+def insert_one(conn: Connection, table: str, row: Row) -> int:
+    """Inserts a row; returns its id."""
+    sql = f"INSERT INTO {table} ({', '.join(row)}) VALUES ({db.marks(list(row))}) RETURNING id"
+    return int(execute(conn, sql, tuple(row.values())).scalar_one())
+
+
+def add_to_log(conn: Connection, table: str, key: str, order: Sequence[str], rows: Sequence[Row]) -> list[Row]:
+    """Adds rows that a log does not have yet; returns those. `order` are the columns by which it is in order.
+
+    The latest entry of a log is the one with the highest id. If older ones are added, those of the same `key` are
+    written again, so that this stays true.
+    """
+    if not rows:
+        return []
+    owners = sorted({row[key] for row in rows})
+    here = [translated(table, row, {}) for row in select(conn, table, f"x.{key} IN ({db.marks(owners)})", owners)]
+    known = {tuple(row[name] for name in columns_of(table)[1:]) for row in here}
+    new = [row for row in rows if tuple(row[name] for name in columns_of(table)[1:]) not in known]
+
+    def position(row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in order)
+
+    latest: dict[int, tuple[Any, ...]] = {}
+    for row in here:
+        latest[row[key]] = max(position(row), latest.get(row[key], position(row)))
+    again = {row[key] for row in new if row[key] in latest and position(row) < latest[row[key]]}
+    if again:
+        execute(conn, f"DELETE FROM {table} WHERE {key} = ?", [(owner,) for owner in sorted(again)])
+    insert(conn, table, sorted((*new, *(row for row in here if row[key] in again)), key=position))
+    return new
+
+
+def refuse_open_leases(conn: Connection, shown: str, then: str) -> None:
+    """Raises DatabaseError if workers hold pictures in this database, or held them when they died."""
+    n_open, n_expired = execute(
+        conn,
+        "SELECT count(*), count(CASE WHEN expires_at <= ? THEN 1 END) FROM leases WHERE state = 'open'",
+        (db.now(conn),),
+    ).one()
+    if n_open:
+        step = (
+            f"Their workers have died: free the pictures first: rococap --db {shown} reap"
+            if n_open == n_expired
+            else "Stop its workers first"
+        )
+        raise DatabaseError(f"{shown} has open leases ({n_open}), so nothing was {then}. {step}.")
