@@ -129,13 +129,21 @@ def pod(world, tmp_path) -> list[str]:
     return ["env", f"PATH={tmp_path}:{os.environ['PATH']}", *container["command"], *container["args"]]
 
 
+def is_healthy(world: World) -> bool:
+    environment = {"ROCOCAP_DB": world.url, "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    check = [sys.executable, str(DEPLOY / "health.py")]
+    return subprocess.run(check, env=os.environ | environment, timeout=60).returncode == 0
+
+
 @pytest.mark.slow
-def test_a_pod_that_is_evicted_drains_and_does_not_count_as_finished(pod, world):
+def test_a_pod_is_healthy_until_it_is_evicted_and_then_drains_and_does_not_count_as_finished(pod, world):
     world.fill(400)
     with running(*pod) as process:
         until(lambda: world.n_done() > 0, "it works")
+        assert is_healthy(world)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
+    assert not is_healthy(world)
     assert process.returncode == 143, err
     assert json.loads(out)["outcome"]["drained"]
     assert world.statuses().keys() == {"done", "pending"}
@@ -156,21 +164,3 @@ def test_a_pod_whose_worker_fails_ends_with_its_code(pod):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Nothing is registered here yet" in err
-
-
-@pytest.mark.slow
-def test_a_container_is_healthy_while_the_queue_hears_from_a_worker_of_it(world):
-    environment = {"ROCOCAP_DB": world.url, "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}
-
-    def code() -> int:
-        check = [sys.executable, str(DEPLOY / "health.py")]
-        return subprocess.run(check, env=os.environ | environment, timeout=60).returncode
-
-    world.fill(400)
-    assert code() == 1
-    worker = world.crew.start(engine={"step_sec": 0.2})
-    world.until_busy()
-    assert code() == 0
-    worker.send_signal(signal.SIGTERM)
-    worker.communicate()
-    assert code() == 1

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 from databases import new_queue
+from openai_server import ChatServer
 from places import ROOT
 from ray_cluster import Nodes, driver, nodes
 from samples import fill
@@ -21,7 +22,6 @@ from steps import column, refused, running, said, until
 from worlds import TTL_SEC, World, check, check_books, made
 
 from rococap import db
-from rococap.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 
@@ -78,31 +78,29 @@ def n_workers_that_stored(world: World) -> int:
     )[0]
 
 
-def test_the_command_captions_and_says_how_far_it_is(cluster, world):
-    fill(world.database, world.folder / "set", 20, recipe=Recipe(model=str(ROOT / "rococap" / "demo" / "model")))
-    command = [sys.executable, "-m", "rococap", "launch", "ray", "--cpus", "1", "--address", cluster.address]
-    with running(*command, "--no-self-check", "--batch-size", "4", "--db", world.url, cwd=ROOT) as process:
-        out, err = process.communicate(timeout=120)
+def test_the_command_captions_everything_although_a_node_is_killed(cluster, world):
+    world.fill(60)
+    options = ("--batch-size", "4", "--lease-ttl", str(TTL_SEC), "--no-self-check", "--db", world.url)
+    with ChatServer() as server:
+        server.sec = 0.3
+        engine = ("--engine", "openai", "--base-url", server.url)
+        command = (sys.executable, "-m", "rococap", "launch", "ray", "--cpus", "2", "--address", cluster.address)
+        with running(*command, *engine, *options, cwd=ROOT) as process:
+            until(lambda: n_workers_that_stored(world) == 2, "both work")
+            cluster.kill(cluster.running[0])
+            cluster.add()
+            out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert re.fullmatch(r"default: 20 captioned in .* s \(.*/s\), 0 failed\n", out)
+    assert re.fullmatch(r"default: \d+ captioned in .* s \(.*/s\), 0 failed\n", out)
     assert re.search(r"^cpu 1 on \S+  .* INFO captioning run default", err, re.MULTILINE)
-    assert world.statuses() == {"done": 20}
-
-
-def test_a_node_that_is_killed_is_replaced_and_its_pictures_are_captioned_elsewhere(cluster, world):
-    world.fill(100)
-    command = driver("cpu", 2, cluster.address, world.url, {"step_sec": 0.5}, batch_size=4, lease_ttl=TTL_SEC)
-    with running(*command) as process:
-        until(lambda: n_workers_that_stored(world) == 2, "both work")
-        cluster.kill(cluster.running[0])
-        cluster.add()
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
     assert re.search(r"cpu [12] was lost; Ray has started it again", err)
-    assert json.loads(out)["errors"] == []
-    check(world, 100)
+    check(world, 60)
 
 
+# --- Torture ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torture
 def test_a_request_to_stop_drains_the_workers_of_all_nodes(cluster, world):
     world.fill(1_000)
     with running(*driver("gpu", 2, cluster.address, world.url, {"step_sec": 0.3}, batch_size=4)) as process:
@@ -118,6 +116,7 @@ def test_a_request_to_stop_drains_the_workers_of_all_nodes(cluster, world):
     assert world.select("SELECT count(*) FROM leases WHERE state IN ('open', 'expired')") == [(0,)]
 
 
+@pytest.mark.torture
 def test_each_worker_sees_a_gpu_of_its_own_and_their_limits_add_up(cluster, world):
     world.fill(30)
     with running(*driver("gpu", 2, cluster.address, world.url, {"step_sec": 0.3}, limit=9)) as process:
@@ -129,9 +128,6 @@ def test_each_worker_sees_a_gpu_of_its_own_and_their_limits_add_up(cluster, worl
     assert "OMP_NUM_THREADS" not in environment
     assert environment["ROCOCAP_DB"] == world.url
     assert found["outcome"]["done"] == world.n_done() == 9
-
-
-# --- Torture ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.torture

@@ -9,6 +9,7 @@ import psutil
 import pytest
 import slurm
 from databases import new_queue, recount, tallies
+from openai_server import ChatServer
 from places import ROOT
 from samples import fill
 from sqlalchemy import Engine
@@ -161,8 +162,8 @@ class Job:
         self.folder = folder
         self.number = ""
 
-    def fill(self, n: int) -> None:
-        fill(self.database, self.folder / "dataset", n, recipe=Recipe(model=MODEL))
+    def fill(self, n: int, model: str = MODEL) -> None:
+        fill(self.database, self.folder / "dataset", n, recipe=Recipe(model=model))
 
     def launch(self, *options: str) -> str:
         told = said("launch", "slurm", "--gpus-per-node", "0", "--no-self-check", "--batch-size", "4", *options)
@@ -220,9 +221,10 @@ def job(
     cluster: slurm.Cluster, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Job]:
     monkeypatch.chdir(tmp_path)
-    for name, value in {**cluster.environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
     with new_queue(request, "postgresql", tmp_path) as url:
+        # Only now: what has the cluster's SLURM_CONF is killed with it, and PostgreSQL may have been started just then.
+        for name, value in {**cluster.environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}.items():
+            monkeypatch.setenv(name, value)
         monkeypatch.setenv("ROCOCAP_DB", url)
         job = Job(cluster, url, tmp_path)
         yield job
@@ -234,8 +236,10 @@ def job(
 @needs_slurm
 @pytest.mark.slow
 def test_a_job_on_two_nodes_captions_everything_and_leaves_a_log_for_each_task(job):
-    job.fill(30)
-    told = job.launch("--nodes", "2")
+    job.fill(30, model="tests/small")  # a server's, so that no worker loads one
+    with ChatServer() as server:
+        told = job.launch("--nodes", "2", "--engine", "openai", "--base-url", server.url)
+        job.until(lambda: job.state() == "COMPLETED", "the job is over")
     assert told == (
         f"Submitted job {job.number}, for run default.\n"
         "Progress:  rococap status --watch\n"
@@ -243,7 +247,6 @@ def test_a_job_on_two_nodes_captions_everything_and_leaves_a_log_for_each_task(j
         f"Logs:      tail -F rococap-{job.number}*.log\n"
         f"Stop:      scancel {job.number}\n"
     )
-    job.until(lambda: job.state() == "COMPLETED", "the job is over")
     job.check(30)
     logs = {path.name: path.read_text() for path in job.folder.glob("*.log")}
     assert sorted(logs) == [f"rococap-{job.number}-0.log", f"rococap-{job.number}-1.log", f"rococap-{job.number}.log"]
