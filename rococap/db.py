@@ -23,6 +23,7 @@ from sqlalchemy import Engine as Database
 from sqlalchemy.engine import URL, CursorResult, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import DatabaseError as DriverError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import NullPool
 
 from rococap import open_files
@@ -33,6 +34,12 @@ from rococap.urls import shown, sqlite_url
 DEFAULT_URL = "sqlite:///rococap.db"
 PATIENCE_SEC = 60.0
 """How long a transaction waits for a lock before it fails."""
+CONNECTIONS = 2
+"""How many connections to PostgreSQL a process has at most: hundreds of workers share one server."""
+MORE_CONNECTIONS = 13
+"""How many more a process has that answers many people at once, such as `serve`."""
+CONNECTION_PATIENCE_SEC = 10.0
+"""How long a thread waits for a connection that other threads of its process use."""
 YIELD_SEC = 0.0005
 """Pause after a commit, so that waiting writers get the lock: without it the same writer would win nearly every time.
 """
@@ -126,8 +133,9 @@ def connect(
 
     With `must_exist`, a missing SQLite file is an error instead of being created. With `create=False` the database is
     opened as it is, whatever its schema. With `force` it may be on a file system where SQLite's locks do not work.
-    Unless `pooled`, an SQLite file is opened anew for each transaction, which therefore notices a file that was removed
-    or replaced.
+    There are at most CONNECTIONS to PostgreSQL, for which threads take turns. Unless `pooled`, there may be
+    MORE_CONNECTIONS, and an SQLite file is opened anew for each transaction, which therefore notices a file that was
+    removed or replaced.
     Raises DatabaseError for an invalid URL, a network file system without `force`, a missing file with `must_exist`, a
     database that is not rococap's, and one with another schema version.
     """
@@ -211,6 +219,9 @@ def _create(url: URL, force: bool, pooled: bool) -> Database:
             url,
             isolation_level="AUTOCOMMIT",
             pool_pre_ping=True,
+            pool_size=CONNECTIONS,
+            max_overflow=0 if pooled else MORE_CONNECTIONS,
+            pool_timeout=CONNECTION_PATIENCE_SEC,
             connect_args=settings | _FIXED_SETTINGS,
         )
     except ModuleNotFoundError as error:
@@ -391,6 +402,10 @@ def transaction(database: Database, *, write: bool = False, patience: float | No
                 if isinstance(error, DBAPIError) and _is_unavailable(error):
                     conn.invalidate()  # the file was moved or the server went down: the next connection opens it again
                 raise
+    except PoolTimeout as error:
+        raise DatabaseUnavailable(
+            f"{shown(database.url)} does not answer the other threads of this process, which use all its connections."
+        ) from error
     except DBAPIError as error:
         if _is_unavailable(error):
             raise DatabaseUnavailable(explain(error, database.url)) from error

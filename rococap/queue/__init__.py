@@ -79,7 +79,7 @@ from rococap.queue.status import (
     runs_seen,
     unfinished,
 )
-from rococap.queue.workers import last_self_check, register_worker, stop_worker, store_self_check
+from rococap.queue.workers import count_workers, last_self_check, register_worker, stop_worker, store_self_check
 
 __all__ = [
     "NORMAL",
@@ -118,6 +118,7 @@ __all__ = [
     "clean_text",
     "clear_deleted",
     "complete",
+    "count_workers",
     "counts",
     "counts_of",
     "crash",

@@ -73,6 +73,12 @@ def stop_worker(
     mark_seen(conn, worker_id, at, telemetry)
 
 
+def count_workers(conn: Connection, within_ms: int, *, now: int | None = None) -> int:
+    """How many workers that have not stopped were seen within the last `within_ms` milliseconds."""
+    sql = "SELECT count(*) FROM workers WHERE seen_at > ? AND stopped_at IS NULL"
+    return int(execute(conn, sql, (time_of(conn, now) - within_ms,)).scalar_one())
+
+
 def mark_seen(conn: Connection, worker_id: int, at: int, telemetry: Telemetry | None) -> None:
     """Records that a worker was seen at a time, with new telemetry if there is any."""
     sql = "UPDATE workers SET seen_at = ?, telemetry = COALESCE(?, telemetry) WHERE id = ?"

@@ -18,7 +18,7 @@ from rococap.data import PictureReader
 from rococap.data.images import is_blank, open_picture
 from rococap.db import transaction
 from rococap.engines import Completion, Failure, Request
-from rococap.errors import DatabaseUnavailable, PictureError
+from rococap.errors import DatabaseError, DatabaseUnavailable, PictureError
 from rococap.queue import NORMAL, SOLO, SUSPECTS, Claim, Job
 from rococap.worker import clock
 from rococap.worker.context import Context
@@ -27,7 +27,9 @@ from rococap.worker.holdings import Holdings
 log = logging.getLogger(__name__)
 
 POLL_SEC = 1.0
-"""How often an idle worker looks for work."""
+"""How often an idle worker looks for work, if there are few workers."""
+LOOKS_PER_SEC = 50
+"""How often many idle workers look for work, all of them together: whoever looks next finds what there is."""
 SUSPECTS_EVERY = 8
 """Every so many claims, jobs that have been in a crash get a turn, if there are any."""
 
@@ -50,6 +52,8 @@ class Fetcher:
         self._claim_size = context.engine.batch_size
         self._left = context.settings.limit
         self._n_claims = 0
+        self._last_lease_id = 0
+        self._pause_sec = POLL_SEC
         self._is_unsure = False
         self._has_logged = False
         self._thread = threading.Thread(target=self._fetch, name="fetcher", daemon=True)
@@ -92,11 +96,17 @@ class Fetcher:
                 if not (self._context.settings.wait or any(left.values())):
                     return None
                 self._log_why_idle(left)
+                self._pause_sec = self._idle_sec()
             except DatabaseUnavailable as error:
                 self._is_unsure = True  # a claim may have been committed
                 self._context.contact.lost(error)
-            self._holdings.pause(POLL_SEC * random.uniform(0.5, 1.0))
+            self._holdings.pause(self._pause_sec * random.uniform(0.5, 1.0))
         return None
+
+    def _idle_sec(self) -> float:
+        """The longest pause before the next look for work: the more workers, the longer."""
+        with transaction(self._database) as conn:
+            return max(POLL_SEC, queue.count_workers(conn, self._context.settings.ttl_ms) / LOOKS_PER_SEC)
 
     def _is_suspects_turn(self) -> bool:
         if (self._n_claims + 1) % SUSPECTS_EVERY:
@@ -114,13 +124,24 @@ class Fetcher:
             expires_at = clock.now() + ttl_ms / 1000
             with transaction(self._database, write=True) as conn:
                 claim = queue.claim(conn, context.worker_id, context.run.id, split, limit, ttl_ms=ttl_ms, lane=lane)
+                self._refuse_repeated(claim)
             if claim is not None:
                 self._n_claims += 1
+                self._last_lease_id = claim.id
                 if self._left is not None:
                     self._left -= len(claim.jobs)
                 self._holdings.enter(claim, expires_at)
                 return claim
         return None
+
+    def _refuse_repeated(self, claim: Claim | None) -> None:
+        """Raises DatabaseError, which rolls the claim back, if the database has handed out the id of a lease before."""
+        if claim is not None and claim.id <= self._last_lease_id:
+            raise DatabaseError(
+                f"The database handed out lease {claim.id} after lease {self._last_lease_id}: it has lost what it had "
+                "committed, as after a failover to an asynchronous standby. Nothing was claimed. Stop all workers that "
+                "ran before, then start them again."
+            )
 
     def _unfinished(self) -> dict[str, int]:
         """How many jobs are pending, leased and waiting. Only reads, so that a worker with nothing to claim takes no

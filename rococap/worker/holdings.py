@@ -174,30 +174,31 @@ class Holdings:
         """Forgets jobs that have left the lease: stored, failed or released."""
         with self._changed:
             held = self._state.held.get(lease.id)
-            for job_id in job_ids:
-                self._state.lease_of.pop(job_id, None)
-                self._state.running.discard(job_id)
-                self._state.finished.discard(job_id)
-                if held is not None:
-                    held.outstanding.discard(job_id)
-            if held is not None and not held.outstanding:
-                del self._state.held[lease.id]
+            if held is not None:
+                self._remove(held, held.outstanding & set(job_ids))
             self._changed.notify_all()
 
     def lose(self, lease_ids: Iterable[int]) -> None:
         """Forgets leases that the database no longer grants us, and abandons their jobs wherever they are."""
-        state = self._state
         with self._changed:
             for lease_id in lease_ids:
-                held = state.held.pop(lease_id, None)
+                held = self._state.held.get(lease_id)
                 if held is not None:
-                    state.abandoned |= held.outstanding
-                    state.running -= held.outstanding
-                    state.finished -= held.outstanding
-                    for job_id in held.outstanding:
-                        state.lease_of.pop(job_id, None)
-            state.ready = deque(picture for picture in state.ready if picture.job_id not in state.abandoned)
+                    self._state.abandoned |= held.outstanding
+                    self._remove(held, set(held.outstanding))
             self._changed.notify_all()
+
+    def _remove(self, held: _Held, job_ids: Set[int]) -> None:
+        """Forgets jobs of a lease, and with the last of them the lease."""
+        state = self._state
+        for job_id in job_ids:
+            del state.lease_of[job_id]
+        state.running -= job_ids
+        state.finished -= job_ids
+        state.ready = deque(picture for picture in state.ready if picture.job_id not in job_ids)
+        held.outstanding -= job_ids
+        if not held.outstanding:
+            del state.held[held.lease.id]
 
     def withdraw(self, *, running: bool) -> list[tuple[Lease, list[int]]]:
         """Abandons the jobs that have not started and, if `running`, those that have; returns them by lease, to be
@@ -260,6 +261,9 @@ class Holdings:
         """Adds a claim. No job of it is started after `expires_at` by our own clock."""
         job_ids = {job.id for job in claim.jobs}
         with self._changed:
+            # A job that we claim again has left the lease under which we still hold it, as the next heartbeat will say.
+            for held in list(self._state.held.values()):
+                self._remove(held, held.outstanding & job_ids)
             self._state.held[claim.id] = _Held(claim, set(job_ids), expires_at)
             self._state.lease_of.update(dict.fromkeys(job_ids, claim.id))
             self._state.abandoned -= job_ids  # they may have been lost before, and claimed again

@@ -2,15 +2,18 @@
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from samples import fill
 from small_engine import INFO, SmallEngine, context_of
+from steps import select
 
 from rococap import db, queue
 from rococap.data import PictureReader
 from rococap.engines import Completion, Prepared
+from rococap.errors import DatabaseError
 from rococap.worker import clock as clocks
 from rococap.worker import fetcher
 from rococap.worker.contact import Contact
@@ -155,6 +158,39 @@ def test_whatever_breaks_while_preparing_ends_the_worker(database, tmp_path):
         work(database, Settings(self_check=False), load=lambda *_: Broken())
 
 
+@pytest.mark.parametrize(("others", "pause_sec"), [(40, 1.0), (499, 10.0)])
+def test_the_more_workers_the_less_often_each_looks_for_work(database, tmp_path, monkeypatch, others, pause_sec):
+    monkeypatch.setattr(fetcher, "POLL_SEC", 1.0)
+    run = fill(database, tmp_path / "set", 1)
+    with db.transaction(database, write=True) as conn:
+        for number in range(others):
+            queue.register_worker(conn, f"worker {number}", "host", 1, INFO)
+        queue.register_worker(conn, "lost long ago", "host", 1, INFO, now=0)
+        queue.stop_worker(conn, queue.register_worker(conn, "stopped", "host", 1, INFO))
+        worker = queue.register_worker(conn, "mine", "host", 1, INFO)
+    context = context_of(database, run, worker, SmallEngine())
+    assert Fetcher(context, Holdings(), lambda completion: None)._idle_sec() == pause_sec
+
+
+def test_an_idle_worker_looks_again_after_the_pause_that_suits_their_number(database, tmp_path, monkeypatch):
+    run = fill(database, tmp_path / "set", 1)
+    with db.transaction(database, write=True) as conn:
+        worker = queue.register_worker(conn, "one", "host", 1, INFO)
+        queue.pause(conn, run, True)
+    source = Holdings()
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        source.stop()
+
+    monkeypatch.setattr(source, "pause", pause)
+    monkeypatch.setattr(fetcher, "LOOKS_PER_SEC", 0.02)  # as if there were many workers
+    assert Fetcher(context_of(database, run, worker, SmallEngine()), source, print)._next_claim() is None
+    assert len(pauses) == 1
+    assert 25 <= pauses[0] <= 50
+
+
 # --- fencing ---------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +241,56 @@ def test_what_is_finished_and_not_stored_yet_is_not_given_back(held):
     assert source.withdraw(running=True) == [(lease, [second])]
     source.finish(second)
     assert source.unfinished_leases() == []
+
+
+@pytest.mark.parametrize("ends", ["lost", "settled"])
+def test_a_picture_that_is_claimed_again_before_the_loss_of_its_lease_is_known_belongs_to_the_new_one(held, ends):
+    # A job that was cancelled and retried within seconds is free again, while its worker still holds the first lease.
+    source, lease = held
+    first, second = (job.id for job in lease.jobs)
+    source.take(2, 0)
+    again = replace(lease, id=lease.id + 1, jobs=lease.jobs[:1])
+    source.enter(again, expires_at=1_060.0)
+    source.offer(replace(again.jobs[0], lease_id=again.id), Prepared(first, None, 1), 0.0, 0.0, is_blank=False)
+    if ends == "lost":
+        source.lose([lease.id])
+        assert source.step(1) == {second}
+    else:
+        source.settle(lease, [first, second])
+    assert source.open_leases() == [again]
+    assert source.lease_of(first) == again
+    assert [picture.job_id for picture in source.take(2, 0)] == [first]
+    source.settle(again, [first])
+    assert source.open_leases() == []
+
+
+def test_a_picture_that_is_stored_while_it_is_ready_once_more_is_not_waited_for(held):
+    source, lease = held
+    source.settle(lease, [job.id for job in lease.jobs])
+    waiting = threading.Thread(target=source.wait_until_taken, daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+@pytest.mark.every_database
+def test_a_database_that_hands_out_a_lease_twice_is_not_worked_on(database, tmp_path):
+    run = fill(database, tmp_path / "set", 4)
+    with db.transaction(database, write=True) as conn:
+        worker = queue.register_worker(conn, "one", "host", 1, INFO)
+    claimer = Fetcher(context_of(database, run, worker, SmallEngine(batch_size=2)), Holdings(), print)
+    first = claimer._claim(queue.NORMAL)
+    is_sqlite = database.dialect.name == "sqlite"
+    with db.transaction(database, write=True) as conn:  # what a standby does not know that follows asynchronously
+        db.execute(conn, "UPDATE jobs SET status = 'pending', attempts = 0, lease_id = NULL")
+        db.execute(conn, "UPDATE tallies SET n = CASE status WHEN 'pending' THEN 4 ELSE 0 END WHERE slot = 0")
+        db.execute(conn, "DELETE FROM tallies WHERE slot <> 0")
+        db.execute(conn, "DELETE FROM leases")
+        db.execute(conn, "DELETE FROM sqlite_sequence" if is_sqlite else "SELECT setval('leases_id_seq', 1, false)")
+    with pytest.raises(DatabaseError, match=f"handed out lease {first.id} after lease {first.id}"):
+        claimer._claim(queue.NORMAL)
+    assert select(database, "SELECT DISTINCT status FROM jobs") == [("pending",)]
+    assert select(database, "SELECT count(*) FROM leases") == [(0,)]
 
 
 # --- the engine's progress -------------------------------------------------------------------------------------
