@@ -23,7 +23,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make lint       run ruff and mypy"
 	@echo "make fix        apply ruff's fixes and format the code"
-	@echo "make torture    kill workers by the hundred and break the code on purpose: half an hour"
+	@echo "make torture    kill workers by the hundred and break the code on purpose: an hour"
 	@echo "make test-vllm  test the vLLM engine in .venv-vllm: 7 GB"
 	@echo "make test-coco  compare the scores with those of the COCO caption evaluation: needs Java"
 	@echo "make docs       build the documentation as a site in docs/_build/html"

@@ -22,7 +22,7 @@ PLAN = (
     {"results"},
     {"review"},
     {"scores", "training", "transfer", "worker"},
-    {"doctor", "web"},
+    {"doctor", "launch", "web"},
     {"demo"},
     {"cli"},
 )

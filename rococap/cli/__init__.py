@@ -6,6 +6,7 @@ Nothing of the queue or the models is decided here. torch and pandas are importe
 from rococap.cli import (
     enqueue,
     finetune,
+    launch,
     operate,
     probe,
     results,
@@ -23,6 +24,7 @@ __all__ = [
     "cli",
     "enqueue",
     "finetune",
+    "launch",
     "main",
     "operate",
     "probe",

@@ -34,7 +34,7 @@ DAY_SEC = 86_400.0
 SHOWN_FAILURES = 10
 
 SECTIONS = {
-    "Main job": ("enqueue", "worker", "status", "export"),
+    "Main job": ("enqueue", "worker", "launch", "status", "export"),
     "Inspect": ("serve", "runs", "failures", "leases", "workers", "prompts"),
     "Operate": ("retry", "cancel", "pause", "resume", "reap", "vacuum", "backup", "copy-db"),
     "Results": ("compare", "evaluate", "finetune", "probe", "report", "restore", "reviews", "study", "merge"),

@@ -28,9 +28,16 @@ from rococap.cli.options import (
 from rococap.errors import RococapError
 from rococap.figures import duration
 
+RUN_HELP = "The run to work on. [default: `default`, or the only one that has work]"
+
 
 def engine_options(command: F) -> F:
     """Adds an option for each field of `engines.Options` but the batch size."""
+    return served_options(local_options(command))
+
+
+def served_options(command: F) -> F:
+    """Adds the options that choose the engine, and the server of those that have one."""
     options = (
         click.option(
             "--engine",
@@ -50,7 +57,6 @@ def engine_options(command: F) -> F:
             help="With --engine openai: the server's name for the model. [default: the run's]",
         ),
     )
-    command = local_options(command)
     for option in reversed(options):
         command = option(command)
     return command
@@ -58,14 +64,21 @@ def engine_options(command: F) -> F:
 
 def local_options(command: F) -> F:
     """Adds the options of engines that run the model in this process."""
+    return device_option(decoding_options(command))
+
+
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda:N",
+    help="auto: the first GPU, or the CPU if there is none.",
+)
+
+
+def decoding_options(command: F) -> F:
+    """Adds the options of engines that run the model in this process, but for the device."""
     options = (
-        click.option(
-            "--device",
-            default="auto",
-            show_default=True,
-            metavar="auto|cpu|cuda:N",
-            help="auto: the first GPU, or the CPU if there is none.",
-        ),
         click.option(
             "--decode",
             type=click.Choice(["auto", "continuous", "static"]),
@@ -127,6 +140,58 @@ def _devices(ctx: click.Context, param: click.Parameter, value: str | None) -> l
         raise click.BadParameter(str(error)) from error
 
 
+limit_option = click.option(
+    "--limit", type=click.IntRange(1, MAX_ROWS), metavar="N", help="Stop after N pictures in all."
+)
+
+
+def working_options(command: F) -> F:
+    """Adds the options of `worker.settings.Settings` that say how to work, rather than on what."""
+    options = (
+        click.option("--wait", is_flag=True, help="When everything is done, poll for new work instead of ending."),
+        click.option(
+            "--self-check/--no-self-check",
+            default=True,
+            show_default=True,
+            help="Before the first claim, caption a few of the run's pictures alone and in a batch, and stop if the "
+            "captions show that the engine does not see the pictures.",
+        ),
+        click.option(
+            "--accept-new-rules",
+            is_flag=True,
+            help="Continue a run that began under older rules for opening pictures, quantising weights and ending "
+            "captions. It then has captions under both, which every manifest records.",
+        ),
+        click.option(
+            "--lease-ttl",
+            type=Seconds(2, DAY_SEC),
+            default=120.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="Time without a heartbeat after which other workers take over a worker's pictures.",
+        ),
+        click.option(
+            "--drain-timeout",
+            type=Seconds(0, DAY_SEC),
+            default=25.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="Time that SIGTERM, SIGUSR1 and Ctrl-C leave the running batch to finish.",
+        ),
+        click.option(
+            "--stall-timeout",
+            type=Seconds(1, DAY_SEC),
+            default=600.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="Time without a decoding step after which the model counts as hung and the worker exits.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 devices_option = click.option(
     "--devices",
     callback=_devices,
@@ -141,50 +206,13 @@ def check_devices(ctx: click.Context, devices: Sequence[str] | None) -> None:
 
 
 @cli.command("worker")
-@run_option("The run to work on. [default: `default`, or the only one that has work]")
+@run_option(RUN_HELP)
 @splits_option()
 @engine_options
 @devices_option
 @batch_size_option
-@click.option("--limit", type=click.IntRange(1, MAX_ROWS), metavar="N", help="Stop after N pictures in all.")
-@click.option("--wait", is_flag=True, help="When everything is done, poll for new work instead of ending.")
-@click.option(
-    "--self-check/--no-self-check",
-    default=True,
-    show_default=True,
-    help="Before the first claim, caption a few of the run's pictures alone and in a batch, and stop if the captions "
-    "show that the engine does not see the pictures.",
-)
-@click.option(
-    "--accept-new-rules",
-    is_flag=True,
-    help="Continue a run that began under older rules for opening pictures, quantising weights and ending captions. It "
-    "then has captions under both, which every manifest records.",
-)
-@click.option(
-    "--lease-ttl",
-    type=Seconds(2, DAY_SEC),
-    default=120.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Time without a heartbeat after which other workers take over a worker's pictures.",
-)
-@click.option(
-    "--drain-timeout",
-    type=Seconds(0, DAY_SEC),
-    default=25.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Time that SIGTERM, SIGUSR1 and Ctrl-C leave the running batch to finish.",
-)
-@click.option(
-    "--stall-timeout",
-    type=Seconds(1, DAY_SEC),
-    default=600.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Time without a decoding step after which the model counts as hung and the worker exits.",
-)
+@limit_option
+@working_options
 @click.option("--member", metavar="JSON", hidden=True, help="The settings of a process that --devices starts.")
 @db_option
 @click.pass_context
@@ -214,9 +242,9 @@ def worker_command(
         _work_on(devices, settings)
     else:
         database = open_database()
-        with _worker_progress() as report:
+        with worker_progress() as report:
             outcome = process.work(database, settings, report)
-        _echo_outcome(outcome, settings)
+        echo_outcome(outcome, settings)
 
 
 def _work_on(devices: Sequence[str], settings: Any) -> None:
@@ -225,12 +253,19 @@ def _work_on(devices: Sequence[str], settings: Any) -> None:
     target = click.get_current_context().find_root().obj
     command = supervisor.worker_command(force=target.force, debug=target.debug)
     database = open_database()
-    with _worker_progress() as report:
+    with worker_progress() as report:
         ended = supervisor.work(database, target.url, settings, devices, command, report, echo_log_line)
+    report_ended(ended, settings)
+
+
+def report_ended(ended: Any, settings: Any) -> None:
+    """Says what several workers have done. Exits if they were told to exit at once, and raises RococapError with the
+    errors of devices that were given up.
+    """
     if len(ended.signals) > 1:
         sys.exit(128 + ended.signals[-1])
     if ended.outcome.seconds or not ended.errors:
-        _echo_outcome(ended.outcome, settings)
+        echo_outcome(ended.outcome, settings)
     if ended.errors:
         raise RococapError("\n".join(ended.errors))
 
@@ -246,7 +281,7 @@ def echo_log_line(line: str) -> None:
     stderr_console().out(line, highlight=False)
 
 
-def _echo_outcome(outcome: Any, settings: Any) -> None:
+def echo_outcome(outcome: Any, settings: Any) -> None:
     if not (outcome.seconds or outcome.drained):
         say(f"{outcome.run}: nothing left to do. See: rococap status")
         return
@@ -279,7 +314,7 @@ def _worker_again(run: str, settings: Any) -> str:
 
 
 @contextmanager
-def _worker_progress() -> Iterator[Callable[[Any, Sequence[queue.Counts]], None]]:
+def worker_progress() -> Iterator[Callable[[Any, Sequence[queue.Counts]], None]]:
     """Yields `report(outcome, counts)`: a live line on a terminal, and a log line every ten seconds elsewhere."""
     console = stderr_console()
     last = time.monotonic()

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Generic, Protocol, TypeVar
 
 from rococap.worker.signals import STOP_SIGNALS
 
@@ -121,10 +121,14 @@ def program() -> list[str]:
     return [sys.executable, *([] if is_checkout else ["-P"]), "-m", "rococap"]
 
 
+def flags(*, force: bool, debug: bool) -> list[str]:
+    """The options before the name of a command that another process needs as well."""
+    return [flag for flag, is_set in (("--force", force), ("--debug", debug)) if is_set]
+
+
 def member_command(command: str, settings: str, *, force: bool = False, debug: bool = False) -> list[str]:
     """The command line of a child: `rococap COMMAND --member SETTINGS`."""
-    before = [flag for flag, is_set in (("--force", force), ("--debug", debug)) if is_set]
-    return [*program(), *before, command, "--member", settings]
+    return [*program(), *flags(force=force, debug=debug), command, "--member", settings]
 
 
 # --- The child's side ------------------------------------------------------------------------------------------
@@ -150,7 +154,26 @@ def report_to_parent(report: object) -> None:
 # --- The parent's side -----------------------------------------------------------------------------------------
 
 
-def tend(children: "Sequence[Child[Any]]", stops: Sequence[int]) -> None:
+class Tended(Protocol):
+    """What runs on one device, on this machine or elsewhere. `error` is why it was given up or did not stop properly;
+    empty if neither happened.
+    """
+
+    is_over: bool
+    error: str
+
+    def tend(self, *, is_stopping: bool) -> None:
+        """Starts what is due, and notices what has ended. Called again and again; never waits."""
+
+    def ask_to_stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def leave(self) -> None:
+        """Asks what still runs to stop, and waits for it; needed if the parent itself fails."""
+
+
+def tend(children: Sequence[Tended], stops: Sequence[int]) -> None:
     """Starts the children, restarts those that die, and returns when all have ended.
 
     Each item that is added to `stops` meanwhile is a request to stop; the second makes the children exit at once.
@@ -178,10 +201,7 @@ def tend(children: "Sequence[Child[Any]]", stops: Sequence[int]) -> None:
 
 
 class Child(ABC, Generic[R]):
-    """What runs on one device: a process, and the processes that replace it when it dies.
-
-    `error` is why the device was given up or its process did not stop properly; empty if neither happened.
-    """
+    """The process of a device on this machine, and the processes that replace it when it dies."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -228,7 +248,6 @@ class Child(ABC, Generic[R]):
             self._process.kill()
 
     def leave(self) -> None:
-        """Asks a process that still runs to stop, and waits for it; needed if the parent itself fails."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait()

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 from sqlalchemy import Engine as Database
 
@@ -21,6 +22,7 @@ from rococap.worker.children import (
     Child,
     Echo,
     Process,
+    Tended,
     environment,
     labels_of,
     member_command,
@@ -66,19 +68,32 @@ def work(
     `url` is that of `database`, for the children. `report` is called every few seconds, from a thread, once there are
     results. Raises RunError if there is nothing to work on.
     """
-    with transaction(database) as conn:
-        run = choose_run(conn, settings.run, settings.splits)
-        splits = settings.splits or SPLITS
-        queue.counts_of(conn, run, splits)  # raises here, rather than in every child, if the run has no such pictures
-        left = queue.unfinished(conn, run, splits)
-    if not (settings.wait or any(left.values())):
+    run, is_work_left = find_run(database, settings)
+    if not is_work_left:
         return Ended(Outcome(run.name), (), ())
     child_env = worker_environment(url, devices)
     shares = share_out(replace(settings, run=run.name), devices)
     children = [WorkerChild(label, share, command, child_env, echo) for label, share in shares]
+    return see_through(database, run, children, report)
+
+
+def see_through(database: Database, run: Run, children: Sequence["Worker"], report: Report) -> Ended:
+    """Supervises the children, and reports the progress of their run meanwhile."""
     with _reporting(database, run, children, report):
         ended = supervise(children)
     return replace(ended, outcome=replace(ended.outcome, run=run.name))
+
+
+def find_run(database: Database, settings: Settings) -> tuple[Run, bool]:
+    """The run to work on, and whether there is anything to wait for or to do.
+
+    Raises RunError, here rather than in every child, if there is no such run or it has no pictures of these splits.
+    """
+    with transaction(database) as conn:
+        run = choose_run(conn, settings.run, settings.splits)
+        splits = settings.splits or SPLITS
+        queue.counts_of(conn, run, splits)
+        return run, settings.wait or any(queue.unfinished(conn, run, splits).values())
 
 
 # --- Settings and command lines --------------------------------------------------------------------------------
@@ -114,7 +129,14 @@ def report_outcome(outcome: Outcome, counts: Sequence[Counts] = ()) -> None:
 # --- The parent's side -----------------------------------------------------------------------------------------
 
 
-def supervise(children: Sequence["WorkerChild"]) -> Ended:
+class Worker(Tended, Protocol):
+    """The worker of one device, on this machine or elsewhere."""
+
+    def outcome(self) -> Outcome:
+        """The sum of what its processes have reported so far."""
+
+
+def supervise(children: Sequence[Worker]) -> Ended:
     """Starts the children, restarts those that die, and returns when all have ended."""
     with _signals() as received:
         tend(children, received)
@@ -122,16 +144,24 @@ def supervise(children: Sequence["WorkerChild"]) -> Ended:
     return Ended(outcome, tuple(child.error for child in children if child.error), tuple(received))
 
 
-def total(children: Sequence["WorkerChild"]) -> Outcome:
+def total(children: Sequence[Worker]) -> Outcome:
     """The sum of the outcomes reported so far. `seconds` is the longest time that one device has worked."""
     outcomes = [child.outcome() for child in children]
-    return replace(_sum(outcomes), seconds=max((outcome.seconds for outcome in outcomes), default=0.0))
+    return replace(added(outcomes), seconds=max((outcome.seconds for outcome in outcomes), default=0.0))
 
 
-def _sum(outcomes: Sequence[Outcome]) -> Outcome:
-    added = ("done", "failed", "lost", "recovered", "spooled", "seconds")
+def added(outcomes: Sequence[Outcome]) -> Outcome:
+    """The sum of the outcomes."""
+    names = ("done", "failed", "lost", "recovered", "spooled", "seconds")
     spool = next((outcome.spool for outcome in outcomes if outcome.spooled), "")
-    return Outcome(spool=spool, **{name: sum(getattr(outcome, name) for outcome in outcomes) for name in added})
+    return Outcome(spool=spool, **{name: sum(getattr(outcome, name) for outcome in outcomes) for name in names})
+
+
+def left_of(limit: int | None, outcome: Outcome) -> int | None:
+    """How many of so many pictures are left after this outcome; None without a limit."""
+    if limit is None:
+        return None
+    return max(0, limit - (outcome.done - outcome.recovered) - outcome.failed - outcome.lost)
 
 
 @contextmanager
@@ -152,7 +182,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _reporting(database: Database, run: Run, children: Sequence["WorkerChild"], report: Report) -> Iterator[None]:
+def _reporting(database: Database, run: Run, children: Sequence[Worker], report: Report) -> Iterator[None]:
     """Calls `report` while the block runs. It does so in a thread, so that a database that does not answer cannot delay
     stopping.
     """
@@ -192,9 +222,8 @@ class WorkerChild(Child[Outcome]):
         self._ended: list[Outcome] = []
 
     def outcome(self) -> Outcome:
-        """The sum of what its processes have reported so far."""
         process = self._process
-        return _sum([*self._ended, process.reported] if process else self._ended)
+        return added([*self._ended, process.reported] if process else self._ended)
 
     def _start(self) -> Process[Outcome]:
         settings = replace(self._settings, limit=self._left())
@@ -206,10 +235,7 @@ class WorkerChild(Child[Outcome]):
 
     def _left(self) -> int | None:
         """How much of its share of the limit is left; None without a limit."""
-        if self._settings.limit is None:
-            return None
-        outcome = self.outcome()
-        return max(0, self._settings.limit - (outcome.done - outcome.recovered) - outcome.failed - outcome.lost)
+        return left_of(self._settings.limit, self.outcome())
 
 
 def _outcome_of(process: Process[Outcome]) -> Outcome:

@@ -712,6 +712,8 @@ COMMANDS = [
     ["prompts"],
     ["runs"],
     ["serve"],
+    ["launch", "slurm"],
+    ["launch", "ray", "--cpus", "1"],
     ["compare", "default"],
     ["evaluate", "--split", "train"],
     ["probe", "--split", "train"],

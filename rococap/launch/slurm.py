@@ -1,0 +1,165 @@
+"""Workers as a Slurm job: writes an sbatch script and submits it. Slurm runs, ends and requeues the job."""
+
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rococap.launch import LaunchError
+from rococap.worker.children import program
+
+WARNING_SEC = 120
+"""How long before the time limit Slurm signals the script, unless workers need longer to drain."""
+SLACK_SEC = 60
+"""What the script gets beyond the drain timeout of its workers."""
+MIN_TIME_SEC = 5 * 60
+"""Slurm may signal a minute early. A shorter job would be drained before it had captioned anything."""
+SUBMIT_TIMEOUT_SEC = 60.0
+
+_DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """What Slurm is asked for. `array` None means one job; otherwise so many of them, each with these nodes.
+
+    `more` are further options of sbatch, such as `--account=radiology`; they override the script's own.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 1
+    cpus_per_task: int | None = None
+    time: str | None = None
+    partition: str | None = None
+    array: int | None = None
+    more: Sequence[str] = ()
+
+    @property
+    def n_nodes(self) -> int:
+        """How many nodes all jobs have together."""
+        return self.nodes * (self.array or 1)
+
+    @property
+    def log(self) -> str:
+        """The name of a job's log in Slurm's notation; those of its tasks have `-` and the number of the task too."""
+        return "rococap-%j" if self.array is None else "rococap-%A_%a"
+
+    def options(self) -> list[str]:
+        """The options of sbatch. There is one task for each node, which runs a worker for each GPU."""
+        wanted = {
+            "nodes": self.nodes,
+            "ntasks-per-node": 1,
+            "gpus-per-node": self.gpus_per_node or None,
+            "cpus-per-task": self.cpus_per_task,
+            "time": self.time,
+            "partition": self.partition,
+            "array": None if self.array is None else f"1-{self.array}",
+            "output": f"{self.log}.log",
+        }
+        return [f"--{name}={shlex.quote(str(value))}" for name, value in wanted.items() if value is not None]
+
+
+def seconds(duration: str) -> int:
+    """The seconds of a time limit as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+
+    Raises ValueError for any other text.
+    """
+    match = _DURATION.fullmatch(duration)
+    if match is None:
+        raise ValueError(f"{duration!r} is not a time limit. Write minutes, hours:minutes:seconds or days-hours.")
+    parts = [int(part) for part in match.group("first", "second", "third") if part is not None]
+    if match["days"] is not None:
+        parts = [int(match["days"]) * 24 + parts[0], *parts[1:]]
+    elif len(parts) < 3:
+        parts = [0, *parts]
+    hours, minutes, rest = (*parts, 0, 0)[:3]
+    return 3600 * hours + 60 * minutes + rest
+
+
+def script(
+    allocation: Allocation, run: str, options: Sequence[str], *, drain_timeout: float = 25.0, flags: Sequence[str] = ()
+) -> str:
+    """The sbatch script that captions the run; `options` are those of `rococap worker`, `flags` those before it.
+
+    The URL of the queue is not in it, because it may hold a password: sbatch passes on ROCOCAP_DB.
+    """
+    gpus = ",".join(map(str, range(allocation.gpus_per_node)))
+    rococap = shlex.join([*program(), *flags])
+    worker = shlex.join(["worker", "--devices", gpus or "cpu:1", "--run", run, *options])
+    cpus = f" --cpus-per-task={allocation.cpus_per_task}" if allocation.cpus_per_task else ""
+    lines = "\n".join(f"#SBATCH {option}" for option in [*allocation.options(), *allocation.more])
+    return _SCRIPT.format(
+        lines=lines,
+        warning=max(WARNING_SEC, math.ceil(drain_timeout) + SLACK_SEC),
+        rococap=rococap,
+        worker=worker,
+        run=shlex.quote(run),
+        cpus=cpus,
+        log=allocation.log,
+    )
+
+
+_SCRIPT = """\
+#!/bin/bash
+#SBATCH --job-name=rococap
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@{warning}
+{lines}
+
+: "${{ROCOCAP_DB:?names no queue: submit this script with ROCOCAP_DB set and with --export=ALL}}"
+rococap=({rococap})
+
+is_finished() {{  # no, too, if the database does not answer
+  "${{rococap[@]}}" status --json | "${{rococap[0]}}" -c '
+import json, sys
+runs = [run for run in json.load(sys.stdin)["runs"] if run["run"] == sys.argv[1]]
+sys.exit(any(run["pending"] + run["leased"] + run["waiting"] for run in runs))
+' {run}
+}}
+
+# Slurm sends USR1 before the time limit: the workers finish what they are captioning and give the rest back.
+trap 'is_ending=yes; kill -USR1 "$step"' USR1
+
+# One task a node. A task that fails or has no work left does not end the others.
+srun --kill-on-bad-exit=0 --wait=0 --open-mode=append{cpus} --output={log}-%t.log "${{rococap[@]}}" {worker} &
+step=$!
+while kill -0 "$step" 2>/dev/null; do
+  wait "$step"
+  code=$?
+done
+if [ -z "${{is_ending:-}}" ]; then exit "$code"; fi
+is_finished || scontrol requeue "$SLURM_JOB_ID"
+"""
+
+
+def check_sbatch() -> None:
+    """Raises LaunchError if Slurm's sbatch is not on PATH."""
+    if shutil.which("sbatch") is None:
+        raise LaunchError(
+            "sbatch is not on PATH: run this on a login node of the cluster, or print the script with --dry-run."
+        )
+
+
+def submit(script: str, url: str) -> str:
+    """Submits the script, which finds the queue at `url`; returns the number of the job.
+
+    Raises LaunchError with Slurm's reason if it refuses the job.
+    """
+    check_sbatch()
+    done = subprocess.run(
+        ["sbatch", "--parsable"],
+        input=script,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ROCOCAP_DB": url},
+        timeout=SUBMIT_TIMEOUT_SEC,
+    )
+    if done.returncode != 0:
+        reason = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines())
+        raise LaunchError(f"Slurm refused the job: {reason}. See which partitions there are: sinfo")
+    return done.stdout.strip().partition(";")[0]
