@@ -42,10 +42,10 @@ def test_hadolint_finds_nothing_in_the_dockerfile():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def compose(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def compose(*options: str, file: str = "compose.yaml", **environment: str) -> subprocess.CompletedProcess[str]:
     """Docker Compose itself, which the package brings: its own command hides the exit code."""
     program = Path(str(find_spec("compose").origin)).with_name("docker-compose")
-    command = [str(program), "--file", str(DEPLOY / "compose.yaml"), *options]
+    command = [str(program), "--file", str(DEPLOY / file), *options]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
@@ -57,6 +57,34 @@ def test_docker_compose_accepts_the_compose_file():
     assert {services[name]["stop_grace_period"] for name in ("worker", "gpus")} == {"1m0s"}
     assert services["worker"]["environment"]["ROCOCAP_DB"] == ("postgresql+psycopg://rococap:secret@database/rococap")
     assert "set the password of the database" in compose("config", "--quiet").stderr
+
+
+def test_docker_compose_accepts_the_file_of_the_server():
+    done = compose("config", "--format", "json", file="serve.yaml", ROCOCAP_TOKEN="a-token-of-some-length")
+    assert (done.returncode, done.stderr) == (0, "")
+    (server,) = json.loads(done.stdout)["services"].values()
+    assert understands(server["command"])
+    assert "set a token" in compose("config", "--quiet", file="serve.yaml").stderr
+
+
+def understands(arguments: list[str]) -> bool:
+    """Whether `rococap` has this command with these options. Nothing is run."""
+    name, *options = arguments
+    command = cli.commands[name]
+    command.make_context(name, options, obj=cli.make_context("rococap", [], resilient_parsing=True).obj)
+    return True
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
+def test_systemd_accepts_the_unit_of_the_server(tmp_path):
+    unit = (DEPLOY / "rococap-serve.service").read_text()
+    program, *arguments = shlex.split(re.search(r"^ExecStart=(.*)", unit, re.MULTILINE)[1])
+    assert Path(program).name == "rococap"
+    assert understands(arguments)
+    path = tmp_path / "rococap-serve.service"
+    path.write_text(unit.replace(program, "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_kubernetes_accepts_the_job_and_its_budget():
