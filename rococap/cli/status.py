@@ -29,6 +29,10 @@ from rococap.figures import ago, duration, percent
 from rococap.recipe import Recipe
 
 SHOWN_PROCESS = 16  # characters
+MANY = 20
+"""More workers than this are shown by host."""
+SHOWN_HOSTS = 10
+SHOWN_OUTLIERS = 5
 
 
 # --- status ----------------------------------------------------------------------------------------------------
@@ -115,6 +119,8 @@ def _workers_text(workers: Sequence[queue.WorkerSeen]) -> str:
     """The workers in 80 columns, with their telemetry, except that of lost ones, which is out of date."""
     if not workers:
         return "No worker is running. Start one: rococap worker"
+    if len(workers) > MANY:
+        return _hosts_text(workers, SHOWN_HOSTS)
     rows = [
         [
             *(_process(worker), worker.device, worker.state, worker.done),
@@ -122,9 +128,45 @@ def _workers_text(workers: Sequence[queue.WorkerSeen]) -> str:
         ]
         for worker in workers
     ]
-    table = as_table(["worker", "device", "state", "done", *_MEASURED], rows)
-    rates = [worker.telemetry.pictures_per_sec for worker in workers if worker.state == "running" and worker.telemetry]
-    return table + (f"\n{len(rates)} workers together: {sum(rates):.2f} pictures/s" if len(rates) > 1 else "")
+    return "\n".join([as_table(["worker", "device", "state", "done", *_MEASURED], rows), *_together(workers)])
+
+
+def _together(workers: Sequence[queue.WorkerSeen]) -> list[str]:
+    rates = [worker.rate for worker in workers if worker.rate is not None]
+    return [f"{len(rates)} workers together: {sum(rates):.2f} pictures/s"] if len(rates) > 1 else []
+
+
+def _hosts_text(workers: Sequence[queue.WorkerSeen], most: int | None = None) -> str:
+    """A line for each host, or for at most so many, those with outliers first; then the outliers. In 80 columns."""
+    outliers = queue.outliers(workers)
+    troubled = {worker.host for worker in outliers}
+    hosts = queue.by_host(workers)
+    shown = sorted(hosts, key=lambda host: host.host not in troubled)[:most]
+    header = ["host", "running", "lost", "stopped", "done", "pic/s", "slowest", "pid"]
+    lines = [within_80(header, list(map(_host_row, shown)), 0)]
+    if len(shown) < len(hosts):
+        lines.append(f"… and {len(hosts) - len(shown)} more hosts. To list them: rococap workers")
+    lines += _together(workers)
+    if outliers:
+        rows = [[one.host, str(one.pid), one.device, _strangeness(one)] for one in outliers[:SHOWN_OUTLIERS]]
+        lines += ["", within_80(["outlier", "pid", "device", ""], rows, 0)]
+    if len(outliers) > SHOWN_OUTLIERS:
+        lines.append(f"… and {len(outliers) - SHOWN_OUTLIERS} more outliers")
+    return "\n".join(lines)
+
+
+def _host_row(seen: queue.HostSeen) -> list[str]:
+    slowest = seen.slowest
+    return [
+        *(seen.host, str(seen.running), str(seen.lost), str(seen.stopped), str(seen.done)),
+        *((f"{seen.pictures_per_sec:.2f}", f"{slowest.rate:.2f}", str(slowest.pid)) if slowest else ("-", "-", "-")),
+    ]
+
+
+def _strangeness(outlier: queue.WorkerSeen) -> str:
+    if outlier.state == "lost":
+        return f"lost, seen {ago(outlier.seen_sec_ago)}"
+    return f"{outlier.rate:.2f} pic/s, below half the median"
 
 
 def _process(worker: queue.WorkerSeen) -> str:
@@ -263,17 +305,25 @@ def leases_command(last: int, as_json: bool) -> None:
 
 
 @cli.command("workers")
-@click.option("--all", "everyone", is_flag=True, help="Also list those that stopped long ago.")
+@click.option("--all", "everyone", is_flag=True, help="List each one, also those that stopped long ago.")
 @json_option
 @db_option
 def workers_command(everyone: bool, as_json: bool) -> None:
-    """List the worker processes: running, stopped or lost."""
+    """List the worker processes: running, stopped or lost.
+
+    More than 20 are shown by host, unless you pass --all or --json.
+    """
     with db.transaction(open_database()) as conn:
         workers = queue.list_workers(conn, everyone=everyone)
     if as_json:
         echo_json([asdict(worker) for worker in workers])
         return
-    say(_workers_table(workers) if workers else "No worker is running. Start one: rococap worker")
+    if not workers:
+        say("No worker is running. Start one: rococap worker")
+    elif everyone or len(workers) <= MANY:
+        say(_workers_table(workers))
+    else:
+        say(f"{_hosts_text(workers)}\n\nTo list each worker: rococap workers --all")
 
 
 def _workers_table(workers: Sequence[queue.WorkerSeen]) -> str:

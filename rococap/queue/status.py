@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from sqlalchemy import Connection
@@ -86,6 +87,26 @@ class WorkerSeen:
     """None before its first heartbeat."""
     self_check: dict[str, Any] | None = None
     """The outcome of its self-check before the first claim; None if it made none."""
+
+    @property
+    def rate(self) -> float | None:
+        """Pictures per second; None unless it is running and has reported."""
+        return self.telemetry.pictures_per_sec if self.state == "running" and self.telemetry else None
+
+
+@dataclass(frozen=True, slots=True)
+class HostSeen:
+    """The workers of one host. `done` counts the pictures of all of them, `pictures_per_sec` adds up the rates of those
+    that are running, and `slowest` is one of these; None if none has reported.
+    """
+
+    host: str
+    running: int
+    lost: int
+    stopped: int
+    done: int
+    pictures_per_sec: float
+    slowest: WorkerSeen | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +301,43 @@ def list_workers(conn: Connection, *, everyone: bool = False, now: int | None = 
         )
         for id, host, pid, device, stopped, done, seen, ttl_ms, telemetry, self_check in rows
     ]
+
+
+def by_host(workers: Iterable[WorkerSeen]) -> list[HostSeen]:
+    """Workers grouped by host, in order of its name."""
+    groups: dict[str, list[WorkerSeen]] = {}
+    for worker in workers:
+        groups.setdefault(worker.host, []).append(worker)
+    return [_host_seen(host, groups[host]) for host in sorted(groups)]
+
+
+def _host_seen(host: str, workers: Sequence[WorkerSeen]) -> HostSeen:
+    n = Counter(worker.state for worker in workers)
+    rated = [(worker.rate, worker.id, worker) for worker in workers if worker.rate is not None]
+    return HostSeen(
+        *(host, n["running"], n["lost"], n["stopped"], sum(worker.done for worker in workers)),
+        pictures_per_sec=sum(rate for rate, *_ in rated),
+        slowest=min(rated)[2] if rated else None,
+    )
+
+
+def outliers(workers: Iterable[WorkerSeen]) -> list[WorkerSeen]:
+    """The workers that are lost, then those at less than half the median rate of their kind of device, slowest first.
+
+    Kinds are `cuda` and `cpu`, for example, whatever the number after the colon.
+    """
+    lost: list[WorkerSeen] = []
+    kinds: dict[str, list[tuple[float, int, WorkerSeen]]] = {}
+    for worker in workers:
+        if worker.state == "lost":
+            lost.append(worker)
+        elif worker.rate is not None:
+            kinds.setdefault(worker.device.split(":")[0], []).append((worker.rate, worker.id, worker))
+    slow = []
+    for rated in kinds.values():
+        limit = median(rate for rate, *_ in rated) / 2
+        slow += [one for one in rated if one[0] < limit]
+    return lost + [worker for *_, worker in sorted(slow)]
 
 
 _LEASES = (

@@ -193,6 +193,71 @@ def test_workers_tell_all_that_was_measured_also_of_those_that_stopped(database,
     assert row[-9:] == ["123.46", "12346", "100", "10", "71.2", "99", "128", "85.0", "97"]
 
 
+@pytest.fixture
+def five_hundred(database: Engine, run: Run) -> None:
+    """Eight workers on each of 62 hosts and four on a last one: a lost one, a stopped one, six slow ones and a CPU."""
+    usual, slow = replace(GPU, pictures_per_sec=2.0), replace(GPU, pictures_per_sec=0.9)
+    with db.transaction(database, write=True) as conn:
+        for n in range(500):
+            telemetry = CPU if n == 9 else slow if n in (400, 401, 402, 403, 408, 409) else usual
+            info = replace(INFO, device="cpu" if n == 9 else f"cuda:{n % 8}")
+            worker = queue.register_worker(conn, f"w{n}", f"node-{n // 8:02}.gpu.example.org", 1_000 + n, info)
+            queue.heartbeat(conn, worker, [], ttl_ms=60_000, telemetry=telemetry)
+        db.execute(conn, "UPDATE workers SET n_done = 100")
+        db.execute(conn, "UPDATE workers SET seen_at = seen_at - 7230000 WHERE pid = 1480")
+        db.execute(conn, "UPDATE workers SET stopped_at = seen_at WHERE pid = 1000")
+
+
+HOSTS = """\
+host                     running  lost  stopped  done  pic/s  slowest   pid
+node-50.gpu.example.org        8     0        0   800  11.60     0.90  1400
+node-51.gpu.example.org        8     0        0   800  13.80     0.90  1408
+node-60.gpu.example.org        7     1        0   800  14.00     2.00  1481
+node-00.gpu.example.org        7     0        1   800  14.00     2.00  1001
+node-01.gpu.example.org        8     0        0   800  14.02     0.02  1009
+"""
+OUTLIERS = """\
+
+outlier                   pid  device
+node-60.gpu.example.org  1480  cuda:0  lost, seen 2 h 00 min ago
+node-50.gpu.example.org  1400  cuda:0  0.90 pic/s, below half the median
+node-50.gpu.example.org  1401  cuda:1  0.90 pic/s, below half the median
+node-50.gpu.example.org  1402  cuda:2  0.90 pic/s, below half the median
+node-50.gpu.example.org  1403  cuda:3  0.90 pic/s, below half the median
+… and 2 more outliers
+"""
+
+
+@pytest.mark.usefixtures("five_hundred")
+def test_status_shows_many_workers_by_host_and_names_those_that_are_lost_or_slow():
+    text = said("status")
+    _, hosts = text.split("\n\n", maxsplit=1)
+    assert hosts.startswith(HOSTS)
+    assert hosts.endswith(
+        f"… and 53 more hosts. To list them: rococap workers\n498 workers together: 987.42 pictures/s\n{OUTLIERS}"
+    )
+    assert len(text.splitlines()) <= 24
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.usefixtures("five_hundred")
+def test_workers_lists_each_host_of_many_and_each_worker_if_asked():
+    lines = said("workers").splitlines()
+    assert len({line.split()[0] for line in lines if line.startswith("node-")}) == 63
+    assert lines[-1] == "To list each worker: rococap workers --all"
+    assert len(said("workers", "--all").splitlines()) == 1 + 500
+    assert len(json.loads(said("workers", "--json"))) == len(json.loads(said("status", "--json"))["workers"]) == 500
+
+
+@pytest.mark.parametrize(("n", "listed"), [(20, 20), (21, 1)])
+def test_workers_are_shown_by_host_only_if_there_are_more_than_20(database, n, listed):
+    with db.transaction(database, write=True) as conn:
+        for number in range(n):
+            queue.register_worker(conn, str(number), "host", number, INFO)
+    lines = said("workers").split("\n\n")[0].splitlines()
+    assert len(lines) == 1 + listed
+
+
 def test_leases_as_json_have_the_time_of_each_stage(database, run):
     lease = claim(database, run)
     with db.transaction(database, write=True) as conn:
