@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA = "0008"
+SCHEMA = "0009"
 """The alembic revision that this code reads and writes."""
 
 

@@ -85,6 +85,23 @@ def test_up_down_and_up_again_gives_the_same_schema(engine):
     assert schema_of(engine) == before
 
 
+def settings_of(engine: Engine) -> dict[str, list[str]]:
+    """The storage parameters of the tables that have any."""
+    sql = "SELECT relname, reloptions FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace "
+    return dict(select(engine, sql + "AND reloptions IS NOT NULL ORDER BY relname"))
+
+
+def test_the_tables_that_change_most_are_vacuumed_in_time_also_if_they_are_older(url, engine):
+    db.upgrade(engine, "0008")
+    assert settings_of(engine) == {}
+    assert db.migrate(url) == db.Migrated(True)
+    sooner = [f"autovacuum_{name}" for name in ("vacuum_scale_factor=0.05", "analyze_scale_factor=0.05")]
+    settings = [*sooner, "autovacuum_vacuum_cost_delay=0"]
+    assert settings_of(engine) == dict.fromkeys(["jobs", "leases", "tallies", "workers"], settings)
+    downgrade(engine, "0008")
+    assert settings_of(engine) == {}
+
+
 def test_an_older_database_is_upgraded_with_its_rows(url, tmp_path, monkeypatch):
     engine = db.connect(url)
     fill(engine, tmp_path / "set", 12)
