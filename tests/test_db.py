@@ -28,6 +28,7 @@ TABLES = {
     "images",
     "jobs",
     "leases",
+    "parts",
     "ratings",
     "reviews",
     "runs",
