@@ -276,7 +276,7 @@ def test_nothing_of_a_deleted_run_is_reviewed_or_edited(database, run):
 
 
 def test_no_statement_changes_or_removes_what_people_did():
-    """The tables of people's work only ever grow. Where a study was opened in two databases that are merged, the time at
+    """The tables of people's work only ever grow. If a study was opened in two databases that are merged, the time at
     which it was first opened stays.
     """
     source = "\n".join(path.read_text() for path in sorted(Path(review.__file__).parents[1].rglob("*.py")))
