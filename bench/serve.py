@@ -98,7 +98,7 @@ def _transformers(options: argparse.Namespace) -> list[Line]:
 
 def _client(options: argparse.Namespace) -> list[Line]:
     """A worker with the engine openai and this server, against one with the model in its process, with captions as long
-    as ROCOv2's and as many pictures at a time. More requests in flight than the server answers at a time made it slower.
+    as ROCOv2's and as many pictures at a time. More requests in flight than the server takes at once made it slower.
     """
     recipe = Recipe(model=str(MODEL), max_new_tokens=LONGEST, dtype="float32")
     ours = [str(BENCH / "forced_server.py"), "serve", "--max-new-tokens", str(LONGEST), "--batch-size", str(BATCH)]
