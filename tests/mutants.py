@@ -498,8 +498,8 @@ MUTANTS = (
         "any-database-will-do",
         "the captions of a spool go into a database that never issued their lease",
         "belongs",
-        'WHERE l.id = ? AND w.uuid = ?"',
-        "WHERE l.id = ? AND ? <> ''\"",
+        "WHERE l.id = ? AND w.uuid = ? ",
+        "WHERE l.id = ? AND ? <> '' ",
         "queue/test_queue.py::test_a_lease_is_known_only_to_the_database_that_gave_it",
     ),
     # --- by hand ---
