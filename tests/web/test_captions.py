@@ -188,7 +188,9 @@ def test_a_request_is_logged_with_its_size_and_its_time(beside):
     with client_of(beside) as client:
         for stream in (False, True):
             list(client.chat.completions.create(model=MODEL.name, messages=asking(PICTURES[0]), stream=stream))
+    n = beside.logged("…: 404")
     beside.client.post("/v1/secret?secret")
+    until(lambda: beside.logged("…: 404") == n + 1, "it is logged, which happens once it is answered")
     beside.log.seek(0)
     lines = [re.sub(r"\d+ (bytes|tokens|ms)", r"N \1", line.partition(" INFO ")[2]) for line in beside.log]
     logged = "POST /v1/{}, N bytes, {} pictures, N tokens, N ms\n"
