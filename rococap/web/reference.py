@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -12,7 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from rococap import __version__
 from rococap.web import api, operations
 from rococap.web.access import API, HEADERS
-from rococap.web.site import FOLDER
+from rococap.web.site import FOLDER, MEDIA_TYPES, assets
 
 # Swagger UI has icons in its style sheet.
 POLICY: Final = HEADERS["Content-Security-Policy"].replace("img-src 'self'", "img-src 'self' data:")
@@ -20,11 +21,10 @@ CACHED: Final = {"Cache-Control": "private, max-age=3600"}
 PAGE: Final = (FOLDER / "templates" / "docs.html").read_text()
 SWAGGER: Final = files("fastapi_offline") / "static"
 FILES: Final = {
-    "icon.svg": ((FOLDER / "static" / "icon.svg").read_bytes(), "image/svg+xml"),
-    "docs.js": ((FOLDER / "static" / "docs.js").read_bytes(), "text/javascript"),
-    "swagger-ui.css": ((SWAGGER / "swagger-ui.css").read_bytes(), "text/css"),
-    "swagger-ui-bundle.js": ((SWAGGER / "swagger-ui-bundle.js").read_bytes(), "text/javascript"),
+    **{name: assets()[name].content for name in ("icon.svg", "docs.js")},
+    **{name: (SWAGGER / name).read_bytes() for name in ("swagger-ui.css", "swagger-ui-bundle.js")},
 }
+"""The files of the page, which a server without other pages has as well."""
 
 router = APIRouter(include_in_schema=False)
 
@@ -64,5 +64,4 @@ def file(name: str) -> Response:
     """A file of the page."""
     if name not in FILES:
         raise HTTPException(404)
-    content, media_type = FILES[name]
-    return Response(content, media_type=media_type, headers=CACHED)
+    return Response(FILES[name], media_type=MEDIA_TYPES[PurePath(name).suffix], headers=CACHED)
