@@ -31,7 +31,7 @@ class Figures:
 
 def drive(port: int, requests: Sequence[Sent], clients: int) -> Figures:
     """Sends every request once, with so many clients at the same time. All have to be answered with status 200."""
-    # -P, since queue.py and http.py here would shadow the standard library's.
+    # -P, since queue.py here would shadow the standard library's.
     with tempfile.NamedTemporaryFile() as file:
         file.write(pickle.dumps((port, requests, clients)))
         file.flush()
@@ -54,9 +54,9 @@ def _drive(port: int, requests: Sequence[Sent], clients: int) -> Figures:
                 started = time.perf_counter()
                 connection.sendall(sent)
                 answer = _answer(connection)
-                took.append(time.perf_counter() - started)
                 if not answer.startswith(b"HTTP/1.1 200 "):
-                    raise SystemExit(answer[:500])
+                    raise RuntimeError(answer[:500].decode(errors="replace"))
+                took.append(time.perf_counter() - started)
 
     threads = [threading.Thread(target=send_all) for _ in range(clients)]
     started = time.perf_counter()
@@ -92,7 +92,7 @@ def _answer(connection: socket.socket) -> bytes:
 def _more(connection: socket.socket) -> bytes:
     some = connection.recv(65_536)
     if not some:
-        raise SystemExit("The server has closed the connection.")
+        raise ConnectionError("The server has closed the connection.")
     return some
 
 

@@ -17,7 +17,7 @@ from io import BytesIO
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Moved to the end: queue.py and http.py here would shadow the standard library's.
+    # Moved to the end: queue.py here would shadow the standard library's.
     sys.path.append(sys.path.pop(0))
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
 
@@ -127,7 +127,7 @@ def _memory(options: argparse.Namespace) -> list[Line]:
         for _ in range(options.requests // MEMORY_EVERY):
             drive(port, requests, max(CLIENTS))
             sizes.append(process.memory_info().rss / 1e6)
-    tenth = len(sizes) // 10
+    tenth = max(1, len(sizes) // 10)
     lines = [value_line("memory after the first tenth of the requests", [sizes[tenth - 1]], "MB", "")]
     lines.append(value_line("memory at the end", [sizes[-1]], "MB", ""))
     return [*lines, value_line("growth from the first tenth to the end", [sizes[-1] / sizes[tenth - 1]], "", "<= 1.05")]
@@ -137,7 +137,7 @@ def _memory(options: argparse.Namespace) -> list[Line]:
 
 
 def _clients(port: int, requests: list[Sent], n: int) -> Callable[[], Figures]:
-    # One client answers few requests in the time of many.
+    # A single client would take too long for all of them.
     return lambda: drive(port, requests[: max(100, len(requests) * min(n, 8) // 8)], n)
 
 

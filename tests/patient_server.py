@@ -69,9 +69,7 @@ def sent(served: Served, *levels: int) -> Iterator[None]:
     """A request that was sent, whose client hangs up at the end without having read an answer."""
     body = json.dumps({"images": [grey(level) for level in levels]}).encode()
     head = f"POST /v1/captions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    address = served.client.base_url
-    with socket.create_connection((address.host, address.port), timeout=30) as connection:
-        connection.sendall(head.encode() + body)
+    with connected(served, head.encode() + body):
         yield
 
 

@@ -264,7 +264,7 @@ def _be_member(member: Member) -> None:
         **member.service,
     )
     recipe_of = None if database is None else _recipes_of(database)
-    # Who may ask, its parent has decided.
+    # The parent has already checked who may ask.
     allowed = access.Access(0, frozenset(["localhost"]))
     with server.listen_at(member.socket) as listening:
         application = bare.create_bare_app(allowed, service, recipe_of)

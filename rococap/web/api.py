@@ -77,7 +77,10 @@ def _explain(request: Request, error: Exception) -> Response:
 
 def _explain_status(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    messages = {404: "There is no such address.", 413: f"A request may have {MAX_REQUEST:,} bytes."}
+    messages = {
+        404: "There is no such address.",
+        413: f"A request may have at most {MAX_REQUEST:,} bytes. Send its pictures in several requests.",
+    }
     code = "queue_full" if error.status_code == 429 else None
     message = messages.get(error.status_code, error.detail)
     return error_response(error.status_code, message, code=code, headers=error.headers)

@@ -8,14 +8,16 @@ import base64
 import binascii
 import logging
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from rococap.engines import Completion
 from rococap.errors import RococapError
@@ -81,10 +83,10 @@ class ErrorAnswer(BaseModel):
 
 
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    "4XX": {"model": ErrorAnswer, "description": "The request is at fault, or comes too early."},
+    "4XX": {"model": ErrorAnswer, "description": "The request is wrong, or too many are waiting."},
     "5XX": {
         "model": ErrorAnswer,
-        "description": "The server is at fault, loads or stops, or has no time left.",
+        "description": "The server failed, is loading or stopping, or took too long.",
     },
 }
 """The answers to requests that fail, for the OpenAPI document."""
@@ -117,7 +119,7 @@ def error_response(
 
 
 def explain(error: Exception) -> JSONResponse:
-    """The answer to a request that failed. An error that is nobody's message is logged."""
+    """The answer to a request that failed. An unexpected error is logged."""
     match error:
         case ApiError():
             return error_response(error.status, str(error), code=error.code, param=error.param)
@@ -228,3 +230,21 @@ async def _disconnected(request: Request, is_read: asyncio.Event | None) -> None
         await is_read.wait()
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+class Events(StreamingResponse):
+    """Server-sent events. However they end, `stack` is closed afterwards."""
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        stack: AsyncExitStack,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(events, status, headers, media_type="text/event-stream")
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            await super().__call__(scope, receive, send)

@@ -121,21 +121,22 @@ class Captioner:
     def ask_all(self, batch: Sequence[Asked]) -> None:
         """Accepts requests, all or none.
 
-        Raises Busy if too many are waiting, and Unavailable while the model is loading, or once the server stops.
+        Raises Busy if too many are waiting, and Unavailable while the model is loading or stalled, or once the server
+        stops.
         """
-        self._check_loaded()
+        self._check_answers()
         self.requests.ask(batch)
 
     def check_room(self) -> None:
         """Raises as `ask_all` would for one request, which has not been read yet."""
-        self._check_loaded()
-        if self.is_stalled:
-            raise Unavailable(STALLED)
+        self._check_answers()
         self.requests.check_room(1)
 
-    def _check_loaded(self) -> None:
+    def _check_answers(self) -> None:
         if not self.is_loaded and self.error is None:
             raise Unavailable(LOADING)
+        if self.is_stalled:
+            raise Unavailable(STALLED)
 
     def caption(self, pictures: Sequence[bytes], prompt: str) -> list[Asked]:
         """Asks for a caption of each picture. Raises as `ask_all` does."""

@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from rococap import prompts
 from rococap.engines import Completion
-from rococap.errors import RococapError
+from rococap.errors import DatabaseError, RococapError
 from rococap.queue.records import clean_text, flags_of
 from rococap.recipe import Recipe, refuse_placeholders
 from rococap.web.access import MAX_REQUEST
@@ -22,7 +22,7 @@ from rococap.web.requests import Asked
 MAX_PICTURES: Final = 64
 """Pictures in one request."""
 LENGTH: Final[dict[str, Any]] = {"minItems": 1, "maxItems": MAX_PICTURES}
-"""Only described, since a server that lets fewer wait accepts fewer."""
+"""For the description only: the limit that applies is lower if `--max-waiting` is."""
 
 
 class CaptionsRequest(BaseModel):
@@ -144,9 +144,9 @@ def _chosen_recipe(service: Service, recipe_of: RecipeOf, chosen: CaptionsReques
                 check_text(text, "prompt")
                 refuse_placeholders(text)
                 return replace(recipe, prompt=text)
+    except (ApiError, DatabaseError):
+        raise
     except (RococapError, ValueError) as error:
-        if isinstance(error, ApiError):
-            raise
         raise ApiError(400, str(error), param=next(iter(named))) from error
     return recipe
 

@@ -5,17 +5,18 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from typing import Annotated, Any, Final, Literal
 
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from rococap.engines import Completion, Message
 from rococap.web.calls import (
     ApiError,
+    Events,
     Service,
     Serving,
     answers,
@@ -266,13 +267,13 @@ class _Words:
 class _Answer:
     """An answer that is streamed."""
 
-    def __init__(self, service: Service, asked: Asked, arrived: Arrived, wants_usage: bool) -> None:
+    def __init__(self, service: Service, asked: Asked, arrived: Arrived, deadline: float, *, wants_usage: bool) -> None:
         self._service = service
         self._asked = asked
         self._arrived = arrived
         self._wants_usage = wants_usage
         self._head = _head(service, "chat.completion.chunk") | ({"usage": None} if wants_usage else {})
-        self._deadline = time.monotonic() + service.timeout
+        self._deadline = deadline
 
     async def events(self, first: Tokens | None) -> AsyncIterator[bytes]:
         """The events of an answer whose first tokens have come, or None if it was complete before any did."""
@@ -303,25 +304,11 @@ class _Answer:
         return _event(self._head | {"choices": [choice]})
 
 
-class _Events(StreamingResponse):
-    """Server-sent events. However they end, the place of their request is free afterwards."""
-
-    def __init__(self, events: AsyncIterator[bytes], asked: Asked) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self._asked = asked
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._asked.answer.cancel()
-
-
 async def _stream(
     request: Request, service: Service, chat: ChatRequest, messages: Sequence[Message], pictures: Sequence[bytes]
 ) -> Response:
     """Answers once the first token has come: errors before it have a status."""
-    loop = asyncio.get_running_loop()
+    loop, deadline = asyncio.get_running_loop(), time.monotonic() + service.timeout
     arrived: Arrived = asyncio.Queue()
 
     def tell(start: int, ids: Sequence[int]) -> None:
@@ -337,7 +324,10 @@ async def _stream(
         asked.answer.cancel()
         raise
     wants_usage = chat.stream_options is not None and chat.stream_options.include_usage
-    return _Events(_Answer(service, asked, arrived, wants_usage).events(first), asked)
+    answer = _Answer(service, asked, arrived, deadline, wants_usage=wants_usage)
+    stack = AsyncExitStack()
+    stack.callback(asked.answer.cancel)
+    return Events(answer.events(first), stack)
 
 
 def _ended(answer: "asyncio.Future[Completion]", arrived: Arrived, request: Request) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
-from rococap import queue
+from rococap import db, queue
 from rococap.db import execute, transaction
 from rococap.errors import RococapError
 from rococap.queue import PLACE, History, Run, place_of
@@ -373,7 +373,9 @@ class _Search:
             if (is_range and not query.has_range) or name == IMAGE:
                 continue
             where, values = self._range("k", is_range)
-            sql = f"SELECT image_id, value FROM {self._keys} k WHERE k.list = ?{where} AND image_id IN ({_marks(kept)})"
+            sql = (
+                f"SELECT image_id, value FROM {self._keys} k WHERE k.list = ?{where} AND image_id IN ({db.marks(kept)})"
+            )
             kept = dict(self._rows(sql, (self._lists.get(name, -1), *values, *kept))) if kept else {}
         return [(0.0 if query.sort == IMAGE else value, image) for image, value in kept.items()]
 
@@ -418,10 +420,6 @@ class _Search:
         return list(execute(self._conn, sql, tuple(values)).fetchall())
 
 
-def _marks(values: Any) -> str:
-    return ", ".join("?" * len(values))
-
-
 # --- What is shown of them -------------------------------------------------------------------------------------
 
 _SAID: Final = "j.image_id, j.id, j.status, c.text, c.flags, c.processing_ms, c.generated_at"
@@ -433,7 +431,7 @@ def pictures_of(conn: Connection, runs: Sequence[Run], images: Sequence[int]) ->
         return []
     sql = (
         f"SELECT i.id, {PLACE}, s.digest, i.caption, i.cui FROM images i JOIN shards s ON s.id = i.shard_id "
-        f"WHERE i.id IN ({_marks(images)})"
+        f"WHERE i.id IN ({db.marks(images)})"
     )
     rows = {row[0]: row[1:] for row in execute(conn, sql, tuple(images)).fetchall()}
     said = [_said(conn, run, images) for run in runs]

@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -196,7 +196,7 @@ class Index:
         """By run id, how many of its pictures of the split are in the index, and a lower bound of their ids."""
         sql = (
             f"SELECT run_id, sum(n), min(first_image) FROM {self.documents.schema}counts "
-            f"WHERE run_id IN ({_marks(runs)}) AND split = ? GROUP BY run_id"
+            f"WHERE run_id IN ({db.marks(runs)}) AND split = ? GROUP BY run_id"
         )
         rows = execute(conn, sql, (*(run.id for run in runs), split)).fetchall()
         return {row[0]: (int(row[1]), row[2]) for row in rows}
@@ -387,7 +387,7 @@ class Index:
             sample = self._sample(conn, lists)
             sql = (
                 f"SELECT list, image_id, value FROM {self.documents.schema}keys "
-                f"WHERE list IN ({_marks(lists)}) AND image_id IN ({_marks(sample)})"
+                f"WHERE list IN ({db.marks(lists)}) AND image_id IN ({db.marks(sample)})"
             )
             rows = execute(conn, sql, (*lists.values(), *sample)).fetchall() if sample else []
         known = {(row[0], row[1]): row[2] for row in rows}
@@ -585,10 +585,6 @@ def _identity(file: Path | None) -> tuple[int, int] | None:
     except OSError:
         return None
     return stat and (stat.st_dev, stat.st_ino)
-
-
-def _marks(values: Collection[Any]) -> str:
-    return ", ".join("?" * len(values))
 
 
 def _key(run: Run, split: str) -> str:

@@ -45,11 +45,9 @@ class Bounded:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        is_health = scope["path"].startswith("/health")
-        if self._n >= MAX_REQUESTS and not is_health:
-            full = error_response(503, f"{MAX_REQUESTS:,} requests are being answered. Try again later.")
-            await full(scope, receive, send)
-            return
+        app = self._app
+        if self._n >= MAX_REQUESTS and not scope["path"].startswith("/health"):
+            app = error_response(503, f"{MAX_REQUESTS:,} requests are being answered. Try again later.")
         keeps_back = Headers(scope=scope).get("expect", "").lower() == "100-continue"
 
         async def take() -> Message:
@@ -64,7 +62,7 @@ class Bounded:
 
         self._n += 1
         try:
-            await self._app(scope, take, answer)
+            await app(scope, take, answer)
         finally:
             self._n -= 1
 
@@ -97,7 +95,7 @@ class Intake:
             if is_json:
                 n_values += sum(map(body.count, (b",", b"[", b"{")))
                 if n_values > MAX_VALUES:
-                    raise HTTPException(400, f"A request may have {MAX_VALUES:,} values.")
+                    raise HTTPException(400, f"A request may have at most {MAX_VALUES:,} values.")
             return message
 
         async def answer(message: Message) -> None:
@@ -140,4 +138,4 @@ def _check_head(request: Request) -> None:
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":
         raise ApiError(415, "Requests are sent in UTF-8.")
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise ApiError(415, "Compressed requests are not read. Send it without Content-Encoding.")
+        raise ApiError(415, "Compressed requests are not read. Send the request without Content-Encoding.")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from rococap.db import execute
+from rococap.db import execute, marks
 from rococap.queue import Run
 from rococap.results.current import Position
 from rococap.results.snapshot import PAGE
@@ -31,7 +31,7 @@ def opinions(conn: Connection, run: Run, images: Sequence[int]) -> dict[int, Opi
         return {}
     sql = (
         f"SELECT j.image_id, v.verdict, v.reader, e.text, e.reader FROM jobs j {EDITED}"
-        f"LEFT JOIN reviews v ON v.id = {latest('reviews')} WHERE j.run_id = ? AND j.image_id IN ({_marks(images)})"
+        f"LEFT JOIN reviews v ON v.id = {latest('reviews')} WHERE j.run_id = ? AND j.image_id IN ({marks(images)})"
     )
     rows = execute(conn, sql, (_EVERYTHING, _EVERYTHING, run.id, *images)).fetchall()
     return {image: Opinion(*said) for image, *said in rows if any(said)}
@@ -45,7 +45,7 @@ def _new_reviews(conn: Connection, after: int) -> Sequence[Position]:
 def _reviewed(conn: Connection, jobs: Sequence[int]) -> set[int]:
     if not jobs:
         return set()
-    sql = f"SELECT DISTINCT job_id FROM reviews WHERE job_id IN ({_marks(jobs)})"
+    sql = f"SELECT DISTINCT job_id FROM reviews WHERE job_id IN ({marks(jobs)})"
     return {row[0] for row in execute(conn, sql, tuple(jobs)).fetchall()}
 
 
@@ -60,13 +60,9 @@ def _edited(conn: Connection, jobs: Sequence[int]) -> set[int]:
         return set()
     sql = (
         f"SELECT j.id FROM jobs j JOIN captions c ON c.job_id = j.id {EDITED}"
-        f"WHERE e.text <> c.text AND j.id IN ({_marks(jobs)})"
+        f"WHERE e.text <> c.text AND j.id IN ({marks(jobs)})"
     )
     return {row[0] for row in execute(conn, sql, (_EVERYTHING, *jobs)).fetchall()}
-
-
-def _marks(values: Sequence[int]) -> str:
-    return ", ".join("?" * len(values))
 
 
 REVIEWED, EDITED_BY_HAND = "reviewed", "edited"

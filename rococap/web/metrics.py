@@ -24,7 +24,7 @@ PROCESS_SEC: Final = 2.0
 
 
 class _Now(Collector):
-    """Everything that the server with this model, these processes, this database counts and is at present."""
+    """What a server counts, and its present state: of its model or its processes, its database, and itself."""
 
     def __init__(self, service: Service | Pool | None, site: Site | None) -> None:
         self._service = service

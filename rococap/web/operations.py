@@ -1,6 +1,6 @@
 """What those who run a server ask it: whether it lives, whether it answers, and what it counts."""
 
-from typing import cast
+from typing import Final, cast
 
 from fastapi import APIRouter
 from starlette.datastructures import State
@@ -13,6 +13,8 @@ from rococap.web.metrics import CONTENT_TYPE, exposition
 from rococap.web.pool import Pool
 from rococap.web.site import Site
 
+UNHEALTHY: Final = "The model is loading or does not answer, the server is stopping, or the database cannot be read."
+
 router = APIRouter(tags=["operations"])
 
 
@@ -22,7 +24,7 @@ def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/healthz", responses={503: {"description": "Not yet, no longer, or not now."}})
+@router.get("/healthz", responses={503: {"description": UNHEALTHY}})
 def healthz(request: Request) -> Response:
     """Whether requests are answered. Needs no token, so that why not, which may name hosts and files, is left out."""
     status = _status(request.app.state)

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rococap.errors import RococapError
-from rococap.web.captioner import LOADING, STOPPING
+from rococap.web.captioner import LOADING, STALLED, STOPPING
 from rococap.web.requests import Unavailable
 from rococap.worker.children import Child, Echo, Process, labels_of, tend
 
@@ -75,7 +75,7 @@ class Replica(Child[str]):
         return False
 
     def _cannot_start(self, process: Process[str]) -> bool:
-        return super()._cannot_start(process) and not self._was_ready
+        return process.code in (1, 2) and not self._was_ready  # however long the model took to load
 
 
 class Pool:
@@ -112,7 +112,8 @@ class Pool:
             return "failed"
         if self.is_stopping:
             return "stopping"
-        return "ok" if any(one.state == "ok" for one in self._replicas) else "loading"
+        states = [one.state for one in self._replicas]
+        return next((state for state in ("ok", "stalled") if state in states), "loading")
 
     def least_loaded(self, tried: Collection[Replica]) -> Replica:
         """The process with the fewest requests, among those that answer and were not tried.
@@ -121,7 +122,7 @@ class Pool:
         """
         ready = [one for one in self._replicas if one.state == "ok" and one not in tried]
         if self.is_stopping or not ready:
-            raise Unavailable(STOPPING if self.is_stopping else LOADING)
+            raise Unavailable({"stopping": STOPPING, "stalled": STALLED}.get(self.state, LOADING))
         return min(ready, key=lambda one: one.n_requests)
 
     def start(self, on_end: Callable[[], None]) -> None:

@@ -9,13 +9,13 @@ from typing import Any, Final
 import httpx
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from rococap.web.access import MAX_REQUEST
 from rococap.web.api import create_api, explain_errors
-from rococap.web.calls import ApiError, RecipeOf, Service, timed_out, unless_gone
+from rococap.web.calls import ApiError, Events, RecipeOf, Service, timed_out, unless_gone
 from rococap.web.chat import error_event
 from rococap.web.pool import Pool, Replica
 
@@ -25,7 +25,7 @@ PASSED_ON: Final = ("content-type", "content-length")
 OF_ONE_CONNECTION: Final = frozenset(["connection", "date", "keep-alive", "transfer-encoding"])
 """Headers of answers that are not passed on."""
 LATE_SEC: Final = 10.0
-"""A process that is so much later than it should be, by its own limit, does not answer any more."""
+"""How much longer than its own limit a process may take until it counts as not answering."""
 DIED: Final = "The process that had this request has died, and another takes its place. Send the request again."
 
 
@@ -74,7 +74,7 @@ class Proxy(Starlette):
             stack.push_async_callback(answer.aclose)
             headers = {name: value for name, value in answer.headers.items() if name not in OF_ONE_CONNECTION}
             if headers.get("content-type", "").startswith("text/event-stream"):
-                return _Events(self._events(answer), answer.status_code, headers, stack.pop_all())
+                return Events(self._events(answer), stack.pop_all(), answer.status_code, headers)
             return Response(await answer.aread(), answer.status_code, headers)
 
     async def _events(self, answer: httpx.Response) -> AsyncIterator[bytes]:
@@ -88,20 +88,6 @@ class Proxy(Starlette):
         if isinstance(error, httpx.TimeoutException):
             return timed_out(self._timeout)
         return ApiError(502, DIED, code="process_died")
-
-
-class _Events(StreamingResponse):
-    """Server-sent events, passed on. However they end, the process is rid of the request afterwards."""
-
-    def __init__(
-        self, events: AsyncIterator[bytes], status: int, headers: dict[str, str], request: AsyncExitStack
-    ) -> None:
-        super().__init__(events, status, headers)
-        self._request = request
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._request:
-            await super().__call__(scope, receive, send)
 
 
 def _client_of(replica: Replica, timeout: float) -> httpx.AsyncClient:

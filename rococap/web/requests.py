@@ -19,8 +19,8 @@ from rococap.errors import RococapError
 STAGES: Final = ("waiting", "preparing", "ready", "running")
 """What a request goes through, in order."""
 HOLD: Final = 4
-"""Requests join a batch that runs once they are 1 in HOLD of it, or the first of them has seen HOLD steps: reading one
-picture takes almost as long as reading a few.
+"""Ready requests join a running batch once there is one for every HOLD of its rows, or once the first has waited for
+HOLD steps: reading one picture takes almost as long as reading a few.
 """
 Tell = Callable[[int, Sequence[int]], None]
 """Gets the position of the first of some new tokens in an answer, and the tokens, on the thread of the engine."""
@@ -198,7 +198,7 @@ class Requests:
         return 0.0 if stepped is None else time.monotonic() - stepped
 
     def take(self, limit: int, wait: float | None) -> list[Prepared]:
-        """As `Source.take`. With a `wait` in seconds, it waits only for requests that have come already."""
+        """As `Source.take`. With a `wait` in seconds, it waits only if requests are waiting or being prepared."""
         with self._changed:
             self._stepped = None
             if wait is None:

@@ -1,7 +1,8 @@
 """Child processes of one command, one per GPU or several on the CPU: starts, restarts and stops them.
 
 A child is the same command again, with `--member`: it reports how it does on stdout, logs to stderr, and stops when its
-stdin is closed, so that no child outlives its parent. What it does and reports is its parent's and its own affair.
+stdin is closed, so that no child outlives its parent. Subclasses of `Child` decide what a process does and what it
+reports.
 """
 
 import json
@@ -218,7 +219,7 @@ class Child(ABC, Generic[R]):
 
     @abstractmethod
     def _has_finished(self, process: "Process[R]") -> bool:
-        """Whether a process that has ended has done all there is to do on its device."""
+        """Called once for each process that has ended. Returns whether nothing is left to do on its device."""
 
     def _cannot_start(self, process: "Process[R]") -> bool:
         """Whether a process ended in a way that points to a wrong configuration. A signal may come from outside, and a

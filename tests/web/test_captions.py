@@ -2,7 +2,6 @@
 
 import base64
 import re
-import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+from patient_server import HEAD, connected, status_of
 from PIL import Image
 from places import TESTS
 from samples import picture, register, write_shard
@@ -168,10 +168,8 @@ def test_a_request_that_cannot_be_understood_is_told_why(beside, name):
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_sent(beside):
-    address = beside.client.base_url
-    with socket.create_connection((address.host, address.port), timeout=20) as connection:
-        connection.sendall(b"POST /v1/captions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000000000\r\n\r\n")
-        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+    with connected(beside, HEAD + b"Content-Length: 2000000000\r\n\r\n") as (connection,):
+        assert status_of(connection) == 413
 
 
 def test_running_out_of_memory_fails_nobodys_request(worked):
