@@ -12,7 +12,7 @@ import shlex
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -404,7 +404,8 @@ def transaction(database: Database, *, write: bool = False, patience: float | No
                 raise
     except PoolTimeout as error:
         raise DatabaseUnavailable(
-            f"{shown(database.url)} does not answer the other threads of this process, which use all its connections."
+            f"No connection to {shown(database.url)} became free within {CONNECTION_PATIENCE_SEC:.0f} s, because other "
+            "threads of this process use all of them. Try again."
         ) from error
     except DBAPIError as error:
         if _is_unavailable(error):
@@ -538,7 +539,7 @@ def execute(conn: Connection, sql: str, params: Row | list[Row] = ()) -> "Cursor
     return conn.exec_driver_sql(sql, params if isinstance(params, list) else tuple(params))
 
 
-def marks(values: Sequence[Any]) -> str:
+def marks(values: Collection[Any]) -> str:
     """The placeholders of values in `IN (…)`, which finds nothing if there are none."""
     return ", ".join("?" * len(values)) or "NULL"
 

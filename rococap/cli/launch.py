@@ -1,5 +1,6 @@
 """`rococap launch`: workers on many machines, through Slurm or Ray."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,14 +45,24 @@ def _time_limit(ctx: click.Context, param: click.Parameter, value: str | None) -
     from rococap.launch import slurm
 
     try:
-        if value is not None and slurm.seconds(value) < slurm.MIN_TIME_SEC:
-            raise ValueError(
-                f"{value} is too short: workers are asked to stop {slurm.WARNING_SEC} s before the time limit, and "
-                f"must load the model first. Give them {slurm.MIN_TIME_SEC // 60} minutes or more."
-            )
+        if value is not None:
+            slurm.seconds(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
     return value
+
+
+def _check_time(time: str | None, drain_timeout: float) -> None:
+    from rococap.launch import slurm
+
+    warning = slurm.warning_sec(drain_timeout)
+    least = warning + slurm.MIN_WORK_SEC
+    if time is not None and slurm.seconds(time) < least:
+        raise click.BadParameter(
+            f"{time} is too short: workers are asked to stop {warning} s before the time limit, and must load the "
+            f"model first. Give them {math.ceil(least / 60)} minutes or more.",
+            param_hint="--time",
+        )
 
 
 def _options_of_sbatch(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -101,6 +112,7 @@ def slurm_command(ctx: click.Context, /, run_name: str | None, splits: tuple[str
     from rococap.worker.settings import Settings
 
     check_engine(options)
+    _check_time(options["time"], options["drain_timeout"])
     is_dry_run = options["dry_run"]
     asked = ("nodes", "gpus_per_node", "cpus_per_task", "time", "partition", "array", "more")
     allocation = slurm.Allocation(**{name: options[name] for name in asked})

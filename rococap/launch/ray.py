@@ -216,9 +216,14 @@ def _connected(address: str | None) -> Iterator[Any]:
         _check_listening(named)
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = str(error).splitlines()[0]
+        if named is None:
+            raise LaunchError(
+                f"Ray could not be started on this machine ({reason}). Its logs are in /tmp/ray."
+            ) from error
         raise LaunchError(
-            f"There is no Ray cluster at {named or 'this machine'} ({str(error).splitlines()[0]}). Start one with "
-            "ray start --head, or leave out --address to use this machine alone."
+            f"There is no Ray cluster at {named} ({reason}). Start one with ray start --head, or "
+            "leave out --address to use this machine alone."
         ) from error
     with redirect_stdout(sys.stderr):  # where Ray prints what it does about machines that are lost
         try:
@@ -241,7 +246,12 @@ def _check_cluster(ray: Any, database: Database, kind: Kind, n: int) -> None:
     available = int(ray.cluster_resources().get(kind.upper(), 0))
     what = "GPUs" if kind == "gpu" else "CPU cores"
     if not available:
-        raise LaunchError(f"The Ray cluster has no {what}. To caption on its CPU cores, use --cpus {n}.")
+        step = (
+            f"To caption on its CPU cores, use --cpus {n}."
+            if kind == "gpu"
+            else "Add a machine that has some: ray start."
+        )
+        raise LaunchError(f"The Ray cluster has no {what}. {step}")
     if available < n:
         log.warning("the Ray cluster has %d %s; %d of the workers wait for more", available, what, n - available)
 

@@ -16,8 +16,10 @@ WARNING_SEC = 120
 """How long before the time limit Slurm signals the script, unless workers need longer to drain."""
 SLACK_SEC = 60
 """What the script gets beyond the drain timeout of its workers."""
-MIN_TIME_SEC = 5 * 60
-"""Slurm may signal a minute early. A shorter job would be drained before it had captioned anything."""
+MIN_WORK_SEC = 3 * 60
+"""What a job has at least before it is signalled, which Slurm may do a minute early. With less, it would be drained and
+requeued before it had captioned anything, again and again.
+"""
 SUBMIT_TIMEOUT_SEC = 60.0
 
 _DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
@@ -80,6 +82,11 @@ def seconds(duration: str) -> int:
     return 3600 * hours + 60 * minutes + rest
 
 
+def warning_sec(drain_timeout: float) -> int:
+    """How long before the time limit Slurm signals the script."""
+    return max(WARNING_SEC, math.ceil(drain_timeout) + SLACK_SEC)
+
+
 def script(
     allocation: Allocation, run: str, options: Sequence[str], *, drain_timeout: float = 25.0, flags: Sequence[str] = ()
 ) -> str:
@@ -94,7 +101,7 @@ def script(
     lines = "\n".join(f"#SBATCH {option}" for option in [*allocation.options(), *allocation.more])
     return _SCRIPT.format(
         lines=lines,
-        warning=max(WARNING_SEC, math.ceil(drain_timeout) + SLACK_SEC),
+        warning=warning_sec(drain_timeout),
         rococap=rococap,
         worker=worker,
         run=shlex.quote(run),
@@ -137,28 +144,29 @@ is_finished || scontrol requeue "$SLURM_JOB_ID"
 """
 
 
-def check_sbatch() -> None:
-    """Raises LaunchError if Slurm's sbatch is not on PATH."""
+def submit(script: str, url: str) -> str:
+    """Submits the script, which finds the queue at `url`; returns the number of the job.
+
+    Raises LaunchError with Slurm's reason if it refuses the job, and if there is no Slurm or it does not answer.
+    """
     if shutil.which("sbatch") is None:
         raise LaunchError(
             "sbatch is not on PATH: run this on a login node of the cluster, or print the script with --dry-run."
         )
-
-
-def submit(script: str, url: str) -> str:
-    """Submits the script, which finds the queue at `url`; returns the number of the job.
-
-    Raises LaunchError with Slurm's reason if it refuses the job.
-    """
-    check_sbatch()
-    done = subprocess.run(
-        ["sbatch", "--parsable"],
-        input=script,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"ROCOCAP_DB": url},
-        timeout=SUBMIT_TIMEOUT_SEC,
-    )
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable"],
+            input=script,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"ROCOCAP_DB": url},
+            timeout=SUBMIT_TIMEOUT_SEC,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(
+            f"sbatch did not answer within {SUBMIT_TIMEOUT_SEC:.0f} s. See whether the job was submitted (squeue --me) "
+            "and whether Slurm's controller answers (scontrol ping), then try again."
+        ) from error
     if done.returncode != 0:
         reason = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines())
         raise LaunchError(f"Slurm refused the job: {reason}. See which partitions there are: sinfo")

@@ -374,7 +374,10 @@ def _register_from(
             if not page:
                 return result
             chosen = [row[1] for row in page if not flags or flags & set(row[2].split(","))]
+            n_new = result.new
             _add_jobs(conn, run, split, chosen, result)
+            if result.new > n_new:
+                parts.forget(conn, run.id, split)
         n_read, last = n_read + len(page), page[-1][0]
         progress(f"{split}: registering", n_read, total)
 

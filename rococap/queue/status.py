@@ -315,7 +315,11 @@ def _host_seen(host: str, workers: Sequence[WorkerSeen]) -> HostSeen:
     n = Counter(worker.state for worker in workers)
     rated = [(worker.rate, worker.id, worker) for worker in workers if worker.rate is not None]
     return HostSeen(
-        *(host, n["running"], n["lost"], n["stopped"], sum(worker.done for worker in workers)),
+        host=host,
+        running=n["running"],
+        lost=n["lost"],
+        stopped=n["stopped"],
+        done=sum(worker.done for worker in workers),
         pictures_per_sec=sum(rate for rate, *_ in rated),
         slowest=min(rated)[2] if rated else None,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from rococap.db import execute
+from rococap.db import execute, marks
 from rococap.queue import Run
 from rococap.results.snapshot import PAGE
 
@@ -37,12 +37,12 @@ def jobs_after(conn: Connection, after: int, columns: str) -> Rows:
 
 def jobs_with(conn: Connection, ids: Sequence[int], columns: str) -> Rows:
     """The jobs with these ids, in any order."""
-    return execute(conn, f"SELECT {columns} {_JOBS} j.id IN ({_marks(ids)})", tuple(ids)).fetchall() if ids else []
+    return execute(conn, f"SELECT {columns} {_JOBS} j.id IN ({marks(ids)})", tuple(ids)).fetchall() if ids else []
 
 
 def jobs_of_images(conn: Connection, run: Run, images: Sequence[int], columns: str) -> Rows:
     """A run's jobs for these images, by their ids in the database, in any order."""
-    sql = f"SELECT {columns} {_JOBS} j.run_id = ? AND j.image_id IN ({_marks(images)})"
+    sql = f"SELECT {columns} {_JOBS} j.run_id = ? AND j.image_id IN ({marks(images)})"
     return execute(conn, sql, (run.id, *images)).fetchall() if images else []
 
 
@@ -120,7 +120,7 @@ def last_failures(conn: Connection, jobs: Sequence[int]) -> dict[int, tuple[str,
         return {}
     sql = (
         "SELECT job_id, code, message FROM failures WHERE id IN "
-        f"(SELECT max(id) FROM failures WHERE job_id IN ({_marks(jobs)}) GROUP BY job_id)"
+        f"(SELECT max(id) FROM failures WHERE job_id IN ({marks(jobs)}) GROUP BY job_id)"
     )
     return {row[0]: (row[1], row[2]) for row in execute(conn, sql, tuple(jobs)).fetchall()}
 
@@ -129,11 +129,7 @@ def stored_scores(conn: Connection, jobs: Sequence[int]) -> dict[int, list[str]]
     """What `evaluate` has stored for these jobs: JSON objects from the names of scores to their values."""
     found: dict[int, list[str]] = {}
     if jobs:
-        sql = f"SELECT job_id, value FROM scores WHERE job_id IN ({_marks(jobs)})"
+        sql = f"SELECT job_id, value FROM scores WHERE job_id IN ({marks(jobs)})"
         for job_id, value in execute(conn, sql, tuple(jobs)).fetchall():
             found.setdefault(job_id, []).append(value)
     return found
-
-
-def _marks(values: Sequence[int]) -> str:
-    return ", ".join("?" * len(values))

@@ -201,11 +201,12 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
     now = db.now(conn)
     segment = None if merging else segment_number(result.path)
     jobs = _jobs_by_image_id(conn, run, split, list(rows["image_id"]))
-    is_done = [job_id for job_id, status, _ in jobs.values() if status == JobState.DONE]
-    here = doubles.made(conn, is_done) if merging else {}
+    was_done = {job_id for job_id, status, _ in jobs.values() if status == JobState.DONE}
+    here = doubles.made(conn, sorted(was_done)) if merging else {}
     moved: Counter[str] = Counter()
     captions: dict[int, tuple[Any, ...]] = {}
-    known, replaced = [], []
+    known: list[tuple[int | None, int]] = []
+    replaced: set[int] = set()
     cells = (rows["image_id"], rows["original_caption"], rows["generated_caption"])
     measures = (_seconds(result.path, rows), _milliseconds(result.path, rows))
     for image_id, original, text, seconds, generated_at in zip(*cells, *measures, strict=True):
@@ -225,13 +226,16 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
         else:
             if status == JobState.DONE:
                 result.twice += 1
-                replaced.append(job_id)
+            if job_id in was_done:
+                replaced.add(job_id)
             moved[str(status)] -= 1
             moved[JobState.DONE] += 1
-            jobs[image_id], here[job_id] = (job_id, JobState.DONE, current), made
+            jobs[image_id] = (job_id, JobState.DONE, current)
+            if merging:
+                here[job_id] = made
             processing_ms = None if seconds is None else seconds * 1000
             captions[job_id] = (job_id, made.text, queue.flags_of(text, ""), processing_ms, generated_at)
-    doubles.remove(conn, run, split, replaced)
+    doubles.remove(conn, run, split, sorted(replaced))
     if captions:
         execute(
             conn,

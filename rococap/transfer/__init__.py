@@ -3,8 +3,8 @@
 Rows are read and written by what `tables.metadata` says, so that a column that is added later travels too.
 """
 
-from rococap.transfer.copy import Copied, copy
-from rococap.transfer.merge import MERGED, is_export, merge, open_source
+from rococap.transfer.copy import copy
+from rococap.transfer.merge import is_export, merge, open_source
 from rococap.transfer.work import Merged
 
-__all__ = ["MERGED", "Copied", "Merged", "copy", "is_export", "merge", "open_source"]
+__all__ = ["Merged", "copy", "is_export", "merge", "open_source"]

@@ -37,7 +37,7 @@ def merge_runs(read: Connection, conn: Connection, source: str) -> Catalogue:
     return Catalogue(datasets, runs)
 
 
-def _refusal(source: str, what: str, differences: Sequence[str], why: str) -> RunError:
+def refusal(source: str, what: str, differences: Sequence[str], why: str) -> RunError:
     return RunError(
         f"{source} was not merged: {what} ({'; '.join(differences)}), and {why}. Merge it into another "
         f"database: rococap --db URL merge {shlex.quote(source)}"
@@ -64,7 +64,7 @@ def _dataset(read: Connection, conn: Connection, source: str, theirs: Row) -> in
         ]
     if differences:
         why = "captions of other pictures are never mixed"
-        raise _refusal(source, f"its data set {name} is not the one here", differences, why)
+        raise refusal(source, f"its data set {name} is not the one here", differences, why)
     return int(ours["id"])
 
 
@@ -86,7 +86,7 @@ def _shards(conn: Connection, dataset_id: int) -> dict[str, Row]:
 def merge_images(read: Connection, database: Database, datasets: Mapping[int, int], progress: Progress) -> int:
     """Adds the pictures of splits, or of shards, that are new here; returns how many.
 
-    All of a split in one transaction: `enqueue` takes a shard that it finds to be complete.
+    All of a split in one transaction, because `enqueue` assumes that a registered shard has all of its pictures.
     """
     n = 0
     for theirs, ours in datasets.items():
@@ -143,7 +143,7 @@ def _run(read: Connection, conn: Connection, source: str, theirs: Run, datasets:
     db.lock(conn, "runs", known[0]["id"])
     ours = queue.get_run(conn, theirs.name)
     if differences := _differences(theirs, ours, datasets[theirs.dataset_id]):
-        raise _refusal(
+        raise refusal(
             source, f"its run {theirs.name!r} differs from the one here", differences, "a run never mixes two"
         )
     changed = (_joined(theirs.resolved, ours.resolved), max(theirs.max_attempts, ours.max_attempts))

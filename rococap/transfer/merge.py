@@ -12,7 +12,7 @@ from sqlalchemy import Engine as Database
 
 from rococap import db, queue
 from rococap.db import execute, transaction
-from rococap.errors import DatabaseError, RococapError
+from rococap.errors import DatabaseError
 from rococap.files import ending, read_json
 from rococap.progress import Progress, silent
 from rococap.results import doubles
@@ -21,16 +21,9 @@ from rococap.results.restore import restore
 from rococap.transfer.catalogue import Catalogue, image_ids, merge_images, merge_runs
 from rococap.transfer.rows import insert, pages, refuse_open_leases, select, translated
 from rococap.transfer.studies import check_studies, merge_studies
-from rococap.transfer.work import OF_JOBS, Merged, merge_jobs, merge_leases, merge_workers, used_twice
+from rococap.transfer.work import Merged, merge_jobs, merge_leases, merge_workers, used_twice
 from rococap.urls import shown
 
-MERGED = (
-    *("datasets", "shards", "images", "image_hashes", "runs", "parts"),
-    *("workers", "leases", "jobs", *OF_JOBS),
-    *("studies", "study_items", "study_readers", "ratings", "unblindings"),
-    "tallies",  # counted again
-)
-"""The tables that `merge` combines; a test compares them with the schema."""
 EXPORTS = (".csv", ".jsonl", ".parquet")
 
 
@@ -50,11 +43,12 @@ def merge(database: Database, source: str, progress: Progress = silent) -> Merge
         return _merge_export(database, Path(source))
     other = open_source(source)
     try:
+        named = shown(other.url) if "://" in source else source  # a URL may hold a password
         if _is_same(database, other):
-            raise DatabaseError(f"{source} is the database to merge into. Name the other parts.")
+            raise DatabaseError(f"{named} is the database to merge into. Name the other parts.")
         with transaction(other) as read:
             db.stay_idle(read)
-            return _merge_database(read, database, source, progress)
+            return _merge_database(read, database, named, progress)
     finally:
         other.dispose()
 
@@ -150,8 +144,6 @@ def _merge_export(database: Database, path: Path) -> Merged:
     manifest = read_json(manifest_path(path)) or read_json(path.parent / "run.json") or {}
     with transaction(database) as conn:
         run = queue.find_run(conn, manifest.get("run"))
-    if not path.is_file():
-        raise RococapError(f"There is no file {path}. Name the exports, checkpoints or databases of the parts.")
     found = restore(database, run, path, merging=True)
     return Merged(
         str(path),

@@ -7,9 +7,8 @@ from sqlalchemy import Engine as Database
 
 from rococap import db
 from rococap.db import execute, transaction
-from rococap.errors import RococapError
 from rococap.tables import JobState
-from rococap.transfer.catalogue import Catalogue, image_ids
+from rococap.transfer.catalogue import Catalogue, image_ids, refusal
 from rococap.transfer.rows import Row, add_to_log, insert, insert_one, select, translated
 from rococap.transfer.work import Merged
 
@@ -27,11 +26,8 @@ def check_studies(read: Connection, conn: Connection, source: str) -> None:
                 if here.get(number, row["reader"]) != row["reader"]:
                     differing.append(f"reader {number}: {row['reader']}, not {here[number]}")
             if differing:
-                raise RococapError(
-                    f"{source} was not merged: its study {theirs['name']!r} differs from the one here "
-                    f"({'; '.join(differing)}), and a study never changes. Merge it into another database: rococap "
-                    f"--db URL merge {source}"
-                )
+                what = f"its study {theirs['name']!r} differs from the one here"
+                raise refusal(source, what, differing, "a study never changes")
 
 
 def merge_studies(read: Connection, database: Database, catalogue: Catalogue, result: Merged) -> None:

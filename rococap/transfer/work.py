@@ -248,7 +248,7 @@ class _Merge:
     def _captions(self, ours: Mapping[int, Row]) -> tuple[list[int], set[int]]:
         """The jobs there whose caption is the one here now; and those whose caption has replaced another one."""
         here = doubles.made(self._conn, [job["id"] for job in ours.values() if job["status"] == JobState.DONE])
-        new, same, replaced, removed = [], [], set(), []
+        new, same, replaced, better = [], [], set(), []
         for theirs, made in self._page.made.items():
             if theirs not in ours:
                 continue
@@ -258,28 +258,37 @@ class _Merge:
             elif made.is_same(known):
                 same.append(theirs)
                 if made.provenance < known.provenance:
-                    removed.append(theirs)
+                    better.append(theirs)
             else:
                 self._result.twice += 1
                 if not made.is_unused and not known.is_unused:
                     raise used_twice(self._result.source, [self._page.pictures[ours[theirs]["image_id"]][0]])
                 if made < known:
                     replaced.add(theirs)
-        removed += replaced
-        doubles.remove(self._conn, self._run, self._split, [ours[theirs]["id"] for theirs in removed])
-        leases = _lease_ids(self._conn, self._page.leases)
-        rows = [
-            translated(
-                "captions", self._page.of_table["captions"][theirs][0], {"leases": leases}, job_id=ours[theirs]["id"]
-            )
-            for theirs in (*new, *removed)
-        ]
-        insert(self._conn, "captions", rows)
-        self._moved.update(queue.flag_counts(row["flags"] for row in rows))
+        doubles.remove(self._conn, self._run, self._split, [ours[theirs]["id"] for theirs in sorted(replaced)])
+        leases, captions = _lease_ids(self._conn, self._page.leases), self._page.of_table["captions"]
+        rows = {
+            theirs: translated("captions", captions[theirs][0], {"leases": leases}, job_id=ours[theirs]["id"])
+            for theirs in (*new, *replaced, *better)
+        }
+        insert(self._conn, "captions", [rows[theirs] for theirs in (*new, *replaced)])
+        self._update_captions([rows[theirs] for theirs in better])
+        self._moved.update(queue.flag_counts(row["flags"] for row in rows.values()))
         self._result.merged += len(new)
         self._result.known += len(same)
         self._result.is_new |= bool(rows)
         return [*new, *same, *replaced], replaced
+
+    def _update_captions(self, rows: Sequence[Row]) -> None:
+        """Replaces captions by copies that know more of how they were made. Their scores stay."""
+        ids = [row["job_id"] for row in rows]
+        flags = execute(
+            self._conn, f"SELECT flags FROM captions WHERE job_id IN ({db.marks(ids)})", tuple(ids)
+        ).fetchall()
+        self._moved.subtract(queue.flag_counts(row[0] for row in flags))
+        for row in rows:
+            columns = ", ".join(f"{name} = ?" for name in row)
+            execute(self._conn, f"UPDATE captions SET {columns} WHERE job_id = ?", (*row.values(), row["job_id"]))
 
     def _failures(self, ours: Mapping[int, Row]) -> set[int]:
         """Adds failures; returns the jobs there whose latest failure is new here."""
@@ -363,7 +372,7 @@ def used_twice(source: str, pictures: Sequence[str]) -> RococapError:
     """The error for captions that differ from those here, although people have worked on both."""
     shown = ", ".join(pictures[:3]) + (", …" if len(pictures) > 3 else "")
     return RococapError(
-        f"{source} was not merged: its captions of {len(pictures)} pictures are others than those here ({shown}), and "
+        f"{source} was not merged: its captions differ from those here for {len(pictures)} pictures ({shown}), and "
         "people have judged, edited or studied both, which is kept for good. To take its captions without what people "
         "did, export them and merge the export: rococap --db URL export --split SPLIT"
     )

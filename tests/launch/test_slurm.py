@@ -1,5 +1,6 @@
 """`rococap launch slurm`: the script that it writes, and real workers in jobs of a real Slurm."""
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from sqlalchemy import Engine
 from steps import column, refused, said, select
 
 from rococap import db
+from rococap.launch import slurm as launcher
 from rococap.launch.slurm import Allocation, script, seconds
 from rococap.recipe import Recipe
 
@@ -81,7 +83,8 @@ def test_an_option_for_sbatch_follows_those_of_the_script_and_so_overrides_them(
 
 
 def test_the_script_does_not_hold_the_password_of_the_queue(registered):
-    assert not [line for line in dry_run() if "sqlite" in line]
+    for where in ([], ["--db", "sqlite:///rococap.db"]):
+        assert not [line for line in dry_run(*where) if "sqlite" in line or "--db" in line]
 
 
 @pytest.mark.parametrize("run", ["default", 'it\'s "two" $words', "a\\b"])
@@ -136,6 +139,23 @@ def test_without_slurm_the_next_step_is_named(registered, monkeypatch):
 )
 def test_options_that_cannot_be_right_are_refused(registered, option, message):
     assert message in refused("launch", "slurm", option, code=2)
+
+
+def test_a_job_has_time_to_caption_before_it_is_asked_to_drain(registered):
+    """Else it would return to the queue again and again without a caption."""
+    error = refused("launch", "slurm", "--time=10", "--drain-timeout=600", code=2)
+    assert "10 is too short: workers are asked to stop 660 s before the time limit" in error
+    assert "Give them 14 minutes or more." in error
+    assert "#SBATCH --time=14" in dry_run("--time=14", "--drain-timeout=600")
+
+
+def test_a_controller_that_does_not_answer_is_told(registered, monkeypatch):
+    sbatch = registered / "sbatch"
+    sbatch.write_text("#!/bin/sh\nexec sleep 60\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{registered}:{os.environ['PATH']}")
+    monkeypatch.setattr(launcher, "SUBMIT_TIMEOUT_SEC", 0.3)
+    assert refused("launch", "slurm").endswith("whether Slurm's controller answers (scontrol ping), then try again.")
 
 
 def test_nothing_is_submitted_where_there_is_nothing_to_do(registered):

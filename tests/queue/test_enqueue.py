@@ -537,6 +537,21 @@ def test_several_parts_add_up_and_the_whole_split_is_no_part(database, root):
     assert tallies_match(database)
 
 
+def test_a_run_that_gets_pictures_of_another_run_has_no_part_any_more(database, root):
+    write_shard(root, "train", range(40))
+    part, recipe = queue.Part(1, 2), Recipe(model="tests/small")
+    prompt = replace(recipe, prompt="Another.")
+    register(database, root, ["train"], run="whole", recipe=prompt)
+    register(database, root, ["train"], run="part", recipe=prompt, part=part)
+    register(database, root, ["train"], recipe=recipe, part=part)
+    with db.transaction(database) as conn:
+        old, same = queue.get_run(conn, "whole"), queue.get_run(conn, "part")
+    (found,) = enqueue_from(database, same, ["train"], run="default", recipe=recipe)
+    assert (found.new, parts(database)) == (0, ["1/2"])
+    (found,) = enqueue_from(database, old, ["train"], run="default", recipe=recipe)
+    assert (found.new > 0, parts(database)) == (True, [])
+
+
 def tallies_match(database: Engine) -> bool:
     with db.transaction(database) as conn:
         return tallies(conn) == recount(conn)

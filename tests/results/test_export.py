@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from places import SHARED
 from samples import fill, register, write_shard
 from sqlalchemy import Engine
-from steps import invoke
+from steps import invoke, select
 
 from rococap import db, queue
 from rococap import files as files_module
@@ -432,6 +432,21 @@ def test_a_lost_database_is_restored_from_an_export_to_the_byte(database, other,
     again = export.export(other, new, "train", out / "again.csv").path
     assert again.read_bytes() == reference.read_bytes()
     assert restore(other, new, path).known == 30
+
+
+@pytest.mark.parametrize(("merging", "n_known", "n_twice", "kept"), [(False, 1, 0, "one"), (True, 0, 1, "another")])
+def test_a_picture_that_is_twice_in_a_file_is_restored_once(
+    database, other, run, out, tmp_path, merging, n_known, n_twice, kept
+):
+    caption(database, run, ["one", "two", "three"])
+    path = export.export(database, run, "train", out / "x.csv").path
+    path.with_suffix(".json").unlink()
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    twin = frame.head(1).assign(generated_caption="another")  # of two that were made at one time, the first by text
+    pd.concat([frame, twin]).to_csv(path, index=False)
+    result = restore(other, fill(other, tmp_path / "set", 30), path, merging=merging)
+    assert (result.restored, result.known, result.twice, result.replaced) == (3, n_known, n_twice, 0)
+    assert select(other, "SELECT text FROM captions ORDER BY job_id")[0][0] == kept
 
 
 def test_segments_restore_what_they_hold_and_the_rest_stays_pending(database, other, run, out, tmp_path):
