@@ -66,15 +66,17 @@ def serving(url: str | None, *options: str, **environment: str) -> Iterator[Serv
 @contextmanager
 def running(arguments: Sequence[str], **environment: str) -> Iterator[Served]:
     """A server that may end in any way."""
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=os.environ | environment,
-            bufsize=1,
-        )
+    with tempfile.NamedTemporaryFile("r") as log:
+        # A file that is opened once would have one position: to read would move the place where the server writes.
+        with open(log.name, "w") as written:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdout=subprocess.PIPE,
+                stderr=written,
+                text=True,
+                env=os.environ | environment,
+                bufsize=1,
+            )
         with process:
             try:
                 said = process.stdout.readline()

@@ -110,7 +110,7 @@ def _compared_row(run: Any) -> list[str]:
 
 
 def _disagreements_text(found: "Disagreements") -> str:
-    unread = f" {found.not_read} more have captions that are not in English." if found.not_read else ""
+    unread = f" Not compared, since captions are not in English: {found.not_read}." if found.not_read else ""
     heading = (
         f"Facts (side, negation, modality): the runs differ on {found.differing} of {found.compared} pictures, and "
         f"contradict each other on {found.opposite}.{unread}"
@@ -120,7 +120,7 @@ def _disagreements_text(found: "Disagreements") -> str:
         lines.append(f"{one.image_id} ({one.split})")
         for difference in one.differences:
             says = ", ".join(
-                f"{run}: {fact or 'nothing'}" for run, fact in zip(difference.runs, difference.says, strict=True)
+                f"{run}: {fact or 'not stated'}" for run, fact in zip(difference.runs, difference.says, strict=True)
             )
             lines += textwrap.wrap(f"{difference.kind}: {says}", 80, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
 """Changes a caption in one respect, to see which scores notice.
 
 Text in, text out, and None where a change does not apply. The same text always gives the same change. The words that
-are looked for are written here and not taken from the lexicons of the fact scores, so that these are not tested with
-their own eyes. A change is left out where it might leave the meaning as it was, such as a swap of sides in a text that
-names both.
+are looked for are written here and not taken from the lexicons of the fact scores: with the same words, a probe could
+not show what these overlook. A change is left out where it might leave the meaning as it was, such as a swap of sides
+in a text that names both.
 """
 
 import re
@@ -298,7 +298,7 @@ def _times(digits: str, factor: int) -> str:
 
 
 def other_picture(text: str, random: Random, originals: Sequence[str]) -> str | None:
-    """The caption of another picture; None if all have the same."""
+    """The caption of another picture; None if 100 draws give the same."""
     for _ in range(100):
         other = fold(random.choice(originals))
         if other and other != text:

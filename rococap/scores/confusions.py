@@ -61,10 +61,13 @@ def _count(scored: Scored, progress: Progress) -> tuple[Confusions, Originals]:
         found = facts.agreements(caption, reference)
         for kind in KINDS:
             one = found[kind]
-            swapped = [(_name(kind, original), _name(kind, said)) for original, said in one.opposite]
-            confused.update((modality, kind, *names) for names in swapped)
-            kept = (_name(kind, name) for name in (*one.agreeing, *one.missed))
-            stated.update((modality, kind, name) for name in (*kept, *(original for original, _ in swapped)))
+            confused.update(
+                (modality, kind, _name(kind, original), _name(kind, said)) for original, said in one.opposite
+            )
+            originals = [*one.agreeing, *one.missed, *(original for original, _ in one.opposite)]
+            if kind == "negation":  # of affirmed findings, an Agreement holds only those that the caption denies
+                originals = [*(f"no {name}" for name in reference.denied), *reference.affirmed]
+            stated.update((modality, kind, _name(kind, name)) for name in originals)
     return confused, stated
 
 

@@ -13,7 +13,7 @@ KINDS: Final = ("side", "negation", "modality")
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A fact in which two runs differ: what each says, None if it says nothing of the kind."""
+    """A fact in which two runs differ: what each says, None if it states nothing in place of the other's fact."""
 
     kind: str
     runs: tuple[str, str]

@@ -27,7 +27,7 @@ from rococap import __version__, queue
 from rococap.db import execute, transaction
 from rococap.errors import RococapError, RunError
 from rococap.files import ending, replacing, write_json
-from rococap.progress import Progress, silent
+from rococap.progress import Progress, silent, with_label
 from rococap.queue import Run, find_runs
 from rococap.results import formats
 from rococap.results.export import FOLDER
@@ -186,7 +186,9 @@ def _concepts(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
 
 def _facts(pairs: Sequence[Pair], wanted: Sequence[int]) -> Iterator[Scores]:
     if not any(is_english(pair.text) and is_english(pair.reference) for pair in pairs):
-        raise NotComputed(f"Facts are read from English texts, and {len(pairs)} of {len(pairs)} pairs are not (100 %).")
+        raise NotComputed(
+            f"Facts are read from English texts, and in none of the {len(pairs)} pairs are both in English."
+        )
     for at in wanted:
         caption, reference = facts.facts_of(pairs[at].text), facts.facts_of(pairs[at].reference)
         if caption is None or reference is None:
@@ -620,9 +622,7 @@ def _evaluate(
     modalities = [concepts.modality(concepts.parse(pair.cui)) for pair in pairs]
     scored = Scored(pairs, run=run, split=split, modalities=modalities)
 
-    def labelled_progress(what: str, done: int, total: int) -> None:
-        progress(f"{run.name}, {split}: {what}", done, total)
-
+    labelled_progress = with_label(progress, f"{run.name}, {split}")
     was_computed = {key for _, key in kept}
     labelled = _labelled(pairs)
     for metric in (*METRICS, *plugins):

@@ -72,11 +72,15 @@ EXPLAINED: Final = {
         "METEOR 1.5", "0 to 1", "METEOR as its authors' own program computes it, which also matches paraphrases."
     ),
     **{
-        f"imageclef_{name}": Explained(f"ImageCLEF 2026: {name}", "up to 1", meaning)
-        for name, meaning in (
-            ("relevance", "Mean of BERTScore, ROUGE-1, BLEURT and the similarity of picture and caption."),
-            ("factuality", "Mean of AlignScore and the F1 of UMLS concepts."),
-            ("overall", "Mean of relevance and factuality, by which the task ranks."),
+        f"imageclef_{name}": Explained(f"ImageCLEF 2026: {name}", scale, meaning)
+        for name, scale, meaning in (
+            (
+                "relevance",
+                "about 0 to 1",
+                "Mean of BERTScore, ROUGE-1, BLEURT and the similarity of picture and caption.",
+            ),
+            ("factuality", "up to 1", "Mean of AlignScore and the F1 of UMLS concepts."),
+            ("overall", "about 0 to 1", "Mean of relevance and factuality, by which the task ranks."),
         )
     },
     "length_ratio": Explained(

@@ -53,5 +53,8 @@ def why_not(parts: list[str]) -> str:
     """Why a score without these parts is not computed, and what to do about it."""
     ours = [f"--also {part}" for part in parts if part in OURS]
     theirs = [part for part in parts if part not in OURS]
-    plugins = [f"plug-ins named {' and '.join(theirs)} (--also NAME=MODULE:FUNCTION)"] if theirs else []
-    return f"It lacks {', '.join(parts)}, for all captions or for some. Add {' and '.join([*ours, *plugins])}."
+    plugins = [f"plug-ins named {' and '.join(theirs)} (--also or --also-command NAME=…)"] if theirs else []
+    return (
+        f"It lacks {', '.join(parts)}, for all captions or for some. Add {' and '.join([*ours, *plugins])}; if one is "
+        "there, it must score every caption that has an original."
+    )

@@ -33,7 +33,8 @@ from typing import Any, Final
 from rococap.errors import RococapError
 from rococap.files import sha256_of
 from rococap.results.formats import fold
-from rococap.scores.evaluate import COUNTED, METRICS, Metric, NotComputed, Pair, Scores
+from rococap.scores import imageclef
+from rococap.scores.evaluate import COUNTED, COUNTS, FACTS, METRICS, TEXTS, Metric, NotComputed, Pair, Scores
 
 GROUP: Final = "rococap.scores"
 """The entry points of installed packages that are scores."""
@@ -66,7 +67,9 @@ def requested(
     ours = [name for name in also if name in extras()]
     plugins = [_function(*_named(one)) for one in also if one not in ours]
     plugins += [_command(one, time_limit_sec) for one in commands]
-    taken = {"flagged", *COUNTED, *(name for metric in METRICS for name in (metric.name, *metric.scores))}
+    taken = {"flagged", *TEXTS, *COUNTED, *imageclef.PARTS}
+    taken |= {name for metric in METRICS for name in (metric.name, *metric.scores)}
+    taken |= {f"{name}_{what}" for name in FACTS for what in COUNTS}
     for plugin in plugins:
         if not _NAME.fullmatch(plugin.name):
             raise RococapError(
@@ -123,6 +126,8 @@ def _named(also: str) -> tuple[str, EntryPoint]:
     name, is_named, place = also.rpartition("=")
     if ":" not in place:
         installed = entry_points(group=GROUP)
+        if place in extras():
+            raise RococapError(f"{place} is a score of rococap and keeps its name: --also {place}")
         if place not in installed.names:
             known = ", ".join([*extras(), *sorted(installed.names)])
             raise RococapError(f"There is no score {place!r}: name one of {known}, or package.module:function.")
@@ -207,7 +212,7 @@ def _command(given: str, limit_sec: float) -> Metric:
 
 
 def _answered(words: Sequence[str], batch: Sequence[Pair], limit_sec: float) -> list[Any]:
-    """The command's answers, in the order of the batch. It and its children are killed if anything goes wrong."""
+    """The command's answers, in the order of the batch. What is left of it and its children at the end is killed."""
     # A file and not a pipe: the command may write as much as it likes before it reads.
     with TemporaryFile("w+", encoding="utf-8") as questions:
         for pair in batch:

@@ -18,7 +18,7 @@ from rococap import queue
 from rococap.db import execute, transaction
 from rococap.errors import RococapError, RunError
 from rococap.files import read_json, replacing
-from rococap.progress import Progress, silent
+from rococap.progress import Progress, silent, with_label
 from rococap.results.export import FOLDER
 from rococap.results.formats import armed
 from rococap.results.manifest import manifest_path
@@ -87,7 +87,7 @@ class Probed:
 def of_split(database: Database, run_name: str | None, split: str) -> list[Pair]:
     """The originals of the split in the data set of a run, or of the default or only run, each as its own caption.
 
-    Raises RunError if there is no such run, or it has no pictures of the split; RococapError if these have no captions.
+    Raises RunError if there is no such run, it has no pictures of the split, or none has an original caption.
     """
     with transaction(database) as conn:
         run = queue.find_run(conn, run_name)
@@ -157,11 +157,11 @@ def probe(
     """Scores every change of the originals, and the originals themselves.
 
     `also` and `plugins` are further scores, as for `evaluate`. Intervals are from the percentile bootstrap over
-    captions, which are drawn once for both scores.
+    captions, which are drawn once for both scores. Raises RococapError if no change applies.
     """
     originals = list(pairs)
     metrics = [metric for metric in (*METRICS, *plugins) if not metric.extra or metric.name in also]
-    same = compute(metrics, originals, range(len(originals)), _labelled(progress, "unchanged"))
+    same = compute(metrics, originals, range(len(originals)), with_label(progress, "unchanged"))
     found: dict[str, Changed] = {}
     not_computed = dict(same.not_computed)
     possible = [metric for metric in metrics if not not_computed.keys() >= set(metric.scores)]
@@ -170,15 +170,13 @@ def probe(
         if not rows:
             found[name] = Changed(0, {})
             continue
-        computed = compute(possible, changed, rows, _labelled(progress, name))
+        computed = compute(possible, changed, rows, with_label(progress, name))
         not_computed |= computed.not_computed
         found[name] = Changed(len(rows), _falls(same, computed, rows))
     probed = Probed(len(originals), found, not_computed)
+    if not probed.names:
+        raise RococapError("No change applies to these captions. Name a split, or a file with more of them.")
     return replace(probed, not_computed={name: why for name, why in not_computed.items() if name not in probed.names})
-
-
-def _labelled(progress: Progress, change: str) -> Progress:
-    return lambda what, done, total: progress(f"{change}: {what}", done, total)
 
 
 def _changed(name: str, change: Change, originals: Sequence[Pair]) -> tuple[list[int], list[Pair]]:

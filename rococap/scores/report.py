@@ -178,7 +178,7 @@ def _page(
         scored_by=", ".join(_scored_by(results)),
         note=note,
         warnings=[short_within(text, paths) for text in _warnings(results)],
-        facts=_facts(evaluated),
+        settings=_settings(evaluated),
         made_by=[_made_by(one) for one in evaluated.scored],
         summary=[(explained(name), name) for name in SUMMARY],
         scores=_score_rows(results),
@@ -214,14 +214,14 @@ def _warnings(results: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(text for run in results["runs"] for text in run["warnings"]))
 
 
-def _facts(evaluated: Evaluation) -> list[tuple[str, list[str]]]:
+def _settings(evaluated: Evaluation) -> list[tuple[str, list[str]]]:
     """How each run's captions were made: a row for each fact, with a cell for each run."""
     stripped = {"Reasoning": "removed from the captions"} if evaluated.strip_reasoning else {}
-    of_runs = [_facts_of(one) | stripped for one in evaluated.scored]
-    return [(name, [facts[name] for facts in of_runs]) for name in of_runs[0]]
+    of_runs = [_settings_of(one) | stripped for one in evaluated.scored]
+    return [(name, [settings[name] for settings in of_runs]) for name in of_runs[0]]
 
 
-def _facts_of(scored: Scored) -> dict[str, str]:
+def _settings_of(scored: Scored) -> dict[str, str]:
     run, recipe = scored.run, scored.run.recipe
     resolved = run.resolved or {}
     return {
@@ -252,12 +252,12 @@ def _rules(resolved: Mapping[str, Any]) -> str:
 
 
 def _made_by(scored: Scored) -> list[tuple[str, str]]:
-    """The facts that the summary of a run shows."""
-    facts = _facts_of(scored)
-    digest = [facts["Digest of its files"]] if scored.run.resolved else []
-    model = f"{facts['Model']} ({', '.join([facts['Revision'], *digest])})"
-    adapter = [("Adapter", facts["Adapter"])] if scored.run.recipe.adapter else []
-    rest = [(name, facts[name]) for name in ("Prompt", "Decoding", "Data set", "Split")]
+    """The settings that the summary of a run shows."""
+    settings = _settings_of(scored)
+    digest = [settings["Digest of its files"]] if scored.run.resolved else []
+    model = f"{settings['Model']} ({', '.join([settings['Revision'], *digest])})"
+    adapter = [("Adapter", settings["Adapter"])] if scored.run.recipe.adapter else []
+    rest = [(name, settings[name]) for name in ("Prompt", "Decoding", "Data set", "Split")]
     return [("Model", model), *adapter, *rest]
 
 

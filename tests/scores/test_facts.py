@@ -386,6 +386,7 @@ def test_precision_and_recall_do_not_fall(labelled, measured):
     found = counts_of(labelled())
     for kind, (both, n_found, n_labelled) in measured.items():
         _, now_both, now_found, now_labelled = found[kind]
+        assert now_labelled == n_labelled, kind
         assert now_both / now_found >= both / n_found - 1e-12, (kind, "precision")
         assert now_both / now_labelled >= both / n_labelled - 1e-12, (kind, "recall")
 

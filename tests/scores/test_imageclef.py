@@ -96,7 +96,8 @@ def test_parts_that_are_not_there_are_named_and_no_overall_is_printed(asked):
     assert "imageclef_factuality 0.150" in told
     assert (
         "imageclef_relevance, imageclef_overall: not computed: It lacks bertscore_f1, bleurt, for all captions or for "
-        "some. Add --also bertscore_f1 and plug-ins named bleurt (--also NAME=MODULE:FUNCTION)."
+        "some. Add --also bertscore_f1 and plug-ins named bleurt (--also or --also-command NAME=…); if one is "
+        "there, it must score every caption that has an original."
     ) in told
     assert not any(line.startswith("imageclef_overall ") for line in result.output.splitlines())
 

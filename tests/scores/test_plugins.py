@@ -236,6 +236,10 @@ def test_one_that_cannot_be_imported_is_not_computed(module):
         ("bleu_4=json:dumps", "There is a score bleu_4 already: give another name"),
         ("flagged=json:dumps", "There is a score flagged already"),
         ("overlap=json:dumps", "There is a score overlap already"),
+        ("modality=json:dumps", "There is a score modality already"),
+        ("fact_side_invented=json:dumps", "There is a score fact_side_invented already"),
+        ("imageclef_overall=json:dumps", "There is a score imageclef_overall already"),
+        ("x=bertscore_f1", "bertscore_f1 is a score of rococap and keeps its name: --also bertscore_f1"),
         ("sys:intern", "sys:intern has no version: set its attribute `version`."),
     ],
 )

@@ -280,6 +280,14 @@ def test_wrong_usage_is_told(file, args, message):
     assert message in result.stderr
 
 
+def test_captions_that_no_change_applies_to_are_refused(here):
+    path = here / "short.csv"
+    path.write_text("ID,Caption\nx,Fracture.\n")
+    result = steps.invoke("probe", "--captions", str(path))
+    assert result.exit_code == 1
+    assert "No change applies to these captions. Name a split, or a file with more of them." in result.stderr
+
+
 @pytest.mark.skipif(not REAL.exists(), reason="shared/ is not there")
 def test_fact_scores_notice_a_wrong_side_and_a_wrong_negation_in_real_captions(monkeypatch):
     monkeypatch.setattr(probe, "METRICS", [one for one in evaluate.METRICS if one.name == "facts"])

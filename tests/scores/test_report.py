@@ -446,17 +446,23 @@ def test_a_score_that_is_not_computed_says_why(database, run, out, monkeypatch):
 def test_what_became_what_is_counted_by_modality(database, out, tmp_path, quick, no_plots):
     originals = [
         "CT, left lung.",
-        "X-ray.",
+        "X-ray, fracture.",
         "Ultrasound.",
         "CT, left kidney.",
-        "X-ray.",
+        "X-ray, fracture.",
         "Ultrasound.",
         "CT, left arm.",
     ]
     write_set(tmp_path / "set", originals)
     runs = [start(database, tmp_path / "set", name) for name in "ab"]
-    caption(database, runs[0], texts("CT, right lung.", "MRI.", "Ultrasound.", "MRI, right kidney.", "X-ray."))
-    caption(database, runs[1], texts("CT, left lung.", "X-ray.", "Ultrasound.", "CT, right kidney."), now=2_000)
+    caption(
+        database,
+        runs[0],
+        texts("CT, right lung.", "MRI, no fracture.", "Ultrasound.", "MRI, right kidney.", "X-ray, fracture."),
+    )
+    caption(
+        database, runs[1], texts("CT, left lung.", "X-ray, fracture.", "Ultrasound.", "CT, right kidney."), now=2_000
+    )
     report(database, ["a", "b"], "train", out)
     facts = parse(out).one(id="facts")
     tables = list(facts.all("table"))
@@ -471,7 +477,11 @@ def test_what_became_what_is_counted_by_modality(database, out, tmp_path, quick,
     ]
     assert confusions == [
         ["CT", ["side", "left", "right", "2of 2", "1of 2"], ["modality", "CT", "MRI", "1of 2", "0of 2"]],
-        ["X-ray", ["modality", "X-ray", "MRI", "1of 2", "0of 1"]],
+        [
+            "X-ray",
+            ["modality", "X-ray", "MRI", "1of 2", "0of 1"],
+            ["negation", "fracture", "no fracture", "1of 2", "0of 1"],
+        ],
     ]
 
 

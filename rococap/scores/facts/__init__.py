@@ -2,7 +2,7 @@
 and sequence.
 
 Text in, facts out: knows nothing of pictures, models or the database. The words are in facts.toml, concepts.toml,
-sides.py, negation.py and measurements.py.
+sides.py, negation.py, measurements.py and language.py.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -32,8 +32,9 @@ NAMED: Final = ("modality", "plane", "region", "contrast", "sequence")
 """Kinds whose facts are names from facts.toml; those of modality are also from concepts.toml."""
 _FOLDER: Final = Path(__file__).parent
 _SOURCE: Final = (_FOLDER / "facts.toml").read_bytes()
+_RULES: Final = (*sorted(_FOLDER.glob("*.py")), Path(lexicon.__file__))
 DIGEST: Final = hashlib.sha256(
-    b"".join([_SOURCE, concepts.DIGEST.encode(), *(file.read_bytes() for file in sorted(_FOLDER.glob("*.py")))])
+    b"".join([_SOURCE, concepts.DIGEST.encode(), *(file.read_bytes() for file in _RULES)])
 ).hexdigest()[:12]
 """Identifies the version of the words and rules: any change makes stored fact scores stale."""
 
@@ -60,7 +61,7 @@ class Agreement:
     agreeing: Sequence[str] = ()
     invented: Sequence[str] = ()
     missed: Sequence[str] = ()
-    opposite: Sequence[tuple[str, str]] = field(default=())
+    opposite: Sequence[tuple[str, str]] = ()
 
     @property
     def counts(self) -> tuple[int, int, int, int]:

@@ -1,9 +1,9 @@
 """Sides that a caption names: left, right or both, with the words that follow.
 
 A side is read from "left", "right", "left-sided" and the like, from "bilateral" and "both", which name left and right,
-and from abbreviations of the heart, its vessels, the lobes of the lungs and quadrants. What is no side of the body is
-left out: "was left in place", "right-angled", "right-handed", projections ("left anterior oblique"), the direction of a
-shunt, and parts of the figure ("left panel").
+and from abbreviations of the heart, the coronary and carotid arteries, the lobes of the lungs and quadrants. What is no
+side of the body is left out: "was left in place", "right-angled", "right-handed", projections ("left anterior
+oblique"), the direction of a shunt, and parts of the figure ("left panel").
 """
 
 import re
