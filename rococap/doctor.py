@@ -21,7 +21,7 @@ from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DBAPIError
 
 from rococap import db, queue, tables
-from rococap.data import HUB_ID, SPLITS, Shard, at_revision, cached, datasets, parse_name
+from rococap.data import HUB_ID, SPLITS, at_revision, cached, datasets, parse_name
 from rococap.db import execute, transaction
 from rococap.errors import RococapError
 from rococap.queue import Run
@@ -356,12 +356,11 @@ def _datasets(database: Database) -> Iterator[Finding]:
 
 
 def _dataset(database: Database, run: Run) -> Iterator[Finding]:
-    sql = "SELECT path, split, n_rows, n_row_groups, size, digest FROM shards WHERE dataset_id = ? ORDER BY id"
     with transaction(database) as conn:
-        registered = {row[0]: Shard(*row) for row in execute(conn, sql, (run.dataset_id,)).fetchall()}
+        registered = queue.registered_shards(conn, run.dataset_id)
     name, config = parse_name(run.dataset)
-    root = Path(name)
-    if run.dataset_revision:
+    root = queue.root_here() or Path(name)
+    if run.dataset_revision and not queue.root_here():
         files = {path: cached(name, path, run.dataset_revision, "dataset") for path in registered}
         absent = [path for path, file in files.items() if file is None]
         if absent:

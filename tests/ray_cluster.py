@@ -63,7 +63,12 @@ class Nodes:
     def workers(self, node: Any) -> list[psutil.Process]:
         """The processes on the node that caption."""
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        return [one for one in raylet.children(recursive=True) if {"--member", "member"} & set(one.cmdline())]
+        found = []
+        for one in raylet.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                if {"--member", "member"} & set(one.cmdline()):
+                    found.append(one)
+        return found
 
     def stop(self) -> None:
         self._cluster.shutdown()

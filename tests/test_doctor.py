@@ -473,6 +473,14 @@ def test_an_altered_shard_fails_until_it_is_registered_anew(engine, run, root, m
     assert found(engine, "data set") == (OK, f"{root}: as registered, 1 shards")
 
 
+def test_a_data_set_at_another_path_on_this_machine_is_compared_with_what_was_registered(
+    engine, run, root, tmp_path, monkeypatch
+):
+    root.rename(tmp_path / "mounted")
+    monkeypatch.setenv("ROCOCAP_DATASET_ROOT", str(tmp_path / "mounted"))
+    assert found(engine, "data set") == (OK, f"{root}: as registered, 1 shards")
+
+
 def test_shards_under_other_names_fail(engine, run, root):
     shard = write_shard(root, "train", range(20), "00000-of-00002")
     write_shard(root, "train", range(20, 25), "00001-of-00002")

@@ -157,6 +157,12 @@ def working_options(command: F) -> F:
             "captions show that the engine does not see the pictures.",
         ),
         click.option(
+            "--dataset-root",
+            metavar="FOLDER",
+            help="The folder that holds the run's data set on this machine, if that is at another path than where it "
+            "was enqueued, or a copy. [default: ROCOCAP_DATASET_ROOT]",
+        ),
+        click.option(
             "--accept-new-rules",
             is_flag=True,
             help="Continue a run that began under older rules for opening pictures, quantising weights and ending "

@@ -60,6 +60,7 @@ from rococap.queue.runs import (
     rules_of,
     with_run,
 )
+from rococap.queue.shards import dataset_of, registered_shards, root_here
 from rococap.queue.status import (
     Counts,
     Failed,
@@ -128,6 +129,7 @@ __all__ = [
     "counts_of",
     "crash",
     "create_run",
+    "dataset_of",
     "delete_run",
     "differences",
     "fail",
@@ -161,9 +163,11 @@ __all__ = [
     "recover",
     "refuse_deleted",
     "register_worker",
+    "registered_shards",
     "release",
     "release_forgotten",
     "retry",
+    "root_here",
     "rules_of",
     "runs_seen",
     "stop_worker",

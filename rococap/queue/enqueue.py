@@ -23,6 +23,7 @@ from rococap.progress import Progress, silent
 from rococap.queue import parts, records, runs, status
 from rococap.queue.parts import Part, Units, check_same_division, parts_of
 from rococap.queue.records import clean_text
+from rococap.queue.shards import registered_shards
 from rococap.recipe import Recipe
 from rococap.tables import JobState
 
@@ -169,7 +170,7 @@ def _as_registered(
         return dataset, {split: {} for split in splits}
     columns = Columns.from_json(row[1])
     _check_columns(dataset, columns)
-    return replace(dataset, columns=columns), {split: _known_shards(conn, row[0], split) for split in splits}
+    return replace(dataset, columns=columns), {split: registered_shards(conn, row[0], [split]) for split in splits}
 
 
 def _check_columns(dataset: Dataset, stored: Columns) -> None:
@@ -193,7 +194,7 @@ def _register_split(
 ) -> None:
     with transaction(database, write=True) as conn:
         lock(conn, "datasets", dataset_id)
-        known = _known_shards(conn, dataset_id, result.split)
+        known = registered_shards(conn, dataset_id, [result.split])
         altered = [shard for shard in shards if known.get(shard.path, shard) != shard]
         new = [shard for shard in shards if shard.path not in known]
         gone = known.keys() - {shard.path for shard in shards}
@@ -206,7 +207,7 @@ def _register_split(
     for shard in new:
         with transaction(database, write=True) as conn:
             lock(conn, "datasets", dataset_id)
-            if shard.path not in _known_shards(conn, dataset_id, result.split):
+            if shard.path not in registered_shards(conn, dataset_id, [result.split]):
                 result.duplicates += shard.rows - _add_shard(conn, dataset, dataset_id, shard)
         done += shard.rows
         progress(f"{result.split}: reading captions", done, total)
@@ -223,16 +224,6 @@ def _check_row_ids(dataset: Dataset, shards: list[Shard], known: dict[str, Shard
                 f"{dataset.root / shard.path} has changed since it was registered, and its rows have no ids to match "
                 "them by: register the data set in another queue with --db, or give it a column image_id."
             )
-
-
-def _known_shards(conn: Connection, dataset_id: int, split: str) -> dict[str, Shard]:
-    rows = execute(
-        conn,
-        "SELECT path, split, n_rows, n_row_groups, size, digest FROM shards WHERE dataset_id = ? AND split = ? "
-        "ORDER BY id",
-        (dataset_id, split),
-    ).fetchall()
-    return {row[0]: Shard(*row) for row in rows}
 
 
 def _add_shard(conn: Connection, dataset: Dataset, dataset_id: int, shard: Shard) -> int:
@@ -392,7 +383,7 @@ def _register_part(
     progress: Progress,
 ) -> None:
     with transaction(database) as conn:
-        known = _known_shards(conn, run.dataset_id, split)
+        known = registered_shards(conn, run.dataset_id, split)
         ids = execute(conn, "SELECT id, path FROM shards WHERE dataset_id = ?", (run.dataset_id,)).fetchall()
         count = "SELECT count(*) FROM images WHERE dataset_id = ? AND split = ?"
         total = execute(conn, count, (run.dataset_id, split)).scalar_one()

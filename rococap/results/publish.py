@@ -25,7 +25,7 @@ from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
 from rococap import queue
-from rococap.data import PictureReader, Place, datasets
+from rococap.data import PictureReader, Place
 from rococap.data.images import as_file
 from rococap.data.layout import MANIFEST
 from rococap.db import transaction
@@ -365,7 +365,7 @@ def _with_pictures(
     def write_all(source: _Source, parts: Sequence[_Part], folder: Path) -> list[Written]:
         run = source.run
         splits = [part.split for part in parts if part.n]
-        located = datasets.locate(run.dataset, splits, run.dataset_revision or None)
+        located = queue.dataset_of(source.database, run, splits)
         written = [part.nothing_written() for part in parts]
         with PictureReader(located.root) as reader:
             for part, entry in zip(parts, written, strict=True):

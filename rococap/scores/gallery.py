@@ -21,7 +21,7 @@ from rococap.data.images import open_picture
 from rococap.db import execute, transaction
 from rococap.errors import DatasetError, PictureError
 from rococap.progress import Progress
-from rococap.queue import PLACE, Failed, Run, place_of
+from rococap.queue import PLACE, Failed, Run, place_of, root_here
 from rococap.scores import concepts
 from rococap.scores.disagreement import between
 from rococap.scores.evaluate import SEED, Evaluation, Scored
@@ -256,6 +256,8 @@ def cards_of(
 
 def root_of(run: Run, shards: Sequence[str]) -> tuple[Path, str]:
     """The folder of the data set, and a message if it is not available. Nothing is downloaded to show pictures."""
+    if root := root_here():
+        return root, ""
     name, _ = parse_name(run.dataset)
     if not run.dataset_revision:
         return Path(name), ""

@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
 from rococap import queue
-from rococap.data import SPLITS, PictureReader, Place, datasets
+from rococap.data import SPLITS, PictureReader, Place
 from rococap.data.images import open_picture
 from rococap.db import execute, transaction
 from rococap.errors import PictureError, RococapError
@@ -147,7 +147,7 @@ def _hash_pictures(database: Database, runs: Sequence[Run], progress: Progress) 
     _check_installed()
     run, frame, total = runs[0], runs[0].recipe.frame, sum(left.values())
     step = f"{run.dataset}: hashing" + (f" frame {frame}" if frame > 1 else "")
-    located = datasets.locate(run.dataset, list(left), run.dataset_revision or None)
+    located = queue.dataset_of(database, run, list(left))
     new, unreadable = 0, []
     # Pillow and numpy release the interpreter while they decode and scale, so threads use every core.
     with PictureReader(located.root) as reader, ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -17,8 +17,7 @@ from sqlalchemy import Engine as Database
 from transformers import EarlyStoppingCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from rococap import __version__
-from rococap.data import datasets
+from rococap import __version__, queue
 from rococap.engines import Options, Request
 from rococap.engines.checkpoint import identity
 from rococap.engines.decoding import free_memory, is_out_of_memory
@@ -191,9 +190,9 @@ class _Training:
             targets.checkpoint_activations(self.model)
 
     def _pictures(self, learned: Learned) -> Pictures:
-        dataset, recipe = self.job.run, self.job.recipe
+        recipe = self.job.recipe
         splits = list(dict.fromkeys(example.place.split for example in learned.examples))
-        located = datasets.locate(dataset.dataset, splits, dataset.dataset_revision or None)
+        located = queue.dataset_of(self.job.database, self.job.run, splits)
 
         def prepare(index: int, picture: Any) -> Row:
             prompt = self.engine.prepare(index, Request([picture])).inputs.tensors

@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from sqlalchemy import Engine as Database
 
 from rococap import __version__, db, queue
-from rococap.data import SPLITS, Dataset, Place, datasets
+from rococap.data import SPLITS, Dataset, Place
 from rococap.db import execute, transaction
 from rococap.engines import Engine, Options, Prepared, load_engine
 from rococap.errors import RococapError
@@ -118,7 +118,7 @@ def measure(
         offset = _offset(conn, run, places[0])
     if sizes is not None:
         _fitting(sizes, len(places))  # raises before the model is loaded in vain
-    dataset = datasets.locate(run.dataset, [counts.split], run.dataset_revision or None)
+    dataset = queue.dataset_of(database, run, [counts.split])
     progress("loading the model", 0, 1)
     engine = load(run.recipe, options)
     engine.load()

@@ -18,7 +18,7 @@ from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DatabaseError as DriverError
 
 from rococap import db, queue
-from rococap.data import SPLITS, datasets
+from rococap.data import SPLITS
 from rococap.db import transaction
 from rococap.engines import Engine, Options, load_engine
 from rococap.errors import RococapError
@@ -64,7 +64,7 @@ def work(
         if not (settings.wait or any(left.values())):
             return Outcome(run.name)
         queue.check_rules(conn, run, accept_new_rules=settings.accept_new_rules)
-    dataset = datasets.locate(run.dataset, present, run.dataset_revision or None)
+    dataset = queue.dataset_of(database, run, present, settings.dataset_root)
     stop = threading.Event()
     with _signals(stop):
         engine = load(run.recipe, settings.options)

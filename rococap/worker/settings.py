@@ -30,6 +30,8 @@ class Settings:
     drain_timeout: float = 25.0
     stall_timeout: float = 600.0
     accept_new_rules: bool = False
+    dataset_root: str | None = None
+    """The folder of the data set, as `queue.dataset_of` takes it."""
 
     @classmethod
     def of(cls, **values: Any) -> Self:

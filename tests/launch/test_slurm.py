@@ -65,11 +65,10 @@ def test_the_script_asks_for_what_was_given(registered):
 
 def test_the_script_passes_the_options_of_the_worker_on(registered):
     options = ["--split", "train", "--batch-size", "8", "--no-self-check", "--lease-ttl", "30", "--wait"]
+    options += ["--dataset-root", "/mnt/roco"]
     [step] = [line for line in dry_run(*options, "--gpus-per-node", "0") if line.startswith("srun ")]
     given = step.partition("--devices cpu:1 --run default ")[2].removesuffix(" &").split()
-    assert sorted(given) == sorted(
-        ["--split", "train", "--batch-size", "8", "--no-self-check", "--lease-ttl", "30.0", "--wait"]
-    )
+    assert sorted(given) == sorted([*options[:6], "30.0", *options[7:]])
 
 
 def test_workers_get_the_time_that_they_need_to_drain(registered):

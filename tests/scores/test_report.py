@@ -421,6 +421,13 @@ def test_a_data_set_that_is_gone_leaves_cards_without_pictures(database, run, ou
     assert str(tmp_path) not in out.read_text("utf-8")
 
 
+def test_pictures_are_read_from_where_they_are_on_this_machine(database, run, out, tmp_path, no_plots, monkeypatch):
+    caption(database, run, texts("A caption.", "Another."))
+    (tmp_path / "set").rename(tmp_path / "mounted")
+    monkeypatch.setenv("ROCOCAP_DATASET_ROOT", str(tmp_path / "mounted"))
+    assert report(database, [], "train", out).unreadable == 0
+
+
 def test_a_data_set_of_the_hub_that_is_not_cached_is_not_downloaded(database, run, out, no_plots):
     caption(database, run, texts("A caption."))
     with db.transaction(database, write=True) as conn:

@@ -47,6 +47,13 @@ def test_a_worker_captions_every_picture_with_its_own_caption_and_ends(database,
     assert select(database, "SELECT n_done, stopped_at IS NOT NULL FROM workers") == [(45, 1)]
 
 
+def test_a_worker_reads_the_data_set_from_where_it_is_on_its_machine(database, tmp_path):
+    fill(database, tmp_path / "set", 5)
+    (tmp_path / "set").rename(tmp_path / "mounted")
+    run_worker(database, dataset_root=str(tmp_path / "mounted"))
+    assert captions(database) == expected(5)
+
+
 def test_two_workers_at_once_caption_every_picture_once(database, url, tmp_path):
     fill(database, tmp_path / "set", 200)
     outcomes = []
