@@ -172,6 +172,18 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_sent(beside):
         assert status_of(connection) == 413
 
 
+def test_a_request_that_names_a_run_while_the_database_is_away_may_be_sent_again(beside, worked):
+    folder = Path(worked.removeprefix("sqlite:///")).parent
+    asked = {"images": [in_base64(PICTURES[0])], "run": "default"}
+    away = folder.rename(folder.with_name("away"))
+    try:
+        answer = beside.client.post("/v1/captions", json=asked)
+    finally:
+        away.rename(folder)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert beside.client.post("/v1/captions", json=asked).status_code == 200
+
+
 def test_running_out_of_memory_fails_nobodys_request(worked):
     program = [str(TESTS / "small_memory.py"), "serve", "--port", "0", "--model", str(MODEL), "--dtype", "float32"]
     with running([*program, "--max-new-tokens", "64", "--device", "cpu", "--batch-size", "8"]) as served:

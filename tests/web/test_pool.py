@@ -25,6 +25,7 @@ from rococap.worker import children
 BOTH = ["cpu 1", "cpu 2"]
 DIED = "The process that had this request has died, and another takes its place. Send the request again."
 STOPPING = "The server is stopping. Try again later."
+STALLED = "The model has stopped answering. Try again later, or restart the server."
 
 
 def said(served: Served, line: str) -> list[str]:
@@ -178,7 +179,7 @@ def test_a_process_whose_engine_dies_is_replaced(served):
     assert served.logged("ended with code 1 (the device has vanished.); restarting it") == 1
 
 
-def test_a_process_whose_engine_stays_in_a_step_gets_no_requests_until_it_goes_on(tmp_path):
+def test_processes_whose_engines_stay_in_a_step_get_no_requests_until_they_go_on(tmp_path):
     stalls = tmp_path / "stalls"
     stalls.touch()
 
@@ -192,8 +193,14 @@ def test_a_process_whose_engine_stays_in_a_step_gets_no_requests_until_it_goes_o
         assert served.client.get("/healthz").status_code == 200
         for _ in range(4):
             assert texts(captioned(served, 5)) == ["µ grey 5"]
+        assert captioned(served, STALLING).status_code == 504
+        until(lambda: up() == [0, 0], "the other has stalled as well")
+        healthz = served.client.get("/healthz")
+        assert (healthz.status_code, healthz.json()) == (503, {"status": "stalled"})
+        answer = captioned(served, 5)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (503, STALLED)
         stalls.unlink()
-        until(lambda: up() == [1, 1], "it goes on")
+        until(lambda: up() == [1, 1], "they go on")
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server():
@@ -212,6 +219,14 @@ def test_a_process_that_has_answered_is_never_given_up(tmp_path, monkeypatch):
         for state in ("ok", "loading"):
             until(lambda state=state: replica.tend(is_stopping=False) or replica.state == state, state)
     assert replica.error == ""
+
+
+def test_a_process_that_cannot_load_is_given_up_however_long_it_takes_to_find_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(children, "FIRST_PAUSE_SEC", 0.0)
+    monkeypatch.setattr(children, "QUICK_SEC", 0.0)
+    replica = Replica("cpu", tmp_path, ["false"], os.environ, lambda line: None)
+    until(lambda: replica.tend(is_stopping=False) or replica.is_over, "it is given up")
+    assert "failed 3 times in a row and was given up" in replica.error
 
 
 # --- the end ---------------------------------------------------------------------------------------------------
