@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from patient_engine import CLUMSY, ENDLESS, LOUD, PREPARES
+from patient_engine import CLUMSY, ENDLESS, LOUD, PREPARES, RUNS
 from patient_server import (
     ASKING,
     CONTINUE,
@@ -265,6 +265,8 @@ MALFORMED = {
     "a length of many digits": HEAD + b"Content-Length: " + b"9" * 5_000 + b"\r\n\r\n",
     "an unknown coding": HEAD + b"Transfer-Encoding: gzip\r\n\r\n",
     "a broken chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    "no host": b"GET /health HTTP/1.1\r\n\r\n",
+    "for a proxy": b"CONNECT example.org:80 HTTP/1.1\r\nHost: example.org:80\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
 }
 
@@ -273,6 +275,77 @@ MALFORMED = {
 def test_what_is_no_http_is_refused(served, name):
     with connected(served, MALFORMED[name]) as (connection,):
         assert status_of(connection) == 400
+
+
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+ENDLESS_HEADS = {
+    "a line": b"GET /" + b"x" * 9,
+    "a field": HEAD + b"X: ",
+    "blank lines": b"\r\n",
+    "an extension of a chunk": CHUNKED + b"4;",
+    "a field after the body": CHUNKED + b"0\r\nX: ",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS_HEADS)
+def test_what_comes_without_an_end_is_refused(served, name):
+    before = reset_peak(served)
+    with connected(served, ENDLESS_HEADS[name]) as (connection,):
+        n_sent = 0
+        while n_sent < 1_000 and not select.select([connection], [], [], 0.01)[0]:
+            connection.sendall(b"\r\n" * 2_000 if name == "blank lines" else b"x" * 4_000)
+            n_sent += 1
+        assert status_of(connection) == 431
+        assert n_sent < 200
+    assert peak_mb(served) - before < 20
+
+
+def test_fields_after_a_body_are_not_kept(served):
+    before = reset_peak(served)
+    fields = b"X: y\r\n" * 1_000
+    with connected(served, CHUNKED + b"0\r\n") as (connection,):
+        n_sent = 0
+        while n_sent < 1_000 and not select.select([connection], [], [], 0.01)[0]:
+            connection.sendall(fields)
+            n_sent += 1
+        assert status_of(connection) == 431
+        assert n_sent < 200
+    assert peak_mb(served) - before < 20
+
+
+def test_of_requests_that_do_not_wait_for_answers_the_first_is_answered(served):
+    asking = HEAD + b"Content-Length: 2\r\n\r\n{}"
+    with connected(served, asking + HEALTH * 5_000) as (connection,):
+        assert status_of(connection) == 400
+        assert connection.recv(1) == b"", "the client sends the others again, as HTTP has it"
+    with connected(served, HEALTH) as (connection,):
+        assert status_of(connection) == 200
+        connection.sendall(HEALTH)
+        assert status_of(connection) == 200, "they may follow"
+
+
+def test_what_is_sent_while_an_answer_arrives_does_not_get_into_it(served):
+    body = json.dumps(chat(ENDLESS, stream=True)).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    with connected(served, head.encode() + body) as (connection,):
+        assert served.process.stdout.readline() == RUNS + "\n"
+        connection.sendall(b"\x16\x03" * 100_000)
+        arrived = b""
+        while len(arrived) < 20_000:
+            arrived += connection.recv(9999)
+        assert arrived.count(b"HTTP/1.1") == 1
+
+
+def test_an_offer_of_another_protocol_is_declined(served):
+    """Java's client makes one with every request."""
+    body = json.dumps({"images": [grey(5)]}).encode()
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
+    with connected(served, HEAD + offer + b"Content-Length: %d\r\n\r\n" % len(body) + body[:9]) as (connection,):
+        connection.sendall(body[9:])
+        assert status_of(connection) == 200
+        connection.sendall(HEALTH)
+        assert status_of(connection) == 200
 
 
 def png_of(width: int, height: int) -> bytes:
