@@ -2,12 +2,13 @@
 
 Like an export, it reads what was done by one cutoff time, in short transactions. It reads one page of each run at a
 time, so its memory does not grow with the number of pictures. Texts are never edited, and nothing is scored; where runs
-state different facts is found on the way.
+state different facts is found on the way, and stored for the gallery to sort by.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import merge
 from itertools import chain, groupby, islice, repeat
 from pathlib import Path
@@ -19,7 +20,7 @@ from sqlalchemy import Engine as Database
 
 from rococap import queue
 from rococap.data import SPLITS
-from rococap.db import transaction
+from rococap.db import execute, marks, transaction
 from rococap.errors import RococapError, RunError
 from rococap.files import ending, replacing
 from rococap.progress import Progress, silent
@@ -28,7 +29,7 @@ from rococap.queue.runs import find_runs
 from rococap.results.export import FOLDER
 from rococap.results.formats import FORMATS, write_frames
 from rococap.results.snapshot import PAGE, Read, done_pages, finished_until, short_reads
-from rococap.scores.disagreement import Disagreements
+from rococap.scores.disagreement import DISAGREEMENT, Disagreements
 
 SHARED = ("image_id", "split", "original_caption")
 RUN_COLUMNS = {
@@ -123,7 +124,7 @@ def compare(
         raise RunError(
             f"{_quoted(names)} captioned nothing of {compared} yet. Caption pictures: rococap worker --run {names[0]}"
         )
-    join = _Join(runs, [_Measure(run) for run in runs], all_done, strip_reasoning, Disagreements(worst))
+    join = _Join(database, runs, [_Measure(run) for run in runs], all_done, strip_reasoning, Disagreements(worst))
     with replacing(path) as partial, short_reads(database) as read:
         rows = write_frames(join.frames(read, cutoff, done, progress), partial, ending(path), _schema(runs))
         if not rows:
@@ -215,13 +216,18 @@ def _share(part: float, whole: int) -> float | None:
 
 @dataclass(slots=True)
 class _Join:
-    """Joins the captions of several runs by picture, and updates the totals of each run on the way."""
+    """Joins the captions of several runs by picture, and updates the totals of each run on the way.
 
+    `weights` are those of the current page's pictures, by their database keys.
+    """
+
+    database: Database
     runs: Sequence[Run]
     measures: Sequence[_Measure]
     all_done: bool
     strip_reasoning: bool
     disagreements: Disagreements
+    weights: list[tuple[int, float]] = field(default_factory=list)
     shared: int = 0
     originals: int = 0
 
@@ -239,10 +245,25 @@ class _Join:
                 n_read += sum(map(len, page))
                 progress(f"{split}: comparing", n_read, done[split])
                 rows = [self._row(split, captions) for captions in page if self._is_wanted(captions)]
+                self._keep_weights()
                 if not rows:
                     continue
                 # dtype object: otherwise pandas would convert every text to its own string type and back.
                 yield pd.DataFrame(rows, columns=columns, dtype=object)
+
+    def _keep_weights(self) -> None:
+        """Stores with each caption of a page how much the runs disagree on its picture."""
+        sql = (
+            f"INSERT INTO scores (job_id, metric, digest, value) SELECT j.id, '{DISAGREEMENT}', '', ? FROM jobs j "
+            f"JOIN captions c ON c.job_id = j.id WHERE j.run_id IN ({marks(self.runs)}) AND j.image_id = ? "
+            "ON CONFLICT (job_id, metric) DO UPDATE SET value = excluded.value"
+        )
+        ids = [run.id for run in self.runs]
+        values = [(json.dumps({DISAGREEMENT: weight}), *ids, image) for image, weight in self.weights]
+        self.weights = []
+        if values:
+            with transaction(self.database, write=True) as conn:
+                execute(conn, sql, values)
 
     def _is_wanted(self, captions: Captions) -> bool:
         is_shared = len(captions) == len(self.runs)
@@ -251,12 +272,14 @@ class _Join:
 
     def _row(self, split: str, captions: Captions) -> list[Any]:
         cells: list[tuple[Any, ...]] = [(None,) * len(RUN_COLUMNS)] * len(self.runs)
-        _, image_id, original, *_ = next(iter(captions.values()))
+        image, image_id, original, *_ = next(iter(captions.values()))
         self.originals += bool(original)
         for n, row in captions.items():
             cells[n] = _cells(*row[3:])
             self.measures[n].add(*cells[n])
-        self.disagreements.add(split, image_id, {self.runs[n].name: row[3] for n, row in sorted(captions.items())})
+        texts = {self.runs[n].name: row[3] for n, row in sorted(captions.items())}
+        if (weight := self.disagreements.add(split, image_id, texts)) is not None:
+            self.weights.append((image, weight))
         return [image_id, split, original, *chain.from_iterable(zip(*cells, strict=True))]
 
 

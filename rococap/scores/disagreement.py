@@ -9,6 +9,8 @@ from rococap.scores import facts
 
 KINDS: Final = ("side", "negation", "modality")
 """The kinds of facts that runs are compared in."""
+DISAGREEMENT: Final = "disagreement"
+"""The name under which `compare` stores the weight of a picture with the captions that it compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +56,20 @@ class Disagreements:
     opposite: int = 0
     worst: list[Disagreement] = field(default_factory=list)
 
-    def add(self, split: str, image_id: str, texts: Mapping[str, str]) -> None:
-        """Compares the runs' captions of a picture, run -> text."""
+    def add(self, split: str, image_id: str, texts: Mapping[str, str]) -> float | None:
+        """Compares the runs' captions of a picture, run -> text. Returns its `weight`, None if it is not compared."""
         if len(texts) < 2:
-            return
+            return None
         differences = between(texts)
         if differences is None:
             self.not_read += 1
-            return
+            return None
         self.compared += 1
-        if not differences:
-            return
+        if differences:
+            self._keep(split, image_id, differences)
+        return weight(differences)
+
+    def _keep(self, split: str, image_id: str, differences: Sequence[Difference]) -> None:
         self.differing += 1
         n_opposite = sum(one.is_opposite for one in differences)
         self.opposite += bool(n_opposite)
@@ -82,6 +87,11 @@ class Disagreements:
 
 _SLACK: Final = 100
 """Pictures that are kept beyond the limit before the list is sorted and cut again."""
+
+
+def weight(differences: Sequence[Difference]) -> float:
+    """Larger for pictures that are worse: 1 for each opposite fact, and 0.001 for each that one run alone states."""
+    return sum(1 if one.is_opposite else 0.001 for one in differences)
 
 
 def between(texts: Mapping[str, str]) -> list[Difference] | None:

@@ -23,7 +23,7 @@ from rococap.errors import DatasetError, PictureError
 from rococap.progress import Progress
 from rococap.queue import PLACE, Failed, Run, place_of, root_here
 from rococap.scores import concepts
-from rococap.scores.disagreement import between
+from rococap.scores.disagreement import between, weight
 from rococap.scores.evaluate import SEED, Evaluation, Scored
 from rococap.scores.explained import CARD_SCORES, explained
 from rococap.scores.shown import folders_of, rounded, short_within
@@ -207,7 +207,7 @@ class Captions:
         """None if fewer than two runs have a caption in English."""
         places = [(one, at[image_id]) for one, at in zip(self._scored, self._at, strict=True) if image_id in at]
         differences = between({one.run.name: one.pairs[at].text for one, at in places})
-        return None if differences is None else sum(1 if one.is_opposite else 0.001 for one in differences)
+        return None if differences is None else weight(differences)
 
     def _said(self, number: int, scored: Scored, image_id: str) -> Said:
         at = self._at[number].get(image_id)

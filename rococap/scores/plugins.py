@@ -34,6 +34,7 @@ from rococap.errors import RococapError
 from rococap.files import sha256_of
 from rococap.results.formats import fold
 from rococap.scores import imageclef
+from rococap.scores.disagreement import DISAGREEMENT
 from rococap.scores.evaluate import COUNTED, COUNTS, FACTS, METRICS, TEXTS, Metric, NotComputed, Pair, Scores
 
 GROUP: Final = "rococap.scores"
@@ -67,7 +68,7 @@ def requested(
     ours = [name for name in also if name in extras()]
     plugins = [_function(*_named(one)) for one in also if one not in ours]
     plugins += [_command(one, time_limit_sec) for one in commands]
-    taken = {"flagged", *TEXTS, *COUNTED, *imageclef.PARTS}
+    taken = {"flagged", DISAGREEMENT, *TEXTS, *COUNTED, *imageclef.PARTS}
     taken |= {name for metric in METRICS for name in (metric.name, *metric.scores)}
     taken |= {f"{name}_{what}" for name in FACTS for what in COUNTS}
     for plugin in plugins:

@@ -37,6 +37,7 @@ SORTS: Final = {
     "cider_d": "CIDEr-D",
     "concept_f1": "Concept F1",
     "bertscore_f1": "BERTScore F1",
+    "disagreement": "Disagreement of runs",
 }
 """What pictures can be sorted by, with names for people."""
 RANGES: Final = {name: SORTS[name] for name in KEYS if name != "time"}

@@ -33,14 +33,15 @@ from rococap.results import current
 from rococap.results.current import Position
 from rococap.results.snapshot import PAGE
 from rococap.scores import concepts
+from rococap.scores.disagreement import DISAGREEMENT
 from rococap.urls import shown
 from rococap.web.documents import Document, Documents, Fts5, Key, TextSearch, Wanted, facet
 
-FORMAT: Final = f"1 {concepts.DIGEST}"
+FORMAT: Final = f"2 {concepts.DIGEST}"
 """An index of another format is filled again."""
 LENGTH, TIME = "length", "time"
-SCORES: Final = ("rouge_l", "meteor_nltk", "cider_d", "concept_f1", "bertscore_f1")
-"""The scores that captions are sorted and filtered by, of those that `evaluate` stores."""
+SCORES: Final = ("rouge_l", "meteor_nltk", "cider_d", "concept_f1", "bertscore_f1", DISAGREEMENT)
+"""The scores that captions are sorted and filtered by, of those that `evaluate` and `compare` store."""
 KEYS: Final = (LENGTH, TIME, *SCORES)
 """What captions are sorted by: characters, milliseconds since 1970, and scores."""
 CHECK_SEC: Final = 60.0

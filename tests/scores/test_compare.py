@@ -326,6 +326,28 @@ def test_the_pictures_on_which_runs_contradict_each_other_come_first(database, r
     assert [one.says for one in found.worst[3].differences] == [(None, "left")]
 
 
+STORED = (
+    "SELECT r.name, i.image_id, s.value FROM scores s JOIN jobs j ON j.id = s.job_id JOIN runs r ON r.id = j.run_id "
+    "JOIN images i ON i.id = j.image_id WHERE s.metric = 'disagreement' ORDER BY r.name, i.id"
+)
+
+
+@pytest.mark.every_database
+@pytest.mark.parametrize("page", [1, 1000])
+def test_each_caption_is_stored_with_how_much_runs_disagree_as_of_the_last_comparison(
+    database, runs, out, monkeypatch, page
+):
+    monkeypatch.setattr(comparison, "PAGE", page)
+    unread = ("Masse im linken Oberlappen mit der Biopsie.", "Left lung.")
+    say(database, runs, ("Left lung.", "Left lung."), ("Left lung, CT.", "Right lung."), unread)
+    caption(database, runs[0], texts("Alone."), now=2_000)
+    for _ in range(2):
+        compare(database, ["a", "b"], out)
+        weights = [("train_00000", 0.0), ("train_00001", 1.001)]
+        found = [(run, image, json.loads(value)["disagreement"]) for run, image, value in steps.select(database, STORED)]
+        assert found == [(run, image, pytest.approx(weight)) for run in "ab" for image, weight in weights]
+
+
 def test_of_many_pictures_only_the_worst_are_kept_in_data_set_order(database, runs, out, monkeypatch):
     monkeypatch.setattr(disagreement, "_SLACK", 0)
     say(database, runs, *[("Left lung.", f"Right lung, no {what}.") for what in ["mass", "cyst"] * 5])

@@ -20,6 +20,7 @@ from rococap import db, queue
 from rococap.queue import Run
 from rococap.recipe import Recipe
 from rococap.results import checkpoints, current
+from rococap.scores.compare import compare
 from rococap.tables import metadata
 from rococap.web import gallery
 from rococap.web import index as module
@@ -131,6 +132,20 @@ def test_new_scores_are_noticed(database, runs, checks):
     assert found(database, index, runs[1:], sort="rouge_l") == list(range(13, -1, -1))
     score(database, runs[1], {5: None})
     assert 5 not in found(database, up_to_date(index), runs[1:], sort="rouge_l")
+    index.close()
+
+
+@both_databases
+def test_the_pictures_on_which_runs_disagree_come_first_once_they_were_compared(database, runs, checks, tmp_path):
+    index = up_to_date(Index(database))
+    assert found(database, index, runs, sort="disagreement") == []
+    with writing(database) as conn:
+        sql = "UPDATE captions SET text = ? WHERE job_id = (SELECT id FROM jobs WHERE run_id = ? AND image_id = ?)"
+        for n, text in ((5, "No effusion."), (9, "No effusion, CT."), (2, "CT.")):
+            db.execute(conn, sql, (text, runs[1].id, n + 1))
+    compare(database, ["one", "two"], tmp_path / "compared.csv")
+    up_to_date(index)
+    assert found(database, index, runs, sort="disagreement", descending=True)[:3] == [9, 5, 2]
     index.close()
 
 
