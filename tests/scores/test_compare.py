@@ -344,7 +344,9 @@ def test_each_caption_is_stored_with_how_much_runs_disagree_as_of_the_last_compa
     for _ in range(2):
         compare(database, ["a", "b"], out)
         weights = [("train_00000", 0.0), ("train_00001", 1.001)]
-        found = [(run, image, json.loads(value)["disagreement"]) for run, image, value in steps.select(database, STORED)]
+        found = [
+            (run, image, json.loads(value)["disagreement"]) for run, image, value in steps.select(database, STORED)
+        ]
         assert found == [(run, image, pytest.approx(weight)) for run in "ab" for image, weight in weights]
 
 
