@@ -12,7 +12,7 @@ from contention import Fairness, rows_of, spread
 from cost import RAW, Cost
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from scale import Sized
+from sizes import Sized
 
 OURS, OTHERS, BOUND = "#1f77b4", "#9aa5b1", "#c0392b"
 
