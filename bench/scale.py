@@ -1,11 +1,11 @@
 """Measures how far one PostgreSQL goes: hundreds of workers on a queue of millions of pictures, most of them captioned.
 
 A worker here does what a real one does with the queue: it looks for work, claims, stores captions and sends
-heartbeats, by the same functions in the same order, over a connection of its own. It reads no pictures and has no model,
-because its time is simulated. Captioning takes none, and the clock that it gives to the queue advances with what all
-have stored, as if each captioned `--rate` pictures a second. So the captions come with as many heartbeats, and as many
-leases of the last minutes, as those of so many GPUs, while the workers wait for nothing but the database, which is as
-busy as can be.
+heartbeats, by the same functions in the same order, over a connection of its own. It reads no pictures and has no
+model, because its time is simulated: captioning takes none, and the clock that it gives to the queue advances with what
+all have stored, as if each captioned `--rate` pictures a second. So the captions come with as many heartbeats, and as
+many leases of the last minutes, as those of so many GPUs, while the workers wait for nothing but the database, which is
+as busy as can be.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from sizes import timing
 from sqlalchemy import Engine
 
 from rococap import db, queue
+from rococap.data import SPLITS
 from rococap.queue import Claim, Telemetry
 from rococap.worker.fetcher import SUSPECTS_EVERY
 from rococap.worker.settings import Settings
@@ -151,7 +152,7 @@ class Worker:
         with self._stored.get_lock():
             self._stored.value += len(done)
         with db.transaction(self._engine) as conn:
-            queue.counts(conn, now=self._now())
+            queue.unfinished(conn, self._run, SPLITS)
 
 
 def work(task: Task) -> Worked:
