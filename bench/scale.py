@@ -38,7 +38,7 @@ from sqlalchemy import Engine
 from rococap import db, queue
 from rococap.data import SPLITS
 from rococap.queue import Claim, Telemetry
-from rococap.worker.fetcher import SUSPECTS_EVERY
+from rococap.worker.fetcher import FROM_START_EVERY, SUSPECTS_EVERY
 from rococap.worker.settings import Settings
 
 GPUS = 1_000
@@ -100,12 +100,14 @@ class Worker:
         with db.transaction(self._engine) as conn:
             self._run = queue.get_run(conn, RUN_NAME)
         self._n_claims = 0
+        self._last_job_id = 0
         self._store_ms: dict[int, float] = {}
         self._next_beat = self._now() + int(1000 * SETTINGS.beat_sec)
 
     def work(self, until: float, most: int | None = None) -> None:
         """Captions until nothing is pending, the monotonic clock says `until`, or after `most` claims."""
         while self._n_claims != most and time.monotonic() < until and (claim := self._next_claim()):
+            self._last_job_id = claim.jobs[-1].id
             done = completions(claim)
             for part in range(PARTS):
                 if self._now() >= self._next_beat:
@@ -130,7 +132,8 @@ class Worker:
                     queue.has_suspects(conn, self._run, (SPLIT,))
         with timing(self._worked.claims), db.transaction(self._engine, write=True) as conn:
             run, batch = self._run.id, self._task.batch
-            return queue.claim(conn, self._id, run, SPLIT, batch, ttl_ms=SETTINGS.ttl_ms, now=self._now())
+            after = self._last_job_id if self._n_claims % FROM_START_EVERY else 0
+            return queue.claim(conn, self._id, run, SPLIT, batch, ttl_ms=SETTINGS.ttl_ms, after=after, now=self._now())
 
     def _beat(self, claim: Claim) -> None:
         self._next_beat = self._now() + int(1000 * SETTINGS.beat_sec)
