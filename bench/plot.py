@@ -1,4 +1,4 @@
-"""Plots the measurements of the queue: cost per job, many rows, waits for the write lock, and shares of the processes."""
+"""Plots the measurements of the queue: cost per job, sizes, waits for the write lock, and shares of the processes."""
 
 import statistics
 from pathlib import Path
