@@ -233,7 +233,7 @@ def watching(engine: Engine) -> Iterator[Counter[str]]:
     seen: Counter[str] = Counter()
     is_over = threading.Event()
     sql = (
-        "SELECT CASE WHEN state <> 'active' THEN 'for its worker' WHEN wait_event IS NULL THEN 'for nothing' "
+        "SELECT CASE WHEN state <> 'active' THEN 'for their worker' WHEN wait_event IS NULL THEN 'for nothing' "
         "ELSE wait_event_type || ' ' || wait_event END, count(*) FROM pg_stat_activity "
         "WHERE backend_type = 'client backend' AND state <> 'idle' AND pid <> pg_backend_pid() GROUP BY 1"
     )
