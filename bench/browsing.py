@@ -15,7 +15,7 @@ import httpx
 from crew import SPAWN, START_SEC
 from report import Line, alternate, ratio_line, value_line
 from rows import RUN_NAME, SPLIT
-from scale import timing
+from sizes import timing
 from sqlalchemy import Engine
 
 from rococap.data.datasets import locate

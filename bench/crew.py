@@ -13,16 +13,18 @@ START_SEC = 180
 Together = Callable[..., list[Any]]
 
 _barrier: Barrier
+_shared: Any
 
 
 @contextmanager
-def crew(n: int) -> Iterator[Together]:
+def crew(n: int, shared: Any = None) -> Iterator[Together]:
     """Yields a function that runs `task(*args)` once in each of `n` processes and returns the `n` results.
 
-    The task must call `start_together` when its preparations are finished.
+    The task must call `start_together` when its preparations are finished. `shared` is what the processes share, such
+    as a `Value`: `shared()` returns it there.
     """
     barrier = SPAWN.Barrier(n)
-    with ProcessPoolExecutor(n, SPAWN, _join, (barrier,)) as pool:
+    with ProcessPoolExecutor(n, SPAWN, _join, (barrier, shared)) as pool:
 
         def together(task: Callable[..., Any], *args: Any) -> list[Any]:
             futures = [pool.submit(_do, task, args) for _ in range(n)]
@@ -38,9 +40,14 @@ def start_together() -> None:
     _barrier.wait(START_SEC)
 
 
-def _join(barrier: Barrier) -> None:
-    global _barrier
-    _barrier = barrier
+def shared() -> Any:
+    """What the processes of the crew share."""
+    return _shared
+
+
+def _join(barrier: Barrier, shared: Any) -> None:
+    global _barrier, _shared
+    _barrier, _shared = barrier, shared
 
 
 def _do(task: Callable[..., Any], args: tuple[Any, ...]) -> Any:

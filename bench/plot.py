@@ -1,4 +1,4 @@
-"""Plots the measurements of the queue: cost per job, scale, waits for the write lock, and shares of the processes."""
+"""Plots the measurements of the queue: cost per job, sizes, waits for the write lock, and shares of the processes."""
 
 import statistics
 from pathlib import Path
@@ -12,7 +12,7 @@ from contention import Fairness, rows_of, spread
 from cost import RAW, Cost
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from scale import Sized
+from sizes import Sized
 
 OURS, OTHERS, BOUND = "#1f77b4", "#9aa5b1", "#c0392b"
 
@@ -20,7 +20,7 @@ OURS, OTHERS, BOUND = "#1f77b4", "#9aa5b1", "#c0392b"
 def draw(path: Path, cost: Cost, sized: list[Sized], fair: Fairness) -> None:
     figure, ((top_left, top_right), (bottom_left, bottom_right)) = pyplot.subplots(2, 2, figsize=(12, 8))
     _draw_cost(top_left, cost)
-    _draw_scale(top_right, sized)
+    _draw_sizes(top_right, sized)
     _draw_waits(bottom_left, fair)
     _draw_shares(bottom_right, fair)
     figure.tight_layout()
@@ -54,7 +54,7 @@ def _duplicates(cost: Cost, name: str) -> str:
     return f"; {100 * drained.duplicates / drained.jobs:.3g} % done twice"
 
 
-def _draw_scale(axes: Axes, sized: list[Sized]) -> None:
+def _draw_sizes(axes: Axes, sized: list[Sized]) -> None:
     rows = [one.rows for one in sized]
     for what, colour in (("claim", OURS), ("complete", "#2ca02c"), ("status", "#8e6bbf")):
         axes.plot(rows, [one.p50(what) for one in sized], "o-", color=colour, label=what)

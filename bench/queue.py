@@ -15,14 +15,14 @@ import contenders
 import contention
 import cost
 import crash
-import scale
 import server
+import sizes
 from report import Line, show
 
 Found = tuple[Any, list[Line]]
 """The measurements of a part, for the plot, and its lines of the table."""
 
-PARTS = ("cost", "scale", "fairness", "postgres", "crash")
+PARTS = ("cost", "sizes", "fairness", "postgres", "crash")
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "queue.png"
 
 
@@ -40,10 +40,10 @@ def main() -> None:
     finally:  # also after an error: the results so far are worth having
         show(lines, f"load {load:.1f} before; {_sizes(options)}")
     print("Missed: " + ("; ".join(line.what for line in lines if line.missed) or "none"))
-    if {"cost", "scale", "fairness"} <= found.keys():
+    if {"cost", "sizes", "fairness"} <= found.keys():
         import plot  # imports matplotlib, which spawned processes do not need
 
-        plot.draw(options.plot, found["cost"], found["scale"], found["fairness"])
+        plot.draw(options.plot, found["cost"], found["sizes"], found["fairness"])
         print(f"Plot written to {options.plot}")
 
 
@@ -53,9 +53,9 @@ def _cost(folder: Path, options: argparse.Namespace) -> Found:
     return found, cost.lines(found)
 
 
-def _scale(folder: Path, options: argparse.Namespace) -> Found:
-    found = scale.measure(folder, options.scale_rows, options.rounds)
-    return found, scale.lines(found)
+def _many_rows(folder: Path, options: argparse.Namespace) -> Found:
+    found = sizes.measure(folder, options.sizes, options.rounds)
+    return found, sizes.lines(found)
 
 
 def _fairness(folder: Path, options: argparse.Namespace) -> Found:
@@ -75,7 +75,7 @@ def _crash(folder: Path, options: argparse.Namespace) -> Found:
     return found, crash.lines(found)
 
 
-MEASURES = dict(zip(PARTS, (_cost, _scale, _fairness, _postgres, _crash), strict=True))
+MEASURES = dict(zip(PARTS, (_cost, _many_rows, _fairness, _postgres, _crash), strict=True))
 
 
 def _options() -> argparse.Namespace:
@@ -90,11 +90,11 @@ def _options() -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="rounds, in each of which all queues take a turn")
     add("--rows", type=int, default=20_480, help="jobs from which rococap's cost per job is measured")
     add("--peer-jobs", type=int, default=1_000, help="the same for the other queues, which take longer")
-    add("--scale-rows", type=_numbers, default=[60_000, 10_000_000], help="database sizes in rows, separated by commas")
+    add("--sizes", type=_numbers, default=[60_000, 10_000_000], help="database sizes in rows, separated by commas")
     add("--seconds", type=float, default=10, help="time for which several processes work without pause")
     add("--export-rows", type=int, default=1_000_000, help="done rows that are exported at the same time")
     add("--crashes", type=int, default=50, help="workers to kill")
-    add("--plot", type=Path, default=PLOT, help="file for the plot, which needs cost, scale and fairness")
+    add("--plot", type=Path, default=PLOT, help="file for the plot, which needs cost, sizes and fairness")
     options = parser.parse_args()
     if unknown := set(options.only) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")

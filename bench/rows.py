@@ -97,21 +97,21 @@ def _texts(rows: int) -> Iterator[tuple[object, ...]]:
 # --- Many rows of little content -------------------------------------------------------------------------------
 
 LEASE_ROWS = 32
-LEASE_EVERY_MS = 80
-"""Interval between the leases of done jobs: 400 captions per second, so that 3,750 leases are in the time window over
-which `status` computes the rate.
-"""
 
 
-def fill_many(engine: Engine, pending: int, *, done: int = 0, text: str = "") -> None:
+def fill_many(engine: Engine, pending: int, *, done: int = 0, text: str = "", per_sec: int = 400) -> None:
     """Fills a new SQLite or PostgreSQL database with a run of `pending` pending and `done` done jobs, entirely in SQL.
 
-    Every caption is `text`.
+    Every caption is `text`. The done jobs were captioned at `per_sec` a second until now, LEASE_ROWS a lease: at 400,
+    3,750 leases are in the time window over which `status` computes the rate.
     """
     rows = done + pending
     with db.transaction(engine, write=True) as conn:
-        finished_at = db.now(conn) - 1_000
-        for statement in (*_parents_of(rows), *_rows_of(rows, done, text, finished_at), *_leases_of(done, finished_at)):
+        if engine.dialect.name == "postgresql":
+            db.execute(conn, "SET LOCAL session_replication_role = replica")  # checks no foreign keys
+        # In SQL, the time at which the job i was finished.
+        finished_at = f"{db.now(conn) - 1_000} - ({done} - i) * 1000 / {per_sec}"
+        for statement in (*_parents_of(rows), *_leases_of(done, finished_at), *_rows_of(rows, done, text, finished_at)):
             db.execute(conn, statement)
     if engine.dialect.name == "postgresql":
         with engine.connect() as conn:
@@ -131,7 +131,21 @@ def _parents_of(rows: int) -> Iterator[str]:
     )
 
 
-def _rows_of(rows: int, done: int, text: str, finished_at: int) -> Iterator[str]:
+def _leases_of(done: int, finished_at: str) -> Iterator[str]:
+    yield (
+        "INSERT INTO workers (uuid, host, pid, device, engine, versions, started_at, seen_at) "
+        "VALUES ('before', 'here', 1, 'cpu', 'none', '{}', 0, 0)"
+    )
+    # A lease is closed with the last of its jobs.
+    lasts = f"(SELECT i * {LEASE_ROWS} AS i FROM {_numbers(-(-done // LEASE_ROWS))}) AS lasts"
+    yield (
+        "INSERT INTO leases (worker_id, run_id, split, lane, state, n_jobs, n_done, claimed_at, beat_at, expires_at, "
+        f"closed_at) SELECT (SELECT id FROM workers), {RUN_ID}, '{SPLIT}', 0, 'closed', {LEASE_ROWS}, {LEASE_ROWS}, "
+        f"{finished_at} - 5000, {finished_at}, {finished_at} + 60000, {finished_at} FROM {lasts} ORDER BY i"
+    )
+
+
+def _rows_of(rows: int, done: int, text: str, finished_at: str) -> Iterator[str]:
     caption = _quoted(text)
     yield (
         "INSERT INTO images (id, dataset_id, split, image_id, shard_id, row_group, row_in_group, caption, cui) "
@@ -139,33 +153,19 @@ def _rows_of(rows: int, done: int, text: str, finished_at: int) -> Iterator[str]
         f"FROM {_numbers(rows)}"
     )
     yield (
-        "INSERT INTO jobs (id, run_id, image_id, split, status, finished_at) "
-        f"SELECT i, {RUN_ID}, i, '{SPLIT}', 'done', {finished_at - done} + i FROM {_numbers(done)}"
+        "INSERT INTO jobs (id, run_id, image_id, split, status, attempts, finished_at) "
+        f"SELECT i, {RUN_ID}, i, '{SPLIT}', 'done', 1, {finished_at} FROM {_numbers(done)}"
     )
     yield (
         "INSERT INTO jobs (id, run_id, image_id, split, status) "
         f"SELECT i, {RUN_ID}, i, '{SPLIT}', 'pending' FROM {_numbers(rows, after=done)}"
     )
     yield (
-        "INSERT INTO captions (job_id, text, finish_reason, processing_ms, generated_at) "
-        f"SELECT i, {caption}, 'stop', 60.5, {finished_at - done} + i FROM {_numbers(done)}"
+        "INSERT INTO captions (job_id, lease_id, text, finish_reason, processing_ms, generated_at) "
+        f"SELECT i, (i - 1) / {LEASE_ROWS} + 1, {caption}, 'stop', 60.5, {finished_at} FROM {_numbers(done)}"
     )
     for status, n in (("done", done), ("pending", rows - done)):
         yield f"INSERT INTO tallies (run_id, split, status, slot, n) VALUES ({RUN_ID}, '{SPLIT}', '{status}', 0, {n})"
-
-
-def _leases_of(done: int, finished_at: int) -> Iterator[str]:
-    n = done // LEASE_ROWS
-    yield (
-        "INSERT INTO workers (uuid, host, pid, device, engine, versions, started_at, seen_at) "
-        "VALUES ('before', 'here', 1, 'cpu', 'none', '{}', 0, 0)"
-    )
-    closed_at = f"{finished_at - n * LEASE_EVERY_MS} + i * {LEASE_EVERY_MS}"
-    yield (
-        "INSERT INTO leases (worker_id, run_id, split, lane, state, n_jobs, n_done, claimed_at, beat_at, expires_at, "
-        f"closed_at) SELECT (SELECT id FROM workers), {RUN_ID}, '{SPLIT}', 0, 'closed', {LEASE_ROWS}, {LEASE_ROWS}, "
-        f"{closed_at} - 5000, {closed_at}, {closed_at} + 60000, {closed_at} FROM {_numbers(n)} ORDER BY i"
-    )
 
 
 def _numbers(last: int, *, after: int = 0) -> str:

@@ -14,13 +14,16 @@ from postgres import Server
 
 
 @contextmanager
-def started() -> Iterator[Server]:
+def started(**settings: object) -> Iterator[Server]:
+    """A server with these settings, such as `max_connections`."""
     server = Server()
     try:
         with psycopg.connect(libpq(server.create()), autocommit=True) as connection:
             for setting in ("fsync", "synchronous_commit", "full_page_writes"):
                 connection.execute(f"ALTER SYSTEM RESET {setting}")
-            connection.execute("SELECT pg_reload_conf()")
+            for setting, value in settings.items():
+                connection.execute(f"ALTER SYSTEM SET {setting} = {value}")
+        server.control("restart")
         yield server
     finally:
         server.stop()

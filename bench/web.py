@@ -18,7 +18,7 @@ import browsing
 import server
 from report import Line, show, value_line
 from rows import RUN_NAME, SPLIT, caption, fill_many
-from scale import timing
+from sizes import timing
 from sqlalchemy import Engine
 
 from rococap import db, queue

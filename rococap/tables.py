@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA = "0009"
+SCHEMA = "0010"
 """The alembic revision that this code reads and writes."""
 
 
@@ -152,7 +152,6 @@ workers = Table(
     Column("stopped_at", Int64),
     Column("telemetry", Text),  # JSON of queue.Telemetry, as of the last heartbeat
     Column("lease_ttl_ms", Int64, nullable=False, server_default="120000"),
-    Index(None, "seen_at"),
     sqlite_strict=True,
 )
 

@@ -172,16 +172,16 @@ MUTANTS = (
         "status-by-in",
         "the claim does not compare the status with a single literal",
         "_PENDING",
-        "j.status = 'pending' AND j.crashes BETWEEN",
-        "j.status IN ('pending', 'pending') AND j.crashes BETWEEN",
+        "j.status = 'pending' AND (j.crashes, j.id)",
+        "j.status IN ('pending', 'pending') AND (j.crashes, j.id)",
         "queue/test_plans.py::test_the_claim_reads_its_partial_index_in_order",
     ),
     mutant(
         "splits-by-in",
         "the claim does not compare the split with a single value",
         "_PENDING",
-        "j.split = ? AND j.status = 'pending' AND j.crashes BETWEEN",
-        "j.split IN (?, 'test') AND j.status = 'pending' AND j.crashes BETWEEN",
+        "j.split = ? AND j.status = 'pending' AND (j.crashes, j.id)",
+        "j.split IN (?, 'test') AND j.status = 'pending' AND (j.crashes, j.id)",
         "queue/test_plans.py::test_the_claim_reads_its_partial_index_in_order",
     ),
     mutant(
@@ -238,10 +238,8 @@ MUTANTS = (
         "lease-stays-open",
         "a lease does not close with its last job",
         "complete",
-        'execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", '
-        '(len(done), at, lease.worker_id))\n    close_if_empty(conn, lease.id, "closed", at)',
-        'execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", '
-        "(len(done), at, lease.worker_id))",
+        'close_if_empty(conn, lease.id, "closed", at)\n    execute(conn, "UPDATE workers',
+        'execute(conn, "UPDATE workers',
         "queue/test_queue.py::test_a_lease_is_completed_in_parts_and_closes_with_its_last_job",
     ),
     mutant(

@@ -226,7 +226,6 @@ def test_every_index_is_in_the_database_with_its_condition(path):
         "ix_ratings_study_id_reader_number_position": "ratings(study_id,reader_number,position)",
         "ix_reviews_job_id_at_uuid": "reviews(job_id,at,uuid)",
         "ix_study_items_job_id": "study_items(job_id)",
-        "ix_workers_seen_at": "workers(seen_at)",
     }
 
 

@@ -346,6 +346,23 @@ def test_two_claims_at_once_pass_each_other_by(url, tmp_path):
     engine.dispose()
 
 
+def test_what_every_heartbeat_and_every_group_of_captions_updates_is_in_no_index(url, tmp_path):
+    """Each of these updates would add to every index of its table, and be left for vacuum."""
+    engine = db.connect(url)
+    run = fill(engine, tmp_path / "set", 4)
+    with db.transaction(engine, write=True) as conn:
+        ((_, worker),) = workers(conn)
+        lease = queue.claim(conn, worker, run.id, "train", 4, ttl_ms=60_000)
+    told = queue.Telemetry(60.0, 2.5, 80.0, 0.9, 0.95, 1.0, 4, 800.0)
+    hot = "SELECT pg_stat_get_xact_tuples_updated(?::regclass), pg_stat_get_xact_tuples_hot_updated(?::regclass)"
+    with db.transaction(engine, write=True) as conn:
+        queue.complete(conn, lease, [Completion(job.id, "A caption.") for job in lease.jobs[:2]])
+        queue.heartbeat(conn, worker, [], ttl_ms=60_000, store_ms={lease.id: 5.0}, telemetry=told)
+        updates = {name: tuple(db.execute(conn, hot, (name, name)).one()) for name in ("workers", "leases", "tallies")}
+    assert updates == {"workers": (2, 2), "leases": (2, 2), "tallies": (1, 1)}
+    engine.dispose()
+
+
 def workers(*connections):
     for number, conn in enumerate(connections):
         yield conn, queue.register_worker(conn, f"worker {number}", "host", 1, INFO)

@@ -4,6 +4,7 @@ import logging
 import shlex
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,8 @@ from rococap.cli.options import (
 from rococap.errors import RococapError
 from rococap.figures import duration
 
+RATE_SEC = 300.0
+"""How far back the rate of a worker's progress line looks."""
 RUN_HELP = "The run to work on. [default: `default`, or the only one that has work]"
 
 
@@ -320,30 +323,42 @@ def _worker_again(run: str, settings: Any) -> str:
 
 
 @contextmanager
-def worker_progress() -> Iterator[Callable[[Any, Sequence[queue.Counts]], None]]:
-    """Yields `report(outcome, counts)`: a live line on a terminal, and a log line every ten seconds elsewhere."""
+def worker_progress() -> Iterator[Callable[[Any, int], None]]:
+    """Yields `report(outcome, left)`: a live line on a terminal, and a log line every ten seconds elsewhere."""
     console = stderr_console()
     last = time.monotonic()
+    seen: deque[tuple[float, int]] = deque()
 
-    def line(outcome: Any, counts: Sequence[queue.Counts]) -> str:
-        left = sum(tally.unfinished for tally in counts)
-        per_minute = sum(tally.per_minute for tally in counts if tally.unfinished)  # only one split runs at a time
+    def line(outcome: Any, left: int, per_minute: float) -> str:
         eta = duration(60 * left / per_minute) if per_minute else "?"
         memory = _gpu_memory(outcome.device)
         return f"{outcome.done} done here, {left} left, {per_minute:.0f}/min, {eta} to go{memory}"
 
     if console.is_terminal:
         with console.status("loading the model") as status:
-            yield lambda outcome, counts: status.update(line(outcome, counts))
+            yield lambda outcome, left: status.update(line(outcome, left, _per_minute(seen, left)))
         return
 
-    def log_line(outcome: Any, counts: Sequence[queue.Counts]) -> None:
+    def log_line(outcome: Any, left: int) -> None:
         nonlocal last
+        per_minute = _per_minute(seen, left)
         if time.monotonic() - last >= 10:
             last = time.monotonic()
-            logging.getLogger("rococap.worker").info("%s", line(outcome, counts))
+            logging.getLogger("rococap.worker").info("%s", line(outcome, left, per_minute))
 
     yield log_line
+
+
+def _per_minute(seen: deque[tuple[float, int]], left: int) -> float:
+    """How many pictures all workers finish in a minute, from how many were left when; `seen` are the looks of the last
+    RATE_SEC seconds, as (time, left), to which this one is added.
+    """
+    at = time.monotonic()
+    seen.append((at, left))
+    while seen[0][0] < at - RATE_SEC:
+        seen.popleft()
+    first_at, first_left = seen[0]
+    return 60 * max(0, first_left - left) / max(at - first_at, 1)
 
 
 def _gpu_memory(device: str) -> str:

@@ -173,7 +173,7 @@ def work(
     n: int,
     address: str | None,
     command: Command,
-    report: Report = lambda outcome, counts: None,
+    report: Report = lambda outcome, left: None,
     echo: Echo = lambda line: None,
 ) -> Ended:
     """Captions on `n` devices of the Ray cluster at `address` until no work is left, or until SIGTERM, SIGINT or

@@ -7,7 +7,7 @@
 
 Knows no model and reads no picture. Every write by a worker has lease, worker and state in its WHERE clause, so that a
 worker that has lost its lease changes nothing. Rows are always locked in the same order: leases, jobs by id, captions,
-tallies, worker. `now` is the database's clock unless a test passes its own. The status is a literal in the SQL: as a
+worker, tallies. `now` is the database's clock unless a test passes its own. The status is a literal in the SQL: as a
 bound parameter it would miss the partial indexes (11 microseconds would become 32 milliseconds).
 """
 

@@ -45,8 +45,8 @@ CRASHES = {NORMAL: (0, 0), SUSPECTS: (1, 1), SOLO: (2, 1 << 30)}
 _PENDING = (
     f"SELECT j.id, {PLACE} "
     "FROM runs r JOIN jobs j ON j.run_id = r.id JOIN images i ON i.id = j.image_id JOIN shards s ON s.id = i.shard_id "
-    "WHERE r.id = ? AND r.paused = 0 AND j.split = ? AND j.status = 'pending' AND j.crashes BETWEEN ? AND ? "
-    "ORDER BY j.crashes, j.id LIMIT ?"
+    "WHERE r.id = ? AND r.paused = 0 AND j.split = ? AND j.status = 'pending' AND (j.crashes, j.id) > (?, ?) "
+    "AND j.crashes <= ? ORDER BY j.crashes, j.id LIMIT ?"
 )
 SKIP_LOCKED = {"sqlite": "", "postgresql": " FOR UPDATE OF j SKIP LOCKED"}
 _ANY_SUSPECT = "SELECT 1 FROM jobs WHERE run_id = ? AND split = ? AND status = 'pending' AND crashes > 0 LIMIT 1"
@@ -61,16 +61,21 @@ def claim(
     *,
     ttl_ms: int,
     lane: int = NORMAL,
+    after: int = 0,
     now: int | None = None,
 ) -> Claim | None:
     """Leases up to `max_jobs` pending jobs of one split to a worker, in order of id; None if there are none.
 
-    The order of ids is that of the data set, so that a claim reads neighbouring rows. The lease expires after `ttl_ms`
-    milliseconds without a heartbeat. The lanes SUSPECTS and SOLO take at most 4 jobs and 1.
+    The order of ids is that of the data set, so that a claim reads neighbouring rows. Jobs after the id `after` come
+    first: PostgreSQL would pass by every job that has been claimed since the last vacuum. The lease expires after
+    `ttl_ms` milliseconds without a heartbeat. The lanes SUSPECTS and SOLO take at most 4 jobs and 1.
     """
     limit = min(max_jobs, lane) if lane else max_jobs
     sql = _PENDING + SKIP_LOCKED[conn.dialect.name]
-    rows = execute(conn, sql, (run_id, split, *CRASHES[lane], limit)).fetchall()
+    fewest, most = CRASHES[lane]
+    rows = execute(conn, sql, (run_id, split, fewest, after, most, limit)).fetchall()
+    if after and not rows:
+        rows = execute(conn, sql, (run_id, split, fewest, 0, most, limit)).fetchall()
     if not rows:
         return None
     lease_id = new_lease(conn, worker_id, run_id, split, lane, [row[0] for row in rows], ttl_ms, time_of(conn, now))
@@ -227,10 +232,11 @@ def complete(
             for c in done
         ],
     )
+    close_if_empty(conn, lease.id, "closed", at)
+    execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", (len(done), at, lease.worker_id))
+    # Last, because other workers wait for these rows until the commit.
     changes: dict[str, int] = {JobState.LEASED: -len(done), JobState.DONE: len(done)}
     tally(conn, lease.run_id, lease.split, lease.id, changes | flag_counts(flags.values()))
-    execute(conn, "UPDATE workers SET n_done = n_done + ?, seen_at = ? WHERE id = ?", (len(done), at, lease.worker_id))
-    close_if_empty(conn, lease.id, "closed", at)
 
 
 def backoff_ms(attempts: int, jitter: float | None = None) -> int:

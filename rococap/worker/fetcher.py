@@ -32,6 +32,8 @@ LOOKS_PER_SEC = 50
 """How often many idle workers look for work, all of them together: whoever looks next finds what there is."""
 SUSPECTS_EVERY = 8
 """Every so many claims, jobs that have been in a crash get a turn, if there are any."""
+FROM_START_EVERY = 8
+"""Every so many claims, jobs get a turn that are pending again, before those that this worker has claimed."""
 
 
 def n_preparers(device: str) -> int:
@@ -53,6 +55,8 @@ class Fetcher:
         self._left = context.settings.limit
         self._n_claims = 0
         self._last_lease_id = 0
+        self._last_job_ids: dict[str, int] = {}
+        """By split, the last job claimed in the normal lane."""
         self._pause_sec = POLL_SEC
         self._is_unsure = False
         self._has_logged = False
@@ -122,11 +126,17 @@ class Fetcher:
             if self._holdings.is_stopping:
                 return None
             expires_at = clock.now() + ttl_ms / 1000
+            is_onward = lane == NORMAL and self._n_claims % FROM_START_EVERY
+            after = self._last_job_ids.get(split, 0) if is_onward else 0
             with transaction(self._database, write=True) as conn:
-                claim = queue.claim(conn, context.worker_id, context.run.id, split, limit, ttl_ms=ttl_ms, lane=lane)
+                claim = queue.claim(
+                    conn, context.worker_id, context.run.id, split, limit, ttl_ms=ttl_ms, lane=lane, after=after
+                )
                 self._refuse_repeated(claim)
             if claim is not None:
                 self._n_claims += 1
+                if lane == NORMAL:
+                    self._last_job_ids[split] = claim.jobs[-1].id
                 self._last_lease_id = claim.id
                 if self._left is not None:
                     self._left -= len(claim.jobs)

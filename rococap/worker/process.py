@@ -46,7 +46,7 @@ STOP_SLACK_SEC = 15.0
 def work(
     database: Database,
     settings: Settings,
-    report: Report = lambda outcome, counts: None,
+    report: Report = lambda outcome, left: None,
     load: Callable[[Recipe, Options], Engine] = load_engine,
     spool_folder: Path | None = None,
 ) -> Outcome:

@@ -17,7 +17,7 @@ from rococap import queue
 from rococap.data import SPLITS
 from rococap.db import transaction
 from rococap.errors import DatabaseError
-from rococap.queue import Counts, Run, choose_run
+from rococap.queue import Run, choose_run
 from rococap.worker.children import (
     Child,
     Echo,
@@ -59,7 +59,7 @@ def work(
     settings: Settings,
     devices: Sequence[str],
     command: Command,
-    report: Report = lambda outcome, counts: None,
+    report: Report = lambda outcome, left: None,
     echo: Echo = lambda line: None,
 ) -> Ended:
     """Captions on all `devices` until no work is left (or for ever, with `wait`), or until SIGTERM, SIGINT or SIGUSR1
@@ -121,7 +121,7 @@ def worker_command(*, force: bool = False, debug: bool = False) -> Command:
     return lambda settings: member_command("worker", settings.to_json(), force=force, debug=debug)
 
 
-def report_outcome(outcome: Outcome, counts: Sequence[Counts] = ()) -> None:
+def report_outcome(outcome: Outcome, left: int = 0) -> None:
     """Reports the outcome so far to the parent; pictures in progress are stored even if it was killed. A `Report`."""
     report_to_parent(asdict(outcome))
 
@@ -195,11 +195,11 @@ def _reporting(database: Database, run: Run, children: Sequence[Worker], report:
                 continue
             try:
                 with transaction(database) as conn:
-                    counts = queue.counts_of(conn, run)
+                    left = sum(queue.unfinished(conn, run, SPLITS).values())
             except DatabaseError as error:
                 log.debug("%s", error)  # the children log it as a warning
             else:
-                report(outcome, counts)
+                report(outcome, left)
 
     thread = threading.Thread(target=look, name="look", daemon=True)
     thread.start()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from samples import write_shard
 from steps import invoke, refused, said
 
 from rococap import db, prompts, queue
+from rococap.cli import worker as worker_command
 from rococap.cli.options import cli
 from rococap.cli.worker import _worker_again
 from rococap.demo import MODEL
@@ -27,6 +29,7 @@ from rococap.demo.phantoms import write_dataset
 from rococap.engines import Completion, EngineInfo, Failure
 from rococap.tables import SCHEMA
 from rococap.worker.settings import Settings
+from rococap.worker.store import Outcome
 
 INFO = EngineInfo("small", {}, "tests/small", "", "float32", "cpu", "digest")
 
@@ -842,3 +845,17 @@ def test_a_batch_size_is_auto_or_a_number(tmp_path, value, told):
     result = invoke("--db", f"sqlite:///{tmp_path / 'queue.db'}", "worker", f"--batch-size={value}")
     assert result.exit_code == 2
     assert told in result.output
+
+
+def test_a_worker_logs_how_fast_all_workers_are_in_the_last_five_minutes(monkeypatch, caplog):
+    clock = SimpleNamespace(at=0.0)
+    monkeypatch.setattr(worker_command, "time", SimpleNamespace(monotonic=lambda: clock.at))
+    with caplog.at_level("INFO"), worker_command.worker_progress() as report:
+        for clock.at, left in ((0.0, 9_000), (60.0, 8_400), (300.0, 8_000), (500.0, 7_200), (510.0, 7_300)):
+            report(Outcome(done=5), left)
+    assert [record.message for record in caplog.records] == [
+        "5 done here, 8400 left, 600/min, 14 min 00 s to go",
+        "5 done here, 8000 left, 200/min, 40 min 00 s to go",
+        "5 done here, 7200 left, 240/min, 30 min 00 s to go",
+        "5 done here, 7300 left, 200/min, 36 min 30 s to go",
+    ]

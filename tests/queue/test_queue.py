@@ -71,6 +71,14 @@ def test_a_claim_takes_jobs_in_order_and_the_next_claim_others(database, run):
     assert second.id > first.id
 
 
+def test_a_claim_takes_jobs_after_an_id_first_and_then_from_the_start(database, run):
+    worker = new_worker(database)
+    with db.transaction(database, write=True) as conn:
+        claims = [queue.claim(conn, worker, run.id, "train", 10, ttl_ms=TTL, after=14) for _ in range(4)]
+    assert [ids(claim) for claim in claims[:3]] == [[*range(15, 21)], [*range(1, 11)], [*range(11, 15)]]
+    assert claims[3] is None
+
+
 def test_a_claim_names_the_place_of_each_picture(database, run):
     lease = claimed(database, new_worker(database), run, 12)
     place = lease.jobs[11].place

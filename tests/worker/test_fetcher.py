@@ -273,6 +273,18 @@ def test_a_picture_that_is_stored_while_it_is_ready_once_more_is_not_waited_for(
     assert not waiting.is_alive()
 
 
+def test_a_worker_claims_onward_and_every_eighth_time_from_the_start(database, tmp_path):
+    run = fill(database, tmp_path / "set", 20)
+    with db.transaction(database, write=True) as conn:
+        worker = queue.register_worker(conn, "one", "host", 1, INFO)
+    claimer = Fetcher(context_of(database, run, worker, SmallEngine(batch_size=2)), Holdings(), print)
+    first = claimer._claim(queue.NORMAL)
+    with db.transaction(database, write=True) as conn:
+        queue.release(conn, first, [job.id for job in first.jobs])
+    claims = [claimer._claim(queue.NORMAL) for _ in range(9)]
+    assert [claim.jobs[0].id for claim in claims] == [3, 5, 7, 9, 11, 13, 15, 1, 17]
+
+
 @pytest.mark.every_database
 def test_a_database_that_hands_out_a_lease_twice_is_not_worked_on(database, tmp_path):
     run = fill(database, tmp_path / "set", 4)

@@ -17,11 +17,11 @@ import pytest
 from nursery import Worker
 from samples import fill, picture, register, write_shard
 from small_engine import INFO, QUICK, SmallEngine
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
 from steps import captions, expected, run_worker, select, start, statuses, until
 
 from rococap import db, queue
-from rococap.engines import Completion, gather
+from rococap.engines import Completion, Options, gather
 from rococap.errors import DatasetError, RunError
 from rococap.queue import choose_run
 from rococap.worker.process import work
@@ -52,6 +52,18 @@ def test_a_worker_reads_the_data_set_from_where_it_is_on_its_machine(database, t
     (tmp_path / "set").rename(tmp_path / "mounted")
     run_worker(database, dataset_root=str(tmp_path / "mounted"))
     assert captions(database) == expected(5)
+
+
+def test_a_worker_tells_how_much_is_left_without_reading_all_recent_leases_each_time(database, tmp_path):
+    """Hundreds of workers tell it every second."""
+    fill(database, tmp_path / "set", 45)
+    statements, told = [], []
+    event.listen(database, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    settings = Settings(options=Options(batch_size=4), self_check=False)
+    work(database, settings, lambda outcome, left: told.append((outcome.done, left)), load=lambda *_: SmallEngine())
+    assert len(told) >= 12
+    assert {done + left for done, left in told} == {45}
+    assert sum("closed_at BETWEEN" in statement for statement in statements) <= 1, "only once, as it starts"
 
 
 def test_two_workers_at_once_caption_every_picture_once(database, url, tmp_path):
