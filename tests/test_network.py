@@ -175,7 +175,7 @@ def test_commits_whose_answers_are_lost_make_nobody_caption_or_store_twice(proxy
     assert proxy.n_lost > n / 20
 
 
-@pytest.mark.parametrize(("n", "delay_sec"), [(16, 0.02), pytest.param(80, 0.2, marks=torture)])
+@pytest.mark.parametrize(("n", "delay_sec"), [(8, 0.02), pytest.param(80, 0.2, marks=torture)])
 def test_a_slow_network_changes_nothing(proxy, behind, n, delay_sec):
     behind.fill(n)
     proxy.delay_sec = delay_sec

@@ -47,6 +47,16 @@ def test_a_worker_captions_every_picture_with_its_own_caption_and_ends(database,
     assert select(database, "SELECT n_done, stopped_at IS NOT NULL FROM workers") == [(45, 1)]
 
 
+@pytest.mark.every_database
+def test_a_worker_that_was_not_told_of_its_registration_is_registered_once(database, url, tmp_path):
+    fill(database, tmp_path / "set", 8)
+    commit = {"thread": "MainThread", "nth": 4, "do": "error", "after": True}
+    process = Worker(url, {"troubles": [commit]})
+    assert finish(process)["done"] == 8
+    assert "trouble: error after COMMIT" in process.told()
+    assert select(database, "SELECT count(*) FROM workers") == [(1,)]
+
+
 def test_two_workers_at_once_caption_every_picture_once(database, url, tmp_path):
     fill(database, tmp_path / "set", 200)
     outcomes = []
