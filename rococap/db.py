@@ -640,6 +640,13 @@ def found_schema(conn: Connection) -> str | None:
     return execute(conn, "SELECT version_num FROM alembic_version").scalar()
 
 
+def refuse_other_schema(conn: Connection) -> None:
+    """Raises DatabaseError if the database has been migrated since this process opened it."""
+    found = execute(conn, "SELECT version_num FROM alembic_version").scalar_one()
+    if found != SCHEMA:
+        raise wrong_schema(conn.engine.url, found)
+
+
 def wrong_schema(url: URL, found: str) -> DatabaseError:
     """The error for a database with the revision `found`: it is older than this version of rococap, or newer."""
     where = shown(url)
