@@ -15,8 +15,11 @@ _CLONE_NEWNET = 0x40000000
 _numbers = itertools.count(1)
 
 
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+
+
 def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=60, env=os.environ | {"PATH": _PATH})
 
 
 @cache
@@ -32,9 +35,6 @@ def why_not() -> str:
     return ""
 
 
-_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-
-
 def enter(namespace: str) -> None:
     """From now on, sockets of this thread and the processes that it starts are in the namespace."""
     with open(namespace) as file:
@@ -44,6 +44,7 @@ def enter(namespace: str) -> None:
 
 @contextmanager
 def inside(namespace: str) -> Iterator[None]:
+    """The same while the block runs."""
     before = f"/proc/self/task/{threading.get_native_id()}/ns/net"
     with open(before) as file:
         enter(namespace)
