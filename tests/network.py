@@ -31,7 +31,7 @@ def why_not() -> str:
         with two_machines() as link:
             link.drop([1])
     except subprocess.CalledProcessError as error:
-        return f"network namespaces need root and CAP_NET_ADMIN: {error.stderr.decode().strip()}"
+        return f"network namespaces need root, CAP_NET_ADMIN and CAP_SYS_ADMIN: {error.stderr.decode().strip()}"
     return ""
 
 
