@@ -474,6 +474,8 @@ def _begin(conn: Connection, write: bool, patience: float | None = None) -> None
     if conn.dialect.name != "sqlite":
         mode = "" if write else " ISOLATION LEVEL REPEATABLE READ READ ONLY"
         patience = PATIENCE_SEC if patience is None else patience
+        if _is_hurried(conn.engine):
+            cast(Any, conn.connection.driver_connection).silence_sec = patience + SILENCE_SEC
         limits = "".join(f"; SET LOCAL {name} = {int(1000 * sec)}" for name, sec in _limits(conn, patience).items())
         conn.exec_driver_sql(
             f"BEGIN{mode}{limits}",
@@ -510,7 +512,6 @@ def _limits(conn: Connection, patience: float) -> dict[str, float]:
             # A transaction does not count as idle in the middle of `executemany`, nor after it: the driver flushes once
             # more after the last row, which stops that clock.
             limits["transaction_timeout"] = patience + SILENCE_SEC
-        cast(Any, conn.connection.driver_connection).silence_sec = patience + SILENCE_SEC
     told = str(conn.engine.url.query.get("options", os.environ.get("PGOPTIONS", "")))
     return {name: seconds for name, seconds in limits.items() if name == "lock_timeout" or name not in told}
 
