@@ -5,6 +5,8 @@ deferred ones, which ignore the busy timeout when they are upgraded to writers. 
 Knows the tables, but not what a job or a lease means.
 """
 
+import json
+import math
 import os
 import random
 import re
@@ -12,11 +14,11 @@ import shlex
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import Connection, create_engine, event, inspect
 from sqlalchemy import Engine as Database
@@ -54,8 +56,17 @@ POSTGRESQL_SETTINGS = {
 }
 """Defaults; the URL may override them, as in `?connect_timeout=3`."""
 
+_OF_SILENCE = ("keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout")
+"""Those that the server has too, all with `tcp_` before the name, unless it is older than PostgreSQL 12."""
+
 IDLE_SEC = 60
-"""A worker that freezes inside a transaction must not hold other workers' rows for longer than this."""
+"""A process that freezes inside a transaction must not hold the rows of others for longer than this."""
+HURRIED_IDLE_SEC = 10
+"""The same for processes that compute nothing inside a transaction: see `hurry`."""
+SILENCE_SEC = 30.0
+"""How long these wait for an answer, and how long their transactions last, beyond the time that the server may wait for
+a lock: as long as a machine may be silent. Everybody waits so long for the answers that a new connection needs.
+"""
 
 _FIXED_SETTINGS = {
     # Captions are Unicode, and the driver would return bytes if the server's locale chose the encoding.
@@ -82,12 +93,14 @@ _UNAVAILABLE_CODES = frozenset(
     ]
 )
 
-_UNAVAILABLE_SQLSTATES = frozenset(["25006", "25P03", "40P01"])
-"""A server that became read-only, a transaction that idled too long, a deadlock: the driver's exception classes do not
-tell these from mistakes in SQL.
+_UNAVAILABLE_SQLSTATES = frozenset(["25006", "25P03", "25P04", "40P01"])
+"""A server that became read-only, a transaction that idled or took too long, a deadlock: the driver's exception classes
+do not tell these from mistakes in SQL.
 """
 
 _NO_SUCH_TABLE = "42P01"
+
+_HAS_TRANSACTION_TIMEOUT = (17,)
 
 _FIRST_USE_LOCK = 0x726F636F
 """Key of the PostgreSQL advisory lock that serialises schema changes."""
@@ -228,14 +241,30 @@ def _create(url: URL, force: bool, pooled: bool) -> Database:
         raise DatabaseError(
             f"PostgreSQL's driver is not installed ({error}). Install it: pip install 'rococap[postgres]'"
         ) from error
-    _check_new_connections(database)
+    event.listen(database, "do_connect", _open_expecting)
+    _check_new_connections(database, settings | url.query)
     return database
 
 
-def _check_new_connections(database: Database) -> None:
-    """Makes a new connection raise DatabaseError if the database's encoding cannot hold every caption, and prepare
-    statements if there is no pooler in between.
+def _open_expecting(_dialect: object, _record: object, args: Sequence[Any], options: dict[str, Any]) -> Any:
+    """A connection that expects answers within SILENCE_SEC while it is being set up."""
+    from rococap.answers import ExpectingConnection
+
+    connection = ExpectingConnection.connect(*args, **options)
+    connection.silence_sec = SILENCE_SEC
+    return connection
+
+
+def _check_new_connections(database: Database, settings: Mapping[str, Any]) -> None:
+    """Makes a new connection raise DatabaseError if the database's encoding cannot hold every caption. If there is no
+    pooler in between, it prepares statements, and the server gives up a client that vanished silently as soon as the
+    client gives up the server, unless somebody has set these limits.
     """
+    limits = json.dumps({f"tcp_{name.removeprefix('tcp_')}": settings[name] for name in _OF_SILENCE})
+    set_limits = (
+        "SELECT set_config(name, %s::json ->> name, false) FROM pg_settings "
+        "WHERE name LIKE 'tcp%%' AND source = 'default' AND %s::json ->> name IS NOT NULL"
+    )
 
     def check(connection: Any, _record: object) -> None:
         sql = "SELECT current_setting('server_encoding'), pg_backend_pid()"
@@ -246,6 +275,9 @@ def _check_new_connections(database: Database) -> None:
         # A pooler reports process ids of its own: equal ids mean that the server itself is at the other end.
         if pid == connection.info.backend_pid:
             connection.prepare_threshold = _PREPARE_AFTER
+            connection.execute(set_limits, (limits, limits))
+        if not _is_hurried(database):
+            connection.silence_sec = math.inf
 
     event.listen(database, "connect", check)
 
@@ -315,6 +347,21 @@ def _set_pragmas(connection: sqlite3.Connection, _record: object) -> None:
         connection.execute("PRAGMA journal_mode = WAL")  # if refused, any other journal is as safe with FULL
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def hurry(database: Database) -> None:
+    """From now on, a transaction raises DatabaseUnavailable if PostgreSQL does not answer for SILENCE_SEC, and the
+    server ends one that idles for HURRIED_IDLE_SEC. For processes that run short statements and compute nothing inside
+    a transaction: wherever one of them stops, nobody waits for it for long, and it waits for nobody for ever.
+    """
+    if database.dialect.name == "sqlite":
+        return
+    database.update_execution_options(is_hurried=True)
+    database.dispose()  # connections that are open would wait for ever
+
+
+def _is_hurried(database: Database) -> bool:
+    return "is_hurried" in database.get_execution_options()
 
 
 def stay(database: Database, sql: str, params: Row) -> None:
@@ -426,9 +473,12 @@ def _is_unavailable(error: DBAPIError) -> bool:
 def _begin(conn: Connection, write: bool, patience: float | None = None) -> None:
     if conn.dialect.name != "sqlite":
         mode = "" if write else " ISOLATION LEVEL REPEATABLE READ READ ONLY"
-        milliseconds = int(1000 * (PATIENCE_SEC if patience is None else patience))
+        patience = PATIENCE_SEC if patience is None else patience
+        if _is_hurried(conn.engine):
+            cast(Any, conn.connection.driver_connection).silence_sec = patience + SILENCE_SEC
+        limits = "".join(f"; SET LOCAL {name} = {int(1000 * sec)}" for name, sec in _limits(conn, patience).items())
         conn.exec_driver_sql(
-            f"BEGIN{mode}; SET LOCAL lock_timeout = {milliseconds}{_set_idle(conn.engine.url)}",
+            f"BEGIN{mode}{limits}",
             execution_options={"no_parameters": True},
         )
         return
@@ -449,15 +499,21 @@ def _begin(conn: Connection, write: bool, patience: float | None = None) -> None
     _patiently(begin, conn.engine.url.database, patience)
 
 
-def _set_idle(url: URL) -> str:
-    """The statement that limits how long this transaction may idle; empty if the user's options set the limit.
+def _limits(conn: Connection, patience: float) -> dict[str, float]:
+    """PostgreSQL's settings that limit this transaction, in seconds, but for those that the user's options set.
 
-    It is set per transaction rather than as a startup option, because PgBouncer refuses those and hands the connection
-    to other clients afterwards.
+    They are set per transaction rather than as startup options, because PgBouncer refuses those and hands the
+    connection to other clients afterwards.
     """
-    options = url.query.get("options", os.environ.get("PGOPTIONS", ""))
-    name = "idle_in_transaction_session_timeout"
-    return "" if name in str(options) else f"; SET LOCAL {name} = '{IDLE_SEC}s'"
+    limits = {"lock_timeout": patience, "idle_in_transaction_session_timeout": IDLE_SEC}
+    if _is_hurried(conn.engine):
+        limits["idle_in_transaction_session_timeout"] = HURRIED_IDLE_SEC
+        if (conn.dialect.server_version_info or ()) >= _HAS_TRANSACTION_TIMEOUT:
+            # A transaction does not count as idle in the middle of `executemany`, nor after it: the driver flushes once
+            # more after the last row, which stops that clock.
+            limits["transaction_timeout"] = patience + SILENCE_SEC
+    told = str(conn.engine.url.query.get("options", os.environ.get("PGOPTIONS", "")))
+    return {name: seconds for name, seconds in limits.items() if name == "lock_timeout" or name not in told}
 
 
 def _commit(conn: Connection, patience: float | None = None) -> None:
@@ -583,6 +639,13 @@ def found_schema(conn: Connection) -> str | None:
             "database. Name another with --db."
         )
     return execute(conn, "SELECT version_num FROM alembic_version").scalar()
+
+
+def refuse_other_schema(conn: Connection) -> None:
+    """Raises DatabaseError if the database has been migrated since this process opened it."""
+    found = execute(conn, "SELECT version_num FROM alembic_version").scalar_one()
+    if found != SCHEMA:
+        raise wrong_schema(conn.engine.url, found)
 
 
 def wrong_schema(url: URL, found: str) -> DatabaseError:

@@ -500,6 +500,30 @@ MUTANTS = (
         "WHERE l.id = ? AND ? <> '' ",
         "queue/test_queue.py::test_a_lease_is_known_only_to_the_database_that_gave_it",
     ),
+    mutant(
+        "registered-once-only",
+        "a worker that was not told of its registration cannot repeat it",
+        "register_worker",
+        '"ON CONFLICT (uuid) DO UPDATE SET seen_at = excluded.seen_at RETURNING id"',
+        '"RETURNING id"',
+        "worker/test_worker.py::test_a_worker_that_was_not_told_of_its_registration_is_registered_once[delete]",
+    ),
+    mutant(
+        "waits-for-ever",
+        "PostgreSQL: a worker waits for ever for a server that is silent",
+        "ExpectingConnection._answered",
+        "elif time.monotonic() - heard > self.silence_sec:",
+        "elif False:",
+        "test_network.py::test_a_connection_that_falls_silent_without_ending_is_given_up_by_both_ends",
+    ),
+    mutant(
+        "freezes-for-ever",
+        "PostgreSQL: only the idling of a worker's transaction is limited",
+        "_limits",
+        'limits["transaction_timeout"] = patience + SILENCE_SEC',
+        "pass",
+        "worker/test_torture.py::test_a_worker_frozen_inside_a_transaction_holds_up_no_other",
+    ),
     # --- by hand ---
     mutant(
         "cancel-leaves-the-lease-open",
@@ -768,6 +792,22 @@ MUTANTS = (
         "or not _are_its_rules(pinned, resolved)",
         "or False",
         "queue/test_rules.py::test_captions_under_older_rules_are_not_restored_beside_newer_ones",
+    ),
+    mutant(
+        "rules-as-at-the-start",
+        "a worker goes on with a run that has newer rules by now",
+        "Fetcher._unfinished",
+        "            queue.check_rules(conn, self._context.run)\n",
+        "",
+        "queue/test_rules.py::test_a_worker_ends_once_its_run_goes_on_under_newer_rules[delete]",
+    ),
+    mutant(
+        "schema-as-at-the-start",
+        "a worker goes on in a database that was migrated",
+        "Fetcher._unfinished",
+        "            db.refuse_other_schema(conn)\n",
+        "",
+        "queue/test_rules.py::test_a_worker_ends_once_the_database_has_a_newer_schema[delete]",
     ),
     # --- pictures ---
     mutant(

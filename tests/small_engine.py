@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from network import enter
 from sqlalchemy import Engine, event
 
 from rococap import db
@@ -258,6 +259,8 @@ def work_on(url: str, options: dict[str, Any]) -> None:
     if "spool" in options:
         os.environ["ROCOCAP_SPOOL"] = options["spool"]
     set_constants(options.get("constants", QUICK))
+    if "namespace" in options:
+        enter(options["namespace"])
     database = db.connect(url)
     if "troubles" in options or "flaky" in options:
         Troubles(database, options.get("troubles", []), options.get("flaky"))

@@ -13,7 +13,7 @@ import rococap
 ROOT = Path(rococap.__file__).parent
 
 PLAN = (
-    {"errors", "recipe", "figures", "flags", "open_files", "progress", "tables"},
+    {"answers", "errors", "recipe", "figures", "flags", "open_files", "progress", "tables"},
     {"files", "prompts", "urls"},
     {"db"},
     {"data"},

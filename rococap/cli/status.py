@@ -73,7 +73,11 @@ def _status_json(database: Database) -> dict[str, Any]:
         }
         for tally in counts
     ]
-    return {"runs": runs, "workers": [asdict(worker) for worker in workers]}
+    return {
+        "runs": runs,
+        "workers": [asdict(worker) for worker in workers],
+        "versions": {version: len(some) for version, some in queue.by_version(workers).items()},
+    }
 
 
 def _status_text(database: Database) -> str:
@@ -128,12 +132,30 @@ def _workers_text(workers: Sequence[queue.WorkerSeen]) -> str:
         ]
         for worker in workers
     ]
-    return "\n".join([as_table(["worker", "device", "state", "done", *_MEASURED], rows), *_together(workers)])
+    table = as_table(["worker", "device", "state", "done", *_MEASURED], rows)
+    return "\n".join([table, *_together(workers), *_versions(workers)])
 
 
 def _together(workers: Sequence[queue.WorkerSeen]) -> list[str]:
     rates = [worker.rate for worker in workers if worker.rate is not None]
     return [f"{len(rates)} workers together: {sum(rates):.2f} pictures/s"] if len(rates) > 1 else []
+
+
+def _versions(workers: Sequence[queue.WorkerSeen]) -> list[str]:
+    """Nothing, unless the workers that are running have several versions of rococap."""
+    versions = queue.by_version(workers)
+    if len(versions) < 2:
+        return []
+    listed = ", ".join(f"{version} ({_some(ones)})" for version, ones in versions.items())
+    return [
+        f"Versions of rococap that run together: {listed}.",
+        "To make them equal, stop the others, upgrade them, and start them again.",
+    ]
+
+
+def _some(workers: Sequence[queue.WorkerSeen]) -> str:
+    """Two processes by name, more by number."""
+    return f"{len(workers)} workers" if len(workers) > 2 else ", ".join(map(_process, workers))
 
 
 def _hosts_text(workers: Sequence[queue.WorkerSeen], most: int | None = None) -> str:
@@ -146,7 +168,7 @@ def _hosts_text(workers: Sequence[queue.WorkerSeen], most: int | None = None) ->
     lines = [within_80(header, list(map(_host_row, shown)), 0)]
     if len(shown) < len(hosts):
         lines.append(f"… and {len(hosts) - len(shown)} more hosts. To list them: rococap workers")
-    lines += _together(workers)
+    lines += [*_together(workers), *_versions(workers)]
     if outliers:
         rows = [[one.host, str(one.pid), one.device, _strangeness(one)] for one in outliers[:SHOWN_OUTLIERS]]
         lines += ["", within_80(["outlier", "pid", "device", ""], rows, 0)]
@@ -337,7 +359,8 @@ def _workers_table(workers: Sequence[queue.WorkerSeen]) -> str:
         ]
         for worker in workers
     ]
-    return as_table(["worker", "process", "device", "state", "done", "seen", *_MEASURED, *_FURTHER_MEASURED], rows)
+    header = ["worker", "process", "device", "state", "done", "seen", *_MEASURED, *_FURTHER_MEASURED]
+    return "\n".join([as_table(header, rows), *_versions(workers)])
 
 
 _MEASURED = ("pic/s", "tok/s", "fill %", "wait %", "mem GB")

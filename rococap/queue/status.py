@@ -87,6 +87,8 @@ class WorkerSeen:
     """None before its first heartbeat."""
     self_check: dict[str, Any] | None = None
     """The outcome of its self-check before the first claim; None if it made none."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of rococap and the packages that its engine runs on."""
 
     @property
     def rate(self) -> float | None:
@@ -282,7 +284,7 @@ def list_workers(conn: Connection, *, everyone: bool = False, now: int | None = 
     since, stopped_since = (0, 0) if everyone else (at - 86_400_000, at - RATE_WINDOW_MS)
     rows = execute(
         conn,
-        "SELECT id, host, pid, device, stopped_at, n_done, seen_at, lease_ttl_ms, telemetry, self_check "
+        "SELECT id, host, pid, device, stopped_at, n_done, seen_at, lease_ttl_ms, telemetry, self_check, versions "
         "FROM workers WHERE seen_at >= ? AND (stopped_at IS NULL OR stopped_at >= ?) ORDER BY id",
         (since, stopped_since),
     ).fetchall()
@@ -298,9 +300,19 @@ def list_workers(conn: Connection, *, everyone: bool = False, now: int | None = 
             *(id, host, pid, device, state(stopped, seen, ttl_ms), done, max(0, at - seen) / 1000),
             telemetry=Telemetry.from_json(telemetry) if telemetry else None,
             self_check=json.loads(self_check) if self_check else None,
+            versions=json.loads(versions),
         )
-        for id, host, pid, device, stopped, done, seen, ttl_ms, telemetry, self_check in rows
+        for id, host, pid, device, stopped, done, seen, ttl_ms, telemetry, self_check, versions in rows
     ]
+
+
+def by_version(workers: Iterable[WorkerSeen]) -> dict[str, list[WorkerSeen]]:
+    """The workers that are running by their version of rococap, the most common first."""
+    groups: dict[str, list[WorkerSeen]] = {}
+    for worker in workers:
+        if worker.state == "running":
+            groups.setdefault(worker.versions.get("rococap", "unknown"), []).append(worker)
+    return dict(sorted(groups.items(), key=lambda group: (-len(group[1]), group[0])))
 
 
 def by_host(workers: Iterable[WorkerSeen]) -> list[HostSeen]:

@@ -23,13 +23,15 @@ def register_worker(
 ) -> int:
     """Registers a new worker process and returns its id. It counts as lost once unseen for `lease_ttl_ms` milliseconds.
 
-    `uuid` is unique to the process; `self_check` is the JSON of a self-check, None if it makes none.
+    `uuid` is unique to the process, which may repeat this when an answer was lost; `self_check` is the JSON of a
+    self-check, None if it makes none.
     """
     at = time_of(conn, now)
     row = execute(
         conn,
         "INSERT INTO workers (uuid, host, pid, device, engine, versions, self_check, lease_ttl_ms, started_at, "
-        "seen_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+        "seen_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT (uuid) DO UPDATE SET seen_at = excluded.seen_at RETURNING id",
         (uuid, host, pid, info.device, info.name, _versions(info), self_check, lease_ttl_ms, at, at),
     )
     return int(row.scalar_one())

@@ -155,10 +155,13 @@ class Fetcher:
 
     def _unfinished(self) -> dict[str, int]:
         """How many jobs are pending, leased and waiting. Only reads, so that a worker with nothing to claim takes no
-        write lock. Raises RunError if the run was deleted.
+        write lock. Raises RunError if the run was deleted or continues under newer rules, DatabaseError if the database
+        was migrated: other workers of another version did so meanwhile.
         """
         with transaction(self._database) as conn:
+            db.refuse_other_schema(conn)
             queue.refuse_deleted(conn, self._context.run)
+            queue.check_rules(conn, self._context.run)
             return queue.unfinished(conn, self._context.run, self._context.splits)
 
     def _log_why_idle(self, left: dict[str, int]) -> None:

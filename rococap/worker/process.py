@@ -56,6 +56,7 @@ def work(
     `spool.folder_of` chooses. Raises RunError if there is no run to work on or it must not be continued, ModelError or
     DatasetError if its model or data set cannot be loaded, and whatever ends the engine or the store.
     """
+    db.hurry(database)
     with transaction(database) as conn:
         run = choose_run(conn, settings.run, settings.splits)
         splits = settings.splits or SPLITS

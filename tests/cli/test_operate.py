@@ -143,6 +143,36 @@ def test_status_tells_what_workers_measure_or_measured_last_and_the_rates_of_tho
     )
 
 
+def test_versions_that_run_together_are_told_with_the_processes_of_the_rarer(database, run):
+    def versions(version: str) -> dict[str, str]:
+        return {"rococap": version, "torch": "2.9.0"}
+
+    def register(pid: int, version: str) -> int:
+        info = replace(INFO, versions=versions(version))
+        with db.transaction(database, write=True) as conn:
+            return queue.register_worker(conn, str(pid), "host", pid, info)
+
+    for pid in (1, 2, 3):
+        register(pid, "0.1.0")
+    assert "Versions" not in said("status") + said("workers")
+    newer = register(4, "0.2.0")
+    told = (
+        "Versions of rococap that run together: 0.1.0 (3 workers), 0.2.0 (host:4).\n"
+        "To make them equal, stop the others, upgrade them, and start them again.\n"
+    )
+    assert said("status").endswith(told)
+    assert said("workers").endswith(told)
+    seen = json.loads(said("status", "--json"))
+    assert seen["versions"] == {"0.1.0": 3, "0.2.0": 1}
+    assert seen["workers"][-1]["versions"] == json.loads(said("workers", "--json"))[-1]["versions"] == versions("0.2.0")
+    for pid in range(5, 30):
+        register(pid, "0.1.0")
+    assert "together: 0.1.0 (28 workers), 0.2.0 (host:4)." in said("status")
+    with db.transaction(database, write=True) as conn:
+        queue.stop_worker(conn, newer)
+    assert "Versions" not in said("status")
+
+
 def test_status_tells_what_failed_waits_or_was_cancelled_only_if_something_did(database, run):
     assert "default train:" not in said("status")
     lease = claim(database, run, 3)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
 
 import pytest
 from samples import fill, register, write_shard
@@ -9,7 +10,8 @@ from small_engine import INFO, SmallEngine
 from sqlalchemy import Engine
 
 from rococap import db, queue
-from rococap.errors import RunError
+from rococap.engines import Completion, Source
+from rococap.errors import DatabaseError, RunError
 from rococap.queue.enqueue import Enqueued, enqueue_from
 from rococap.recipe import RULES, Recipe
 from rococap.results import checkpoints, export, restore
@@ -122,6 +124,35 @@ def test_a_run_begun_under_newer_rules_asks_for_a_newer_rococap(begun):
     pin(begun, OLDER | {"rules": RULES + 1})
     with pytest.raises(RunError, match="Upgrade rococap"):
         run_worker(begun, accept_new_rules=True)
+
+
+def meanwhile(database: Engine, change: Callable[[], None]) -> None:
+    """A worker of which somebody changes the database as it begins to caption."""
+
+    class Captioning(SmallEngine):
+        def run(self, source: Source) -> Iterator[Completion]:
+            change()
+            return super().run(source)
+
+    work(database, Settings.of(self_check=False, batch_size=4), load=lambda *_: Captioning())
+
+
+def test_a_worker_ends_once_its_run_goes_on_under_newer_rules(database, tmp_path):
+    fill(database, tmp_path / "set", 40)
+    with pytest.raises(RunError, match="Upgrade rococap"):
+        meanwhile(database, lambda: pin(database, OLDER | {"rules": RULES + 1}))
+    assert done(database) <= 4
+
+
+def test_a_worker_ends_once_the_database_has_a_newer_schema(database, tmp_path):
+    def migrate() -> None:
+        with db.transaction(database, write=True) as conn:
+            db.execute(conn, "UPDATE alembic_version SET version_num = '0099'")
+
+    fill(database, tmp_path / "set", 40)
+    with pytest.raises(DatabaseError, match=r"schema 0099, from a newer version of rococap .* Upgrade rococap"):
+        meanwhile(database, migrate)
+    assert done(database) <= 4
 
 
 def test_pictures_of_a_run_under_older_rules_are_captioned_anew_by_the_same_recipe(begun):

@@ -520,6 +520,23 @@ def test_the_parts_of_a_split_are_told_until_all_are_there(new, tmp_path):
     assert json.loads(said("--db", target, "status", "--json"))["runs"][0]["parts"] == ["1/2", "2/2"]
 
 
+def test_parts_of_two_divisions_overlap_and_what_both_captioned_is_counted(new, tmp_path):
+    sources = []
+    for n_parts in (2, 3):
+        part = new(f"of{n_parts}", part=queue.Part(1, n_parts))
+        run_worker(part)
+        sources.append(path_of(part))
+    target = str(tmp_path / "target.db")
+    told = said("--db", target, "merge", *sources).splitlines()
+    assert told == [
+        f"{sources[0]} (default train 1/2): 20 new pictures; 20 captions merged, 0 known; 0 failed",
+        f"{sources[1]} (default train 1/3): 10 new pictures; 10 captions merged, 0 known; 0 failed",
+        "  10 pictures were captioned twice; one caption of each was kept",
+    ]
+    with sound(f"sqlite:///{target}") as merged_ones:
+        assert statuses(merged_ones) == {"done": 30}
+
+
 def test_a_part_that_is_merged_into_the_whole_split_or_the_other_way_round_leaves_the_whole(new):
     whole, part = new("whole"), new("part", part=queue.Part(1, 2))
     merge(whole, path_of(part))

@@ -424,17 +424,12 @@ def test_a_worker_frozen_beyond_its_lease_stores_nothing_over_the_one_that_took_
     at_once(worlds, frozen_beyond_its_lease)
 
 
-@torture
-@both
-@pytest.mark.parametrize("nth", [1, 4, 8])
-def test_a_worker_frozen_inside_a_transaction_costs_nothing(world, nth):
+def frozen_inside_a_transaction(world: World, nth: int, **limits: float) -> None:
     """PostgreSQL ends its session, and others go on; on SQLite all wait until it goes on itself."""
     n = 40
     world.fill(n)
-    # After `executemany` the first of these does not count: libpq flushes once more, which stops the server's clock.
-    world.crew.url = impatient(
-        world.url, lock_timeout="1s", idle_in_transaction_session_timeout="4s", transaction_timeout="8s"
-    )
+    world.crew.constants |= {"rococap.worker.store.STORE_PATIENCE_SEC": 0.5}
+    world.crew.constants |= {f"rococap.db.{name}": seconds for name, seconds in limits.items()}
     trouble = {"thread": "store", "nth": nth, "do": "stop", "first": "SELECT CAST"}
     stale = world.crew.start(engine={"step_sec": 0.2}, troubles=[trouble])
     until(lambda: "trouble" in stale.told(), "frozen inside complete")
@@ -448,6 +443,27 @@ def test_a_worker_frozen_inside_a_transaction_costs_nothing(world, nth):
     done = [world.crew.finish(worker)["done"] for worker in (stale, other)]
     assert sum(done) == n
     check(world, n, charged=world.url.startswith("postgresql"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize(
+    ("nth", "limits"),
+    [
+        pytest.param(3, {"HURRIED_IDLE_SEC": 1, "SILENCE_SEC": 3600.0}, id="it idles"),
+        pytest.param(4, {"HURRIED_IDLE_SEC": 3600, "SILENCE_SEC": 1.0}, id="it does not count as idle"),
+    ],
+)
+def test_a_worker_frozen_inside_a_transaction_holds_up_no_other(world, nth, limits):
+    """After `executemany`, a transaction does not count as idle: the driver flushes once more."""
+    frozen_inside_a_transaction(world, nth, **limits)
+
+
+@torture
+@both
+@pytest.mark.parametrize("nth", range(1, 10))
+def test_a_worker_frozen_before_any_statement_of_a_transaction_costs_nothing(world, nth):
+    frozen_inside_a_transaction(world, nth)
 
 
 def asleep(world: World, times: int) -> None:

@@ -66,6 +66,16 @@ def test_a_worker_tells_how_much_is_left_without_reading_all_recent_leases_each_
     assert sum("closed_at BETWEEN" in statement for statement in statements) <= 1, "only once, as it starts"
 
 
+@pytest.mark.every_database
+def test_a_worker_that_was_not_told_of_its_registration_is_registered_once(database, url, tmp_path):
+    fill(database, tmp_path / "set", 8)
+    commit = {"thread": "MainThread", "nth": 4, "do": "error", "after": True}
+    process = Worker(url, {"troubles": [commit]})
+    assert finish(process)["done"] == 8
+    assert "trouble: error after COMMIT" in process.told()
+    assert select(database, "SELECT count(*) FROM workers") == [(1,)]
+
+
 def test_two_workers_at_once_caption_every_picture_once(database, url, tmp_path):
     fill(database, tmp_path / "set", 200)
     outcomes = []
