@@ -160,11 +160,10 @@ def ray_data(task: Task) -> None:
     import ray
 
     ray.init(task.address, log_to_driver=False)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.target_min_block_size = 1  # else it joins files of so few bytes into one block, and gives that to one actor
-    read = ray.data.read_parquet(f"{task.root}/data", override_num_blocks=task.n // BLOCK)
-    pictures = read.select_columns(["image", "image_id"])
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    pictures = ray.data.read_parquet(f"{task.root}/data").select_columns(["image", "image_id"])
+    # Else it joins files of so few bytes into one block, which one of the actors gets.
+    pictures = pictures.repartition(target_num_rows_per_block=BLOCK)
     captions = pictures.map_batches(
         Captioner,
         fn_constructor_args=(task,),
