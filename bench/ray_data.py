@@ -188,7 +188,7 @@ def killed(bench: Bench, options: argparse.Namespace) -> list[Line]:
         doubled = [done.n_rows - len(done.captions) for done in column]
         case = f"a node is killed: {name}"
         lines += [
-            value_line(f"{case}: pictures begun again", [done.n_again for done in column], "", target),
+            value_line(f"{case}: pictures begun again", [float(done.n_again) for done in column], "", target),
             value_line(f"{case}: pictures lost", lost, "", "<= 0"),
             value_line(f"{case}: pictures stored twice", doubled, "", "<= 0"),
             value_line(f"{case}: from its death to the end", [done.after for done in column], "s", ""),
