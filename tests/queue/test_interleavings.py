@@ -78,13 +78,13 @@ def check_state(world: World, rows: Rows) -> None:
     assert {id: lease.n_done for id, lease in rows.leases.items() if lease.n_done} == made, "a lease counts wrongly"
     assert rows.n_done == len(rows.captions), "the workers count wrongly"
     holding = {job.lease_id for job in rows.jobs.values() if job.lease_id is not None}
-    assert holding == rows.open().keys(), "an ended lease holds jobs, or an open one holds none"
+    assert holding == rows.open.keys(), "an ended lease holds jobs, or an open one holds none"
     assert all(0 <= job.attempts <= MAX_ATTEMPTS for job in rows.jobs.values()), "attempts beyond their bounds"
     failed = {id for id, job in rows.jobs.items() if job.status == "failed"}
     assert failed <= {id for id, *_ in rows.failures}, "a job failed without a reason"
     for mind in world.minds:
         known = mind.state.held.keys() | {entry.lease.id for entry in mind.entries}
-        mine = {id for id, lease in rows.open().items() if lease.worker_id == mind.worker_id}
+        mine = {id for id, lease in rows.open.items() if lease.worker_id == mind.worker_id}
         assert mind.is_unsure or mine <= known, "a worker has forgotten a lease, which will be taken for a crash"
         lanes = [held.lease.lane for held in mind.state.held.values()]
         assert len(lanes) < 2 or set(lanes) == {NORMAL}, "a suspect has company"
@@ -245,7 +245,7 @@ def check_told(move: Move) -> None:
         for one in entry.completions
         if one.failure is None
         and move.after.jobs[one.job_id].status in FINISHED
-        and move.after.captions.get(one.job_id, [0])[0] != entry.lease.id
+        and move.after.captions.get(one.job_id, (0,))[0] != entry.lease.id
         and one.job_id not in move.after.captions.keys() - move.before.captions.keys()
     }
     assert move.world.n_lost == len(lost), f"{move.world.n_lost} captions were counted as lost, not {len(lost)}"
@@ -274,7 +274,7 @@ def check_start(move: Move) -> None:
 
 def check_beat(move: Move) -> None:
     """The worker knows which leases it holds, and those are extended."""
-    mine = {id for id, lease in move.before.open().items() if lease.worker_id == move.mind.worker_id}
+    mine = {id for id, lease in move.before.open.items() if lease.worker_id == move.mind.worker_id}
     kept = move.world.minds[move.step.args[0]].state.held.keys()
     assert kept == move.mind.state.held.keys() & mine, f"the worker takes {set(kept)} for its own"
     for id in kept:
@@ -291,7 +291,7 @@ def is_misfortune(step: Step, saved: Saved, rows: Rows) -> bool:
     held = {id for mind in saved.minds for id in mind.state.held}
     return step.verb == "reap" and any(
         rows.leases[id].expires_at <= saved.now
-        for id in rows.open().keys() & held - saved.minds[step.args[0]].state.held.keys()
+        for id in rows.open.keys() & held - saved.minds[step.args[0]].state.held.keys()
     )
 
 
@@ -339,12 +339,12 @@ def explore(world: World, misfortunes: int) -> Explored:
         cost, _, state, saved = heapq.heappop(heap)
         if cost > found.cost[state]:
             continue
-        before = Rows.of(saved.tables)
         world.restore(saved)
+        before = world.look()
         rank = len(SCHEDULE)
         if (
             before.is_over()
-            and not before.open()
+            and not before.open
             and not world.left
             and not any(m.state.held or m.entries for m in world.minds)
         ):
