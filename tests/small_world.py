@@ -261,8 +261,9 @@ class Mind:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A whole state."""
+    """A whole state. `tables`, from which it is restored, are empty on PostgreSQL."""
 
+    rows: Rows
     tables: dict[str, list[Any]]
     now: int
     n_started: int
@@ -339,15 +340,17 @@ class World:
         self._driver = database.raw_connection().driver_connection if database.dialect.name == "sqlite" else None
         if self._driver is not None:
             self._driver.execute("SAVEPOINT base")
-            self._base = self.save()
-            """The state to which the database is rolled back."""
+        self._rows = Rows.read(self._select)
+        self._n_written = self._driver.total_changes if self._driver else 0
+        self._base = self.save()
+        """The state to which the database is rolled back."""
 
     # --- saving and restoring ---
 
     def save(self) -> Saved:
-        """The state, to compare with or, on SQLite, to restore."""
-        rows = {name: self._select(sql) for name, sql in _SELECT.items()} if self._driver else {}
-        return Saved(rows, self.control.now, self._n_started, list(self.minds), list(self.left))
+        """The state, as the last look has found it. On SQLite, it can be restored."""
+        tables_ = {name: self._select(sql) for name, sql in _SELECT.items()} if self._driver else {}
+        return Saved(self._rows, tables_, self.control.now, self._n_started, list(self.minds), list(self.left))
 
     def restore(self, saved: Saved) -> None:
         """Puts back the rows that differ, on SQLite.
@@ -357,20 +360,23 @@ class World:
         self.control.now, self._n_started = saved.now, saved.n_started
         self.minds, self.left = list(saved.minds), list(saved.left)
         self._driver.execute("ROLLBACK TO base")
-        if saved is self._base:
-            return
-        self._driver.execute("PRAGMA defer_foreign_keys = ON")
-        for name, rows in saved.tables.items():
-            if rows != self._base.tables[name]:
-                self._driver.execute(f"DELETE FROM {name}")
-                self._driver.executemany(_INSERT[name], rows)
-        self._driver.execute("RELEASE base")
-        self._driver.execute("SAVEPOINT base")
-        self._base = saved
+        if saved is not self._base:
+            self._driver.execute("PRAGMA defer_foreign_keys = ON")
+            for name, rows in saved.tables.items():
+                if rows != self._base.tables[name]:
+                    self._driver.execute(f"DELETE FROM {name}")
+                    self._driver.executemany(_INSERT[name], rows)
+            self._driver.execute("RELEASE base")
+            self._driver.execute("SAVEPOINT base")
+            self._base = saved
+        self._rows, self._n_written = saved.rows, self._driver.total_changes
 
     def look(self) -> Rows:
-        """Reads what is in the database now."""
-        return Rows.read(self._select)
+        """Reads what is in the database now, unless nothing was written since the last look."""
+        if self._driver is None or self._driver.total_changes != self._n_written:
+            self._rows = Rows.read(self._select)
+            self._n_written = self._driver.total_changes if self._driver else 0
+        return self._rows
 
     def _select(self, sql: str) -> Sequence[Any]:
         if self._driver is not None:
@@ -393,16 +399,20 @@ class World:
 
         jobs = tuple(
             (
-                *(job.status, job.attempts, job.crashes, job.solo_crashes, label.get(job.lease_id or 0, 0)),
-                *(left(job.not_before), label.get(rows.captions[id][0], 0) if id in rows.captions else 0),
+                *(
+                    job.status,
+                    *((0, 0, 0) if job.status in FINISHED else (job.attempts, job.crashes, job.solo_crashes)),
+                ),
+                *(
+                    label.get(job.lease_id or 0, 0),
+                    left(job.not_before),
+                    label.get(rows.captions[id][0], 0) if id in rows.captions else 0,
+                ),
             )
             for id, job in rows.jobs.items()
         )
         known_leases = [(rows.leases[id], n) for id, n in label.items()]
-        held = tuple(
-            (lease.lane, lease.state, left(lease.expires_at) if lease.state == "open" else 0)
-            for lease, _ in known_leases
-        )
+        held = tuple((lease.lane, left(lease.expires_at) if lease.state == "open" else -1) for lease, _ in known_leases)
         minds = sorted(
             (
                 tuple(n for lease, n in known_leases if lease.worker_id == mind.worker_id),
@@ -414,11 +424,11 @@ class World:
 
     def _mind_key(self, mind: Mind, label: dict[int, int], left: Callable[[float], int]) -> tuple[Any, ...]:
         state = mind.state
+        ready = sorted(picture.job_id for picture in state.ready)
         leases_ = [
-            (label[id], sorted(held.outstanding), left(held.expires_at * 1000))
+            (label[id], sorted(held.outstanding), left(held.expires_at * 1000) if held.outstanding & set(ready) else -1)
             for id, held in sorted(state.held.items())
         ]
-        ready = sorted(picture.job_id for picture in state.ready)
         of_job = sorted((id, label[lease_id]) for id, lease_id in state.lease_of.items() if lease_id in state.held)
         jobs = {*ready, *state.running, *(id for id, _ in of_job)}
         jobs.update(*(held.outstanding for held in state.held.values()))
