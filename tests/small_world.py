@@ -8,6 +8,7 @@ step says so.
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from rococap.engines import Completion, Failure, Prepared
 from rococap.errors import DatabaseUnavailable
 from rococap.queue import NORMAL, SOLO, SUSPECTS, leases
 from rococap.worker import clock, heartbeat, process
+from rococap.worker.contact import Contact
 from rococap.worker.context import Context
 from rococap.worker.fetcher import Fetcher
 from rococap.worker.holdings import Holdings, _Held, _State
@@ -35,6 +37,7 @@ from rococap.worker.telemetry import Meter
 
 TICK_MS = 5_000
 """As long as the first backoff."""
+TTL_MS = TICK_MS
 MAX_ATTEMPTS = 2
 CLAIM = 2
 """The most jobs that a worker claims at once."""
@@ -149,13 +152,8 @@ TROUBLES = frozenset(["give_back", "give_up", "die", "cancel", "fail"])
 
 
 _COLUMNS = {
-    name: tables.metadata.tables[name].columns.keys()
+    name: ", ".join(tables.metadata.tables[name].columns.keys())
     for name in ("workers", "leases", "jobs", "captions", "failures", "tallies")
-}
-_SELECT = {name: f"SELECT {', '.join(columns)} FROM {name}" for name, columns in _COLUMNS.items()}
-_INSERT = {
-    name: f"INSERT INTO {name} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
-    for name, columns in _COLUMNS.items()
 }
 
 
@@ -211,9 +209,6 @@ class Rows:
             {row[0]: row[1] for row in select("SELECT status, sum(n) FROM tallies GROUP BY status") if row[1]},
             select("SELECT sum(n_done) FROM workers")[0][0],
         )
-
-    def held(self, lease_id: int) -> list[int]:
-        return [id for id, job in self.jobs.items() if job.lease_id == lease_id]
 
     @cached_property
     def open(self) -> dict[int, LeaseRow]:
@@ -292,12 +287,8 @@ class _Silent(Meter):
         return None
 
 
-class _AlwaysInContact:
+class _AlwaysInContact(Contact):
     """Every worker may always judge the others, which is more than a real one may."""
-
-    def made(self, database_ms: int | None = None) -> None: ...
-
-    def lost(self, error: Exception) -> None: ...
 
     def unbroken_sec(self) -> float:
         return 1e9
@@ -306,15 +297,12 @@ class _AlwaysInContact:
 class World:
     """A run on the database, and two workers that hold nothing yet.
 
-    `crashes` says how many crashes each job of the run has been in before. Leases last `ttl` ticks.
+    `crashes` says how many crashes each job of the run has been in before.
     """
 
-    def __init__(
-        self, database: Engine, folder: Path, control: Control, *, crashes: Sequence[int], ttl: int = 1
-    ) -> None:
+    def __init__(self, database: Engine, folder: Path, control: Control, *, crashes: Sequence[int]) -> None:
         self.database = database
         self.control = control
-        self.ttl_ms = ttl * TICK_MS
         self.run = fill(database, folder / "set", len(crashes))
         self._n_jobs = len(crashes)
         with self._writing() as conn:
@@ -322,14 +310,14 @@ class World:
             db.execute(conn, "UPDATE jobs SET crashes = ? WHERE id = ?", [(n, id) for id, n in enumerate(crashes, 1)])
         self._template = Context(
             database,
-            Settings(lease_ttl=self.ttl_ms / 1000),
+            Settings(lease_ttl=TTL_MS / 1000),
             self.run,
             ["train"],
             datasets.locate(self.run.dataset, ["train"]),
             SmallEngine(batch_size=CLAIM),
             "",
             threading.Event(),
-            _AlwaysInContact(),  # type: ignore[arg-type]
+            _AlwaysInContact(0),
         )
         self._n_started = 0
         self.left: list[Entry] = []
@@ -349,7 +337,8 @@ class World:
 
     def save(self) -> Saved:
         """The state, as the last look has found it. On SQLite, it can be restored."""
-        tables_ = {name: self._select(sql) for name, sql in _SELECT.items()} if self._driver else {}
+        selects = {name: f"SELECT {columns} FROM {name}" for name, columns in _COLUMNS.items()}
+        tables_ = {name: self._select(sql) for name, sql in selects.items()} if self._driver else {}
         return Saved(self._rows, tables_, self.control.now, self._n_started, list(self.minds), list(self.left))
 
     def restore(self, saved: Saved) -> None:
@@ -364,8 +353,11 @@ class World:
             self._driver.execute("PRAGMA defer_foreign_keys = ON")
             for name, rows in saved.tables.items():
                 if rows != self._base.tables[name]:
+                    columns = _COLUMNS[name]
                     self._driver.execute(f"DELETE FROM {name}")
-                    self._driver.executemany(_INSERT[name], rows)
+                    self._driver.executemany(
+                        f"INSERT INTO {name} ({columns}) VALUES ({db.marks(columns.split())})", rows
+                    )
             self._driver.execute("RELEASE base")
             self._driver.execute("SAVEPOINT base")
             self._base = saved
@@ -522,30 +514,31 @@ class World:
         holdings._state = mind.state
         return holdings
 
+    def _fetcher(self, slot: int) -> Fetcher:
+        mind = self.minds[slot]
+        return Fetcher(mind.context, self._holdings(mind), lambda completion: None)
+
     def _store(self, mind: Mind, entries: list[Entry] | None = None) -> Store:
         context, holdings = mind.context, self._holdings(mind)
         spool = _Memory(context.uuid, mind.entries if entries is None else entries)
         return Store(context, holdings, spool, _Silent(context.engine, holdings.usage))
 
     def _claim(self, slot: int, lane: int) -> None:
-        mind = self.minds[slot]
-        holdings = self._holdings(mind)
+        fetcher = self._fetcher(slot)
         try:
-            claim = Fetcher(mind.context, holdings, lambda completion: None)._claim(lane)
+            claim = fetcher._claim(lane)
         except DatabaseUnavailable:
-            mind.is_unsure = True
+            self.minds[slot].is_unsure = True
             return
         for job in claim.jobs if claim else ():
-            holdings.offer(job, Prepared(job.id, None, 1), 0.0, 0.0, is_blank=False)
+            fetcher._holdings.offer(job, Prepared(job.id, None, 1), 0.0, 0.0, is_blank=False)
 
     def _take(self, slot: int) -> None:
         self._holdings(self.minds[slot]).take(CLAIM, 0)
 
     def _beat(self, slot: int) -> None:
-        mind = self.minds[slot]
-        holdings = self._holdings(mind)
-        context = mind.context
-        heartbeat._beat_once(context, holdings, _Silent(context.engine, holdings.usage))
+        store = self._store(self.minds[slot])
+        heartbeat._beat_once(store._context, store._holdings, store.meter)
 
     def _caption(self, slot: int, *job_ids: int) -> None:
         uuid = self.minds[slot].context.uuid
@@ -572,24 +565,19 @@ class World:
         self.n_lost = store.outcome.lost
 
     def _take_over(self, slot: int, n: int) -> None:
-        try:
+        with suppress(DatabaseUnavailable):
             self.left[n : n + 1] = self._store(self.minds[slot])._recover(self.left[n])
-        except DatabaseUnavailable:
-            return
 
     def _forget(self, slot: int) -> None:
         mind = self.minds[slot]
         held = {lease.id for lease in self._holdings(mind).open_leases()}
-        try:
+        with suppress(DatabaseUnavailable):
             with self._writing() as conn:
                 queue.release_forgotten(conn, mind.worker_id, held)
-        except DatabaseUnavailable:
-            return
-        mind.is_unsure = False
+            mind.is_unsure = False
 
     def _reap(self, slot: int) -> None:
-        mind = self.minds[slot]
-        Fetcher(mind.context, self._holdings(mind), lambda completion: None)._reap()
+        self._fetcher(slot)._reap()
 
     def _give_back(self, slot: int, running: bool) -> None:
         self._store(self.minds[slot]).release(running=running)

@@ -27,6 +27,7 @@ from small_world import (
     MAX_ATTEMPTS,
     TICK_MS,
     TROUBLES,
+    TTL_MS,
     VERBS,
     Mind,
     Rows,
@@ -121,20 +122,18 @@ def check_refusals(world: World, rows: Rows) -> None:
         queue.pause(conn, world.run, True)
         for lane in LARGEST:
             assert (
-                queue.claim(
-                    conn, world.minds[0].worker_id, world.run.id, "train", CLAIM, ttl_ms=world.ttl_ms, lane=lane
-                )
+                queue.claim(conn, world.minds[0].worker_id, world.run.id, "train", CLAIM, ttl_ms=TTL_MS, lane=lane)
                 is None
             ), "a paused run is claimed from"
     with undone(world) as conn:
-        reaped = queue.reap(conn, contact_ms=world.ttl_ms - 1)
+        reaped = queue.reap(conn, contact_ms=TTL_MS - 1)
         assert not reaped, "leases are reaped that last longer than the contact with the database"
     assert world.look() == rows, "what was refused changed something"
 
 
 def refuse_beat(world: World, lease: Lease, is_held: bool) -> None:
     with undone(world) as conn:
-        kept = queue.heartbeat(conn, lease.worker_id, [lease.id], ttl_ms=world.ttl_ms)
+        kept = queue.heartbeat(conn, lease.worker_id, [lease.id], ttl_ms=TTL_MS)
         assert kept == ({lease.id} if is_held else set()), f"worker {lease.worker_id} extends lease {lease.id}"
 
 
@@ -334,7 +333,7 @@ def check_claim(move: Move) -> None:
     assert len(new) == bool(claimed), "a claim is one lease"
     for lease in new.values():
         assert (lease.worker_id, lease.lane) == (move.mind.worker_id, lane)
-        assert lease.expires_at == move.saved.now + move.world.ttl_ms
+        assert lease.expires_at == move.saved.now + TTL_MS
 
 
 def check_start(move: Move) -> None:
@@ -351,7 +350,7 @@ def check_beat(move: Move) -> None:
     kept = move.world.minds[move.step.args[0]].state.held.keys()
     assert kept == move.mind.state.held.keys() & mine, f"the worker takes {set(kept)} for its own"
     for id in kept:
-        assert move.after.leases[id].expires_at == move.saved.now + move.world.ttl_ms, f"lease {id} was not extended"
+        assert move.after.leases[id].expires_at == move.saved.now + TTL_MS, f"lease {id} was not extended"
 
 
 def check_stored(move: Move) -> None:
