@@ -137,9 +137,11 @@ MUTANTS = (
     mutant(
         "late-is-lost",
         "an expired lease cannot complete, although nobody reaped it",
-        "_hold",
-        "\"WHERE id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
-        "f\"WHERE expires_at > {at} AND id = ? AND worker_id = ? AND state = 'open'\",\n        (n_done,",
+        "complete",
+        "    _hold(conn, lease, len(done), timing)\n",
+        '    if execute(conn, "SELECT expires_at FROM leases WHERE id = ?", (lease.id,)).scalar_one() <= at:\n'
+        '        raise LeaseLost("late")\n'
+        "    _hold(conn, lease, len(done), timing)\n",
         "queue/test_queue.py::test_an_expired_lease_that_nobody_reaped_still_completes",
     ),
     # --- claim ---

@@ -6,9 +6,11 @@ step says so.
 """
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from rococap.engines import Completion, Failure, Prepared
 from rococap.errors import DatabaseUnavailable
 from rococap.queue import NORMAL, SOLO, SUSPECTS, leases
 from rococap.worker import clock, heartbeat, process
+from rococap.worker.contact import Contact
 from rococap.worker.context import Context
 from rococap.worker.fetcher import Fetcher
-from rococap.worker.holdings import Holdings, _State
+from rococap.worker.holdings import Holdings, _Held, _State
 from rococap.worker.settings import Settings
 from rococap.worker.spool import Entry, Spool
 from rococap.worker.store import Store
@@ -34,6 +37,7 @@ from rococap.worker.telemetry import Meter
 
 TICK_MS = 5_000
 """As long as the first backoff."""
+TTL_MS = TICK_MS
 MAX_ATTEMPTS = 2
 CLAIM = 2
 """The most jobs that a worker claims at once."""
@@ -52,27 +56,45 @@ class Control:
     def __init__(self) -> None:
         self.now = 1_000_000
         self.answer = ""
-        self.is_writing = False
+        self.is_writing = self.is_open = False
 
 
 def controlled(monkeypatch: pytest.MonkeyPatch) -> Control:
-    """Clocks show the control's time, backoffs have no jitter, nothing waits, and answers are as the control says."""
+    """Clocks show the control's time, backoffs have no jitter, nothing waits, and answers are as the control says.
+
+    On SQLite, a transaction is a savepoint, so that the world goes back to an earlier state by rolling back.
+    """
     control = Control()
-    begin, commit = db._begin, db._commit
+    begin, commit, roll_back = db._begin, db._commit, db._roll_back
 
-    def begin_and_note(conn: Connection, write: bool, patience: float | None = None) -> None:
-        control.is_writing = write
-        begin(conn, write, patience)
+    def controlled_begin(conn: Connection, write: bool, patience: float | None = None) -> None:
+        if conn.dialect.name == "sqlite":
+            conn.connection.driver_connection.execute("SAVEPOINT step")
+        else:
+            begin(conn, write, patience)
+        control.is_writing, control.is_open = write, True
 
-    def commit_or_not(conn: Connection, patience: float | None = None) -> None:
+    def controlled_commit(conn: Connection, patience: float | None = None) -> None:
         if control.is_writing and control.answer == REFUSED:
             raise DatabaseUnavailable("The test refuses it.")
-        commit(conn, patience)
+        if conn.dialect.name == "sqlite":
+            conn.connection.driver_connection.execute("RELEASE step")
+        else:
+            commit(conn, patience)
+        control.is_open = False
         if control.is_writing and control.answer == LOST:
             raise DatabaseUnavailable("The test lost the answer.")
 
-    monkeypatch.setattr(db, "_begin", begin_and_note)
-    monkeypatch.setattr(db, "_commit", commit_or_not)
+    def controlled_roll_back(conn: Connection) -> None:
+        if conn.dialect.name != "sqlite":
+            roll_back(conn)
+        elif control.is_open:
+            conn.connection.driver_connection.execute("ROLLBACK TO step")
+            conn.connection.driver_connection.execute("RELEASE step")
+
+    monkeypatch.setattr(db, "_begin", controlled_begin)
+    monkeypatch.setattr(db, "_commit", controlled_commit)
+    monkeypatch.setattr(db, "_roll_back", controlled_roll_back)
     monkeypatch.setattr(db.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(db, "now", lambda conn: control.now)
     monkeypatch.setattr(clock, "now", lambda: control.now / 1000)
@@ -84,7 +106,12 @@ def controlled(monkeypatch: pytest.MonkeyPatch) -> Control:
 def in_memory() -> Engine:
     """An empty queue on one connection, which can be saved and restored."""
     database = create_engine(
-        "sqlite://", isolation_level="AUTOCOMMIT", poolclass=StaticPool, connect_args={"check_same_thread": False}
+        "sqlite://",
+        isolation_level="AUTOCOMMIT",
+        poolclass=StaticPool,
+        pool_reset_on_return=None,
+        skip_autocommit_rollback=True,
+        connect_args={"check_same_thread": False},
     )
     event.listen(database, "connect", lambda connection, _: connection.execute("PRAGMA foreign_keys = ON"))
     db.upgrade(database)
@@ -125,17 +152,8 @@ TROUBLES = frozenset(["give_back", "give_up", "die", "cancel", "fail"])
 
 
 _COLUMNS = {
-    name: tables.metadata.tables[name].columns.keys()
+    name: ", ".join(tables.metadata.tables[name].columns.keys())
     for name in ("workers", "leases", "jobs", "captions", "failures", "tallies")
-}
-_SELECT = {
-    name: f"SELECT {', '.join(columns)} FROM {name} "
-    f"ORDER BY {', '.join(tables.metadata.tables[name].primary_key.columns.keys())}"
-    for name, columns in _COLUMNS.items()
-}
-_INSERT = {
-    name: f"INSERT INTO {name} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
-    for name, columns in _COLUMNS.items()
 }
 
 
@@ -166,39 +184,33 @@ class LeaseRow:
     closed_at: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rows:
     """What is in the database."""
 
     jobs: dict[int, JobRow]
     leases: dict[int, LeaseRow]
-    captions: dict[int, list[Any]]
-    failures: list[tuple[Any, ...]]
+    captions: dict[int, tuple[int, str]]
+    """The lease and the text, by job."""
+    failures: list[tuple[int, int, str]]
+    """Job, lease and code."""
     tallies: dict[str, int]
     n_done: int
+    """By all workers."""
 
     @classmethod
-    def of(cls, tables_: dict[str, list[Any]]) -> "Rows":
-        def column(name: str, *wanted: str) -> list[tuple[Any, ...]]:
-            at = [_COLUMNS[name].index(column) for column in wanted]
-            return [tuple(row[n] for n in at) for row in tables_[name]]
-
-        tallies: Counter[str] = Counter()
-        for status, n in column("tallies", "status", "n"):
-            tallies[status] += n
-        leases_ = ("worker_id", "lane", "state", "n_jobs", "n_done", "beat_at", "expires_at", "closed_at")
+    def read(cls, select: Callable[[str], Sequence[Any]]) -> "Rows":
+        jobs, leases_ = ", ".join(JobRow.__slots__), ", ".join(LeaseRow.__slots__)
         return cls(
-            {id: JobRow(*row) for id, *row in column("jobs", "id", *JobRow.__slots__)},
-            {id: LeaseRow(*row) for id, *row in column("leases", "id", *leases_)},
-            {id: row for id, *row in column("captions", "job_id", "lease_id", "text")},
-            column("failures", "job_id", "lease_id", "code"),
-            {status: n for status, n in tallies.items() if n},
-            sum(n for (n,) in column("workers", "n_done")),
+            {row[0]: JobRow(*row[1:]) for row in select(f"SELECT id, {jobs} FROM jobs ORDER BY id")},
+            {row[0]: LeaseRow(*row[1:]) for row in select(f"SELECT id, {leases_} FROM leases ORDER BY id")},
+            {row[0]: (row[1], row[2]) for row in select("SELECT job_id, lease_id, text FROM captions")},
+            [tuple(row) for row in select("SELECT job_id, lease_id, code FROM failures ORDER BY id")],
+            {row[0]: row[1] for row in select("SELECT status, sum(n) FROM tallies GROUP BY status") if row[1]},
+            select("SELECT sum(n_done) FROM workers")[0][0],
         )
 
-    def held(self, lease_id: int) -> list[int]:
-        return [id for id, job in self.jobs.items() if job.lease_id == lease_id]
-
+    @cached_property
     def open(self) -> dict[int, LeaseRow]:
         return {id: lease for id, lease in self.leases.items() if lease.state == "open"}
 
@@ -210,17 +222,19 @@ class Rows:
 class Mind:
     """What a worker believes: what it holds, what it could not store, and whether it may have claimed more."""
 
-    worker_id: int
-    uuid: str
+    context: Context
     state: _State = field(default_factory=_State)
     entries: list[Entry] = field(default_factory=list)
     is_unsure: bool = False
 
+    @property
+    def worker_id(self) -> int:
+        return self.context.worker_id
+
     def copy(self) -> "Mind":
         state = self.state
-        held = {id: replace(one, outstanding=set(one.outstanding)) for id, one in state.held.items()}
         copied = _State(
-            held,
+            {id: _Held(one.lease, set(one.outstanding), one.expires_at) for id, one in state.held.items()},
             dict(state.lease_of),
             deque(state.ready),
             set(state.running),
@@ -228,7 +242,7 @@ class Mind:
             set(state.finished),
             set(state.blank),
         )
-        return Mind(self.worker_id, self.uuid, copied, list(self.entries), self.is_unsure)
+        return Mind(self.context, copied, list(self.entries), self.is_unsure)
 
     def workable(self, lease_id: int) -> list[int]:
         """Jobs of a lease that the model is running, and whose captions the store would store under this lease."""
@@ -242,8 +256,9 @@ class Mind:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A whole state."""
+    """A whole state. `tables`, from which it is restored, are empty on PostgreSQL."""
 
+    rows: Rows
     tables: dict[str, list[Any]]
     now: int
     n_started: int
@@ -265,12 +280,15 @@ class _Memory(Spool):
         self.entries.clear()
 
 
-class _AlwaysInContact:
+class _Silent(Meter):
+    """Measures nothing that heartbeats would report."""
+
+    def recent(self) -> None:  # type: ignore[override]
+        return None
+
+
+class _AlwaysInContact(Contact):
     """Every worker may always judge the others, which is more than a real one may."""
-
-    def made(self, database_ms: int | None = None) -> None: ...
-
-    def lost(self, error: Exception) -> None: ...
 
     def unbroken_sec(self) -> float:
         return 1e9
@@ -279,29 +297,27 @@ class _AlwaysInContact:
 class World:
     """A run on the database, and two workers that hold nothing yet.
 
-    `crashes` says how many crashes each job of the run has been in before. Leases last `ttl` ticks.
+    `crashes` says how many crashes each job of the run has been in before.
     """
 
-    def __init__(
-        self, database: Engine, folder: Path, control: Control, *, crashes: Sequence[int], ttl: int = 1
-    ) -> None:
+    def __init__(self, database: Engine, folder: Path, control: Control, *, crashes: Sequence[int]) -> None:
         self.database = database
         self.control = control
-        self.ttl_ms = ttl * TICK_MS
         self.run = fill(database, folder / "set", len(crashes))
+        self._n_jobs = len(crashes)
         with self._writing() as conn:
             db.execute(conn, "UPDATE runs SET max_attempts = ?", (MAX_ATTEMPTS,))
             db.execute(conn, "UPDATE jobs SET crashes = ? WHERE id = ?", [(n, id) for id, n in enumerate(crashes, 1)])
         self._template = Context(
             database,
-            Settings(lease_ttl=self.ttl_ms / 1000),
+            Settings(lease_ttl=TTL_MS / 1000),
             self.run,
             ["train"],
             datasets.locate(self.run.dataset, ["train"]),
             SmallEngine(batch_size=CLAIM),
             "",
             threading.Event(),
-            _AlwaysInContact(),  # type: ignore[arg-type]
+            _AlwaysInContact(0),
         )
         self._n_started = 0
         self.left: list[Entry] = []
@@ -309,52 +325,63 @@ class World:
         self.n_lost = 0
         """Captions that the latest replay counted as lost."""
         self.minds = [self._start(), self._start()]
-        self.tables: dict[str, list[Any]] = {}
         self._driver = database.raw_connection().driver_connection if database.dialect.name == "sqlite" else None
+        if self._driver is not None:
+            self._driver.execute("SAVEPOINT base")
+        self._rows = Rows.read(self._select)
+        self._n_written = self._driver.total_changes if self._driver else 0
+        self._base = self.save()
+        """The state to which the database is rolled back."""
 
     # --- saving and restoring ---
 
-    def save(self) -> "Saved":
-        return Saved(
-            self.tables, self.control.now, self._n_started, [mind.copy() for mind in self.minds], list(self.left)
-        )
+    def save(self) -> Saved:
+        """The state, as the last look has found it. On SQLite, it can be restored."""
+        selects = {name: f"SELECT {columns} FROM {name}" for name, columns in _COLUMNS.items()}
+        tables_ = {name: self._select(sql) for name, sql in selects.items()} if self._driver else {}
+        return Saved(self._rows, tables_, self.control.now, self._n_started, list(self.minds), list(self.left))
 
-    def restore(self, saved: "Saved") -> None:
+    def restore(self, saved: Saved) -> None:
         """Puts back the rows that differ, on SQLite.
 
         To deserialise the whole file would take longer than a step, because SQLite would parse the schema again.
         """
-        self.control.now, self._n_started, self.left = saved.now, saved.n_started, list(saved.left)
-        self.minds = [mind.copy() for mind in saved.minds]
-        self._driver.execute("BEGIN")
-        self._driver.execute("PRAGMA defer_foreign_keys = ON")
-        for name, rows in saved.tables.items():
-            if rows != self.tables[name]:
-                self._driver.execute(f"DELETE FROM {name}")
-                self._driver.executemany(_INSERT[name], rows)
-        self._driver.execute("COMMIT")
-        self.tables = saved.tables
+        self.control.now, self._n_started = saved.now, saved.n_started
+        self.minds, self.left = list(saved.minds), list(saved.left)
+        self._driver.execute("ROLLBACK TO base")
+        if saved is not self._base:
+            self._driver.execute("PRAGMA defer_foreign_keys = ON")
+            for name, rows in saved.tables.items():
+                if rows != self._base.tables[name]:
+                    columns = _COLUMNS[name]
+                    self._driver.execute(f"DELETE FROM {name}")
+                    self._driver.executemany(
+                        f"INSERT INTO {name} ({columns}) VALUES ({db.marks(columns.split())})", rows
+                    )
+            self._driver.execute("RELEASE base")
+            self._driver.execute("SAVEPOINT base")
+            self._base = saved
+        self._rows, self._n_written = saved.rows, self._driver.total_changes
 
-    def look(self) -> "Rows":
-        """Reads what is in the database now."""
+    def look(self) -> Rows:
+        """Reads what is in the database now, unless nothing was written since the last look."""
+        if self._driver is None or self._driver.total_changes != self._n_written:
+            self._rows = Rows.read(self._select)
+            self._n_written = self._driver.total_changes if self._driver else 0
+        return self._rows
+
+    def _select(self, sql: str) -> Sequence[Any]:
         if self._driver is not None:
-            self.tables = {name: self._driver.execute(sql).fetchall() for name, sql in _SELECT.items()}
-        else:
-            with db.transaction(self.database) as conn:
-                self.tables = {name: db.execute(conn, sql).fetchall() for name, sql in _SELECT.items()}
-        return Rows.of(self.tables)
+            return self._driver.execute(sql).fetchall()
+        with db.transaction(self.database) as conn:
+            return db.execute(conn, sql).fetchall()
 
     # --- what there is ---
 
     def key(self, rows: Rows) -> Any:
         """The state up to the ids of leases and workers and to a shift of time; the two workers may change places."""
-        return min(self._key(rows, (A, B)), self._key(rows, (B, A)))
-
-    def _key(self, rows: Rows, slots: tuple[int, int]) -> Any:
-        minds = [self.minds[slot] for slot in slots]
-        slot_of = {mind.worker_id: n for n, mind in enumerate(minds)}
-        known = set(rows.open())
-        for mind in minds:
+        known = set(rows.open)
+        for mind in self.minds:
             known |= mind.state.held.keys() | {entry.lease.id for entry in mind.entries}
         known |= {entry.lease.id for entry in self.left}
         label = {id: n for n, id in enumerate(sorted(known), 1)}
@@ -364,45 +391,42 @@ class World:
 
         jobs = tuple(
             (
-                *(job.status, job.attempts, job.crashes, job.solo_crashes, label.get(job.lease_id or 0, 0)),
-                *(left(job.not_before), label.get((rows.captions.get(id) or (0,))[0] or 0, 0)),
+                *(
+                    job.status,
+                    *((0, 0, 0) if job.status in FINISHED else (job.attempts, job.crashes, job.solo_crashes)),
+                ),
+                *(
+                    label.get(job.lease_id or 0, 0),
+                    left(job.not_before),
+                    label.get(rows.captions[id][0], 0) if id in rows.captions else 0,
+                ),
             )
             for id, job in rows.jobs.items()
         )
-        held = tuple(
+        known_leases = [(rows.leases[id], n) for id, n in label.items()]
+        held = tuple((lease.lane, left(lease.expires_at) if lease.state == "open" else -1) for lease, _ in known_leases)
+        minds = sorted(
             (
-                slot_of.get(lease.worker_id, 2),
-                lease.lane,
-                lease.state,
-                left(lease.expires_at) if lease.state == "open" else 0,
+                tuple(n for lease, n in known_leases if lease.worker_id == mind.worker_id),
+                *self._mind_key(mind, label, left),
             )
-            for lease in (rows.leases[id] for id in sorted(known))
+            for mind in self.minds
         )
-        return (
-            jobs,
-            held,
-            tuple(self._mind_key(mind, label, left) for mind in minds),
-            tuple(sorted(_entry_key(entry, label) for entry in self.left)),
-        )
+        return jobs, held, minds, sorted(_entry_key(entry, label) for entry in self.left)
 
-    def _mind_key(self, mind: Mind, label: dict[int, int], left: Callable[[float], int]) -> Any:
+    def _mind_key(self, mind: Mind, label: dict[int, int], left: Callable[[float], int]) -> tuple[Any, ...]:
         state = mind.state
-        leases_ = tuple(
-            (label[id], tuple(sorted(held.outstanding)), left(held.expires_at * 1000))
+        ready = sorted(picture.job_id for picture in state.ready)
+        leases_ = [
+            (label[id], sorted(held.outstanding), left(held.expires_at * 1000) if held.outstanding & set(ready) else -1)
             for id, held in sorted(state.held.items())
-        )
-        ready = tuple(sorted(picture.job_id for picture in state.ready))
-        of_job = {id: lease_id for id, lease_id in state.lease_of.items() if lease_id in state.held}
-        jobs = {*ready, *state.running, *of_job, *(id for held in state.held.values() for id in held.outstanding)}
+        ]
+        of_job = sorted((id, label[lease_id]) for id, lease_id in state.lease_of.items() if lease_id in state.held)
+        jobs = {*ready, *state.running, *(id for id, _ in of_job)}
+        jobs.update(*(held.outstanding for held in state.held.values()))
         return (
-            leases_,
-            tuple(sorted((id, label[lease_id]) for id, lease_id in of_job.items())),
-            ready,
-            tuple(sorted(state.running)),
-            tuple(sorted(state.abandoned & jobs)),
-            tuple(sorted(state.finished)),
-            tuple(sorted(_entry_key(entry, label) for entry in mind.entries)),
-            mind.is_unsure,
+            *(leases_, of_job, ready, sorted(state.running), sorted(state.abandoned & jobs), sorted(state.finished)),
+            *(sorted(_entry_key(entry, label) for entry in mind.entries), mind.is_unsure),
         )
 
     def steps(self, rows: Rows) -> Iterator[Step]:
@@ -412,7 +436,7 @@ class World:
         if any(job.status == "waiting" for job in rows.jobs.values()):
             yield Step("wake")
         if (
-            rows.open()
+            rows.open
             or any(mind.state.held for mind in self.minds)
             or any(job.not_before for job in rows.jobs.values())
         ):
@@ -452,7 +476,7 @@ class World:
         if mind.is_unsure:
             yield from self._either("forget", slot)
         if any(
-            lease.worker_id != mind.worker_id or lease.expires_at <= self.control.now for lease in rows.open().values()
+            lease.worker_id != mind.worker_id or lease.expires_at <= self.control.now for lease in rows.open.values()
         ):
             yield Step("reap", (slot,))
         if state.held or mind.is_unsure or mind.entries:
@@ -467,6 +491,9 @@ class World:
     def do(self, verb: str, *args: Any, answer: str = "") -> None:
         """Takes a step."""
         self.control.answer = answer
+        if verb in WORKERS_VERBS:
+            slot = args[0]
+            self.minds[slot] = self.minds[slot].copy()
         try:
             getattr(self, f"_{verb}")(*args)
         finally:
@@ -476,46 +503,45 @@ class World:
         self._n_started += 1
         uuid = f"worker {self._n_started}"
         with self._writing() as conn:
-            return Mind(queue.register_worker(conn, uuid, "host", 1, INFO), uuid)
+            worker_id = queue.register_worker(conn, uuid, "host", 1, INFO)
+        return Mind(replace(self._template, worker_id=worker_id, uuid=uuid))
 
     def _writing(self) -> Any:
         return db.transaction(self.database, write=True)
-
-    def _context(self, mind: Mind) -> Context:
-        return replace(self._template, worker_id=mind.worker_id, uuid=mind.uuid)
 
     def _holdings(self, mind: Mind) -> Holdings:
         holdings = Holdings()
         holdings._state = mind.state
         return holdings
 
+    def _fetcher(self, slot: int) -> Fetcher:
+        mind = self.minds[slot]
+        return Fetcher(mind.context, self._holdings(mind), lambda completion: None)
+
     def _store(self, mind: Mind, entries: list[Entry] | None = None) -> Store:
-        context, holdings = self._context(mind), self._holdings(mind)
-        spool = _Memory(mind.uuid, mind.entries if entries is None else entries)
-        return Store(context, holdings, spool, Meter(context.engine, holdings.usage))
+        context, holdings = mind.context, self._holdings(mind)
+        spool = _Memory(context.uuid, mind.entries if entries is None else entries)
+        return Store(context, holdings, spool, _Silent(context.engine, holdings.usage))
 
     def _claim(self, slot: int, lane: int) -> None:
-        mind = self.minds[slot]
-        holdings = self._holdings(mind)
+        fetcher = self._fetcher(slot)
         try:
-            claim = Fetcher(self._context(mind), holdings, lambda completion: None)._claim(lane)
+            claim = fetcher._claim(lane)
         except DatabaseUnavailable:
-            mind.is_unsure = True
+            self.minds[slot].is_unsure = True
             return
         for job in claim.jobs if claim else ():
-            holdings.offer(job, Prepared(job.id, None, 1), 0.0, 0.0, is_blank=False)
+            fetcher._holdings.offer(job, Prepared(job.id, None, 1), 0.0, 0.0, is_blank=False)
 
     def _take(self, slot: int) -> None:
         self._holdings(self.minds[slot]).take(CLAIM, 0)
 
     def _beat(self, slot: int) -> None:
-        mind = self.minds[slot]
-        holdings = self._holdings(mind)
-        context = self._context(mind)
-        heartbeat._beat_once(context, holdings, Meter(context.engine, holdings.usage))
+        store = self._store(self.minds[slot])
+        heartbeat._beat_once(store._context, store._holdings, store.meter)
 
     def _caption(self, slot: int, *job_ids: int) -> None:
-        uuid = self.minds[slot].uuid
+        uuid = self.minds[slot].context.uuid
         self._put(slot, [Completion(id, f"Job {id} by {uuid}") for id in job_ids])
 
     def _fail(self, slot: int, *job_ids: int) -> None:
@@ -539,24 +565,19 @@ class World:
         self.n_lost = store.outcome.lost
 
     def _take_over(self, slot: int, n: int) -> None:
-        try:
+        with suppress(DatabaseUnavailable):
             self.left[n : n + 1] = self._store(self.minds[slot])._recover(self.left[n])
-        except DatabaseUnavailable:
-            return
 
     def _forget(self, slot: int) -> None:
         mind = self.minds[slot]
         held = {lease.id for lease in self._holdings(mind).open_leases()}
-        try:
+        with suppress(DatabaseUnavailable):
             with self._writing() as conn:
                 queue.release_forgotten(conn, mind.worker_id, held)
-        except DatabaseUnavailable:
-            return
-        mind.is_unsure = False
+            mind.is_unsure = False
 
     def _reap(self, slot: int) -> None:
-        mind = self.minds[slot]
-        Fetcher(self._context(mind), self._holdings(mind), lambda completion: None)._reap()
+        self._fetcher(slot)._reap()
 
     def _give_back(self, slot: int, running: bool) -> None:
         self._store(self.minds[slot]).release(running=running)
@@ -583,8 +604,7 @@ class World:
 
     def _retry(self) -> None:
         with self._writing() as conn:
-            queue.retry(conn, self.run)
-            queue.retry(conn, self.run, cancelled=True)
+            queue.retry(conn, self.run, image_ids=[f"train_{id - 1:05}" for id in range(1, self._n_jobs + 1)])
 
 
 def _entry_key(entry: Entry, label: dict[int, int]) -> Any:

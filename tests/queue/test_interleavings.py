@@ -12,13 +12,14 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import mutants
 import pytest
 from small_world import (
     CLAIM,
@@ -26,6 +27,7 @@ from small_world import (
     MAX_ATTEMPTS,
     TICK_MS,
     TROUBLES,
+    TTL_MS,
     VERBS,
     Mind,
     Rows,
@@ -36,9 +38,12 @@ from small_world import (
     in_memory,
     lane_of,
 )
+from sqlalchemy import Connection
 
-from rococap import db
-from rococap.queue import NORMAL, SOLO, SUSPECTS
+from rococap import db, queue
+from rococap.engines import Completion, Failure
+from rococap.errors import DatabaseUnavailable, LeaseLost
+from rococap.queue import NORMAL, SOLO, SUSPECTS, Lease
 
 LARGEST = {NORMAL: CLAIM, SUSPECTS: 4, SOLO: 1}
 """How many jobs a claim takes at most."""
@@ -78,21 +83,81 @@ def check_state(world: World, rows: Rows) -> None:
     assert {id: lease.n_done for id, lease in rows.leases.items() if lease.n_done} == made, "a lease counts wrongly"
     assert rows.n_done == len(rows.captions), "the workers count wrongly"
     holding = {job.lease_id for job in rows.jobs.values() if job.lease_id is not None}
-    assert holding == rows.open().keys(), "an ended lease holds jobs, or an open one holds none"
+    assert holding == rows.open.keys(), "an ended lease holds jobs, or an open one holds none"
     assert all(0 <= job.attempts <= MAX_ATTEMPTS for job in rows.jobs.values()), "attempts beyond their bounds"
     failed = {id for id, job in rows.jobs.items() if job.status == "failed"}
     assert failed <= {id for id, *_ in rows.failures}, "a job failed without a reason"
     for mind in world.minds:
         known = mind.state.held.keys() | {entry.lease.id for entry in mind.entries}
-        mine = {id for id, lease in rows.open().items() if lease.worker_id == mind.worker_id}
+        mine = {id for id, lease in rows.open.items() if lease.worker_id == mind.worker_id}
         assert mind.is_unsure or mine <= known, "a worker has forgotten a lease, which will be taken for a crash"
         lanes = [held.lease.lane for held in mind.state.held.values()]
         assert len(lanes) < 2 or set(lanes) == {NORMAL}, "a suspect has company"
+        ready = {picture.job_id for picture in mind.state.ready}
+        assert ready <= mind.state.lease_of.keys(), "a picture that was lost keeps the worker from claiming"
         for id, held in mind.state.held.items():
             lease = rows.leases[id]
             assert lease.state != "open" or held.expires_at * 1000 <= lease.expires_at, (
                 "a worker takes its lease for longer than it is"
             )
+
+
+def check_refusals(world: World, rows: Rows) -> None:
+    """What nobody may do is refused, and changes nothing."""
+    for id, lease in rows.leases.items():
+        for worker_id in {lease.worker_id, *(mind.worker_id for mind in world.minds)}:
+            is_held = lease.state == "open" and worker_id == lease.worker_id
+            forged = Lease(id, worker_id, world.run.id, "train", lease.lane)
+            refuse_beat(world, forged, is_held)
+            for job_id, job in rows.jobs.items():
+                if not (is_held and job.lease_id == id):
+                    refuse_writes(world, forged, job_id, is_held)
+    for mind in world.minds:
+        with undone(world) as conn:
+            mine = {id for id, lease in rows.open.items() if lease.worker_id == mind.worker_id}
+            assert queue.release_forgotten(conn, mind.worker_id, mine) == 0, (
+                "a worker gives back what it has not forgotten"
+            )
+    with undone(world) as conn:
+        queue.pause(conn, world.run, True)
+        for lane in LARGEST:
+            assert (
+                queue.claim(conn, world.minds[0].worker_id, world.run.id, "train", CLAIM, ttl_ms=TTL_MS, lane=lane)
+                is None
+            ), "a paused run is claimed from"
+    with undone(world) as conn:
+        reaped = queue.reap(conn, contact_ms=TTL_MS - 1)
+        assert not reaped, "leases are reaped that last longer than the contact with the database"
+    assert world.look() == rows, "what was refused changed something"
+
+
+def refuse_beat(world: World, lease: Lease, is_held: bool) -> None:
+    with undone(world) as conn:
+        kept = queue.heartbeat(conn, lease.worker_id, [lease.id], ttl_ms=TTL_MS)
+        assert kept == ({lease.id} if is_held else set()), f"worker {lease.worker_id} extends lease {lease.id}"
+
+
+def refuse_writes(world: World, lease: Lease, job_id: int, is_held: bool) -> None:
+    """Tries to complete, fail and release a job that the lease does not hold, or not for this worker."""
+    for write in (
+        lambda conn: queue.complete(conn, lease, [Completion(job_id, "Forged.")]),
+        lambda conn: queue.fail(conn, lease, {job_id: Failure("forged", "Forged.", transient=False)}),
+        lambda conn: queue.release(conn, lease, [job_id]),
+    ):
+        try:
+            with db.transaction(world.database, write=True) as conn:
+                released = write(conn)
+        except LeaseLost:
+            continue
+        assert (is_held, released) == (True, 0), f"worker {lease.worker_id} changes job {job_id} by lease {lease.id}"
+
+
+@contextmanager
+def undone(world: World) -> Iterator[Connection]:
+    """A transaction that is rolled back."""
+    with suppress(DatabaseUnavailable), db.transaction(world.database, write=True) as conn:
+        yield conn
+        raise DatabaseUnavailable("Undone.")
 
 
 @dataclass(frozen=True)
@@ -102,8 +167,11 @@ class Move:
     world: World
     step: Step
     saved: Saved
-    before: Rows
     after: Rows
+
+    @property
+    def before(self) -> Rows:
+        return self.saved.rows
 
     @property
     def verb(self) -> str:
@@ -136,6 +204,10 @@ def check_move(move: Move) -> None:
         check_start(move)
     if move.verb == "beat" and not move.step.answer:
         check_beat(move)
+    if move.verb == "caption" and not move.step.answer:
+        check_stored(move)
+    if move.verb == "reap":
+        check_reap(move)
 
 
 def check_jobs(move: Move) -> None:
@@ -245,7 +317,7 @@ def check_told(move: Move) -> None:
         for one in entry.completions
         if one.failure is None
         and move.after.jobs[one.job_id].status in FINISHED
-        and move.after.captions.get(one.job_id, [0])[0] != entry.lease.id
+        and move.after.captions.get(one.job_id, (0,))[0] != entry.lease.id
         and one.job_id not in move.after.captions.keys() - move.before.captions.keys()
     }
     assert move.world.n_lost == len(lost), f"{move.world.n_lost} captions were counted as lost, not {len(lost)}"
@@ -261,7 +333,7 @@ def check_claim(move: Move) -> None:
     assert len(new) == bool(claimed), "a claim is one lease"
     for lease in new.values():
         assert (lease.worker_id, lease.lane) == (move.mind.worker_id, lane)
-        assert lease.expires_at == move.saved.now + move.world.ttl_ms
+        assert lease.expires_at == move.saved.now + TTL_MS
 
 
 def check_start(move: Move) -> None:
@@ -274,11 +346,31 @@ def check_start(move: Move) -> None:
 
 def check_beat(move: Move) -> None:
     """The worker knows which leases it holds, and those are extended."""
-    mine = {id for id, lease in move.before.open().items() if lease.worker_id == move.mind.worker_id}
+    mine = {id for id, lease in move.before.open.items() if lease.worker_id == move.mind.worker_id}
     kept = move.world.minds[move.step.args[0]].state.held.keys()
     assert kept == move.mind.state.held.keys() & mine, f"the worker takes {set(kept)} for its own"
     for id in kept:
-        assert move.after.leases[id].expires_at == move.saved.now + move.world.ttl_ms, f"lease {id} was not extended"
+        assert move.after.leases[id].expires_at == move.saved.now + TTL_MS, f"lease {id} was not extended"
+
+
+def check_stored(move: Move) -> None:
+    """Captions of an open lease are stored, however late they come, unless one of its jobs has left it."""
+    jobs = [move.before.jobs[id] for id in move.step.args[1:]]
+    (lease_id,) = {move.mind.state.lease_of[id] for id in move.step.args[1:]}
+    if all(job.lease_id == lease_id for job in jobs):
+        stored = [id for id in move.step.args[1:] if move.after.jobs[id].status == "done"]
+        assert len(stored) == len(jobs), f"only {stored} were stored, although lease {lease_id} was open"
+
+
+def check_reap(move: Move) -> None:
+    """A lease is reaped as soon as one of another worker has expired, and one at a time."""
+    expired = {
+        id
+        for id, lease in move.before.open.items()
+        if lease.expires_at <= move.saved.now and lease.worker_id != move.mind.worker_id
+    }
+    n_reaped = len(expired - move.after.open.keys())
+    assert n_reaped == min(len(expired), 1), f"{n_reaped} leases were reaped of {sorted(expired)}"
 
 
 # --- The search ------------------------------------------------------------------------------------------------
@@ -291,7 +383,7 @@ def is_misfortune(step: Step, saved: Saved, rows: Rows) -> bool:
     held = {id for mind in saved.minds for id in mind.state.held}
     return step.verb == "reap" and any(
         rows.leases[id].expires_at <= saved.now
-        for id in rows.open().keys() & held - saved.minds[step.args[0]].state.held.keys()
+        for id in rows.open.keys() & held - saved.minds[step.args[0]].state.held.keys()
     )
 
 
@@ -333,18 +425,22 @@ def explore(world: World, misfortunes: int) -> Explored:
     found = Explored()
     start = digest(world.key(world.look()))
     found.cost[start] = (0, 0)
+    refused = set()
     n = 0
     heap: list[tuple[tuple[int, int], int, bytes, Saved]] = [((0, 0), 0, start, world.save())]
     while heap:
         cost, _, state, saved = heapq.heappop(heap)
         if cost > found.cost[state]:
             continue
-        before = Rows.of(saved.tables)
+        before = saved.rows
         world.restore(saved)
+        if (held := repr(world.key(before)[:2])) not in refused:
+            refused.add(held)
+            check_refusals(world, before)
         rank = len(SCHEDULE)
         if (
             before.is_over()
-            and not before.open()
+            and not before.open
             and not world.left
             and not any(m.state.held or m.entries for m in world.minds)
         ):
@@ -357,7 +453,7 @@ def explore(world: World, misfortunes: int) -> Explored:
             try:
                 world.do(step.verb, *step.args, answer=step.answer)
                 after = world.look()
-                check_move(Move(world, step, saved, before, after))
+                check_move(Move(world, step, saved, after))
                 check_state(world, after)
             except Exception as error:
                 raise AssertionError(explain(repr(error), [*found.way(state), step])) from error
@@ -425,7 +521,9 @@ def test_two_workers_keep_every_promise_whatever_goes_wrong(misfortunes, crashes
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize(("misfortunes", "crashes"), [(2, (2,)), (1, (0, 0, 2)), (2, (0, 0))])
+@pytest.mark.parametrize(
+    ("misfortunes", "crashes"), [(2, (0,)), (2, (2,)), (1, (0, 2)), (1, (0, 0, 2)), (2, (0, 0))], ids=str
+)
 def test_two_workers_keep_every_promise_in_larger_worlds(misfortunes, crashes):
     started = time.process_time()
     found = explored(misfortunes, crashes=crashes)
@@ -435,15 +533,45 @@ def test_two_workers_keep_every_promise_in_larger_worlds(misfortunes, crashes):
     )
 
 
+UNSEEN = {
+    *("claim-without-lock", "claim-waits", "crash-though-extended", "worker-before-leases", "goodbye-out-of-order"),
+    *("status-by-in", "splits-by-in"),
+    *("deletes-what-is-held", "deleted-runs-keep-leases", "delete-what-people-did", "recover-takes-another-runs"),
+    *("any-database-will-do", "lease-of-another-database"),
+}
+"""Mutants of transactions that run at once, of plans, of runs that are deleted, and of other databases: there is one
+transaction at a time here, one run and one database."""
+
+
+@pytest.mark.torture
+def test_the_search_catches_the_mutants_of_the_queue(monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-m ''")
+    here = "queue/test_interleavings.py::test_two_workers_keep_every_promise"
+    worlds = (
+        f"{here}_whatever_goes_wrong",
+        *(f"{here}_in_larger_worlds[{world}]" for world in ("1-(0, 2)", "2-(0,)", "2-(2,)")),
+    )
+    survivors = {}
+    with mutants.copy() as place:
+        modules = [place / "rococap" / "queue" / f"{name}.py" for name in ("leases", "recovery", "operate")]
+        for mutant in mutants.MUTANTS:
+            paths = {path for where, old, _ in mutant.edits for path, _, _ in mutants.find(place, where, old)}
+            if mutant.name not in UNSEEN and paths & {*modules}:
+                answer = mutants.try_out(place, replace(mutant, tests=worlds))
+                print(f"{answer.verdict:<8}  {mutant.name:<32}  {answer.seconds:5.1f} s  {answer.by}", flush=True)
+                if answer.verdict != "caught":
+                    survivors[mutant.name] = answer.verdict
+    assert not survivors
+
+
 def replay(world: World, steps: list[Step]) -> list[Any]:
     """Takes the steps, and returns the state after each; what holds in the search holds here."""
     states = []
-    rows = world.look()
     for step in steps:
-        saved, before = world.save(), rows
+        saved = world.save()
         world.do(step.verb, *step.args, answer=step.answer)
         rows = world.look()
-        check_move(Move(world, step, saved, before, rows))
+        check_move(Move(world, step, saved, rows))
         check_state(world, rows)
         states.append(world.key(rows))
     return states
