@@ -124,7 +124,9 @@ class Worker:
                 db.now(conn)
                 queue.overdue(conn, now=self._now())
             with db.transaction(self._engine) as conn:
+                db.refuse_other_schema(conn)
                 queue.refuse_deleted(conn, self._run)
+                queue.check_rules(conn, self._run)
                 queue.unfinished(conn, self._run, (SPLIT,))
             self._n_claims += 1
             if self._n_claims % SUSPECTS_EVERY == 0:

@@ -128,6 +128,7 @@ EVERY_SETTING = Settings(
     4.0,
     50.0,
     True,
+    "/mnt/roco",
 )
 
 
