@@ -157,9 +157,11 @@ class Store:
                 return
             group = [first]
             deadline = time.monotonic() + STORE_EVERY_SEC
-            while len(group) < self._group_size and (left := deadline - time.monotonic()) > 0:
+            while len(group) < self._group_size:
+                # Once everything that is held has a result, no more comes until it is stored.
+                left = deadline - time.monotonic() if self._holdings.unfinished_leases() else 0.0
                 try:
-                    completion = self._completions.get(timeout=left)
+                    completion = self._completions.get(timeout=max(0.0, left))
                 except fifo.Empty:
                     break
                 if completion is None:

@@ -18,7 +18,7 @@ from nursery import Worker
 from samples import fill, picture, register, write_shard
 from small_engine import INFO, QUICK, SmallEngine
 from sqlalchemy import Engine, event
-from steps import captions, expected, run_worker, select, start, statuses, until
+from steps import captions, expected, run_worker, select, start, statuses, until, writing
 
 from rococap import db, queue
 from rococap.engines import Completion, Options, gather
@@ -74,6 +74,15 @@ def test_a_worker_that_was_not_told_of_its_registration_is_registered_once(datab
     assert finish(process)["done"] == 8
     assert "trouble: error after COMMIT" in process.told()
     assert select(database, "SELECT count(*) FROM workers") == [(1,)]
+
+
+def test_what_is_captioned_is_stored_at_once_when_there_is_nothing_else_to_wait_for(database, url, tmp_path):
+    """Pictures that have been in a crash are claimed a few at a time, and only when nothing else is held."""
+    fill(database, tmp_path / "set", 9)
+    with writing(database) as conn:
+        db.execute(conn, "UPDATE jobs SET crashes = 1")
+    process = start(url, constants=QUICK | {"rococap.worker.store.STORE_EVERY_SEC": 3600.0})
+    assert finish(process)["done"] == 9
 
 
 def test_two_workers_at_once_caption_every_picture_once(database, url, tmp_path):
