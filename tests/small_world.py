@@ -205,7 +205,7 @@ class Rows:
             {row[0]: JobRow(*row[1:]) for row in select(f"SELECT id, {jobs} FROM jobs ORDER BY id")},
             {row[0]: LeaseRow(*row[1:]) for row in select(f"SELECT id, {leases_} FROM leases ORDER BY id")},
             {row[0]: (row[1], row[2]) for row in select("SELECT job_id, lease_id, text FROM captions")},
-            [tuple(row) for row in select("SELECT job_id, lease_id, code FROM failures ORDER BY id")],
+            list(select("SELECT job_id, lease_id, code FROM failures ORDER BY id")),
             {row[0]: row[1] for row in select("SELECT status, sum(n) FROM tallies GROUP BY status") if row[1]},
             select("SELECT sum(n_done) FROM workers")[0][0],
         )
@@ -256,7 +256,7 @@ class Mind:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A whole state. `tables`, from which it is restored, are empty on PostgreSQL."""
+    """A whole state. `tables` has every row of the tables that change, unless it is not to be restored."""
 
     rows: Rows
     tables: dict[str, list[Any]]
@@ -335,33 +335,40 @@ class World:
 
     # --- saving and restoring ---
 
-    def save(self) -> Saved:
-        """The state, as the last look has found it. On SQLite, it can be restored."""
-        selects = {name: f"SELECT {columns} FROM {name}" for name, columns in _COLUMNS.items()}
-        tables_ = {name: self._select(sql) for name, sql in selects.items()} if self._driver else {}
+    def save(self, *, to_restore: bool = True) -> Saved:
+        """The state, as the last look has found it."""
+        selects = {name: f"SELECT {columns} FROM {name}" for name, columns in _COLUMNS.items() if to_restore}
+        tables_ = {name: self._select(sql) for name, sql in selects.items()}
         return Saved(self._rows, tables_, self.control.now, self._n_started, list(self.minds), list(self.left))
 
     def restore(self, saved: Saved) -> None:
-        """Puts back the rows that differ, on SQLite.
+        """Puts back a state. If it is the one that was restored last, SQLite only rolls back.
 
-        To deserialise the whole file would take longer than a step, because SQLite would parse the schema again.
+        To deserialise the whole database would take longer than a step, because SQLite would parse the schema again.
         """
         self.control.now, self._n_started = saved.now, saved.n_started
         self.minds, self.left = list(saved.minds), list(saved.left)
-        self._driver.execute("ROLLBACK TO base")
-        if saved is not self._base:
-            self._driver.execute("PRAGMA defer_foreign_keys = ON")
-            for name, rows in saved.tables.items():
-                if rows != self._base.tables[name]:
-                    columns = _COLUMNS[name]
-                    self._driver.execute(f"DELETE FROM {name}")
-                    self._driver.executemany(
-                        f"INSERT INTO {name} ({columns}) VALUES ({db.marks(columns.split())})", rows
-                    )
+        if self._driver is not None:
+            self._driver.execute("ROLLBACK TO base")
+        if self._driver is None or saved is not self._base:
+            self._put_back(saved)
+        self._rows = saved.rows
+        self._n_written = self._driver.total_changes if self._driver else 0
+
+    def _put_back(self, saved: Saved) -> None:
+        names = [name for name in _COLUMNS if self._driver is None or saved.tables[name] != self._base.tables[name]]
+        with self._writing() as conn:
+            if self._driver is not None:
+                db.execute(conn, "PRAGMA defer_foreign_keys = ON")
+            for name in reversed(names):
+                db.execute(conn, f"DELETE FROM {name}")
+            for name in names:
+                if rows := saved.tables[name]:
+                    db.execute(conn, f"INSERT INTO {name} ({_COLUMNS[name]}) VALUES ({db.marks(rows[0])})", rows)
+        if self._driver is not None:
             self._driver.execute("RELEASE base")
             self._driver.execute("SAVEPOINT base")
-            self._base = saved
-        self._rows, self._n_written = saved.rows, self._driver.total_changes
+        self._base = saved
 
     def look(self) -> Rows:
         """Reads what is in the database now, unless nothing was written since the last look."""
@@ -374,7 +381,7 @@ class World:
         if self._driver is not None:
             return self._driver.execute(sql).fetchall()
         with db.transaction(self.database) as conn:
-            return db.execute(conn, sql).fetchall()
+            return [tuple(row) for row in db.execute(conn, sql).fetchall()]
 
     # --- what there is ---
 

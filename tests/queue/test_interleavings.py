@@ -38,7 +38,7 @@ from small_world import (
     in_memory,
     lane_of,
 )
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
 from rococap import db, queue
 from rococap.engines import Completion, Failure
@@ -407,6 +407,14 @@ class Explored:
             steps.append(step)
         return steps[::-1]
 
+    def states(self, state: bytes) -> list[bytes]:
+        """The states after each step of the way."""
+        states = []
+        while state in self.came:
+            states.append(state)
+            state, _ = self.came[state]
+        return states[::-1]
+
     def depth(self) -> int:
         return max(steps for _, steps in self.cost.values())
 
@@ -497,10 +505,11 @@ def check_everything_ends(found: Explored) -> None:
 
 
 @contextmanager
-def small_world(**size: Any) -> Iterator[World]:
+def small_world(database: Engine | None = None, **size: Any) -> Iterator[World]:
+    database = database or in_memory()
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
         patch.setattr(logging.root.manager, "disable", logging.WARNING)
-        yield World(in_memory(), Path(folder), controlled(patch), **size)
+        yield World(database, Path(folder), controlled(patch), **size)
 
 
 @cache
@@ -564,35 +573,23 @@ def test_the_search_catches_the_mutants_of_the_queue(monkeypatch):
     assert not survivors
 
 
-def replay(world: World, steps: list[Step]) -> list[Any]:
-    """Takes the steps, and returns the state after each; what holds in the search holds here."""
-    states = []
-    for step in steps:
-        saved = world.save()
-        world.do(step.verb, *step.args, answer=step.answer)
-        rows = world.look()
-        check_move(Move(world, step, saved, rows))
-        check_state(world, rows)
-        states.append(world.key(rows))
-    return states
-
-
 @pytest.mark.parametrize(
     ("crashes", "sample"),
     [pytest.param((0, 0), 20, marks=pytest.mark.slow), pytest.param((0, 0, 2), 500, marks=pytest.mark.torture)],
 )
-def test_a_sample_of_the_ways_leads_through_the_same_states_on_postgresql(tmp_path, postgres, crashes, sample):
+def test_a_sample_of_the_ways_leads_through_the_same_states_on_postgresql(postgres, crashes, sample):
     found = explored(1, crashes=crashes)
-    for state in random.Random(sample).sample(sorted(found.cost), sample):
-        steps = found.way(state)
-        with small_world(crashes=crashes) as world:
-            expected = replay(world, steps)
-            world.control.now = 1_000_000
-            url = postgres.create(template="empty_queue")
-            database = db.connect(url)
-            try:
-                states = replay(World(database, tmp_path, world.control, crashes=crashes), steps)
-            finally:
-                database.dispose()
-                postgres.drop(url)
-        assert states == expected, explain("PostgreSQL is in another state.", steps)
+    database = db.connect(postgres.create(template="empty_queue"))
+    with small_world(database, crashes=crashes) as world:
+        start = world.save()
+        for state in random.Random(sample).sample(sorted(found.cost), sample):
+            world.restore(start)
+            for step, expected in zip(found.way(state), found.states(state), strict=True):
+                saved = world.save(to_restore=False)
+                world.do(step.verb, *step.args, answer=step.answer)
+                rows = world.look()
+                check_move(Move(world, step, saved, rows))
+                check_state(world, rows)
+                same = digest(world.key(rows)) == expected
+                assert same, explain(f"PostgreSQL is in another state after {step}.", found.way(state))
+    database.dispose()
