@@ -79,8 +79,7 @@ MUTANTS = (
                 "        [(at, c.job_id, lease.id) for c in done],",
                 'finished_at = ? "\n        "WHERE id = ? AND attempts = ? AND status = \'leased\'",\n'
                 "        [(at, c.job_id, {job.id: job.attempts for job in getattr(lease, 'jobs', ())}"
-                ".get(c.job_id, 1)) "
-                "for c in done],",
+                ".get(c.job_id, 1)) for c in done],",
             ),
         ),
         (LEFT,),
