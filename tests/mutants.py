@@ -78,7 +78,8 @@ MUTANTS = (
                 'finished_at = ? "\n        "WHERE id = ? AND lease_id = ? AND status = \'leased\'",\n'
                 "        [(at, c.job_id, lease.id) for c in done],",
                 'finished_at = ? "\n        "WHERE id = ? AND attempts = ? AND status = \'leased\'",\n'
-                "        [(at, c.job_id, {job.id: job.attempts for job in lease.jobs}[c.job_id]) for c in done],",
+                "        [(at, c.job_id, {job.id: job.attempts for job in getattr(lease, 'jobs', ())}"
+                ".get(c.job_id, 1)) for c in done],",
             ),
         ),
         (LEFT,),

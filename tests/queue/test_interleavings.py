@@ -121,10 +121,8 @@ def check_refusals(world: World, rows: Rows) -> None:
     with undone(world) as conn:
         queue.pause(conn, world.run, True)
         for lane in LARGEST:
-            assert (
-                queue.claim(conn, world.minds[0].worker_id, world.run.id, "train", CLAIM, ttl_ms=TTL_MS, lane=lane)
-                is None
-            ), "a paused run is claimed from"
+            claim = queue.claim(conn, mind.worker_id, world.run.id, "train", CLAIM, ttl_ms=TTL_MS, lane=lane)
+            assert claim is None, "a paused run is claimed from"
     with undone(world) as conn:
         reaped = queue.reap(conn, contact_ms=TTL_MS - 1)
         assert not reaped, "leases are reaped that last longer than the contact with the database"
@@ -444,7 +442,10 @@ def explore(world: World, misfortunes: int) -> Explored:
         world.restore(saved)
         if (held := repr(world.key(before)[:2])) not in refused:
             refused.add(held)
-            check_refusals(world, before)
+            try:
+                check_refusals(world, before)
+            except AssertionError as error:
+                raise AssertionError(explain(error, found.way(state))) from error
         rank = len(SCHEDULE)
         if (
             before.is_over()
