@@ -108,7 +108,7 @@ def test_the_installed_package_creates_a_database(installed, tmp_path):
     assert rococap("--help").startswith("Usage: ")
     assert list(tmp_path.iterdir()) == []
     run("-c", "from rococap import db; db.connect(db.DEFAULT_URL)", cwd=tmp_path, PYTHONPATH=str(installed))
-    assert json.loads(rococap("status", "--json")) == {"runs": [], "workers": []}
+    assert json.loads(rococap("status", "--json")) == {"runs": [], "workers": [], "versions": {}}
     assert [path.name for path in tmp_path.iterdir()] == ["rococap.db"]
     with closing(sqlite3.connect(tmp_path / "rococap.db")) as connection:
         assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(SCHEMA,)]

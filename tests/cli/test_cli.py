@@ -223,7 +223,9 @@ def test_status_as_json_has_the_fields_that_others_build_on(here):
     assert worker == {"id": 1, "host": "host", "pid": 7, "device": "cpu", "state": "running", "done": 0} | {
         "telemetry": None,
         "self_check": None,
+        "versions": INFO.versions,
     }
+    assert status["versions"] == {"unknown": 1}
 
 
 def test_status_counts_flagged_captions(here):
