@@ -359,8 +359,9 @@ def _dataset(database: Database, run: Run) -> Iterator[Finding]:
     with transaction(database) as conn:
         registered = queue.registered_shards(conn, run.dataset_id)
     name, config = parse_name(run.dataset)
-    root = queue.root_here() or Path(name)
-    if run.dataset_revision and not queue.root_here():
+    copy = queue.root_here()
+    root = copy or Path(name)
+    if run.dataset_revision and copy is None:
         files = {path: cached(name, path, run.dataset_revision, "dataset") for path in registered}
         absent = [path for path, file in files.items() if file is None]
         if absent:

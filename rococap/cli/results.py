@@ -74,7 +74,8 @@ def compare_command(
 ) -> None:
     """Compare runs side by side: captions, speed, length, flags and facts.
 
-    The captions go to a file, with a row for each picture; the rest is printed. Runs differ in facts where one says
+    The captions go to a file, with a row for each picture; the rest is printed. How much runs disagree is stored, and
+    the gallery of `rococap serve` can sort by it. Runs differ in facts where one says
     left and another right, one denies a finding that another names, or one sees a CT and another an MRI.
     """
     from rococap.scores import compare as comparison

@@ -314,11 +314,15 @@ def echo_outcome(outcome: Any, settings: Any) -> None:
 
 
 def _worker_again(run: str, settings: Any) -> str:
-    """The command line that continues the run on the same engine, which the run does not record."""
+    """The command line that continues the run on the same engine and data set, which the run does not record."""
     options = settings.options
     engine = "" if options.engine == "transformers" else f" --engine {options.engine}"
-    server = {"--base-url": options.base_url, "--served-model": options.served_model}
-    named = "".join(f" {name} {shlex.quote(value)}" for name, value in server.items() if value)
+    places = {
+        "--base-url": options.base_url,
+        "--served-model": options.served_model,
+        "--dataset-root": settings.dataset_root,
+    }
+    named = "".join(f" {name} {shlex.quote(value)}" for name, value in places.items() if value)
     return queue.with_run("worker", run) + engine + named
 
 

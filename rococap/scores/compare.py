@@ -6,6 +6,7 @@ state different facts is found on the way, and stored for the gallery to sort by
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from sqlalchemy import Engine as Database
 from rococap import queue
 from rococap.data import SPLITS
 from rococap.db import execute, marks, transaction
-from rococap.errors import RococapError, RunError
+from rococap.errors import DatabaseError, RococapError, RunError
 from rococap.files import ending, replacing
 from rococap.progress import Progress, silent
 from rococap.queue import Run
@@ -30,6 +31,8 @@ from rococap.results.export import FOLDER
 from rococap.results.formats import FORMATS, write_frames
 from rococap.results.snapshot import PAGE, Read, done_pages, finished_until, short_reads
 from rococap.scores.disagreement import DISAGREEMENT, Disagreements
+
+log = logging.getLogger(__name__)
 
 SHARED = ("image_id", "split", "original_caption")
 RUN_COLUMNS = {
@@ -108,7 +111,8 @@ def compare(
 ) -> Compared:
     """Writes one row for every picture that any of the runs has captioned, or with `all_done` that all have captioned,
     in data set order, to a .csv, .parquet or .jsonl file. Without `splits`, compares all splits of the runs. Finds the
-    `worst` pictures on which runs state different facts.
+    `worst` pictures on which runs state different facts, and stores with each caption how much the runs disagree if the
+    database can be written.
 
     Raises RunError for runs that do not exist, cannot be compared or have no captions, RococapError if the file cannot
     be written. On failure an older file stays as it was.
@@ -228,6 +232,7 @@ class _Join:
     strip_reasoning: bool
     disagreements: Disagreements
     weights: list[tuple[int, float]] = field(default_factory=list)
+    is_writable: bool = True
     shared: int = 0
     originals: int = 0
 
@@ -261,9 +266,14 @@ class _Join:
         ids = [run.id for run in self.runs]
         values = [(json.dumps({DISAGREEMENT: weight}), *ids, image) for image, weight in self.weights]
         self.weights = []
-        if values:
+        if not values or not self.is_writable:
+            return
+        try:
             with transaction(self.database, write=True) as conn:
                 execute(conn, sql, values)
+        except DatabaseError as error:  # such as a standby, which can be compared all the same
+            self.is_writable = False
+            log.warning("the gallery cannot sort by this comparison: %s", error)
 
     def _is_wanted(self, captions: Captions) -> bool:
         is_shared = len(captions) == len(self.runs)

@@ -350,6 +350,17 @@ def test_each_caption_is_stored_with_how_much_runs_disagree_as_of_the_last_compa
         assert found == [(run, image, pytest.approx(weight)) for run in "ab" for image, weight in weights]
 
 
+def test_a_database_that_cannot_be_written_is_compared_all_the_same(database, runs, out, monkeypatch, caplog):
+    say(database, runs, ("Left lung.", "Right lung."), ("Left lung.", "Right lung."))
+    monkeypatch.setattr(db, "PATIENCE_SEC", 0.1)
+    monkeypatch.setattr(comparison, "PAGE", 1)
+    with db.transaction(database, write=True):
+        assert compare(db.connect(database.url.render_as_string()), ["a", "b"], out).disagreements.opposite == 2
+    assert len(read(out)) == 2
+    assert steps.select(database, STORED) == []
+    assert caplog.text.count("the gallery cannot sort by this comparison") == 1
+
+
 def test_of_many_pictures_only_the_worst_are_kept_in_data_set_order(database, runs, out, monkeypatch):
     monkeypatch.setattr(disagreement, "_SLACK", 0)
     say(database, runs, *[("Left lung.", f"Right lung, no {what}.") for what in ["mass", "cyst"] * 5])

@@ -462,11 +462,14 @@ def command_lines(processes: Sequence[psutil.Process]) -> list[list[str]]:
 @pytest.mark.slow
 def test_the_command_captions_on_two_processes_and_stops_them_together(database, url, tmp_path):
     fill(database, tmp_path / "set", 24)
+    mounted = str((tmp_path / "set").rename(tmp_path / "mounted"))
     options = ("--devices", "cpu:2", "--wait", "--batch-size", "4", "--lease-ttl", "2", "--engine", "openai")
     with (
         ChatServer() as server,
         running(
-            sys.executable, "-m", "rococap", "worker", *options, "--base-url", server.url, ROCOCAP_DB=url
+            *(sys.executable, "-m", "rococap", "worker", *options),
+            *("--base-url", server.url, "--dataset-root", mounted),
+            ROCOCAP_DB=url,
         ) as parent,
     ):
         beating = "SELECT count(*) FROM workers WHERE telemetry IS NOT NULL"
@@ -476,7 +479,7 @@ def test_the_command_captions_on_two_processes_and_stops_them_together(database,
         out, err = parent.communicate(timeout=30)
     assert parent.returncode == 0, err
     assert out.startswith("default: 24 captioned in ")
-    again = f"rococap worker --engine openai --base-url {server.url}"
+    again = f"rococap worker --engine openai --base-url {server.url} --dataset-root {mounted}"
     assert out.splitlines()[-1] == f"Stopped on request; unfinished pictures were given back. To continue: {again}"
     assert len(out.splitlines()) == 2
     assert [Settings.from_json(line[-1]).wait for line in lines] == [True, True]
