@@ -149,7 +149,7 @@ def _versions(workers: Sequence[queue.WorkerSeen]) -> list[str]:
     listed = ", ".join(f"{version} ({_some(ones)})" for version, ones in versions.items())
     return [
         f"Versions of rococap that run together: {listed}.",
-        "To make them equal, stop the others, upgrade them, and start them again.",
+        "To run one version, stop the workers of the others, upgrade them, and start them again.",
     ]
 
 

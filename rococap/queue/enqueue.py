@@ -383,7 +383,7 @@ def _register_part(
     progress: Progress,
 ) -> None:
     with transaction(database) as conn:
-        known = registered_shards(conn, run.dataset_id, split)
+        known = registered_shards(conn, run.dataset_id, [split])
         ids = execute(conn, "SELECT id, path FROM shards WHERE dataset_id = ?", (run.dataset_id,)).fetchall()
         count = "SELECT count(*) FROM images WHERE dataset_id = ? AND split = ?"
         total = execute(conn, count, (run.dataset_id, split)).scalar_one()

@@ -158,7 +158,7 @@ def test_versions_that_run_together_are_told_with_the_processes_of_the_rarer(dat
     newer = register(4, "0.2.0")
     told = (
         "Versions of rococap that run together: 0.1.0 (3 workers), 0.2.0 (host:4).\n"
-        "To make them equal, stop the others, upgrade them, and start them again.\n"
+        "To run one version, stop the workers of the others, upgrade them, and start them again.\n"
     )
     assert said("status").endswith(told)
     assert said("workers").endswith(told)
