@@ -124,7 +124,7 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._in_body, self._n_useless = False, True, 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # and not after a body in chunks
+        if self._in_head:  # fields after a body in chunks would join the head of a request under way
             super().on_header(name, value)
 
     def on_body(self, body: bytes) -> None:

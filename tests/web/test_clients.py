@@ -300,19 +300,6 @@ def test_what_comes_without_an_end_is_refused(served, name):
     assert peak_mb(served) - before < 20
 
 
-def test_fields_after_a_body_are_not_kept(served):
-    before = reset_peak(served)
-    fields = b"X: y\r\n" * 1_000
-    with connected(served, CHUNKED + b"0\r\n") as (connection,):
-        n_sent = 0
-        while n_sent < 1_000 and not select.select([connection], [], [], 0.01)[0]:
-            connection.sendall(fields)
-            n_sent += 1
-        assert status_of(connection) == 431
-        assert n_sent < 200
-    assert peak_mb(served) - before < 20
-
-
 def test_of_requests_that_do_not_wait_for_answers_the_first_is_answered(served):
     asking = HEAD + b"Content-Length: 2\r\n\r\n{}"
     with connected(served, asking + HEALTH * 5_000) as (connection,):
