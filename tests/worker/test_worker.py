@@ -24,6 +24,7 @@ from rococap import db, queue
 from rococap.engines import Completion, Options, gather
 from rococap.errors import DatasetError, RunError
 from rococap.queue import choose_run
+from rococap.worker import store as stores
 from rococap.worker.process import work
 from rococap.worker.settings import Settings
 from rococap.worker.signals import STOP_SIGNALS, stop_requests
@@ -83,6 +84,22 @@ def test_what_is_captioned_is_stored_at_once_when_there_is_nothing_else_to_wait_
         db.execute(conn, "UPDATE jobs SET crashes = 1")
     process = start(url, constants=QUICK | {"rococap.worker.store.STORE_EVERY_SEC": 3600.0})
     assert finish(process)["done"] == 9
+
+
+def test_a_quarter_of_a_batch_is_stored_while_the_rest_is_captioned(database, tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "STORE_EVERY_SEC", 3600.0)
+
+    class Waiting(SmallEngine):
+        """Finishes a part of its batch, and goes on once that is stored."""
+
+        def run(self, source):
+            for done, completion in enumerate(super().run(source), start=1):
+                yield completion
+                if done == 4:
+                    until(lambda: len(captions(database)) == 4, "four of sixteen are stored", 20)
+
+    fill(database, tmp_path / "set", 16)
+    assert run_worker(database, Waiting(batch_size=16)).done == 16
 
 
 def test_two_workers_at_once_caption_every_picture_once(database, url, tmp_path):
