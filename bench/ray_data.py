@@ -5,6 +5,7 @@ node has died.
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -116,10 +117,13 @@ class Bench:
         return ended - began, ended - killed
 
     def _kill(self, task: Task, process: Any) -> float:
-        """Kills a node once half of the pictures were begun, and adds another in its place. Returns when that was."""
+        """Kills a node some moment after half of the pictures were begun, and adds another in its place. Returns when
+        that was.
+        """
         while len(_begun(task)) < task.n / 2:
             assert process.poll() is None, "it ended too early"
             time.sleep(0.05)
+        time.sleep(random.random())  # else it would always be just after a model has begun the next pictures
         self.cluster.kill(self.cluster.running[0])
         killed = time.perf_counter()
         self.cluster.add()

@@ -66,8 +66,8 @@ from the store thread."""
 
 
 class Store:
-    """Stores completions in groups, on a thread of its own: every 1 in PARTS of a batch or every second, whichever comes
-    first, and a whole batch at once if the database is slow.
+    """Stores completions in groups, on a thread of its own: 1 in PARTS of a batch or those of a second, and up to a
+    batch if the database is slow.
 
     While the database is unavailable they go to the spool, and from there to the database when it is back.
     """
