@@ -38,7 +38,8 @@ def main() -> None:
             lines += more
             print(f"{part}: measured after {time.perf_counter() - began:.0f} s", file=sys.stderr)
     finally:  # also after an error: the results so far are worth having
-        show(lines, f"load {load:.1f} before; {_sizes(options)}")
+        if lines:
+            show(lines, f"load {load:.1f} before; {_sizes(options)}")
     print("Missed: " + ("; ".join(line.what for line in lines if line.missed) or "none"))
     if {"cost", "sizes", "fairness"} <= found.keys():
         import plot  # imports matplotlib, which spawned processes do not need

@@ -1,4 +1,7 @@
-"""The bench for GPUs, tried on a CPU: nobody gets a second chance on a borrowed card."""
+"""Two benches that take long or need what is not here, each in its smallest size.
+
+That for GPUs is tried on a CPU: nobody gets a second chance on a borrowed card.
+"""
 
 import importlib.util
 import json
@@ -141,3 +144,17 @@ def test_lines_that_are_missing_leave_questions_open_and_nothing_else(findings):
         )
         + "."
     ]
+
+
+# --- Hundreds of workers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_bench_of_many_workers_stores_a_caption_for_every_picture(tmp_path):
+    sizes = ("--rows", "1400", "--done", "400", "--connections", "4", "--batch", "8", "--seconds", "60")
+    done = subprocess.run(
+        [sys.executable, BENCH / "scale.py", *sizes], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1,400 of 1,400 jobs done in the end, each with its caption; 0 leased" in done.stdout
+    assert "| 1,000 GPUs with 50 captions/s: connections" in done.stdout

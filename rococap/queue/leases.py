@@ -129,13 +129,10 @@ def heartbeat(
     last heartbeat, in milliseconds by lease; those leases may have ended.
     """
     at = time_of(conn, now)
-    held, spent = set(lease_ids), store_ms or {}
-    kept = set()
-    for lease_id in sorted(held | spent.keys()):
-        if lease_id in held and _extend(conn, worker_id, lease_id, at, ttl_ms):
-            kept.add(lease_id)
-        if lease_id in spent:
-            add_store_ms(conn, worker_id, lease_id, spent[lease_id])
+    held, spent = sorted(lease_ids), store_ms or {}
+    _lock(conn, f"worker_id = ? AND id IN ({db.marks([*held, *spent])})", (worker_id, *held, *spent))
+    kept = {lease_id for lease_id in held if _extend(conn, worker_id, lease_id, at, ttl_ms)}
+    add_store_ms(conn, worker_id, spent)
     # After the leases, as in `complete`: in another order the two could deadlock on PostgreSQL.
     mark_seen(conn, worker_id, at, telemetry)
     return kept
@@ -150,9 +147,14 @@ def _extend(conn: Connection, worker_id: int, lease_id: int, at: int, ttl_ms: in
 def lock_leases(conn: Connection, worker_id: int, lease_ids: Iterable[int]) -> None:
     """Locks a worker's open leases and those in `lease_ids` in order of id, for a transaction that will change both."""
     ids = tuple(lease_ids)
-    if ids and conn.dialect.name != "sqlite":
-        sql = f"SELECT id FROM leases WHERE worker_id = ? AND (state = 'open' OR id IN ({', '.join('?' * len(ids))})) "
-        execute(conn, sql + "ORDER BY id" + db.for_update(conn, "leases"), (worker_id, *ids))
+    if ids:
+        _lock(conn, f"worker_id = ? AND (state = 'open' OR id IN ({db.marks(ids)}))", (worker_id, *ids))
+
+
+def _lock(conn: Connection, where: str, values: Sequence[Any]) -> None:
+    """Locks leases in order of id on PostgreSQL; a write transaction on SQLite holds the only lock."""
+    if conn.dialect.name != "sqlite":
+        execute(conn, f"SELECT id FROM leases WHERE {where} ORDER BY id{db.for_update(conn, 'leases')}", values)
 
 
 def _hold(conn: Connection, lease: Lease, n_done: int = 0, timing: Timing = Timing()) -> None:

@@ -69,8 +69,7 @@ def stop_worker(
 ) -> None:
     """Records that a worker has stopped, with its last measurements. `store_ms` is milliseconds of storing by lease."""
     at = time_of(conn, now)
-    for lease_id, ms in sorted((store_ms or {}).items()):
-        add_store_ms(conn, worker_id, lease_id, ms)
+    add_store_ms(conn, worker_id, store_ms or {})
     execute(conn, "UPDATE workers SET stopped_at = ? WHERE id = ?", (at, worker_id))
     mark_seen(conn, worker_id, at, telemetry)
 
@@ -87,7 +86,8 @@ def mark_seen(conn: Connection, worker_id: int, at: int, telemetry: Telemetry | 
     execute(conn, sql, (at, telemetry.to_json() if telemetry else None, worker_id))
 
 
-def add_store_ms(conn: Connection, worker_id: int, lease_id: int, store_ms: float) -> None:
-    """Adds milliseconds of storing to a lease of this worker, whatever its state."""
-    sql = "UPDATE leases SET store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"
-    execute(conn, sql, (store_ms, lease_id, worker_id))
+def add_store_ms(conn: Connection, worker_id: int, store_ms: Mapping[int, float]) -> None:
+    """Adds milliseconds of storing, by lease, to leases of this worker, whatever their state."""
+    if store_ms:
+        sql = "UPDATE leases SET store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"
+        execute(conn, sql, [(ms, lease_id, worker_id) for lease_id, ms in sorted(store_ms.items())])
