@@ -5,7 +5,7 @@ import shlex
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
@@ -19,7 +19,7 @@ from sqlalchemy.engine import make_url
 from steps import at_once, downgrade, select, start, statuses, until, wait_too_long_for_a_row
 
 from rococap import db, queue
-from rococap.engines import Completion
+from rococap.engines import Completion, Failure
 from rococap.errors import DatabaseError, DatabaseUnavailable
 from rococap.tables import SCHEMA, metadata
 
@@ -420,6 +420,44 @@ def test_a_heartbeat_and_a_complete_of_one_worker_do_not_wait_for_each_other(url
         beating.result(timeout=30)  # a deadlock would have made one of them raise
     engine.dispose()
     other.dispose()
+
+
+def test_every_transaction_changes_the_tallies_last(url, tmp_path):
+    """All workers change the same rows: what came after would hold them up."""
+    engine = db.connect(url)
+    run = fill(engine, tmp_path / "set", 8)
+    with db.transaction(engine, write=True) as conn:
+        ((_, worker),) = workers(conn)
+    writes: list[str] = []
+
+    def note(conn: Connection, cursor: object, statement: str, *rest: object) -> None:
+        if statement.startswith(("INSERT", "UPDATE", "DELETE")):
+            writes.append(statement)
+
+    event.listen(engine, "after_cursor_execute", note)
+
+    def last_change(*actions: Callable[[Connection], object]) -> list[object]:
+        made = []
+        for action in actions:
+            with db.transaction(engine, write=True) as conn:
+                made.append(action(conn))
+            n_tallies = sum("INTO tallies" in write for write in writes)
+            assert n_tallies > 0
+            assert all("INTO tallies" in write for write in writes[-n_tallies:])
+            writes.clear()
+        return made
+
+    (lease,) = last_change(lambda conn: queue.claim(conn, worker, run.id, "train", 8, ttl_ms=60_000))
+    jobs = [job.id for job in lease.jobs]
+    last_change(
+        lambda conn: queue.complete(conn, lease, [Completion(job, "A caption.") for job in jobs[:2]]),
+        lambda conn: queue.fail(conn, lease, {jobs[2]: Failure("truncated", "It ends early.")}),
+        lambda conn: queue.release(conn, lease, jobs[3:5]),
+        lambda conn: queue.crash(conn, lease.id),
+        lambda conn: queue.retry(conn, run),
+        lambda conn: queue.cancel(conn, run),
+    )
+    engine.dispose()
 
 
 def test_a_goodbye_locks_leases_in_order_also_those_that_have_ended(url, tmp_path):

@@ -276,13 +276,13 @@ def fail(conn: Connection, lease: Lease, failed: Mapping[int, Failure], *, now: 
         [(at, id, lease.id) for id in sorted(failed.keys() - retried)],
     )
     record(conn, lease.id, at, failed)
+    close_if_empty(conn, lease.id, "closed", at)
     changes: dict[str, int] = {
         JobState.WAITING: len(retried),
         JobState.FAILED: len(failed) - len(retried),
         JobState.LEASED: -len(failed),
     }
     tally(conn, lease.run_id, lease.split, lease.id, changes)
-    close_if_empty(conn, lease.id, "closed", at)
 
 
 def record(conn: Connection, lease_id: int, at: int, failed: Mapping[int, Failure]) -> None:
@@ -307,6 +307,6 @@ def release(conn: Connection, lease: Lease, job_ids: Iterable[int], *, now: int 
         "WHERE id = ? AND lease_id = ? AND status = 'leased'"
     )
     released = execute(conn, sql, rows).rowcount if rows else 0
-    tally(conn, lease.run_id, lease.split, lease.id, {JobState.LEASED: -released, JobState.PENDING: released})
     close_if_empty(conn, lease.id, "released", at)
+    tally(conn, lease.run_id, lease.split, lease.id, {JobState.LEASED: -released, JobState.PENDING: released})
     return released
