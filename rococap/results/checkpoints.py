@@ -1,6 +1,7 @@
 """Checkpoint segments: CSV files of finished images in order of completion, each written once and never changed.
 
-The database records which image belongs to which segment; this module only assigns and writes them.
+The database records which image belongs to which segment; this module only assigns and writes them. A caption that
+replaces one of a segment gets into a later one, so that of all that segments say of an image, the last holds.
 """
 
 import re
@@ -31,7 +32,7 @@ def write_checkpoints(database: Database, run: Run, split: str, folder: Path, ev
     """Writes the segments of a split that are due, `every` images each in order of completion; returns their paths.
 
     Once the split has no work left, the remaining images form a shorter last segment. The database records which image
-    belongs to which segment, so a missing file is rewritten with the same content.
+    belongs to which segment, so a missing file is rewritten with the same content, without captions replaced since.
 
     Raises RococapError if `folder` holds segments of another run or database, or cannot be written.
     """
@@ -46,9 +47,10 @@ def write_checkpoints(database: Database, run: Run, split: str, folder: Path, ev
     if last and ("run" not in existing or existing.get("resolved") != run.resolved):
         write_json(folder / "run.json", manifest_of(run))
     missing = [n for n in range(1, last + 1) if not checkpoint_path(folder, split, n).exists()]
+    written: list[Path] = []
     for start in range(0, len(missing), SEGMENTS_AT_ONCE):
-        _write_segments(database, run, split, folder, missing[start : start + SEGMENTS_AT_ONCE])
-    return [checkpoint_path(folder, split, n) for n in missing]
+        written += _write_segments(database, run, split, folder, missing[start : start + SEGMENTS_AT_ONCE])
+    return written
 
 
 def _check_folder(run: Run, folder: Path, split: str, last: int) -> None:
@@ -102,7 +104,20 @@ def _assign(database: Database, run: Run, split: str, every: int) -> int:
     return n_segments
 
 
-def _write_segments(database: Database, run: Run, split: str, folder: Path, numbers: Sequence[int]) -> None:
+def renew(conn: Connection, run: Run, split: str, job_ids: Sequence[int]) -> None:
+    """Moves those of these images that are in segments to a new one, because their captions were replaced.
+
+    So the number of the last segment never falls, and none is used twice. The transaction must hold the lock of the run.
+    """
+    number = _last_checkpoint(conn, run, split) + 1
+    sql = "UPDATE jobs SET checkpoint = ? WHERE id = ? AND checkpoint IS NOT NULL"
+    if job_ids:
+        execute(conn, sql, [(number, id) for id in sorted(job_ids)])
+
+
+def _write_segments(database: Database, run: Run, split: str, folder: Path, numbers: Sequence[int]) -> list[Path]:
+    """Writes segments; returns their paths. One of which all captions were replaced is not written."""
+    written = []
     with transaction(database) as conn:
         rows = execute(
             conn,
@@ -113,8 +128,10 @@ def _write_segments(database: Database, run: Run, split: str, folder: Path, numb
         ).fetchall()
     for number, segment in groupby(rows, key=lambda row: row[1]):
         if number in numbers:
-            with replacing(checkpoint_path(folder, split, number)) as partial:
+            written.append(checkpoint_path(folder, split, number))
+            with replacing(written[-1]) as partial:
                 write_csv(iter([frame_of(list(segment), run, split)]), partial)
+    return written
 
 
 def follow(

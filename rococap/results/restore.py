@@ -23,7 +23,7 @@ from rococap.errors import RococapError, RunError
 from rococap.files import ending, read_json, sha256_of
 from rococap.queue import Run, clean_text
 from rococap.results import doubles
-from rococap.results.checkpoints import segment_number
+from rococap.results.checkpoints import renew, segment_number
 from rococap.results.doubles import Made
 from rococap.results.formats import armed
 from rococap.results.manifest import STRIPPED, manifest_path
@@ -55,9 +55,10 @@ class Restored:
 def restore(database: Database, run: Run, path: Path, *, merging: bool = False) -> Restored:
     """Restores the captions of an export or a checkpoint segment into a run.
 
-    Existing captions are kept. Columns that a file does not have, such as token counts, stay NULL. Images restored from
-    a segment are recorded as written to it. `merging`: the file is of another database, so that of two captions of an
-    image the one that `doubles` says is kept, and segments are not those of this database.
+    Existing captions are kept, except that a segment replaces those restored from an earlier one. Columns that a file
+    does not have, such as token counts, stay NULL. Images restored from a segment are recorded as written to it.
+    `merging`: the file is of another database, so that of two captions of an image the one that `doubles` says is kept,
+    and segments are not those of this database.
 
     Raises RococapError, and changes nothing, for a file that is not an export, was altered since, had its reasoning
     stripped, or was made with another model or recipe than the run's.
@@ -199,10 +200,11 @@ def _seconds(path: Path, frame: pd.DataFrame) -> list[float | None]:
 
 def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, result: Restored, merging: bool) -> None:
     now = db.now(conn)
+    db.lock(conn, "runs", run.id)
     segment = None if merging else segment_number(result.path)
     jobs = _jobs_by_image_id(conn, run, split, list(rows["image_id"]))
-    was_done = {job_id for job_id, status, _ in jobs.values() if status == JobState.DONE}
-    here = doubles.made(conn, sorted(was_done)) if merging else {}
+    was_done = {job_id for job_id, status, *_ in jobs.values() if status == JobState.DONE}
+    here = doubles.made(conn, sorted(was_done)) if merging or segment else {}
     moved: Counter[str] = Counter()
     captions: dict[int, tuple[Any, ...]] = {}
     known: list[tuple[int | None, int]] = []
@@ -210,7 +212,7 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
     cells = (rows["image_id"], rows["original_caption"], rows["generated_caption"])
     measures = (_seconds(result.path, rows), _milliseconds(result.path, rows))
     for image_id, original, text, seconds, generated_at in zip(*cells, *measures, strict=True):
-        job_id, status, current = jobs.get(image_id, (None, None, None))
+        job_id, status, checkpoint, current = jobs.get(image_id, (None, None, None, None))
         made = Made(True, generated_at, clean_text(text))
         if job_id is None:
             result.unknown += 1
@@ -221,16 +223,18 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
         elif status == JobState.DONE and made.is_same(here.get(job_id, made)):
             result.known += 1
             known.append((segment, job_id))
-        elif status == JobState.DONE and here[job_id] < made:
+        elif status == JobState.DONE and not merging and not _is_later(segment, checkpoint, here[job_id]):
+            result.known += 1
+        elif status == JobState.DONE and merging and here[job_id] < made:
             result.twice += 1
         else:
-            if status == JobState.DONE:
+            if status == JobState.DONE and merging:
                 result.twice += 1
             if job_id in was_done:
                 replaced.add(job_id)
             moved[str(status)] -= 1
             moved[JobState.DONE] += 1
-            jobs[image_id] = (job_id, JobState.DONE, current)
+            jobs[image_id] = (job_id, JobState.DONE, checkpoint, current)
             if merging:
                 here[job_id] = made
             processing_ms = None if seconds is None else seconds * 1000
@@ -239,7 +243,8 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
     if captions:
         execute(
             conn,
-            "UPDATE jobs SET status = 'done', not_before = NULL, finished_at = ?, checkpoint = ? WHERE id = ?",
+            "UPDATE jobs SET status = 'done', not_before = NULL, finished_at = ?, checkpoint = COALESCE(?, checkpoint) "
+            "WHERE id = ?",
             [(now, segment, job_id) for job_id in captions],
         )
         execute(
@@ -251,21 +256,32 @@ def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, re
         queue.tally(conn, run.id, split, 0, moved)
     if segment and known:
         execute(conn, "UPDATE jobs SET checkpoint = ? WHERE id = ? AND checkpoint IS NULL", known)
+    if merging:
+        renew(conn, run, split, sorted(replaced))
     result.replaced += len(replaced)
     result.restored += len(captions) - len(replaced)
 
 
-def _jobs_by_image_id(conn: Connection, run: Run, split: str, image_ids: list[str]) -> dict[str, tuple[int, str, str]]:
+def _is_later(segment: int | None, checkpoint: int | None, here: Made) -> bool:
+    """Whether a segment comes after the one from which a caption was restored that nobody has worked on since."""
+    return bool(segment and checkpoint and checkpoint < segment and here.is_restored and here.is_unused)
+
+
+_Job = tuple[int, str, int | None, str]
+"""Its id, status and checkpoint segment, and the original caption of its image."""
+
+
+def _jobs_by_image_id(conn: Connection, run: Run, split: str, image_ids: list[str]) -> dict[str, _Job]:
     found = {}
     for start in range(0, len(image_ids), 500):
         some = image_ids[start : start + 500]
         rows = execute(
             conn,
-            "SELECT i.image_id, j.id, j.status, i.caption FROM images i "
+            "SELECT i.image_id, j.id, j.status, j.checkpoint, i.caption FROM images i "
             "JOIN jobs j ON j.run_id = ? AND j.image_id = i.id "
             f"WHERE i.dataset_id = ? AND i.split = ? AND i.image_id IN ({', '.join('?' * len(some))}) "
             f"ORDER BY j.id{db.for_update(conn, 'j')}",
             (run.id, run.dataset_id, split, *some),
         ).fetchall()
-        found.update({row[0]: (row[1], row[2], row[3]) for row in rows})
+        found.update({row[0]: (row[1], row[2], row[3], row[4]) for row in rows})
     return found

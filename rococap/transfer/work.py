@@ -17,7 +17,7 @@ from rococap.db import execute, transaction
 from rococap.errors import RococapError
 from rococap.progress import Progress
 from rococap.queue import Run
-from rococap.results import doubles
+from rococap.results import checkpoints, doubles
 from rococap.results.doubles import Made
 from rococap.tables import JobState
 from rococap.transfer.catalogue import Catalogue, image_ids
@@ -326,8 +326,9 @@ class _Merge:
         self._result.failed += sum(status == JobState.FAILED for status, _, _ in states)
         self._result.is_new |= bool(states or counters)
         if states:
-            sql = "UPDATE jobs SET status = ?, not_before = NULL, finished_at = ?, checkpoint = NULL WHERE id = ?"
+            sql = "UPDATE jobs SET status = ?, not_before = NULL, finished_at = ? WHERE id = ?"
             execute(self._conn, sql, states)
+        checkpoints.renew(self._conn, self._run, self._split, [ours[theirs]["id"] for theirs in replaced])
         if counters:
             sql = "UPDATE jobs SET attempts = ?, crashes = ?, solo_crashes = ? WHERE id = ?"
             execute(self._conn, sql, counters)

@@ -26,6 +26,7 @@ from rococap.errors import RococapError, RunError
 from rococap.queue import Run
 from rococap.recipe import Recipe
 from rococap.results import checkpoints, export
+from rococap.results.restore import restore
 from rococap.tables import metadata
 from rococap.transfer import merge
 
@@ -243,15 +244,36 @@ def test_captions_that_were_both_judged_are_refused_before_anything_is_written(n
     assert contents(one) == before
 
 
-def test_a_replaced_caption_is_in_no_checkpoint_and_its_scores_go(new, tmp_path):
+def test_the_scores_of_a_replaced_caption_go(new):
     target, source = captioned(new, "target", "Second.", 2_000), captioned(new, "source", "First.", 1_000)
     with writing(target) as conn:
         db.execute(conn, "INSERT INTO scores SELECT job_id, 'cider_d', 'dd', '{}' FROM captions")
-    checkpoints.write_checkpoints(target, run_of(target), "train", tmp_path / "out", 1)
-    assert column(target, "SELECT count(*) FROM jobs WHERE checkpoint = 1") == [1]
     merge(target, path_of(source))
-    assert column(target, "SELECT count(*) FROM jobs WHERE checkpoint IS NOT NULL") == [0]
     assert column(target, "SELECT count(*) FROM scores") == [0]
+
+
+@pytest.mark.parametrize("is_export", [False, True])
+@pytest.mark.parametrize("kept", [0, 2])
+def test_replaced_captions_are_in_a_later_segment_and_restored_from_it(new, tmp_path, is_export, kept):
+    """`kept` of the four captions are those of the target."""
+    folder, n = tmp_path / "out", 4 - kept
+    target, source = new("target"), new("source")
+    caption(target, run_of(target), texts(*["Late."] * 4), now=2_000)
+    caption(source, run_of(source), texts(*["Early."] * n), skip=kept, now=1_000)
+    first = checkpoints.write_checkpoints(target, run_of(target), "train", folder, 2)
+    assert merge(target, exported(source, tmp_path / "export") if is_export else path_of(source)).twice == n
+    (last,) = checkpoints.write_checkpoints(target, run_of(target), "train", folder, 2)
+    assert last.name == "checkpoint_train_000003.csv"
+    assert checkpoints.write_checkpoints(target, run_of(target), "train", folder, 2) == []
+    again = checkpoints.write_checkpoints(target, run_of(target), "train", tmp_path / "again", 2)
+    assert [path.name for path in again] == [path.name for path in [*first[: kept // 2], last]]
+    assert checkpoints.write_checkpoints(target, run_of(target), "train", tmp_path / "again", 2) == []
+    for name, order in (("forward", [*first, last]), ("backward", [last, *reversed(first)])):
+        restored = new(name)
+        for path in order:
+            restore(restored, run_of(restored), path)
+        assert captions(restored) == captions(target)
+        assert checkpoints.write_checkpoints(restored, run_of(restored), "train", folder, 2) == []
 
 
 def test_a_caption_of_an_export_keeps_its_scores_when_its_database_comes(new, tmp_path):
