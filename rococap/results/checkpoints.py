@@ -107,7 +107,7 @@ def _assign(database: Database, run: Run, split: str, every: int) -> int:
 def renew(conn: Connection, run: Run, split: str, job_ids: Sequence[int]) -> None:
     """Moves those of these images that are in segments to a new one, because their captions were replaced.
 
-    So the number of the last segment never falls, and none is used twice. The transaction must hold the lock of the run.
+    The number of the last segment never falls, so none is used twice. The transaction must hold the lock of the run.
     """
     number = _last_checkpoint(conn, run, split) + 1
     sql = "UPDATE jobs SET checkpoint = ? WHERE id = ? AND checkpoint IS NOT NULL"
