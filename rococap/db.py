@@ -419,7 +419,7 @@ def explain(error: DBAPIError, url: URL | None = None) -> str:
             f"{where} is behind PgBouncer, which refuses startup options ({reason}). Remove them from the URL "
             "and from PGOPTIONS, or set them for the role: ALTER ROLE NAME SET …"
         )
-    if url is not None and url.get_backend_name() == "postgresql" and "connect" in reason:
+    if url is not None and url.get_backend_name() == "postgresql" and ("connect" in reason or "resolve" in reason):
         return f"{where} cannot be reached ({reason}). Start the server, or check the URL's host, port, user and name."
     return f"{where} cannot be used: {reason}"
 

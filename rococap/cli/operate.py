@@ -174,11 +174,13 @@ def reap_command(lease_ids: tuple[int, ...]) -> None:
     """
     with db.transaction(open_database(), write=True) as conn:
         reaped = [id for id in lease_ids if queue.crash(conn, id)] if lease_ids else queue.reap(conn)
+        n_open = len(queue.list_leases(conn))
     if unknown := sorted(set(lease_ids) - set(reaped)):
         raise RococapError(f"Not an open lease: {', '.join(map(str, unknown))}. To list the open ones: rococap leases")
-    click.echo(
-        f"Leases released: {len(reaped)}. Their pictures are pending again." if reaped else "No lease has expired."
-    )
+    if reaped:
+        click.echo(f"Leases released: {len(reaped)}. Their pictures are pending again.")
+    else:
+        click.echo("No lease has expired." + (f" {n_open} are open. To list them: rococap leases" if n_open else ""))
 
 
 @cli.command("vacuum")

@@ -721,14 +721,19 @@ def restore_command(paths: tuple[Path, ...], run_name: str | None) -> None:
         click.echo(
             f"  {total['different']} have another original caption here and were left out: is it another data set?"
         )
-    if without := [result.path for result in results if not result.has_manifest]:
-        click.echo(
-            f"Warning: {', '.join(map(str, without))}: the manifest (.json) is missing. The recipe was not compared, "
-            "and apostrophes that --excel-safe may have put before texts were kept.",
-            err=True,
-        )
+    warn_without_manifest([result.path for result in results if not result.has_manifest])
     if total["unknown"] + total["different"] and not (total["restored"] or total["known"] or total["leased"]):
         raise RococapError(
             f"Nothing was restored: run {run.name!r} has none of these pictures. Enqueue their split, or name another "
             "run with --run."
+        )
+
+
+def warn_without_manifest(paths: Sequence[Path]) -> None:
+    """Says what could not be compared when these exports were read."""
+    if paths:
+        click.echo(
+            f"Warning: {', '.join(map(str, paths))}: the manifest (.json) is missing. The recipe was not compared, and "
+            "apostrophes that --excel-safe may have put before texts were kept.",
+            err=True,
         )

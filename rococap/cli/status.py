@@ -94,7 +94,9 @@ def _status_text(database: Database) -> str:
         *filter(None, map(_rare_states, counts)),
         *(f"{run} is paused. To resume: {queue.with_run('resume', run)}" for run in paused),
     ]
-    return "\n".join([_counts_table(counts), *notes, "", _workers_text(workers)])
+    left = any(one.unfinished for one in counts)
+    seen = [_workers_text(workers)] if workers or left else ["No worker is running, and nothing is left to caption."]
+    return "\n".join([_counts_table(counts), *notes, "", *seen])
 
 
 def _counts_table(counts: Sequence[queue.Counts]) -> str:

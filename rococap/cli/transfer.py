@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rococap.cli.options import cli, db_option, echo_json, json_option, open_database, progress_bar, say
+from rococap.cli.results import warn_without_manifest
 from rococap.errors import RococapError
 
 if TYPE_CHECKING:
@@ -41,12 +42,14 @@ def merge_command(sources: tuple[str, ...], as_json: bool) -> None:
                 _echo_merged(results[-1])
     if as_json:
         echo_json([asdict(result) for result in results])
+    warn_without_manifest([Path(result.source) for result in results if not result.has_manifest])
 
 
 def _echo_merged(result: "Merged") -> None:
     part = f" ({', '.join(result.parts)})" if result.parts else ""
     if not result.is_new:
-        click.echo(f"{result.source}{part}: merged already, nothing is new")
+        already = "merged already, " if result.known and not result.unknown else ""
+        click.echo(f"{result.source}{part}: {already}nothing is new")
     else:
         click.echo(
             f"{result.source}{part}: {result.pictures} new pictures; {result.merged} captions merged, "

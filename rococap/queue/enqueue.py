@@ -331,15 +331,15 @@ def _register_jobs(
             + (f", so --offset {offset} is past its end: choose a smaller one." if n_images else ": choose another.")
         )
     total = n_images - offset if limit is None else min(limit, n_images - offset)
-    if has_parts:
-        with _writing_to(database, run) as conn:
-            parts.forget(conn, run.id, split)
     if totals == [n_images]:  # every image already has its job
         result.known = total
         return
     while (done := result.new + result.known) < total:
         with _writing_to(database, run) as conn:
+            n_new = result.new
             first = _register_page(conn, run, split, first, min(PAGE, total - done), result)
+            if has_parts and result.new > n_new:
+                parts.forget(conn, run.id, split)
         progress(f"{split}: registering", result.new + result.known, total)
 
 

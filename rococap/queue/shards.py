@@ -39,9 +39,14 @@ def dataset_of(database: Database, run: Run, splits: Sequence[str], root: str | 
     Raises DatasetError if it is not available, or if the copy lacks shards of the splits or has others.
     """
     folder = Path(root).expanduser() if root else root_here()
+    source, config = parse_name(run.dataset)
     if folder is None:
+        if os.path.isabs(source) and not os.path.isdir(source):
+            raise DatasetError(
+                f"There is no folder {source}, from which run {run.name!r} was registered. If a copy is elsewhere on "
+                f"this machine, name its folder with --dataset-root or {ROOT}."
+            )
         return datasets.locate(run.dataset, splits, run.dataset_revision or None)
-    _, config = parse_name(run.dataset)
     dataset = Dataset(run.dataset, folder.resolve(), run.dataset_revision, config, run.columns)
     with transaction(database) as conn:
         registered = registered_shards(conn, run.dataset_id, splits)

@@ -152,5 +152,6 @@ def _merge_export(database: Database, path: Path) -> Merged:
         twice=found.twice,
         leased=found.leased,
         unknown=found.unknown + found.different,
+        has_manifest=found.has_manifest,
         is_new=bool(found.restored or found.replaced),
     )

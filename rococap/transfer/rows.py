@@ -105,6 +105,7 @@ def refuse_open_leases(conn: Connection, shown: str, then: str) -> None:
         step = (
             f"Their workers have died: free the pictures first: rococap --db {shown} reap"
             if n_open == n_expired
-            else "Stop its workers first"
+            else f"Stop its workers first, or, if they were killed, wait until their leases expire: "
+            f"rococap --db {shown} leases"
         )
         raise DatabaseError(f"{shown} has open leases ({n_open}), so nothing was {then}. {step}.")

@@ -36,6 +36,7 @@ class Merged:
     being captioned by a worker here. `unknown` are not among the pictures here, or have another original caption, and
     were left out. `reviews` and `edits` are new here, and so are the rows of `studies`; `studies_left` are the names of
     studies with pictures that are leased. `parts` are those that the other database has, such as `default train 1/4`.
+    `has_manifest` is false of an export without its manifest, whose recipe cannot be compared.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Merged:
     studies: int = 0
     studies_left: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
+    has_manifest: bool = True
     is_new: bool = False
     """Whether it had anything that was not here."""
 

@@ -205,6 +205,8 @@ def test_status_tells_where_it_stands(here):
     assert " ".join(header) == "run split pending leased done total per min time left"
     assert " ".join(row) == "default train 5 0 0 5 0.0 ?"
     assert said("status").endswith("No worker is running. Start one: rococap worker\n")
+    said("cancel", "--all")
+    assert said("status").endswith("No worker is running, and nothing is left to caption.\n")
 
 
 def test_status_as_json_has_the_fields_that_others_build_on(here):

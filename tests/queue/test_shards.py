@@ -33,7 +33,7 @@ def places(database, run):
 
 
 def test_pictures_are_read_from_the_copy_and_the_run_keeps_its_data_set(database, run, copy):
-    with pytest.raises(DatasetError, match="There is no folder"):
+    with pytest.raises(DatasetError, match=r"There is no folder .* with --dataset-root or ROCOCAP_DATASET_ROOT"):
         queue.dataset_of(database, run, ["train"])
     dataset = queue.dataset_of(database, run, ["train"], str(copy))
     assert (dataset.name, dataset.root) == (run.dataset, copy)

@@ -18,7 +18,7 @@ from places import ROOT
 from samples import caption, register, texts, write_shard
 from small_engine import INFO
 from sqlalchemy import Engine
-from steps import captions, claim, column, new_worker, reap, refused, run_worker, said, statuses, writing
+from steps import captions, claim, column, invoke, new_worker, reap, refused, run_worker, said, statuses, writing
 
 from rococap import db, queue, review
 from rococap.engines import Completion, Failure
@@ -26,6 +26,7 @@ from rococap.errors import RococapError, RunError
 from rococap.queue import Run
 from rococap.recipe import Recipe
 from rococap.results import checkpoints, export
+from rococap.results.manifest import manifest_path
 from rococap.results.restore import restore
 from rococap.tables import metadata
 from rococap.transfer import merge
@@ -507,8 +508,10 @@ def test_a_part_that_is_being_captioned_is_refused(new, tmp_path):
     source = new("source")
     claim(source, new_worker(source), run_of(source), 1, now=None)
     target = tmp_path / "target.db"
+    shown = f"sqlite:///{path_of(source)}"
     assert refused("--db", str(target), "merge", path_of(source)) == (
-        f"sqlite:///{path_of(source)} has open leases (1), so nothing was merged. Stop its workers first."
+        f"{shown} has open leases (1), so nothing was merged. Stop its workers first, or, if they were killed, wait "
+        f"until their leases expire: rococap --db {shown} leases."
     )
     assert not target.exists()
 
@@ -531,10 +534,7 @@ def test_the_parts_of_a_split_are_told_until_all_are_there(new, tmp_path):
     target = str(tmp_path / "target.db")
     told = said("--db", target, "merge", sources[0])
     assert told == f"{sources[0]} (default train 1/2): 20 new pictures; 0 captions merged, 0 known; 0 failed\n"
-    assert (
-        said("--db", target, "merge", sources[0])
-        == f"{sources[0]} (default train 1/2): merged already, nothing is new\n"
-    )
+    assert said("--db", target, "merge", sources[0]) == f"{sources[0]} (default train 1/2): nothing is new\n"
     assert "default train: only part 1/2\n" in said("--db", target, "status")
     (result,) = json.loads(said("--db", target, "merge", "--json", sources[1]))
     assert (result["pictures"], result["parts"], result["is_new"]) == (20, ["default train 2/2"], True)
@@ -614,6 +614,28 @@ def test_segments_of_two_parts_are_merged_and_are_no_segments_of_this_database(n
     target = new("target")
     assert [merge(target, str(path)).merged for path in segments] == [2, 2]
     assert column(target, "SELECT count(*) FROM jobs WHERE checkpoint IS NOT NULL") == [0]
+
+
+def test_merged_already_is_said_only_of_what_is_here(new, tmp_path):
+    source, target = captioned(new, "source", "One.", 1_000), new("target")
+    for expected in ("0 new pictures; 1 captions merged, 0 known; 0 failed", "merged already, nothing is new"):
+        assert said("--db", path_of(target), "merge", path_of(source)) == f"{path_of(source)}: {expected}\n"
+    other = new("other", limit=1, offset=1)
+    path = exported(source, tmp_path / "out")
+    assert said("--db", path_of(other), "merge", path) == (
+        f"{path}: nothing is new\n"
+        "  1 are not among the pictures here, or have another original caption, and were left out\n"
+    )
+
+
+def test_a_merge_says_when_the_recipe_of_an_export_cannot_be_compared(new, tmp_path):
+    source, target = captioned(new, "source", "One.", 1_000), path_of(new("target"))
+    path = exported(source, tmp_path / "out")
+    assert invoke("--db", target, "merge", path).stderr == ""
+    manifest_path(Path(path)).unlink()
+    result = invoke("--db", target, "merge", "--json", path)
+    assert f"Warning: {path}: the manifest (.json) is missing." in result.stderr
+    assert json.loads(result.stdout)[0]["has_manifest"] is False
 
 
 def test_an_export_needs_its_split_and_its_run(new, tmp_path):
