@@ -1,6 +1,7 @@
 """`rococap launch`: workers on many machines, through Slurm or Ray."""
 
 import math
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -205,4 +206,5 @@ def ray_command(
         ended = ray.work(
             open_database(), target.url, settings, kind, gpus or cpus or 0, address, command, report, echo_log_line
         )
-    report_ended(ended, settings)
+    where = f" --address {shlex.quote(address)}" if address else ""
+    report_ended(ended, settings, f"launch ray --{kind}s {gpus or cpus}{where}")

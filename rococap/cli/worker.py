@@ -267,14 +267,14 @@ def _work_on(devices: Sequence[str], settings: Any) -> None:
     report_ended(ended, settings)
 
 
-def report_ended(ended: Any, settings: Any) -> None:
-    """Says what several workers have done. Exits if they were told to exit at once, and raises RococapError with the
-    errors of devices that were given up.
+def report_ended(ended: Any, settings: Any, command: str = "worker") -> None:
+    """Says what several workers have done, which `command` continues. Exits if they were told to exit at once, and
+    raises RococapError with the errors of devices that were given up.
     """
     if len(ended.signals) > 1:
         sys.exit(128 + ended.signals[-1])
     if ended.outcome.seconds or not ended.errors:
-        echo_outcome(ended.outcome, settings)
+        echo_outcome(ended.outcome, settings, command)
     if ended.errors:
         raise RococapError("\n".join(ended.errors))
 
@@ -290,7 +290,7 @@ def echo_log_line(line: str) -> None:
     stderr_console().out(line, highlight=False)
 
 
-def echo_outcome(outcome: Any, settings: Any) -> None:
+def echo_outcome(outcome: Any, settings: Any, command: str = "worker") -> None:
     if not (outcome.seconds or outcome.drained):
         say(f"{outcome.run}: nothing left to do. See: rococap status")
         return
@@ -309,11 +309,11 @@ def echo_outcome(outcome: Any, settings: Any) -> None:
             f"{outcome.spooled} captions could not be stored and wait in {outcome.spool}: the next worker stores them."
         )
     if outcome.drained:
-        command = _worker_again(outcome.run, settings)
-        say(f"Stopped on request; unfinished pictures were given back. To continue: {command}")
+        again = _again(command, outcome.run, settings)
+        say(f"Stopped on request; unfinished pictures were given back. To continue: {again}")
 
 
-def _worker_again(run: str, settings: Any) -> str:
+def _again(command: str, run: str, settings: Any) -> str:
     """The command line that continues the run on the same engine and data set, which the run does not record."""
     options = settings.options
     engine = "" if options.engine == "transformers" else f" --engine {options.engine}"
@@ -323,7 +323,7 @@ def _worker_again(run: str, settings: Any) -> str:
         "--dataset-root": settings.dataset_root,
     }
     named = "".join(f" {name} {shlex.quote(value)}" for name, value in places.items() if value)
-    return queue.with_run("worker", run) + engine + named
+    return queue.with_run(command, run) + engine + named
 
 
 @contextmanager

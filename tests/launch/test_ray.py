@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import click
 import pytest
 from databases import new_queue
 from openai_server import ChatServer
@@ -22,6 +23,10 @@ from steps import column, refused, running, said, until
 from worlds import TTL_SEC, World, check, check_books, made
 
 from rococap import db
+from rococap.cli.options import cli
+from rococap.cli.worker import echo_outcome
+from rococap.worker.settings import Settings
+from rococap.worker.store import Outcome
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +100,15 @@ def test_the_command_captions_everything_although_a_node_is_killed(cluster, worl
     assert re.search(r"^cpu 1 on \S+  .* INFO captioning run default", err, re.MULTILINE)
     assert re.search(r"cpu [12] was lost; Ray has started it again", err)
     check(world, 60)
+
+
+def test_what_was_stopped_is_continued_by_the_same_command(capsys):
+    outcome = Outcome("default", done=3, seconds=1.0, drained=True)
+    with click.Context(cli):
+        echo_outcome(outcome, Settings.of(dataset_root="/mounted"), "launch ray --gpus 8 --address auto")
+    assert capsys.readouterr().out.endswith(
+        "To continue: rococap launch ray --gpus 8 --address auto --dataset-root /mounted\n"
+    )
 
 
 # --- Torture ---------------------------------------------------------------------------------------------------
