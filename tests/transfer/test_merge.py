@@ -542,6 +542,25 @@ def test_the_same_files_in_another_folder_are_the_same_data_set(new, root, tmp_p
     assert column(target, "SELECT name FROM datasets") == [str(root)]
 
 
+def test_a_folder_without_a_split_in_common_is_known_once_a_database_with_both_splits_is_merged(new, root, tmp_path):
+    write_shard(tmp_path / "c", "validation", range(3))
+    shutil.copytree(root, tmp_path / "b")
+    shutil.copytree(tmp_path / "c", tmp_path / "b", dirs_exist_ok=True)
+    target, both, validation = new("target"), new("both", root=tmp_path / "b"), new("validation", enqueue=False)
+    register(both, tmp_path / "b", ["validation"])
+    register(validation, tmp_path / "c", ["validation"])
+    with pytest.raises(RunError) as caught:
+        merge(target, path_of(validation))
+    assert (
+        f"(data set: {tmp_path}/c, not {root}, which have no split in common, so nothing shows that they are one data "
+        "set: if they are, first merge a database that has splits of both), and a run never mixes two."
+        in str(caught.value)
+    )
+    assert column(target, "SELECT name FROM datasets") == [str(root)]
+    assert [merge(target, path_of(source)).pictures for source in (both, validation)] == [3, 0]
+    assert column(target, "SELECT name FROM datasets") == [str(root)]
+
+
 def test_a_part_that_is_being_captioned_is_refused(new, tmp_path):
     source = new("source")
     claim(source, new_worker(source), run_of(source), 1, now=None)
