@@ -182,7 +182,7 @@ def _parse(url: str) -> URL:
     except (ArgumentError, NoSuchModuleError, ValueError) as error:
         raise _cannot_open(url, error) from error
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise DatabaseError(f"rococap runs on SQLite and PostgreSQL, not on {parsed.get_backend_name()}.")
+        raise DatabaseError(f"A queue is kept in SQLite or PostgreSQL, not in {parsed.get_backend_name()}.")
     if parsed.drivername not in ("sqlite", "sqlite+pysqlite", "postgresql+psycopg"):
         raise DatabaseError(
             f"The driver of {parsed.drivername} is not supported. Use sqlite:// or postgresql+psycopg://"

@@ -372,6 +372,8 @@ def _dataset(database: Database, run: Run) -> Iterator[Finding]:
     on_disk = {
         shard.path: shard for split in splits for shard in datasets.find_shards(root, split, config, run.columns)
     }
+    if copy:
+        queue.refuse_other(copy, run, registered, on_disk)
     altered = [path for path in registered if path in on_disk and on_disk[path] != registered[path]]
     missing = [path for path in registered if path not in on_disk]
     dataset = at_revision(run.dataset, run.dataset_revision)

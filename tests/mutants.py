@@ -1552,8 +1552,8 @@ MUTANTS = (
         "failures-as-they-come",
         "the failure that was merged last is shown as the latest",
         "add_to_log",
-        "and position(row) < latest[row[key]]}",
-        "and position(row) < ()}",
+        "and place < latest[row[key]]}",
+        "and place < ()}",
         "transfer/test_merge.py::test_the_latest_failure_is_shown_in_whatever_order_they_come",
     ),
     mutant(

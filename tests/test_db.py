@@ -173,8 +173,8 @@ USE = "Use sqlite:///FILE, or postgresql+psycopg://USER@HOST/NAME with its drive
             "'postgresql+psycopg://me@host:port/queue' is not a database URL that this machine can open "
             f"(invalid literal for int() with base 10: 'port'). {USE}",
         ),
-        ("mysql://me@host/queue", "rococap runs on SQLite and PostgreSQL, not on mysql."),
-        ("mssql+pyodbc://host/queue", "rococap runs on SQLite and PostgreSQL, not on mssql."),
+        ("mysql://me@host/queue", "A queue is kept in SQLite or PostgreSQL, not in mysql."),
+        ("mssql+pyodbc://host/queue", "A queue is kept in SQLite or PostgreSQL, not in mssql."),
     ],
 )
 def test_a_url_that_cannot_be_opened_says_what_can(url, message):

@@ -21,6 +21,7 @@ from rococap import db, doctor, queue, tables
 from rococap.data import Dataset
 from rococap.doctor import FAIL, OK, SKIP, WARN
 from rococap.engines import Completion, EngineInfo, Failure
+from rococap.errors import DatasetError
 from rococap.queue.enqueue import enqueue
 from rococap.recipe import Recipe
 from rococap.worker import spool
@@ -479,6 +480,21 @@ def test_a_data_set_at_another_path_on_this_machine_is_compared_with_what_was_re
     root.rename(tmp_path / "mounted")
     monkeypatch.setenv("ROCOCAP_DATASET_ROOT", str(tmp_path / "mounted"))
     assert found(engine, "data set") == (OK, f"{root}: as registered, 1 shards")
+
+
+def test_a_folder_that_is_no_copy_of_the_data_set_is_named_as_a_worker_names_it(
+    engine, run, root, tmp_path, monkeypatch
+):
+    write_shard(tmp_path / "wrong", "train", range(21))
+    monkeypatch.setenv("ROCOCAP_DATASET_ROOT", str(tmp_path / "wrong"))
+    with pytest.raises(DatasetError) as raised:
+        queue.dataset_of(engine, run, ["train"])
+    verdict, told = found(engine, "data set")
+    assert (verdict, told) == (FAIL, str(raised.value))
+    assert told.startswith(f"{tmp_path}/wrong is no copy of the data set of run 'default', {root}: it has another ")
+    assert told.endswith(
+        f"Name the folder of a copy with --dataset-root or ROCOCAP_DATASET_ROOT, or neither to use {root} itself."
+    )
 
 
 def test_shards_under_other_names_fail(engine, run, root):

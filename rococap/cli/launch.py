@@ -66,11 +66,30 @@ def _check_time(time: str | None, drain_timeout: float) -> None:
         )
 
 
+def _one_line(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.isprintable():  # a second line would be a command of the script
+        raise click.BadParameter(f"{value!r} is not one line of plain text.")
+    return value
+
+
 def _options_of_sbatch(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    from rococap.launch import slurm
+
     for value in values:
-        if not value.startswith("-") or "\n" in value:
-            raise click.BadParameter(f"{value!r} is not an option of sbatch. Write --sbatch=--account=NAME.")
+        for word in _words(value):
+            if instead := slurm.instead_of(word):
+                raise click.BadParameter(f"{value!r} sets what the script sets itself: {instead}.")
     return values
+
+
+def _words(option: str) -> list[str]:
+    """The words of an option of sbatch, which may be followed by its value and by other options."""
+    try:
+        if option.startswith("-") and option.isprintable():
+            return shlex.split(option)
+    except ValueError:  # a quotation mark without its other
+        pass
+    raise click.BadParameter(f"{option!r} is not an option of sbatch. Write --sbatch=--account=NAME.")
 
 
 @launch_group.command("slurm")
@@ -89,7 +108,7 @@ def _options_of_sbatch(ctx: click.Context, param: click.Parameter, values: tuple
     metavar="D-H:M:S",
     help="The time limit. A job that reaches it goes back to the queue and continues. [default: the partition's]",
 )
-@click.option("--partition", metavar="NAME", help="The partition. [default: Slurm's]")
+@click.option("--partition", callback=_one_line, metavar="NAME", help="The partition. [default: Slurm's]")
 @click.option("--array", type=click.IntRange(1, 10_000), metavar="N", help="Submit N such jobs, as one array.")
 @click.option(
     "--sbatch",

@@ -129,7 +129,7 @@ def serve_command(
         from rococap.web import access, app, bare, server
         from rococap.web.calls import Service
     except ModuleNotFoundError as error:
-        raise RococapError(f"rococap serve needs FastAPI ({error}). Install it: pip install 'rococap[web]'") from error
+        raise RococapError(f"The server needs FastAPI ({error}). Install it: pip install 'rococap[web]'") from error
     if member is not None:
         _be_member(Member(**json.loads(member)))
         return

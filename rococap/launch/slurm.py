@@ -22,7 +22,29 @@ requeued before it had captioned anything, again and again.
 """
 SUBMIT_TIMEOUT_SEC = 60.0
 
-_DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+_DURATION = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<first>[0-9]+)(?::(?P<second>[0-9]+))?(?::(?P<third>[0-9]+))?")
+
+_INSTEAD = {
+    "--nodes": "use --nodes instead",
+    "-N": "use --nodes instead",
+    "--array": "use --array instead",
+    "-a": "use --array instead",
+    "--gpus-per-node": "use --gpus-per-node instead",
+    "-G": "use --gpus-per-node instead",
+    "--ntasks-per-node": "use --nodes or --gpus-per-node instead",
+    "-n": "use --nodes or --gpus-per-node instead",
+    "--cpus-per-task": "use --cpus-per-task instead",
+    "-c": "use --cpus-per-task instead",
+    "--time": "use --time instead",
+    "-t": "use --time instead",
+    "--partition": "use --partition instead",
+    "-p": "use --partition instead",
+    "--signal": "use --drain-timeout instead",
+    "--no-requeue": "leave it out",
+}
+"""Options of sbatch that the script must set itself, because of what is checked or because it relies on them."""
+_SWITCHES = "HOQWksv"
+"""Options of sbatch of one letter without a value, which others may follow in one word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +102,14 @@ def seconds(duration: str) -> int:
         parts = [0, *parts]
     hours, minutes, rest = (*parts, 0, 0)[:3]
     return 3600 * hours + 60 * minutes + rest
+
+
+def instead_of(word: str) -> str | None:
+    """What to do instead of giving sbatch this option, if the script must set it itself."""
+    if word.startswith("--"):
+        name = word.partition("=")[0]  # or only its beginning, which is enough for sbatch
+        return next((instead for own, instead in _INSTEAD.items() if own.startswith(name)), None)
+    return _INSTEAD.get("-" + word[1:].lstrip(_SWITCHES)[:1]) if word.startswith("-") else None
 
 
 def warning_sec(drain_timeout: float) -> int:

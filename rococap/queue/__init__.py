@@ -60,7 +60,7 @@ from rococap.queue.runs import (
     rules_of,
     with_run,
 )
-from rococap.queue.shards import dataset_of, registered_shards, root_here
+from rococap.queue.shards import dataset_of, refuse_other, registered_shards, root_here
 from rococap.queue.status import (
     Counts,
     Failed,
@@ -164,6 +164,7 @@ __all__ = [
     "record_parts",
     "recover",
     "refuse_deleted",
+    "refuse_other",
     "register_worker",
     "registered_shards",
     "release",

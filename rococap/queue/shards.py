@@ -1,7 +1,7 @@
 """The files of a data set as they were registered, and the folder in which they are on this machine."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sqlalchemy import Connection
@@ -51,10 +51,15 @@ def dataset_of(database: Database, run: Run, splits: Sequence[str], root: str | 
     with transaction(database) as conn:
         registered = registered_shards(conn, run.dataset_id, splits)
     here = {shard.path: shard for split in splits for shard in datasets.find_shards(folder, split, config, run.columns)}
+    refuse_other(folder, run, registered, here)
+    return dataset
+
+
+def refuse_other(folder: Path, run: Run, registered: Mapping[str, Shard], here: Mapping[str, Shard]) -> None:
+    """Raises DatasetError if the shards in the folder, `here`, are not those that were registered."""
     if differing := [path for path, shard in registered.items() if here.get(path) != shard]:
         what = "has another" if differing[0] in here else "lacks"
         raise DatasetError(
             f"{folder} is no copy of the data set of run {run.name!r}, {run.dataset}: it {what} {differing[0]}. Name "
             f"the folder of a copy with --dataset-root or {ROOT}, or neither to use {run.dataset} itself."
         )
-    return dataset

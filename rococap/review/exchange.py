@@ -134,9 +134,7 @@ def _read(path: Path) -> list[_Row]:
                 except (ValueError, TypeError, KeyError, RococapError) as error:
                     faults.append(f"line {number}: {f'{error} is missing' if isinstance(error, KeyError) else error}")
     except UnicodeDecodeError as error:
-        raise RococapError(
-            f"{path} is not UTF-8 ({error}): name a file that rococap reviews --export wrote."
-        ) from error
+        raise RococapError(f"{path} is not UTF-8 ({error}): name a file that reviews were exported to.") from error
     if faults:
         raise _refusal(path, "are damaged", faults, "Use the original file")
     return sorted(rows.values(), key=lambda row: (row.at, row.uuid))

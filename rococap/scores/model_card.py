@@ -44,7 +44,7 @@ def _around_scores(folder: Path) -> tuple[str, str]:
     _, end, after = rest.partition(SCORES_END)
     if not (begin and end):
         raise RococapError(
-            f"{card} is no model card with a place for scores. Name the --output of rococap finetune or, if you have "
+            f"{card} is no model card with a place for scores. Name the --output of a fine-tuning or, if you have "
             f"edited the card, put these two lines where the scores belong: {SCORES_BEGIN} {SCORES_END}"
         )
     return before, after

@@ -142,7 +142,10 @@ def _run(read: Connection, conn: Connection, source: str, theirs: Run, datasets:
         return queue.get_run(conn, theirs.name)
     db.lock(conn, "runs", known[0]["id"])
     ours = queue.get_run(conn, theirs.name)
-    if differences := _differences(theirs, ours, datasets[theirs.dataset_id]):
+    differences = _differences(theirs, ours)
+    if ours.dataset_id != datasets[theirs.dataset_id]:
+        differences.append(_other_dataset(read, conn, theirs, ours))
+    if differences:
         raise refusal(
             source, f"its run {theirs.name!r} differs from the one here", differences, "a run never mixes two"
         )
@@ -152,13 +155,26 @@ def _run(read: Connection, conn: Connection, source: str, theirs: Run, datasets:
     return queue.get_run(conn, theirs.name)
 
 
-def _differences(theirs: Run, ours: Run, dataset_id: int) -> list[str]:
+def _other_dataset(read: Connection, conn: Connection, theirs: Run, ours: Run) -> str:
+    there, here = (at_revision(run.dataset, run.dataset_revision) for run in (theirs, ours))
+    found = f"data set: {there}, not {here}"
+    are_folders = theirs.dataset_revision == ours.dataset_revision == ""
+    if are_folders and not _splits_of(read, theirs.dataset_id) & _splits_of(conn, ours.dataset_id):
+        found += (
+            ", which have no split in common, so nothing shows that they are one data set: if they are, first merge a "
+            "database that has splits of both"
+        )
+    return found
+
+
+def _splits_of(conn: Connection, dataset_id: int) -> set[str]:
+    return {shard["split"] for shard in _shards(conn, dataset_id).values()}
+
+
+def _differences(theirs: Run, ours: Run) -> list[str]:
     found = [
         f"{name}: {there!r}, not {here!r}" for name, (there, here) in theirs.recipe.differences(ours.recipe).items()
     ]
-    if ours.dataset_id != dataset_id:
-        names = (at_revision(run.dataset, run.dataset_revision) for run in (theirs, ours))
-        found.append("data set: {}, not {}".format(*names))
     if theirs.resolved is not None and ours.resolved is not None:
         there, here = theirs.resolved, ours.resolved
         found += [f"{key}: {there[key]}, not {here[key]}" for key in queue.differences(here, there)]

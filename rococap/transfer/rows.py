@@ -1,6 +1,7 @@
 """Rows of any table, by what the metadata says of its columns and foreign keys; and what every transfer refuses."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection
@@ -68,8 +69,9 @@ def insert_one(conn: Connection, table: str, row: Row) -> int:
     return int(execute(conn, sql, tuple(row.values())).scalar_one())
 
 
-def add_to_log(conn: Connection, table: str, key: str, order: Sequence[str], rows: Sequence[Row]) -> list[Row]:
-    """Adds rows that a log does not have yet; returns those. `order` are the columns by which it is in order.
+def add_to_log(conn: Connection, table: str, key: str, ties: Sequence[str], rows: Sequence[Row]) -> list[Row]:
+    """Adds rows, which are in order of id, that a log does not have yet; returns those. They are put in order of `at`,
+    and of the columns `ties` where that is the same.
 
     The latest entry of a log is the one with the highest id. If older ones are added, those of the same `key` are
     written again, so that this stays true.
@@ -77,21 +79,43 @@ def add_to_log(conn: Connection, table: str, key: str, order: Sequence[str], row
     if not rows:
         return []
     owners = sorted({row[key] for row in rows})
-    here = [translated(table, row, {}) for row in select(conn, table, f"x.{key} IN ({db.marks(owners)})", owners)]
-    known = {tuple(row[name] for name in columns_of(table)[1:]) for row in here}
-    new = [row for row in rows if tuple(row[name] for name in columns_of(table)[1:]) not in known]
-
-    def position(row: Row) -> tuple[Any, ...]:
-        return tuple(row[name] for name in order)
-
-    latest: dict[int, tuple[Any, ...]] = {}
-    for row in here:
-        latest[row[key]] = max(position(row), latest.get(row[key], position(row)))
-    again = {row[key] for row in new if row[key] in latest and position(row) < latest[row[key]]}
+    known = select(conn, table, f"x.{key} IN ({db.marks(owners)}) ORDER BY x.id", owners)
+    here = _placed([translated(table, row, {}) for row in known], key, ties)
+    contents = {_content(table, row) for _, row in here}
+    new = [(place, row) for place, row in _placed(rows, key, ties) if _content(table, row) not in contents]
+    latest: dict[int, _Place] = {}
+    for place, row in here:
+        latest[row[key]] = max(place, latest.get(row[key], place))
+    again = {row[key] for place, row in new if row[key] in latest and place < latest[row[key]]}
     if again:
         execute(conn, f"DELETE FROM {table} WHERE {key} = ?", [(owner,) for owner in sorted(again)])
-    insert(conn, table, sorted((*new, *(row for row in here if row[key] in again)), key=position))
-    return new
+    kept = [(place, row) for place, row in here if row[key] in again]
+    insert(conn, table, [row for _, row in sorted((*new, *kept), key=itemgetter(0))])
+    return [row for _, row in new]
+
+
+_Place = tuple[Any, ...]
+
+
+def _placed(rows: Sequence[Row], key: str, ties: Sequence[str]) -> list[tuple[_Place, Row]]:
+    """The rows with their places in the log of their `key`, which is in order of time unless a clock was set back.
+
+    What followed a row with a later time stays behind it, because its place begins with the place of that row. Sorting
+    by places so keeps the order of each database, and each row has the same place again in the one that is merged into.
+    """
+    placed = []
+    later: dict[int, list[int]] = {}
+    for row in rows:
+        times = later.setdefault(row[key], [])
+        while times and times[-1] <= row["at"]:
+            times.pop()
+        times.append(row["at"])
+        placed.append(((tuple(times), *(row[name] for name in ties)), row))
+    return placed
+
+
+def _content(table: str, row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in columns_of(table) if name != "id")
 
 
 def refuse_open_leases(conn: Connection, shown: str, then: str) -> None:

@@ -55,7 +55,7 @@ def _study(read: Connection, conn: Connection, catalogue: Catalogue, theirs: Row
 
     n = 0 if known else insert(conn, "study_items", rows("study_items"))
     n += insert(conn, "study_readers", rows("study_readers"), "ON CONFLICT DO NOTHING")
-    n += len(add_to_log(conn, "ratings", "study_id", ("at", "reader_number", "position", "answers"), rows("ratings")))
+    n += len(add_to_log(conn, "ratings", "study_id", ("reader_number", "position", "answers"), rows("ratings")))
     for row in rows("unblindings"):  # it was opened when it was first opened
         sql = "DELETE FROM unblindings WHERE study_id = ? AND (at > ? OR (at = ? AND reader > ?))"
         execute(conn, sql, (id, row["at"], row["at"], row["reader"]))

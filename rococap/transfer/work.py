@@ -303,7 +303,7 @@ class _Merge:
             self._conn,
             "failures",
             "job_id",
-            ("at", "code", "message"),
+            ("code", "message"),
             [row for rows in found.values() for row in rows],
         )
         self._result.is_new |= bool(added)

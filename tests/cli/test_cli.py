@@ -337,6 +337,14 @@ def test_retry_and_cancel_say_how_many(here):
     assert "Choose what to cancel: --split SPLIT" in refused("cancel", code=2)
 
 
+def test_a_sentence_about_another_kind_of_database_has_no_command_in_it(here):
+    write_shard(here / "set", "train", range(5))
+    enqueue("--db", "mine.db")
+    assert refused("--db", "mine.db", "merge", "mysql://x/y") == (
+        "A queue is kept in SQLite or PostgreSQL, not in mysql."
+    )
+
+
 def test_the_database_is_named_before_or_after_the_command_or_by_the_environment(here, monkeypatch):
     write_shard(here / "set", "train", range(5))
     enqueue("--db", "other.db")

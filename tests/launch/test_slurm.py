@@ -76,9 +76,20 @@ def test_workers_get_the_time_that_they_need_to_drain(registered):
 
 
 def test_an_option_for_sbatch_follows_those_of_the_script_and_so_overrides_them(registered):
-    lines = dry_run("--sbatch=--account=radiology", "--sbatch=--signal=B:USR1@600")
+    lines = dry_run("--sbatch=--account=radiology", "--sbatch=--job-name=mine")
     options = [line for line in lines if line.startswith("#SBATCH")]
-    assert options[-2:] == ["#SBATCH --account=radiology", "#SBATCH --signal=B:USR1@600"]
+    assert options[-2:] == ["#SBATCH --account=radiology", "#SBATCH --job-name=mine"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--mem=64G", "--nodelist=n1", "--time-min=10", "-H", "-A radiology", "--gres=gpu:a100:1", "--no-kill"),
+        *("--comment='two words'", "--exclude n2 --qos=long", "--output=mine.log", "--open-mode=truncate", "--nice"),
+    ],
+)
+def test_options_of_sbatch_that_the_script_does_not_need_are_passed_on(registered, option):
+    assert f"#SBATCH {option}" in dry_run(f"--sbatch={option}")
 
 
 def test_the_script_does_not_hold_the_password_of_the_queue(registered):
@@ -92,6 +103,17 @@ def test_bash_accepts_the_script(run, array):
     text = script(Allocation(array=array, time="1:00:00"), run, ["--split", "train"])
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_options_of_several_lines_reach_the_worker_as_they_are(tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\nsleep 0.5\nprintf '%s\\0' \"$@\"\n")
+    srun.chmod(0o755)
+    run, folder = "two\nlines'", "/mnt\n#SBATCH --nodes=4\ntouch /tmp/x"
+    text = script(Allocation(), run, ["--dataset-root", folder])
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ROCOCAP_DB": "queue.db"}
+    done = subprocess.run(["bash"], input=text, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split("\0")[-5:] == ["--run", run, "--dataset-root", folder, ""]
 
 
 def test_a_script_that_is_submitted_without_a_queue_says_so(tmp_path):
@@ -132,12 +154,42 @@ def test_without_slurm_the_next_step_is_named(registered, monkeypatch):
     [
         ("--time=4", "4 is too short: workers are asked to stop 120 s before the time limit"),
         ("--time=soon", "'soon' is not a time limit"),
+        ("--time=٣:00:00", "'٣:00:00' is not a time limit"),
+        ("--partition=gpu\ntouch x\n#", "'gpu\\ntouch x\\n#' is not one line of plain text."),
+        ("--partition=gpu\r", "'gpu\\r' is not one line of plain text."),
         ("--sbatch=account", "'account' is not an option of sbatch"),
+        ("--sbatch=--account=me\ntouch x", "'--account=me\\ntouch x' is not an option of sbatch"),
+        ("--sbatch=--comment='open", "is not an option of sbatch"),
         ("--base-url=http://localhost:1/v1", "--base-url is for the engine openai"),
     ],
 )
 def test_options_that_cannot_be_right_are_refused(registered, option, message):
     assert message in refused("launch", "slurm", option, code=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        *((option, "use --nodes instead") for option in ("--nodes=4", "--nodes 4", "-N4", "-N 4", "-HN4")),
+        *((option, "use --array instead") for option in ("--array=1-4", "--array 1-4", "--arr=1-4", "-a1-4", "-a 1-4")),
+        *((option, "use --gpus-per-node instead") for option in ("--gpus-per-node=2", "--gpus=2", "-G 2")),
+        *(
+            (option, "use --nodes or --gpus-per-node instead")
+            for option in ("--ntasks=4", "-n4", "--ntasks-per-node 2")
+        ),
+        *((option, "use --cpus-per-task instead") for option in ("--cpus-per-task=4", "-c4")),
+        *((option, "use --time instead") for option in ("--time=1", "-t 1")),
+        *((option, "use --partition instead") for option in ("--partition=gpu", "-pgpu")),
+        ("--signal=TERM@60", "use --drain-timeout instead"),
+        ("--no-requeue", "leave it out"),
+        ("--account=radiology --nodes=4", "use --nodes instead"),
+        ("-A 'two words' -N 4", "use --nodes instead"),
+    ],
+)
+def test_what_the_script_sets_is_not_set_through_sbatch(registered, option, instead):
+    """Else SQLite would not be refused on several machines, and jobs not drained and requeued at their time limit."""
+    error = refused("launch", "slurm", "--dry-run", f"--sbatch={option}", code=2)
+    assert error == f"Invalid value for '--sbatch': {option!r} sets what the script sets itself: {instead}."
 
 
 def test_a_job_has_time_to_caption_before_it_is_asked_to_drain(registered):
@@ -307,11 +359,20 @@ def test_a_job_of_an_array_that_is_cancelled_gives_its_pictures_back_and_the_oth
     job.check_drained(2)
 
 
+@pytest.fixture
+def a_minute(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """A time limit of a minute, shorter than a job may have otherwise, and the signal 40 s before its end."""
+    monkeypatch.setattr(launcher, "WARNING_SEC", 40)
+    monkeypatch.setattr(launcher, "SLACK_SEC", 15)
+    monkeypatch.setattr(launcher, "MIN_WORK_SEC", 20)
+    return "--time=1", "--drain-timeout=25"
+
+
 @needs_slurm
 @pytest.mark.torture
-def test_a_job_at_its_time_limit_drains_returns_to_the_queue_and_continues(job):
+def test_a_job_at_its_time_limit_drains_returns_to_the_queue_and_continues(job, a_minute):
     job.fill(1_500)
-    job.launch("--sbatch=--time=1", "--sbatch=--signal=B:USR1@40")
+    job.launch(*a_minute)
     job.until(lambda: job.cluster.job(job.number).get("Restarts") == "1", "the job is requeued", 180)
     n = job.n_done()
     assert 0 < n < 1_500
@@ -321,9 +382,9 @@ def test_a_job_at_its_time_limit_drains_returns_to_the_queue_and_continues(job):
 
 @needs_slurm
 @pytest.mark.torture
-def test_a_job_at_its_time_limit_is_over_when_nothing_is_left(job):
+def test_a_job_at_its_time_limit_is_over_when_nothing_is_left(job, a_minute):
     job.fill(10)
-    job.launch("--wait", "--sbatch=--time=1", "--sbatch=--signal=B:USR1@40")
+    job.launch("--wait", *a_minute)
     job.until(lambda: job.state() == "COMPLETED", "the job is over", 180)
     assert job.cluster.job(job.number)["Restarts"] == "0"
     job.check(10)

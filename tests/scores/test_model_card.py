@@ -80,7 +80,10 @@ def test_where_it_was_trained_is_a_warning_without_paths(evaluate, model, tmp_pa
 def test_scores_of_other_weights_are_refused(evaluate, engine, model, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    assert f"{other / 'README.md'} is no model card with a place for scores" in refused(*evaluate, "--card", str(other))
+    told = refused("--db", "sqlite:///rococap.db", *evaluate, "--card", str(other))
+    assert told.startswith(
+        f"{other / 'README.md'} is no model card with a place for scores. Name the --output of a fine-"
+    )
     (other / "README.md").write_text(CARD)
     assert f"None of the runs captions with {other}" in refused(*evaluate, "--card", str(other))
     with db.transaction(engine, write=True) as conn:

@@ -18,7 +18,20 @@ from places import ROOT
 from samples import caption, register, texts, write_shard
 from small_engine import INFO
 from sqlalchemy import Engine
-from steps import captions, claim, column, invoke, new_worker, reap, refused, run_worker, said, statuses, writing
+from steps import (
+    captions,
+    claim,
+    column,
+    invoke,
+    new_worker,
+    reap,
+    refused,
+    run_worker,
+    said,
+    select,
+    statuses,
+    writing,
+)
 
 from rococap import db, queue, review
 from rococap.engines import Completion, Failure
@@ -28,6 +41,7 @@ from rococap.recipe import Recipe
 from rococap.results import checkpoints, export
 from rococap.results.manifest import manifest_path
 from rococap.results.restore import restore
+from rococap.review import Answers, Form, studies
 from rococap.tables import metadata
 from rococap.transfer import merge
 
@@ -326,6 +340,18 @@ def test_the_latest_failure_is_shown_in_whatever_order_they_come(new, order):
     assert column(target, "SELECT at FROM failures ORDER BY id") == [1_000, 2_000]
 
 
+def test_the_latest_failure_is_shown_although_the_clock_was_set_back_before_it(new):
+    source = failed(new, "source", "First.", 9_000)
+    with writing(source) as conn:
+        queue.retry(conn, run_of(source))
+        lease = queue.claim(conn, 1, run_of(source).id, "train", 1, ttl_ms=9, now=7_000)
+        queue.fail(conn, lease, {lease.jobs[0].id: Failure("corrupt", "Last.")}, now=7_000)
+    target = new("target", enqueue=False)
+    merge(target, path_of(source))
+    with db.transaction(target) as conn:
+        assert [one.message for one in queue.list_failures(conn)] == ["Last."]
+
+
 def test_a_picture_that_was_cancelled_in_a_part_is_done_elsewhere(new):
     target, source = new("target"), new("source")
     with writing(source) as conn:
@@ -419,6 +445,54 @@ def test_a_study_waits_until_all_of_its_texts_are_here(new):
     assert not merge(target, path_of(source)).is_new
 
 
+def rated(new: New, name: str, answers: Sequence[tuple[int, int]]) -> Engine:
+    """A database in which a reader gave these preferences for one picture, each at a time."""
+    database = new(name)
+    run = run_of(database)
+    caption(database, run, texts("A caption."), now=1_000)
+    with writing(database) as conn:
+        options: dict[str, Any] = {"n_pictures": 1, "n_readers": 2, "seed": 3, "form": Form()}
+        made = studies.new_study(
+            conn, "one", [run], "train", with_original=True, now=2_000, modality=lambda _: "CT", **options
+        )
+        studies.join(conn, made, "ann", now=2_001)
+        for at, preference in answers:
+            studies.rate(conn, made, "ann", 1, Answers(preference=preference), shown_at=at - 1, now=at)
+    return database
+
+
+def ratings(database: Engine) -> list[tuple[int, str]]:
+    return select(database, "SELECT at, answers FROM ratings ORDER BY id")
+
+
+def test_a_correction_counts_although_the_clock_was_set_back_before_it(new):
+    source = rated(new, "source", [(9_001, 1), (7_001, 2)])
+    target = new("target", enqueue=False)
+    merge(target, path_of(source))
+    assert '"preference": 2' in ratings(target)[-1][1]
+    assert ratings(target) == ratings(source)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ratings_keep_the_order_of_each_database_in_whatever_order_these_come(new, seed):
+    chance = random.Random(seed)
+    sources = [rated(new, f"part{n}", [(at, n) for at in chance.sample(range(3_000, 3_020), 6)]) for n in range(3)]
+    paths = [path_of(source) for source in sources]
+    pair, first = new("pair", enqueue=False), new("first", enqueue=False)
+    for path in paths[1:]:
+        merge(pair, path)
+    for path in paths:
+        merge(first, path)
+    for n, order in enumerate(([*paths[::-1], paths[1]], [path_of(pair), paths[0]], [paths[0], path_of(pair)])):
+        target = new(f"target{n}", enqueue=False)
+        for path in order:
+            merge(target, path)
+        assert ratings(target) == ratings(first)
+    for source in sources:
+        its = ratings(source)
+        assert [one for one in ratings(first) if one in its] == its
+
+
 def test_another_study_of_the_same_name_is_refused_field_by_field(new):
     databases = [new("source"), new("target")]
     for n, database in enumerate(databases):
@@ -501,6 +575,25 @@ def test_the_same_files_in_another_folder_are_the_same_data_set(new, root, tmp_p
     target, source = new("target"), new("source", root=tmp_path / "moved")
     caption(source, run_of(source), texts("A caption."))
     assert merge(target, path_of(source)).merged == 1
+    assert column(target, "SELECT name FROM datasets") == [str(root)]
+
+
+def test_a_folder_without_a_split_in_common_is_known_once_a_database_with_both_splits_is_merged(new, root, tmp_path):
+    write_shard(tmp_path / "c", "validation", range(3))
+    shutil.copytree(root, tmp_path / "b")
+    shutil.copytree(tmp_path / "c", tmp_path / "b", dirs_exist_ok=True)
+    target, both, validation = new("target"), new("both", root=tmp_path / "b"), new("validation", enqueue=False)
+    register(both, tmp_path / "b", ["validation"])
+    register(validation, tmp_path / "c", ["validation"])
+    with pytest.raises(RunError) as caught:
+        merge(target, path_of(validation))
+    assert (
+        f"(data set: {tmp_path}/c, not {root}, which have no split in common, so nothing shows that they are one data "
+        "set: if they are, first merge a database that has splits of both), and a run never mixes two."
+        in str(caught.value)
+    )
+    assert column(target, "SELECT name FROM datasets") == [str(root)]
+    assert [merge(target, path_of(source)).pictures for source in (both, validation)] == [3, 0]
     assert column(target, "SELECT name FROM datasets") == [str(root)]
 
 

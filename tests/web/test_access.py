@@ -261,8 +261,10 @@ def test_a_missing_database_is_not_created(tmp_path):
 
 def test_without_the_extra_it_says_what_to_install(here):
     code = "import sys; sys.modules['fastapi'] = None; from rococap.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "serve"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--db", "queue.db", "serve"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1
     assert re.fullmatch(
-        r"Error: rococap serve needs FastAPI \(.*\)\. Install it: pip install 'rococap\[web\]'\n", done.stderr
+        r"Error: The server needs FastAPI \(.*\)\. Install it: pip install 'rococap\[web\]'\n", done.stderr
     )
