@@ -159,7 +159,7 @@ def slurm_command(ctx: click.Context, /, run_name: str | None, splits: tuple[str
             f"Submitted job {job}, for run {run.name}.\n"
             f"Progress:  rococap status --watch\n"
             f"Job:       squeue --job {job}\n"
-            f"Logs:      tail -F rococap-{job}*.log\n"
+            f"Logs:      tail -F rococap-{job}[-_.]*log\n"
             f"Stop:      scancel {job}"
         )
 

@@ -185,7 +185,7 @@ def submit(script: str, url: str) -> str:
         )
     try:
         done = subprocess.run(
-            ["sbatch", "--parsable"],
+            ["sbatch", "--parsable", *_options_in(script)],
             input=script,
             capture_output=True,
             text=True,
@@ -199,5 +199,19 @@ def submit(script: str, url: str) -> str:
         ) from error
     if done.returncode != 0:
         reason = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines())
-        raise LaunchError(f"Slurm refused the job: {reason}. See which partitions there are: sinfo")
+        raise LaunchError(f"Slurm refused the job: {reason}. {_step(reason)}")
     return done.stdout.strip().partition(";")[0]
+
+
+def _options_in(script: str) -> list[str]:
+    """The options of the script, for the command line: there they come before variables such as SBATCH_PARTITION."""
+    lines = (line.partition("#SBATCH ") for line in script.splitlines())
+    return [word for before, found, option in lines if found and not before for word in shlex.split(option)]
+
+
+def _step(reason: str) -> str:
+    if "configuration source" in reason:
+        return "Run this on a login node of the cluster, or set SLURM_CONF."
+    if "node configuration" in reason:
+        return "See what the machines have, and set --nodes and --gpus-per-node: sinfo -o '%P %D %G'"
+    return "See which partitions there are: sinfo"

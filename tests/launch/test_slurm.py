@@ -306,16 +306,19 @@ def job(
 
 @needs_slurm
 @pytest.mark.slow
-def test_a_job_on_two_nodes_captions_everything_and_leaves_a_log_for_each_task(job):
+def test_a_job_on_two_nodes_captions_everything_and_leaves_a_log_for_each_task(job, monkeypatch):
     job.fill(30, model="tests/small")  # a server's, so that no worker loads one
+    monkeypatch.setenv("SBATCH_PARTITION", "nowhere")  # the options that are given come before the environment
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    given = ("--nodes", "2", "--partition", "main", "--sbatch=--export=ALL")
     with ChatServer() as server:
-        told = job.launch("--nodes", "2", "--engine", "openai", "--base-url", server.url)
+        told = job.launch(*given, "--engine", "openai", "--base-url", server.url)
         job.until(lambda: job.state() == "COMPLETED", "the job is over")
     assert told == (
         f"Submitted job {job.number}, for run default.\n"
         "Progress:  rococap status --watch\n"
         f"Job:       squeue --job {job.number}\n"
-        f"Logs:      tail -F rococap-{job.number}*.log\n"
+        f"Logs:      tail -F rococap-{job.number}[-_.]*log\n"
         f"Stop:      scancel {job.number}\n"
     )
     job.check(30)
@@ -341,7 +344,9 @@ def test_what_slurm_refuses_is_told_with_its_reason(job):
     error = refused("launch", "slurm", "--partition", "nowhere")
     assert error.startswith("Slurm refused the job: invalid partition specified: nowhere; Batch job submission failed")
     assert error.endswith("See which partitions there are: sinfo")
-    assert "Requested node configuration is not available" in refused("launch", "slurm", "--gpus-per-node", "3")
+    error = refused("launch", "slurm", "--gpus-per-node", "3")
+    assert "Requested node configuration is not available" in error
+    assert error.endswith("set --nodes and --gpus-per-node: sinfo -o '%P %D %G'")
 
 
 @needs_slurm
