@@ -253,7 +253,9 @@ def _check_cluster(ray: Any, database: Database, kind: Kind, n: int) -> None:
         )
         raise LaunchError(f"The Ray cluster has no {what}. {step}")
     if available < n:
-        log.warning("the Ray cluster has %d %s; %d of the workers wait for more", available, what, n - available)
+        log.warning(
+            "the Ray cluster has %d %s; the other %d of %d workers wait for more", available, what, n - available, n
+        )
 
 
 def _listed(hosts: Sequence[str]) -> str:
