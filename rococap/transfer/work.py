@@ -204,9 +204,9 @@ class _Merge:
 
     def jobs(self) -> None:
         ours = self._jobs_here()
-        kept, replaced = self._captions(ours)
+        kept, replaced, flagged = self._captions(ours)
         failed = self._failures(ours)
-        self._states(ours, replaced, failed)
+        self._states(ours, replaced, flagged, failed)
         ids = {theirs: ours[theirs]["id"] for theirs in kept}
         self._scores(ids)
         self._people(ids)
@@ -247,8 +247,10 @@ class _Merge:
         where = f"x.run_id = ? AND x.image_id IN ({db.marks(images)}) ORDER BY x.id{db.for_update(self._conn, 'x')}"
         return select(self._conn, "jobs", where, (self._run.id, *images))
 
-    def _captions(self, ours: Mapping[int, Row]) -> tuple[list[int], set[int]]:
-        """The jobs there whose caption is the one here now; and those whose caption has replaced another one."""
+    def _captions(self, ours: Mapping[int, Row]) -> tuple[list[int], set[int], set[int]]:
+        """The jobs there whose caption is the one here now; those whose caption has replaced another one; and those
+        whose caption was here, and has other flags now.
+        """
         here = doubles.made(self._conn, [job["id"] for job in ours.values() if job["status"] == JobState.DONE])
         new, same, replaced, better = [], [], set(), []
         for theirs, made in self._page.made.items():
@@ -274,23 +276,25 @@ class _Merge:
             for theirs in (*new, *replaced, *better)
         }
         insert(self._conn, "captions", [rows[theirs] for theirs in (*new, *replaced)])
-        self._update_captions([rows[theirs] for theirs in better])
+        flagged = self._update_captions({theirs: rows[theirs] for theirs in better})
         self._moved.update(queue.flag_counts(row["flags"] for row in rows.values()))
         self._result.merged += len(new)
         self._result.known += len(same)
         self._result.is_new |= bool(rows)
-        return [*new, *same, *replaced], replaced
+        return [*new, *same, *replaced], replaced, flagged
 
-    def _update_captions(self, rows: Sequence[Row]) -> None:
-        """Replaces captions by copies that know more of how they were made. Their scores stay."""
-        ids = [row["job_id"] for row in rows]
-        flags = execute(
-            self._conn, f"SELECT flags FROM captions WHERE job_id IN ({db.marks(ids)})", tuple(ids)
-        ).fetchall()
-        self._moved.subtract(queue.flag_counts(row[0] for row in flags))
-        for row in rows:
+    def _update_captions(self, rows: Mapping[int, Row]) -> set[int]:
+        """Replaces captions by copies that know more of how they were made. Their scores stay. Returns the jobs there
+        whose flags are new here.
+        """
+        ids = [row["job_id"] for row in rows.values()]
+        sql = f"SELECT job_id, flags FROM captions WHERE job_id IN ({db.marks(ids)})"
+        flags = {row[0]: row[1] for row in execute(self._conn, sql, tuple(ids)).fetchall()}
+        self._moved.subtract(queue.flag_counts(flags.values()))
+        for row in rows.values():
             columns = ", ".join(f"{name} = ?" for name in row)
             execute(self._conn, f"UPDATE captions SET {columns} WHERE job_id = ?", (*row.values(), row["job_id"]))
+        return {theirs for theirs, row in rows.items() if row["flags"] != flags[row["job_id"]]}
 
     def _failures(self, ours: Mapping[int, Row]) -> set[int]:
         """Adds failures; returns the jobs there whose latest failure is new here."""
@@ -309,7 +313,7 @@ class _Merge:
         self._result.is_new |= bool(added)
         return {theirs for theirs, rows in found.items() if rows[-1] in added}
 
-    def _states(self, ours: Mapping[int, Row], replaced: Set[int], failed: Set[int]) -> None:
+    def _states(self, ours: Mapping[int, Row], replaced: Set[int], flagged: Set[int], failed: Set[int]) -> None:
         at = db.now(self._conn)
         states, counters = [], []
         for job in self._page.jobs:
@@ -318,7 +322,8 @@ class _Merge:
             status = self._state(job, mine, job["id"] in failed)
             is_done = status == JobState.DONE != mine["status"] or job["id"] in replaced
             is_tried = is_done or mine["status"] is None or job["id"] in failed
-            if status != (mine["status"] or JobState.PENDING) or job["id"] in replaced:
+            # A job whose caption has changed finishes again, so that those who follow the queue notice.
+            if status != (mine["status"] or JobState.PENDING) or job["id"] in replaced | flagged:
                 states.append((status, None if status == JobState.PENDING else at, mine["id"]))
                 self._moved[mine["status"] or JobState.PENDING] -= 1
                 self._moved[status] += 1

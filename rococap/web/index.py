@@ -124,8 +124,11 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
-    """The runs of the queue, oldest first, with the time at which each was created and its counts by split."""
+    """The runs of the queue, oldest first, with the time at which each was created and its counts by split; `at` is the
+    time of this look by the queue's clock.
+    """
 
+    at: int
     seen: list[queue.RunSeen]
     deleted: set[int]
 
@@ -158,6 +161,7 @@ class Index:
         self._marks = tuple(marks)
         self._lock = threading.Lock()
         self._checked_at = -CHECK_SEC
+        self._followed_until = 0
         self._file: Path | None = None
         self._opened: tuple[int, int] | None = None
         self._is_torn = False
@@ -265,6 +269,7 @@ class Index:
             progress("filling the search index", done, seen.total)
             if time.monotonic() > until:
                 return Status("filling", done, seen.total)
+        self._followed_until = seen.at
         lacking = [(run.id, c.split, c.done, c.total) for run, c in seen.splits if _lacks(counted, run, c)]
         if lacking and memory.recounted != (names := json.dumps(lacking)):
             self._store(memory, [], {"jobs_after": 0, "recounted": names})
@@ -275,7 +280,7 @@ class Index:
 
     def _look(self) -> _Queue:
         with transaction(self._queue) as conn:
-            return _Queue(queue.runs_seen(conn), current.deleted_runs(conn))
+            return _Queue(db.now(conn), queue.runs_seen(conn), current.deleted_runs(conn))
 
     # --- What is new in the queue ---
 
@@ -286,10 +291,10 @@ class Index:
             yield [], {"runs": created}
         yield from self._new_jobs(memory)
         for run, counts in seen.splits:
-            known = counted.get((run.id, counts.split), Counter())
-            if known["done"] != counts.done:
-                yield from self._finished(memory, run, counts.split, "due_after", current.due_after)
-                yield from self._finished(memory, run, counts.split, "segments_after", current.in_segments_after)
+            is_short = counted.get((run.id, counts.split), Counter())["done"] != counts.done
+            again = is_short or self._may_be_late(memory, run, counts.split)
+            yield from self._finished(memory, run, counts.split, "due_after", current.due_after, again)
+            yield from self._finished(memory, run, counts.split, "segments_after", current.in_segments_after, again)
         yield from self._failures(memory)
         for run, counts in seen.splits:
             if counted.get((run.id, counts.split), Counter())["failed"] != counts.failed:
@@ -303,6 +308,11 @@ class Index:
             after = rows[-1][0]
             yield rows, {"jobs_after": after}
 
+    def _may_be_late(self, memory: _Memory, run: Run, split: str) -> bool:
+        """Whether jobs may have been committed since the last look that had finished before others that are known."""
+        last, _ = memory.due_after.get(_key(run, split), (0, 0))
+        return last > self._followed_until - OVERLAP_MS
+
     def _finished(
         self,
         memory: _Memory,
@@ -310,16 +320,31 @@ class Index:
         split: str,
         name: str,
         read: Callable[[Connection, Run, str, Position], list[current.Finished]],
+        again: bool,
     ) -> Iterator[tuple[Rows, dict[str, Any]]]:
-        key = _key(run, split)
-        number, _ = getattr(memory, name).get(key, (0, 0))
-        after: Position = (number - OVERLAP_MS, 0) if name == "due_after" else (number, 0)
+        """Jobs that have finished, also if they were done before: a merge has replaced their caption, which leaves the
+        counts as they were. `again`: the latest ones are looked at again.
+        """
+        key, is_due = _key(run, split), name == "due_after"
+        number, id = getattr(memory, name).get(key, (0, 0))
+        last: Position = (number, id)
+        after = (number - OVERLAP_MS if is_due else number, 0) if again else last
         while page := self._ask(read, run, split, after):
             after = page[-1].at
-            with self.reading() as conn:
-                states = self.documents.states(conn, [(one.image_id, run.id) for one in page])
-            fresh = [one.at[1] for one in page if states.get((one.image_id, run.id)) != "done"]
-            yield self._ask(current.jobs_with, fresh, _JOB), {name: {key: list(after)}}
+            # Most jobs in a segment are known from the time when they were due.
+            new = {one.at[1] for one in page if is_due and one.at > last}
+            known = self._captions(run, split, [one.image_id for one in page if one.at[1] not in new])
+            rows = self._ask(current.jobs_with, [one.at[1] for one in page], _JOB)
+            fresh = [row for row in rows if row[0] in new or known.get(row[2]) != (row[9], len(row[7] or ""))]
+            if fresh or after > last:
+                yield fresh, {name: {key: list(max(after, last))}}
+
+    def _captions(self, run: Run, split: str, images: Sequence[int]) -> dict[int, tuple[float, float]]:
+        """The time and length of the captions of these images that are in the index."""
+        with self.reading() as conn:
+            lists = {name: id for name, id in self.lists(conn, run, split).items() if name in (TIME, LENGTH)}
+            known = self._known(conn, lists, images)
+        return {image: (known[TIME, image], known[LENGTH, image]) for name, image in known if name == TIME}
 
     def _failures(self, memory: _Memory) -> Iterator[tuple[Rows, dict[str, Any]]]:
         after = memory.failures_after
@@ -386,12 +411,7 @@ class Index:
         with self.reading() as conn:
             lists = self.lists(conn, run, split)
             sample = self._sample(conn, lists)
-            sql = (
-                f"SELECT list, image_id, value FROM {self.documents.schema}keys "
-                f"WHERE list IN ({db.marks(lists)}) AND image_id IN ({db.marks(sample)})"
-            )
-            rows = execute(conn, sql, (*lists.values(), *sample)).fetchall() if sample else []
-        known = {(row[0], row[1]): row[2] for row in rows}
+            known = self._known(conn, lists, sample)
         entries = {
             one.document.image_id: one for one in self._entries(self._ask(current.jobs_of_images, run, sample, _JOB))
         }
@@ -399,8 +419,19 @@ class Index:
             name
             for name in KEYS
             for image in sample
-            if known.get((lists.get(name), image)) != (entries[image].keys.get(name) if image in entries else None)
+            if known.get((name, image)) != (entries[image].keys.get(name) if image in entries else None)
         ]
+
+    def _known(self, conn: Connection, lists: Mapping[str, int], images: Sequence[int]) -> dict[tuple[str, int], float]:
+        """What these images are sorted by in these lists, by the names of the lists."""
+        if not lists or not images:
+            return {}
+        names = {id: name for name, id in lists.items()}
+        sql = (
+            f"SELECT list, image_id, value FROM {self.documents.schema}keys "
+            f"WHERE list IN ({db.marks(names)}) AND image_id IN ({db.marks(images)})"
+        )
+        return {(names[row[0]], row[1]): row[2] for row in execute(conn, sql, (*names, *images)).fetchall()}
 
     def _sample(self, conn: Connection, lists: Mapping[str, int]) -> list[int]:
         keys, time_list = f"{self.documents.schema}keys", lists.get(TIME)

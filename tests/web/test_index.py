@@ -1,6 +1,7 @@
 """The search index follows its queue, and whatever happens to it, it is filled again or search is off."""
 
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
@@ -19,9 +20,10 @@ from steps import column, writing
 from rococap import db, queue
 from rococap.queue import Run
 from rococap.recipe import Recipe
-from rococap.results import checkpoints, current
+from rococap.results import checkpoints, current, export
 from rococap.scores.compare import compare
 from rococap.tables import metadata
+from rococap.transfer import merge
 from rococap.web import gallery
 from rococap.web import index as module
 from rococap.web.documents import Document, Wanted, facet
@@ -106,6 +108,95 @@ def test_captions_are_found_although_the_clock_was_set_back(database, runs):
     finish(database, runs[1], [14], now=2_000)
     assert index.update().state == "filling"
     assert found(database, up_to_date(index), runs[1:], "mass 14") == [14]
+    index.close()
+
+
+def part(folder: Path, run: str, prompt: str, captions: Sequence[dict], now: int = 500) -> Engine:
+    """Another database, in which the first pictures of `train` were captioned in the run too."""
+    engine = db.connect(f"sqlite:///{folder}/part.db")
+    samples.register(engine, folder, ["train"], run=run, recipe=Recipe(model="m", prompt=prompt), limit=len(captions))
+    with db.transaction(engine) as conn:
+        captioned = queue.get_run(conn, run)
+    samples.caption(engine, captioned, list(captions), now=now)
+    return engine
+
+
+def source_of(part: Engine, kind: str) -> str:
+    if kind == "database":
+        return str(part.url.database)
+    path = Path(str(part.url.database)).with_suffix(".csv")
+    with db.transaction(part) as conn:
+        (run,) = queue.list_runs(conn)
+    export.export(part, run, "train", path)
+    return str(path)
+
+
+EARLIER = samples.texts("An earlier caption", "An earlier one", "The earliest")
+
+
+@both_databases
+@pytest.mark.parametrize("kind", ["database", "export"])
+@pytest.mark.parametrize("into", ["no checkpoint", "a checkpoint"])
+def test_captions_that_a_merge_replaced_are_found_by_their_own_words(database, runs, tmp_path, kind, into):
+    index = up_to_date(Index(database))
+    assert found(database, index, runs[:1], "nodule 2") == [2]
+    source = part(tmp_path, "one", "Describe.", EARLIER)
+    assert merge(database, source_of(source, kind)).twice == 3
+    if into == "a checkpoint":  # by the next poll
+        checkpoints.write_checkpoints(database, runs[0], "train", tmp_path / "out", 1)
+    assert index.update().state == "ready"  # without reading everything again
+    assert found(database, index, runs[:1], "earlier") == [0, 1]
+    assert found(database, index, runs[:1], "nodule 2") == []
+    assert found(database, index, runs[:1], sort="time")[:3] == [0, 1, 2]
+    source.dispose()
+    index.close()
+
+
+@both_databases
+def test_captions_that_a_merge_replaced_are_found_although_others_finished_later_meanwhile(database, runs, tmp_path):
+    with db.transaction(database) as conn:
+        soon = db.now(conn) + module.OVERLAP_MS // 2
+    index = up_to_date(Index(database))
+    finish(database, runs[1], [14], now=soon)
+    assert found(database, up_to_date(index), runs[1:], "mass 14") == [14]
+    source = part(tmp_path, "two", "Say.", EARLIER)
+    merge(database, source_of(source, "database"))
+    assert index.update().state == "ready"
+    assert found(database, index, runs[1:], "earlier") == [0, 1]
+    source.dispose()
+    index.close()
+
+
+@both_databases
+def test_flags_that_come_with_the_database_of_an_export_are_followed(database, runs, tmp_path):
+    source = part(tmp_path, "one", "Describe.", [{"text": "An earlier caption", "flags": "blank"}])
+    merge(database, source_of(source, "export"))
+    checkpoints.write_checkpoints(database, runs[0], "train", tmp_path / "out", 1)
+    index = up_to_date(Index(database))
+    assert found(database, index, runs[:1], flag="blank") == []
+    merge(database, source_of(source, "database"))
+    assert index.update().state == "ready"
+    assert found(database, index, runs[:1], flag="blank") == [0]
+    source.dispose()
+    index.close()
+
+
+@both_databases
+def test_what_has_been_read_is_not_written_again(database, runs, tmp_path, monkeypatch):
+    index = up_to_date(Index(database))
+    source = part(tmp_path, "one", "Describe.", EARLIER)
+    merge(database, source_of(source, "database"))
+    finish(database, runs[1], [14, 15], now=LATER)
+    up_to_date(index)
+    written = []
+    monkeypatch.setattr(index, "_put", lambda conn, entries: written.extend(entries))
+    assert index.update().state == "ready"
+    checkpoints.write_checkpoints(database, runs[1], "train", tmp_path / "out", 1)
+    assert index.update().state == "ready"
+    assert written == []
+    monkeypatch.setattr(index, "_store", None)
+    assert index.update().state == "ready"
+    source.dispose()
     index.close()
 
 
