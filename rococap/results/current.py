@@ -21,10 +21,11 @@ Position = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A job that is done, by its position and the id of its picture in the database."""
+    """A job that is done: its position, the id of its picture in the database, and when it finished."""
 
     at: Position
     image_id: int
+    finished_at: int
 
 
 _JOBS = "FROM jobs j JOIN images i ON i.id = j.image_id LEFT JOIN captions c ON c.job_id = j.id WHERE"
@@ -80,11 +81,11 @@ def last_segment(conn: Connection, run: Run, split: str) -> int:
 
 def _page(conn: Connection, where: str, by: str, run: Run, split: str, after: Position) -> list[Finished]:
     sql = (
-        f"SELECT {by}, id, image_id FROM jobs WHERE run_id = ? AND split = ? AND {where} "
+        f"SELECT {by}, id, image_id, finished_at FROM jobs WHERE run_id = ? AND split = ? AND {where} "
         f"AND {by} >= ? AND ({by}, id) > (?, ?) ORDER BY {by}, id LIMIT ?"
     )
     rows = execute(conn, sql, (run.id, split, after[0], *after, PAGE)).fetchall()
-    return [Finished((row[0], row[1]), row[2]) for row in rows]
+    return [Finished((row[0], row[1]), row[2], row[3]) for row in rows]
 
 
 def failed_images(conn: Connection, run: Run, split: str) -> set[int]:

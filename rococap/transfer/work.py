@@ -335,7 +335,8 @@ class _Merge:
         if states:
             sql = "UPDATE jobs SET status = ?, not_before = NULL, finished_at = ? WHERE id = ?"
             execute(self._conn, sql, states)
-        checkpoints.renew(self._conn, self._run, self._split, [ours[theirs]["id"] for theirs in replaced])
+        changed = [ours[theirs]["id"] for theirs in replaced | flagged]
+        checkpoints.renew(self._conn, self._run, self._split, changed)
         if counters:
             sql = "UPDATE jobs SET attempts = ?, crashes = ?, solo_crashes = ? WHERE id = ?"
             execute(self._conn, sql, counters)

@@ -331,11 +331,12 @@ class Index:
         after = (number - OVERLAP_MS if is_due else number, 0) if again else last
         while page := self._ask(read, run, split, after):
             after = page[-1].at
-            # Most jobs in a segment are known from the time when they were due.
-            new = {one.at[1] for one in page if is_due and one.at > last}
-            known = self._captions(run, split, [one.image_id for one in page if one.at[1] not in new])
+            new = {one.at[1]: one.finished_at for one in page if one.at > last}
             rows = self._ask(current.jobs_with, [one.at[1] for one in page], _JOB)
-            fresh = [row for row in rows if row[0] in new or known.get(row[2]) != (row[9], len(row[7] or ""))]
+            # Most jobs in a segment are known from the time when they were due. A merge finishes some again.
+            sure = {row[0] for row in rows if row[0] in new and (is_due or new[row[0]] != row[9])}
+            known = self._captions(run, split, [row[2] for row in rows if row[0] not in sure])
+            fresh = [row for row in rows if row[0] in sure or known.get(row[2]) != (row[9], len(row[7] or ""))]
             if fresh or after > last:
                 yield fresh, {name: {key: list(max(after, last))}}
 

@@ -463,7 +463,7 @@ def test_a_worker_frozen_inside_a_transaction_holds_up_no_other(world, nth, limi
 
 @torture
 @both
-@pytest.mark.parametrize("nth", range(1, 10))
+@pytest.mark.parametrize("nth", range(1, 9))  # the last is COMMIT
 def test_a_worker_frozen_before_any_statement_of_a_transaction_costs_nothing(world, nth):
     frozen_inside_a_transaction(world, nth)
 
