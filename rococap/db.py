@@ -36,6 +36,8 @@ from rococap.urls import shown, sqlite_url
 DEFAULT_URL = "sqlite:///rococap.db"
 PATIENCE_SEC = 60.0
 """How long a transaction waits for a lock before it fails."""
+MERGE_PATIENCE_SEC = 3600.0
+"""How long a merge waits for a transaction of another merge, which may add the pictures of a whole split."""
 CONNECTIONS = 2
 """How many connections to PostgreSQL a process has at most: hundreds of workers share one server."""
 MORE_CONNECTIONS = 13
@@ -100,10 +102,16 @@ do not tell these from mistakes in SQL.
 
 _NO_SUCH_TABLE = "42P01"
 
+_WAITED_TOO_LONG = frozenset(["55P03", "57014"])
+"""Our lock_timeout, and a statement_timeout that somebody has set for the role or the database."""
+
 _HAS_TRANSACTION_TIMEOUT = (17,)
 
 _FIRST_USE_LOCK = 0x726F636F
 """Key of the PostgreSQL advisory lock that serialises schema changes."""
+
+_MERGE_LOCK = 0x726F636D
+"""Key of the one by which the transactions of merges take turns."""
 
 NETWORK_FILE_SYSTEMS = frozenset(
     [
@@ -577,6 +585,30 @@ def lock(conn: Connection, table: str, id: int) -> None:
     """
     if conn.dialect.name != "sqlite":
         execute(conn, f"SELECT id FROM {table} WHERE id = ? FOR NO KEY UPDATE", (id,))
+
+
+def take_turns(conn: Connection) -> None:
+    """Lets no other merge write to this database until the transaction ends, so that what this one looks for and does
+    not find may be inserted. To be called before any row is locked. SQLite allows only one writer anyway.
+
+    Raises DatabaseUnavailable if the transaction of another merge has not ended after MERGE_PATIENCE_SEC.
+    """
+    if conn.dialect.name == "sqlite":
+        return
+    # A lock of the transaction rather than of the session, which behind PgBouncer belongs to others afterwards.
+    sql = (
+        f"SET LOCAL lock_timeout = {int(1000 * MERGE_PATIENCE_SEC)}; SELECT pg_advisory_xact_lock({_MERGE_LOCK}); "
+        f"SET LOCAL lock_timeout = {int(1000 * PATIENCE_SEC)}"
+    )
+    try:
+        conn.exec_driver_sql(sql, execution_options={"no_parameters": True})
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) not in _WAITED_TOO_LONG:
+            raise
+        raise DatabaseUnavailable(
+            f"Another merge into {shown(conn.engine.url)} is under way, and this one has waited too long for it. When "
+            "it has ended, run the command again, which goes on where this one stopped."
+        ) from error
 
 
 def for_update(conn: Connection, alias: str) -> str:
