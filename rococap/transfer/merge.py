@@ -56,7 +56,7 @@ def merge(database: Database, source: str, progress: Progress = silent) -> Merge
 
 def open_source(source: str) -> Database:
     """Opens a database to read from. Raises DatabaseError if there is none, or if workers hold leases in it."""
-    database = db.connect(source, must_exist=True)
+    database = db.connect_source(source)
     try:
         with transaction(database) as conn:
             refuse_open_leases(conn, shlex.quote(shown(database.url)), "merged")
