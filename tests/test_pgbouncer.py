@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from pgbouncer import PROGRAM, Bouncer, bouncing
 from postgres import Server, of_encoding
-from samples import fill
+from samples import caption, fill, texts
 from small_engine import INFO
 from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
@@ -16,6 +16,7 @@ from worlds import TTL_SEC, check, killed_at_any_moment, made
 from rococap import db, doctor, queue
 from rococap.errors import DatabaseError, DatabaseUnavailable
 from rococap.tables import SCHEMA
+from rococap.transfer import merge
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="PgBouncer is not installed: apt-get install pgbouncer")
 
@@ -127,6 +128,19 @@ def is_reached(engine: Engine) -> bool:
 def test_workers_killed_at_any_moment_lose_and_double_nothing(url, tmp_path):
     with made(url, tmp_path / "world") as world:
         killed_at_any_moment(world, n=160, seed=2, kills=4)
+
+
+def test_merges_behind_it_take_turns(url, tmp_path):
+    part = db.connect(f"sqlite:///{tmp_path}/part.db")
+    caption(part, fill(part, tmp_path / "set", 30), texts("A caption."))
+    engines = [db.connect(url) for _ in range(3)]
+    waiting = iter(engines)
+    results = at_once(3, lambda: merge(next(waiting), part.url.database))
+    assert sorted((result.pictures, result.merged, result.known) for result in results) == [(0, 0, 1)] * 2 + [
+        (30, 1, 0)
+    ]
+    for engine in (part, *engines):
+        engine.dispose()
 
 
 @pytest.fixture

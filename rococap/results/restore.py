@@ -74,6 +74,8 @@ def restore(database: Database, run: Run, path: Path, *, merging: bool = False) 
     result = Restored(path, has_manifest=manifest_path(path).exists() or segment_number(path) is not None)
     for frame in _as_exported(path, manifest):
         with transaction(database, write=True) as conn:
+            if merging:
+                db.take_turns(conn)
             for split, rows in frame.groupby("split", sort=False):
                 _restore_page(conn, run, str(split), rows, result, merging)
     if manifest and manifest.get("resolved") and result.restored:

@@ -33,7 +33,7 @@ def merge_runs(read: Connection, conn: Connection, source: str) -> Catalogue:
     datasets = {row["id"]: _dataset(read, conn, source, row) for row in select(read, "datasets", "1 = 1 ORDER BY x.id")}
     runs = {run.id: _run(read, conn, source, run, datasets) for run in queue.list_runs(read)}
     for theirs, ours in runs.items():
-        _parts(read, conn, theirs, ours)
+        _record_parts(read, conn, theirs, ours)
     return Catalogue(datasets, runs)
 
 
@@ -105,6 +105,7 @@ def _images(
         return 0
     total, done, added = sum(row["n_rows"] for row in shards if row["split"] == split), 0, 0
     with transaction(database, write=True) as conn:
+        db.take_turns(conn)
         db.lock(conn, "datasets", ours)
         known, new = _shards(conn, ours), {}
         for shard in shards:
@@ -195,17 +196,30 @@ def _joined(theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> str |
     return json.dumps(joined, sort_keys=True)
 
 
-def _parts(read: Connection, conn: Connection, theirs: int, ours: Run) -> None:
-    """Records which parts of each split the run has after the merge."""
-    of_split: dict[str, list[Part]] = {split: [] for split in _splits(read, theirs)}
-    for row in select(read, "parts", "x.run_id = ?", (theirs,)):
-        of_split.setdefault(row["split"], []).append(Part(row["number"], row["n_parts"]))
+def _record_parts(read: Connection, conn: Connection, theirs: int, ours: Run) -> None:
+    """Records which parts of each split the run will have after the merge."""
     here = _splits(conn, ours.id)
-    for split, parts in of_split.items():
-        if not parts:
-            queue.forget_parts(conn, ours.id, split)
-        elif split not in here or queue.parts_of(conn, ours, split):
+    for split, parts in _parts(read, theirs).items():
+        if split not in here or queue.parts_of(conn, ours, split):
             queue.record_parts(conn, ours.id, split, parts)
+
+
+def forget_parts(read: Connection, conn: Connection, catalogue: Catalogue) -> None:
+    """Forgets the parts of splits that the other database has whole, once the pictures are here: another merge may have
+    recorded parts until then.
+    """
+    for theirs, ours in catalogue.runs.items():
+        for split, parts in _parts(read, theirs).items():
+            if not parts:
+                queue.forget_parts(conn, ours.id, split)
+
+
+def _parts(read: Connection, run_id: int) -> dict[str, list[Part]]:
+    """The parts that the run has, by split; none of a split that it has whole."""
+    of_split: dict[str, list[Part]] = {split: [] for split in _splits(read, run_id)}
+    for row in select(read, "parts", "x.run_id = ?", (run_id,)):
+        of_split.setdefault(row["split"], []).append(Part(row["number"], row["n_parts"]))
+    return of_split
 
 
 def _splits(conn: Connection, run_id: int) -> set[str]:

@@ -38,7 +38,7 @@ def copy(source: str, target: str, progress: Progress = silent) -> list[Copied]:
     Raises DatabaseError, and leaves the target as it was, if there is no source, if workers hold leases in it or begin
     to, if the target holds anything, or if what was written is not what was read.
     """
-    old = db.connect(source, must_exist=True)
+    old = db.connect_source(source)
     try:
         name = shlex.quote(shown(old.url))
         with transaction(old) as read:

@@ -1,6 +1,7 @@
 """Combines databases, exports and checkpoints of parts into one database, in any order and any number of times.
 
-Each step is a transaction of its own that may be repeated: after a kill, the same command goes on.
+Each step is a transaction of its own that may be repeated: after a kill, the same command goes on. The steps of several
+merges into one database take turns, so each looks again for what an earlier one of its own has not found.
 """
 
 import os
@@ -18,7 +19,7 @@ from rococap.progress import Progress, silent
 from rococap.results import doubles
 from rococap.results.manifest import manifest_path
 from rococap.results.restore import restore
-from rococap.transfer.catalogue import Catalogue, image_ids, merge_images, merge_runs
+from rococap.transfer.catalogue import Catalogue, forget_parts, image_ids, merge_images, merge_runs
 from rococap.transfer.rows import insert, pages, refuse_open_leases, select, translated
 from rococap.transfer.studies import check_studies, merge_studies
 from rococap.transfer.work import Merged, merge_jobs, merge_leases, merge_workers, used_twice
@@ -55,7 +56,7 @@ def merge(database: Database, source: str, progress: Progress = silent) -> Merge
 
 def open_source(source: str) -> Database:
     """Opens a database to read from. Raises DatabaseError if there is none, or if workers hold leases in it."""
-    database = db.connect(source, must_exist=True)
+    database = db.connect_source(source)
     try:
         with transaction(database) as conn:
             refuse_open_leases(conn, shlex.quote(shown(database.url)), "merged")
@@ -77,16 +78,21 @@ def _merge_database(read: Connection, database: Database, source: str, progress:
     for (run, split), parts in queue.all_parts(read).items():
         result.parts += [f"{run} {split} {part}" for part in parts]
     with transaction(database, write=True) as conn:
+        db.take_turns(conn)
         catalogue = merge_runs(read, conn, source)
         _refuse_used_twice(read, conn, catalogue, source)
         check_studies(read, conn, source)
     result.is_new |= bool(merge_images(read, database, catalogue.datasets, progress))
     result.is_new |= bool(_merge_hashes(read, database, catalogue))
     with transaction(database, write=True) as conn:
+        db.take_turns(conn)
         workers = merge_workers(read, conn)
     result.is_new |= bool(merge_leases(read, database, catalogue, workers, progress))
     merge_jobs(read, database, catalogue, result, progress)
     merge_studies(read, database, catalogue, result)
+    with transaction(database, write=True) as conn:
+        db.take_turns(conn)
+        forget_parts(read, conn, catalogue)
     return result
 
 
@@ -120,6 +126,7 @@ def _merge_hashes(read: Connection, database: Database, catalogue: Catalogue) ->
     for page in pages(read, "images", "EXISTS (SELECT 1 FROM image_hashes h WHERE h.image_id = x.id)"):
         ids: dict[int, int] = {}
         with transaction(database, write=True) as conn:
+            db.take_turns(conn)
             for dataset_id, split in sorted({(row["dataset_id"], row["split"]) for row in page}):
                 theirs = {
                     row["image_id"]: row["id"]

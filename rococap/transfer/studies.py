@@ -16,18 +16,22 @@ from rococap.transfer.work import Merged
 def check_studies(read: Connection, conn: Connection, source: str) -> None:
     """Raises RococapError for a study that differs from the one of its name here, or has other readers."""
     for theirs in select(read, "studies"):
-        for ours in select(conn, "studies", "x.name = ?", (theirs["name"],)):
-            differing = [
-                f"{key}: {theirs[key]}, not {ours[key]}" for key in theirs if key != "id" and theirs[key] != ours[key]
-            ]
-            here = {row["reader_number"]: row["reader"] for row in _of(conn, "study_readers", ours["id"])}
-            for row in _of(read, "study_readers", theirs["id"]):
-                number = row["reader_number"]
-                if here.get(number, row["reader"]) != row["reader"]:
-                    differing.append(f"reader {number}: {row['reader']}, not {here[number]}")
-            if differing:
-                what = f"its study {theirs['name']!r} differs from the one here"
-                raise refusal(source, what, differing, "a study never changes")
+        _check(read, conn, source, theirs)
+
+
+def _check(read: Connection, conn: Connection, source: str, theirs: Row) -> None:
+    for ours in select(conn, "studies", "x.name = ?", (theirs["name"],)):
+        differing = [
+            f"{key}: {theirs[key]}, not {ours[key]}" for key in theirs if key != "id" and theirs[key] != ours[key]
+        ]
+        here = {row["reader_number"]: row["reader"] for row in _of(conn, "study_readers", ours["id"])}
+        for row in _of(read, "study_readers", theirs["id"]):
+            number = row["reader_number"]
+            if here.get(number, row["reader"]) != row["reader"]:
+                differing.append(f"reader {number}: {row['reader']}, not {here[number]}")
+        if differing:
+            what = f"its study {theirs['name']!r} differs from the one here"
+            raise refusal(source, what, differing, "a study never changes")
 
 
 def merge_studies(read: Connection, database: Database, catalogue: Catalogue, result: Merged) -> None:
@@ -36,6 +40,8 @@ def merge_studies(read: Connection, database: Database, catalogue: Catalogue, re
     """
     for theirs in select(read, "studies", "1 = 1 ORDER BY x.id"):
         with transaction(database, write=True) as conn:
+            db.take_turns(conn)
+            _check(read, conn, result.source, theirs)
             _study(read, conn, catalogue, theirs, result)
 
 

@@ -120,6 +120,7 @@ def merge_leases(
         leases = [lease for lease in page if lease["run_id"] in catalogue.runs]
         identities = _identities(read, [lease["id"] for lease in leases])
         with transaction(database, write=True) as conn:
+            db.take_turns(conn)
             here = _lease_ids(conn, identities)
             new = []
             for lease in leases:
@@ -165,6 +166,7 @@ def merge_jobs(read: Connection, database: Database, catalogue: Catalogue, resul
             done = 0
             for page in _pages(read, theirs, split):
                 with transaction(database, write=True) as conn:
+                    db.take_turns(conn)
                     db.lock(conn, "runs", ours.id)
                     queue.refuse_deleted(conn, ours)
                     _Merge(conn, ours, split, page, result).jobs()

@@ -15,9 +15,11 @@ from databases import recount, sound, tallies
 from histories import contents, hash_pictures, judge, live, study
 from killed import killed
 from places import ROOT
+from postgres import lock_tables, outside
 from samples import caption, register, texts, write_shard
 from small_engine import INFO
 from sqlalchemy import Engine
+from sqlalchemy.engine import make_url
 from steps import (
     captions,
     claim,
@@ -25,11 +27,13 @@ from steps import (
     invoke,
     new_worker,
     reap,
+    refusal,
     refused,
     run_worker,
     said,
     select,
     statuses,
+    until,
     writing,
 )
 
@@ -44,6 +48,7 @@ from rococap.results.restore import restore
 from rococap.review import Answers, Form, studies
 from rococap.tables import metadata
 from rococap.transfer import merge
+from rococap.urls import shown
 
 N = 40
 HOUR = 3_600_000
@@ -506,6 +511,76 @@ def test_another_study_of_the_same_name_is_refused_field_by_field(new):
         merge(databases[1], path_of(databases[0]))
     assert "its study 'one' differs from the one here (seed: 0, not 1; reader 2: cleo0, not cleo1)" in str(caught.value)
     assert contents(databases[1]) == before
+
+
+# --- Several merges at once ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["datasets", "runs", "shards", "workers", "leases", "jobs", "studies"])
+def test_merges_into_one_server_at_once_take_turns(parts, new, postgres, table):
+    url = postgres.create(template="empty_queue")
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    with sound(url) as one, sound(url) as other, ThreadPoolExecutor(2) as pool:
+        with lock_tables(url, f"LOCK TABLE {table} IN SHARE MODE"):  # both are before the insert of the same rows
+            merges = [pool.submit(merge, database, parts[0]) for database in (one, other)]
+            with outside(url) as outsider:
+                until(lambda: outsider.execute(waiting).fetchone() == (2,), "both wait")
+        results = [each.result() for each in merges]
+        assert sum(result.pictures for result in results) == 25
+        assert_same(contents(one), merged(new("target", enqueue=False), parts[:1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["ours", "statement_timeout"])
+def test_a_merge_that_waits_too_long_for_another_one_says_so(parts, postgres, monkeypatch, limit):
+    url = postgres.create(template="empty_queue")
+    with outside(url) as outsider:
+        if limit == "ours":
+            monkeypatch.setattr(db, "MERGE_PATIENCE_SEC", 0.1)
+        else:
+            outsider.execute(f"ALTER DATABASE {make_url(url).database} SET statement_timeout = '500ms'")
+    with sound(url) as one, sound(url) as other, writing(one) as conn:
+        db.take_turns(conn)
+        assert db.execute(conn, "SHOW lock_timeout").scalar_one() == "1min"  # of all other locks
+        assert refusal(merge, other, parts[0]) == (
+            f"Another merge into {shown(one.url)} is under way, and this one has waited too long for it. When it has "
+            "ended, run the command again, which goes on where this one stopped."
+        )
+
+
+def while_merging(database: Engine, source: str, action: Callable[[], object]) -> Any:
+    """Merges, and does something between two of the transactions: no caption is here yet."""
+    actions = [action]
+
+    def progress(step: str, done: int, total: int) -> None:
+        if step == "leases" and actions:
+            actions.pop()()
+
+    result = merge(database, source, progress)
+    assert not actions
+    return result
+
+
+def test_a_part_that_is_merged_while_the_whole_split_is_leaves_the_whole(new):
+    whole, part, target = new("whole"), new("part", part=queue.Part(1, 2)), new("target", enqueue=False)
+    caption(whole, run_of(whole), texts("A caption."))
+    while_merging(target, path_of(whole), lambda: merge(target, path_of(part)))
+    assert statuses(target) == {"done": 1, "pending": N - 1}
+    assert column(target, "SELECT count(*) FROM parts") == [0]
+
+
+def test_another_study_of_the_same_name_that_is_merged_meanwhile_is_refused(new):
+    sources = [new("one"), new("two")]
+    for n, database in enumerate(sources):
+        caption(database, run_of(database), texts("A caption."), now=1_000)
+        study(database, run_of(database), "one", random.Random(0))
+        with writing(database) as conn:
+            db.execute(conn, "UPDATE studies SET seed = ?", (n,))
+    target = new("target", enqueue=False)
+    with pytest.raises(RunError, match=r"its study 'one' differs from the one here \(seed: 0, not 1\)"):
+        while_merging(target, path_of(sources[0]), lambda: merge(target, path_of(sources[1])))
+    assert column(target, "SELECT seed FROM studies") == [1]
 
 
 # --- What is refused -------------------------------------------------------------------------------------------
