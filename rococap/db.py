@@ -162,7 +162,10 @@ def connect(
     """
     database = _create(_parse(url), force, pooled)
     if must_exist:
-        _refuse_missing(database.url)
+        _refuse_missing(
+            database.url,
+            "Name yours with --db, or create it by registering pictures: rococap enqueue --split train",
+        )
     if create:
         _check(_check_schema, database, url)
     return database
@@ -175,7 +178,7 @@ def connect_source(url: str) -> Database:
     Raises DatabaseError as `connect` does, and for a database without tables.
     """
     database = _create(_parse(url), force=False, pooled=True)
-    _refuse_missing(database.url)
+    _refuse_missing(database.url, "Check its path.")
     _explain_reading(database)
     if database.dialect.name == "sqlite":
         file = Path(database.url.database or "")
@@ -187,12 +190,9 @@ def connect_source(url: str) -> Database:
     return database
 
 
-def _refuse_missing(url: URL) -> None:
+def _refuse_missing(url: URL, step: str) -> None:
     if url.get_backend_name() == "sqlite" and not os.path.exists(url.database or ""):
-        raise DatabaseError(
-            f"There is no database {url.database}. Name yours with --db, or create it by registering "
-            "pictures: rococap enqueue --split train"
-        )
+        raise DatabaseError(f"There is no database {url.database}. {step}")
 
 
 def _check(check: Callable[[Database], None], database: Database, url: str) -> None:

@@ -16,7 +16,7 @@ from rococap.db import execute, transaction
 from rococap.errors import DatabaseError
 from rococap.progress import Progress, silent
 from rococap.tables import metadata
-from rococap.transfer.rows import columns_of, refuse_open_leases
+from rococap.transfer.rows import columns_of, is_same, refuse_open_leases
 from rococap.urls import shown
 
 PAGE = 5_000
@@ -45,6 +45,8 @@ def copy(source: str, target: str, progress: Progress = silent) -> list[Copied]:
             refuse_open_leases(read, name, "copied")
         new = db.connect(target)
         try:
+            if is_same(old, new):
+                raise DatabaseError(f"{name} cannot be copied to itself. Name a new database.")
             return _copy(old, new, name, progress)
         finally:
             new.dispose()

@@ -4,7 +4,6 @@ Each step is a transaction of its own that may be repeated: after a kill, the sa
 merges into one database take turns, so each looks again for what an earlier one of its own has not found.
 """
 
-import os
 import shlex
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from rococap.results import doubles
 from rococap.results.manifest import manifest_path
 from rococap.results.restore import restore
 from rococap.transfer.catalogue import Catalogue, forget_parts, image_ids, merge_images, merge_runs
-from rococap.transfer.rows import insert, pages, refuse_open_leases, select, translated
+from rococap.transfer.rows import insert, is_same, pages, refuse_open_leases, select, translated
 from rococap.transfer.studies import check_studies, merge_studies
 from rococap.transfer.work import Merged, merge_jobs, merge_leases, merge_workers, used_twice
 from rococap.urls import shown
@@ -45,7 +44,7 @@ def merge(database: Database, source: str, progress: Progress = silent) -> Merge
     other = open_source(source)
     try:
         named = shown(other.url) if "://" in source else source  # a URL may hold a password
-        if _is_same(database, other):
+        if is_same(database, other):
             raise DatabaseError(f"{named} is the database to merge into. Name the other parts.")
         with transaction(other) as read:
             db.stay_idle(read)
@@ -64,12 +63,6 @@ def open_source(source: str) -> Database:
         database.dispose()
         raise
     return database
-
-
-def _is_same(one: Database, other: Database) -> bool:
-    if one.dialect.name == other.dialect.name == "sqlite":
-        return os.path.samefile(one.url.database or "", other.url.database or "")
-    return one.url == other.url
 
 
 def _merge_database(read: Connection, database: Database, source: str, progress: Progress) -> Merged:

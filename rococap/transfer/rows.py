@@ -1,10 +1,12 @@
 """Rows of any table, by what the metadata says of its columns and foreign keys; and what every transfer refuses."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection
+from sqlalchemy import Engine as Database
 
 from rococap import db
 from rococap.db import execute
@@ -116,6 +118,12 @@ def _placed(rows: Sequence[Row], key: str, ties: Sequence[str]) -> list[tuple[_P
 
 def _content(table: str, row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in columns_of(table) if name != "id")
+
+
+def is_same(one: Database, other: Database) -> bool:
+    if one.dialect.name == other.dialect.name == "sqlite":
+        return os.path.samefile(one.url.database or "", other.url.database or "")
+    return one.url == other.url
 
 
 def refuse_open_leases(conn: Connection, shown: str, then: str) -> None:

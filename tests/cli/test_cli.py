@@ -23,7 +23,7 @@ from steps import invoke, refused, said
 from rococap import db, prompts, queue
 from rococap.cli import worker as worker_command
 from rococap.cli.options import cli
-from rococap.cli.worker import _worker_again
+from rococap.cli.worker import _again
 from rococap.demo import MODEL
 from rococap.demo.phantoms import write_dataset
 from rococap.engines import Completion, EngineInfo, Failure
@@ -311,7 +311,7 @@ def test_the_command_that_goes_on_with_a_server_has_its_options_whole(model):
     url = "http://127.0.0.1:8000/v1?key=a&for='me'"
     settings = Settings.of(engine="openai", base_url=url, served_model=model)
     command = subprocess.run(
-        ["sh", "-c", f"printf '%s\\n' {_worker_again('other', settings)}"], capture_output=True, text=True
+        ["sh", "-c", f"printf '%s\\n' {_again("worker", 'other', settings)}"], capture_output=True, text=True
     )
     engine = ["--engine", "openai", "--base-url", url, "--served-model", model]
     assert command.stdout.splitlines() == ["rococap", "worker", "--run", "other", *engine]

@@ -128,8 +128,12 @@ def test_a_database_that_is_not_empty_is_not_copied_over(source, target):
 
 
 def test_a_database_is_not_copied_over_itself_nor_from_nowhere(source, tmp_path):
-    assert "is not empty (it has datasets" in refusal(copy, url_of(source), url_of(source))
-    assert refused("copy-db", "nothing.db", str(tmp_path / "copy.db")).startswith("There is no database nothing.db.")
+    assert refusal(copy, url_of(source), url_of(source)) == (
+        f"{url_of(source)} cannot be copied to itself. Name a new database."
+    )
+    assert refused("copy-db", "nothing.db", str(tmp_path / "copy.db")) == (
+        "There is no database nothing.db. Check its path."
+    )
     assert not (tmp_path / "copy.db").exists()
 
 
