@@ -7,6 +7,7 @@ from sqlalchemy import Engine as Database
 
 from rococap import db
 from rococap.db import execute, transaction
+from rococap.results import doubles
 from rococap.tables import JobState
 from rococap.transfer.catalogue import Catalogue, image_ids, refusal
 from rococap.transfer.rows import Row, add_to_log, insert, insert_one, select, translated
@@ -77,7 +78,9 @@ def _of(conn: Connection, table: str, study_id: int) -> list[Row]:
 def _pictures(
     read: Connection, conn: Connection, catalogue: Catalogue, study_id: int
 ) -> tuple[Mapping[int, int], Mapping[int, int]]:
-    """The images of a study here by those there, and the jobs that are done here; the key 0 stands for no job."""
+    """The images of a study here by those there, and the jobs whose captions its readers read; the key 0 stands for no
+    job. A worker here may have stored another caption since the jobs were merged.
+    """
     sql = (
         "SELECT DISTINCT i.id, i.dataset_id, i.split, i.image_id FROM study_items t JOIN images i ON i.id = t.image_id "
         "WHERE t.study_id = ?"
@@ -91,9 +94,11 @@ def _pictures(
         "WHERE t.study_id = ?"
     )
     jobs = {0: 0}
-    for id, run_id, image_id in execute(read, sql, (study_id,)).fetchall():
+    rows = execute(read, sql, (study_id,)).fetchall()
+    theirs = doubles.made(read, [row[0] for row in rows])
+    for id, run_id, image_id in rows:
         done = f"SELECT id FROM jobs WHERE run_id = ? AND image_id = ? AND status = '{JobState.DONE}'"
-        row = execute(conn, done, (catalogue.runs[run_id].id, images.get(image_id, 0))).one_or_none()
-        if row is not None:
-            jobs[id] = row[0]
+        for (ours,) in execute(conn, done, (catalogue.runs[run_id].id, images.get(image_id, 0))).fetchall():
+            if doubles.made(conn, [ours])[ours].is_same(theirs[id]):
+                jobs[id] = ours
     return images, jobs

@@ -310,9 +310,8 @@ def test_the_command_that_upgrades_a_database_names_it_also_where_a_shell_or_a_u
 def test_the_command_that_goes_on_with_a_server_has_its_options_whole(model):
     url = "http://127.0.0.1:8000/v1?key=a&for='me'"
     settings = Settings.of(engine="openai", base_url=url, served_model=model)
-    command = subprocess.run(
-        ["sh", "-c", f"printf '%s\\n' {_again("worker", 'other', settings)}"], capture_output=True, text=True
-    )
+    again = _again("worker", "other", settings)
+    command = subprocess.run(["sh", "-c", f"printf '%s\\n' {again}"], capture_output=True, text=True)
     engine = ["--engine", "openai", "--base-url", url, "--served-model", model]
     assert command.stdout.splitlines() == ["rococap", "worker", "--run", "other", *engine]
 

@@ -498,6 +498,25 @@ def test_ratings_keep_the_order_of_each_database_in_whatever_order_these_come(ne
         assert [one for one in ratings(first) if one in its] == its
 
 
+def test_a_study_is_not_put_on_a_caption_that_its_readers_did_not_read(new):
+    """A worker stores it between two transactions of the merge."""
+    source, target = new("source"), new("target")
+    caption(source, run_of(source), texts("There."), now=1_000)
+    study(source, run_of(source), "one", random.Random(0))
+    lease = claim(target, new_worker(target), run_of(target), 1, now=None)
+
+    def progress(step: str, done: int, total: int) -> None:
+        if step == "default train: captions":
+            with writing(target) as conn:
+                queue.complete(conn, lease, [Completion(lease.jobs[0].id, "Here.")])
+
+    result = merge(target, path_of(source), progress)
+    assert (result.studies_left, column(target, "SELECT name FROM studies")) == (["one"], [])
+    result = merge(target, path_of(source))
+    assert (result.twice, result.studies_left, column(target, "SELECT name FROM studies")) == (1, [], ["one"])
+    assert list(captions(target).values()) == ["There."]
+
+
 def test_another_study_of_the_same_name_is_refused_field_by_field(new):
     databases = [new("source"), new("target")]
     for n, database in enumerate(databases):
