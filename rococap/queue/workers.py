@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 
 from sqlalchemy import Connection
 
-from rococap.db import execute
+from rococap.db import execute, marks
 from rococap.engines import EngineInfo
 from rococap.queue.records import Telemetry, time_of
 
@@ -89,5 +90,7 @@ def mark_seen(conn: Connection, worker_id: int, at: int, telemetry: Telemetry | 
 def add_store_ms(conn: Connection, worker_id: int, store_ms: Mapping[int, float]) -> None:
     """Adds milliseconds of storing, by lease, to leases of this worker, whatever their state."""
     if store_ms:
-        sql = "UPDATE leases SET store_ms = store_ms + ? WHERE id = ? AND worker_id = ?"
-        execute(conn, sql, [(ms, lease_id, worker_id) for lease_id, ms in sorted(store_ms.items())])
+        # Not by executemany, after which the transaction of a worker that froze would not count as idle.
+        spent = f"CASE id {'WHEN ? THEN ? ' * len(store_ms)}END"
+        sql = f"UPDATE leases SET store_ms = store_ms + {spent} WHERE id IN ({marks(store_ms)}) AND worker_id = ?"
+        execute(conn, sql, (*chain.from_iterable(store_ms.items()), *store_ms, worker_id))

@@ -426,13 +426,13 @@ def test_a_worker_frozen_beyond_its_lease_stores_nothing_over_the_one_that_took_
 
 def frozen_inside_a_transaction(world: World, nth: int, **limits: float) -> None:
     """PostgreSQL ends its session, and others go on; on SQLite all wait until it goes on itself."""
-    n = 40
+    n = 8  # all of which it has claimed by then: in the middle of a claim, it would hold them up too
     world.fill(n)
     world.crew.constants |= {"rococap.worker.store.STORE_PATIENCE_SEC": 0.5}
     usual = world.crew.constants
     world.crew.constants = usual | {f"rococap.db.{name}": seconds for name, seconds in limits.items()}
     trouble = {"thread": "store", "nth": nth, "do": "stop", "first": "SELECT CAST"}
-    stale = world.crew.start(engine={"step_sec": 0.2}, troubles=[trouble])
+    stale = world.crew.start(engine={"step_sec": 1.0}, troubles=[trouble])
     until(lambda: "trouble" in stale.told(), "frozen inside complete")
     world.crew.constants = usual  # on a busy machine, a server may be silent for longer than the short limits
     other = world.crew.start()
