@@ -221,6 +221,7 @@ def test_requests_in_flight_reach_the_batch_size_and_never_exceed_it(server, loa
 
 
 def test_it_waits_for_pictures_only_while_nothing_is_in_flight(server, load):
+    server.of_grey = {1: [Trouble(delay=0.5)]}  # still in flight when others have come back
     engine = load(batch_size=3)
     source = Pictures(engine, range(12))
     for _ in engine.run(source):
