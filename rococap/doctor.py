@@ -385,7 +385,8 @@ def _dataset(database: Database, run: Run) -> Iterator[Finding]:
     elif registered.keys() != on_disk.keys() or not registered:
         yield WARN, f"{dataset} is only partly registered: an enqueue is running or was interrupted. {step}"
     else:
-        yield OK, f"{dataset}: as registered, {len(registered)} shards"
+        where = f" in {copy}" if copy else ""
+        yield OK, f"{dataset}{where}: as registered, {len(registered)} shards"
 
 
 def _models(database: Database) -> Iterator[Finding]:

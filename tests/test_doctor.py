@@ -479,7 +479,7 @@ def test_a_data_set_at_another_path_on_this_machine_is_compared_with_what_was_re
 ):
     root.rename(tmp_path / "mounted")
     monkeypatch.setenv("ROCOCAP_DATASET_ROOT", str(tmp_path / "mounted"))
-    assert found(engine, "data set") == (OK, f"{root}: as registered, 1 shards")
+    assert found(engine, "data set") == (OK, f"{root} in {tmp_path}/mounted: as registered, 1 shards")
 
 
 def test_a_folder_that_is_no_copy_of_the_data_set_is_named_as_a_worker_names_it(
