@@ -180,7 +180,7 @@ def reap_command(lease_ids: tuple[int, ...]) -> None:
     if reaped:
         click.echo(f"Leases released: {len(reaped)}. Their pictures are pending again.")
     else:
-        click.echo("No lease has expired." + (f" {n_open} are open. To list them: rococap leases" if n_open else ""))
+        say("No lease has expired." + (f" Open leases: {n_open}. To list them: rococap leases" if n_open else ""))
 
 
 @cli.command("vacuum")

@@ -137,7 +137,7 @@ def refuse_open_leases(conn: Connection, shown: str, then: str) -> None:
         step = (
             f"Their workers have died: free the pictures first: rococap --db {shown} reap"
             if n_open == n_expired
-            else f"Stop its workers first, or, if they were killed, wait until their leases expire: "
+            else "Stop its workers first. If they were killed, wait until their leases have expired. To see when: "
             f"rococap --db {shown} leases"
         )
-        raise DatabaseError(f"{shown} has open leases ({n_open}), so nothing was {then}. {step}.")
+        raise DatabaseError(f"{shown} has open leases ({n_open}), so nothing was {then}. {step}")

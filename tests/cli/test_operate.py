@@ -55,7 +55,7 @@ def test_cancel_withdraws_also_what_is_held(database, run):
 
 def test_reap_frees_leases_whose_time_has_run_out(database, run):
     claim(database, run, ttl_ms=60_000)
-    assert said("reap") == "No lease has expired. 1 are open. To list them: rococap leases\n"
+    assert said("reap") == "No lease has expired. Open leases: 1. To list them: rococap leases\n"
     claim(database, run, ttl_ms=0, name="two")
     assert said("reap") == "Leases released: 1. Their pictures are pending again.\n"
     assert statuses(database) == {"leased": 4, "pending": 4}

@@ -102,14 +102,14 @@ def test_a_database_that_workers_hold_pictures_of_is_not_copied(source, tmp_path
     claim(source, new_worker(source), run, 1, now=None)
     shown = url_of(source)
     assert refused("copy-db", shown, str(tmp_path / "copy.db")) == (
-        f"{shown} has open leases (1), so nothing was copied. Stop its workers first, or, if they were killed, wait "
-        f"until their leases expire: rococap --db {shown} leases."
+        f"{shown} has open leases (1), so nothing was copied. Stop its workers first. If they were killed, wait until "
+        f"their leases have expired. To see when: rococap --db {shown} leases"
     )
     with writing(source) as conn:
         db.execute(conn, "UPDATE leases SET expires_at = 1 WHERE state = 'open'")
     assert refused("copy-db", shown, str(tmp_path / "copy.db")) == (
         f"{shown} has open leases (1), so nothing was copied. Their workers have died: free the pictures first: "
-        f"rococap --db {shown} reap."
+        f"rococap --db {shown} reap"
     )
     assert not (tmp_path / "copy.db").exists()
     reap(source)

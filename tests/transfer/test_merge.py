@@ -517,13 +517,19 @@ def test_a_study_is_not_put_on_a_caption_that_its_readers_did_not_read(new):
     assert list(captions(target).values()) == ["There."]
 
 
+def studied(new: New, name: str, *, seed: int) -> Engine:
+    """A database with a study of its one caption."""
+    database = captioned(new, name, "A caption.", 1_000)
+    study(database, run_of(database), "one", random.Random(0))
+    with writing(database) as conn:
+        db.execute(conn, "UPDATE studies SET seed = ?", (seed,))
+    return database
+
+
 def test_another_study_of_the_same_name_is_refused_field_by_field(new):
-    databases = [new("source"), new("target")]
+    databases = [studied(new, "source", seed=0), studied(new, "target", seed=1)]
     for n, database in enumerate(databases):
-        caption(database, run_of(database), texts("A caption."), now=1_000)
-        study(database, run_of(database), "one", random.Random(0))
         with writing(database) as conn:
-            db.execute(conn, "UPDATE studies SET seed = ?", (n,))
             db.execute(conn, "UPDATE study_readers SET reader = ? WHERE reader_number = 2", (f"cleo{n}",))
     before = contents(databases[1])
     with pytest.raises(RococapError) as caught:
@@ -590,12 +596,7 @@ def test_a_part_that_is_merged_while_the_whole_split_is_leaves_the_whole(new):
 
 
 def test_another_study_of_the_same_name_that_is_merged_meanwhile_is_refused(new):
-    sources = [new("one"), new("two")]
-    for n, database in enumerate(sources):
-        caption(database, run_of(database), texts("A caption."), now=1_000)
-        study(database, run_of(database), "one", random.Random(0))
-        with writing(database) as conn:
-            db.execute(conn, "UPDATE studies SET seed = ?", (n,))
+    sources = [studied(new, "one", seed=0), studied(new, "two", seed=1)]
     target = new("target", enqueue=False)
     with pytest.raises(RunError, match=r"its study 'one' differs from the one here \(seed: 0, not 1\)"):
         while_merging(target, path_of(sources[0]), lambda: merge(target, path_of(sources[1])))
@@ -697,8 +698,8 @@ def test_a_part_that_is_being_captioned_is_refused(new, tmp_path):
     target = tmp_path / "target.db"
     shown = f"sqlite:///{path_of(source)}"
     assert refused("--db", str(target), "merge", path_of(source)) == (
-        f"{shown} has open leases (1), so nothing was merged. Stop its workers first, or, if they were killed, wait "
-        f"until their leases expire: rococap --db {shown} leases."
+        f"{shown} has open leases (1), so nothing was merged. Stop its workers first. If they were killed, wait until "
+        f"their leases have expired. To see when: rococap --db {shown} leases"
     )
     assert not target.exists()
 
