@@ -5,7 +5,7 @@ It does not enqueue: the run and its images must exist already.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -200,77 +200,110 @@ def _seconds(path: Path, frame: pd.DataFrame) -> list[float | None]:
     return [None if absent else float(value) for value, absent in zip(values, is_absent, strict=True)]
 
 
+@dataclass(slots=True)
+class _Job:
+    """The job of a picture: the segment its caption belongs to, the original caption of the picture and, unless a
+    caption that is there is kept whatever the file says, how that was made.
+    """
+
+    id: int
+    status: str
+    checkpoint: int | None
+    original: str
+    made: Made | None = None
+
+
+@dataclass(slots=True)
+class _Page:
+    """What a page of a file changes: the captions to store, as rows by job, and the jobs whose captions the file has
+    as they are.
+    """
+
+    captions: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    same: list[int] = field(default_factory=list)
+
+
 def _restore_page(conn: Connection, run: Run, split: str, rows: pd.DataFrame, result: Restored, merging: bool) -> None:
-    now = db.now(conn)
     db.lock(conn, "runs", run.id)
     segment = None if merging else segment_number(result.path)
     jobs = _jobs_by_image_id(conn, run, split, list(rows["image_id"]))
-    was_done = {job_id for job_id, status, *_ in jobs.values() if status == JobState.DONE}
-    here = doubles.made(conn, sorted(was_done)) if merging or segment else {}
-    moved: Counter[str] = Counter()
-    captions: dict[int, tuple[Any, ...]] = {}
-    known: list[tuple[int | None, int]] = []
-    replaced: set[int] = set()
+    before = {job.id: job.status for job in jobs.values()}
+    if merging or segment:
+        _add_made(conn, jobs)
+    page = _page(rows, jobs, result, segment, merging)
+    replaced = sorted(job_id for job_id in page.captions if before[job_id] == JobState.DONE)
+    doubles.remove(conn, run, split, replaced)
+    if page.captions:
+        _store(conn, run, split, page.captions, before, segment)
+    if segment and page.same:
+        sql = "UPDATE jobs SET checkpoint = ? WHERE id = ? AND checkpoint IS NULL"
+        execute(conn, sql, [(segment, job_id) for job_id in page.same])
+    if merging:
+        renew(conn, run, split, replaced)
+    result.replaced += len(replaced)
+    result.restored += len(page.captions) - len(replaced)
+
+
+def _page(rows: pd.DataFrame, jobs: dict[str, _Job], result: Restored, segment: int | None, merging: bool) -> _Page:
+    """Decides row by row which captions are stored, and counts the others."""
+    page = _Page()
     cells = (rows["image_id"], rows["original_caption"], rows["generated_caption"])
     measures = (_seconds(result.path, rows), _milliseconds(result.path, rows))
     for image_id, original, text, seconds, generated_at in zip(*cells, *measures, strict=True):
-        job_id, status, checkpoint, current = jobs.get(image_id, (None, None, None, None))
         made = Made(True, generated_at, clean_text(text))
-        if job_id is None:
+        job = jobs.get(image_id)
+        if job is None:
             result.unknown += 1
-        elif current != clean_text(original):
+        elif job.original != clean_text(original):
             result.different += 1
-        elif status == JobState.LEASED:
+        elif job.status == JobState.LEASED:
             result.leased += 1
-        elif status == JobState.DONE and made.is_same(here.get(job_id, made)):
+        elif job.status == JobState.DONE and (job.made is None or made.is_same(job.made)):
             result.known += 1
-            known.append((segment, job_id))
-        elif status == JobState.DONE and not merging and not _is_later(segment, checkpoint, here[job_id]):
+            page.same.append(job.id)
+        elif job.status == JobState.DONE and not merging and not _is_later(segment, job):
             result.known += 1
-        elif status == JobState.DONE and merging and here[job_id] < made:
-            result.twice += 1
         else:
-            if status == JobState.DONE and merging:
-                result.twice += 1
-            if job_id in was_done:
-                replaced.add(job_id)
-            moved[str(status)] -= 1
-            moved[JobState.DONE] += 1
-            jobs[image_id] = (job_id, JobState.DONE, checkpoint, current)
-            if merging:
-                here[job_id] = made
-            processing_ms = None if seconds is None else seconds * 1000
-            captions[job_id] = (job_id, made.text, queue.flags_of(text, ""), processing_ms, generated_at)
-    doubles.remove(conn, run, split, sorted(replaced))
-    if captions:
-        execute(
-            conn,
-            "UPDATE jobs SET status = 'done', not_before = NULL, finished_at = ?, checkpoint = COALESCE(?, checkpoint) "
-            "WHERE id = ?",
-            [(now, segment, job_id) for job_id in captions],
-        )
-        execute(
-            conn,
-            "INSERT INTO captions (job_id, text, flags, processing_ms, generated_at) VALUES (?, ?, ?, ?, ?)",
-            list(captions.values()),
-        )
-        moved.update(queue.flag_counts(caption[2] for caption in captions.values()))
-        queue.tally(conn, run.id, split, 0, moved)
-    if segment and known:
-        execute(conn, "UPDATE jobs SET checkpoint = ? WHERE id = ? AND checkpoint IS NULL", known)
-    if merging:
-        renew(conn, run, split, sorted(replaced))
-    result.replaced += len(replaced)
-    result.restored += len(captions) - len(replaced)
+            result.twice += merging and job.status == JobState.DONE
+            if not merging or job.made is None or made < job.made:
+                job.status, job.made = JobState.DONE, made
+                processing_ms = None if seconds is None else seconds * 1000
+                row = (job.id, made.text, queue.flags_of(text, ""), processing_ms, generated_at)
+                page.captions[job.id] = row
+    return page
 
 
-def _is_later(segment: int | None, checkpoint: int | None, here: Made) -> bool:
+def _is_later(segment: int | None, job: _Job) -> bool:
     """Whether a segment comes after the one from which a caption was restored that nobody has worked on since."""
-    return bool(segment and checkpoint and checkpoint < segment and here.is_restored and here.is_unused)
+    if segment is None or job.checkpoint is None or job.made is None:
+        return False
+    return job.checkpoint < segment and job.made.is_restored and job.made.is_unused
 
 
-_Job = tuple[int, str, int | None, str]
-"""Its id, status and checkpoint segment, and the original caption of its image."""
+def _store(
+    conn: Connection,
+    run: Run,
+    split: str,
+    captions: Mapping[int, tuple[Any, ...]],
+    before: Mapping[int, str],
+    segment: int | None,
+) -> None:
+    """Stores captions, as rows by job. `before`: the status of each job until now."""
+    execute(
+        conn,
+        "UPDATE jobs SET status = 'done', not_before = NULL, finished_at = ?, checkpoint = COALESCE(?, checkpoint) "
+        "WHERE id = ?",
+        [(db.now(conn), segment, job_id) for job_id in captions],
+    )
+    execute(
+        conn,
+        "INSERT INTO captions (job_id, text, flags, processing_ms, generated_at) VALUES (?, ?, ?, ?, ?)",
+        list(captions.values()),
+    )
+    moved = Counter({str(JobState.DONE): len(captions)})
+    moved.subtract(before[job_id] for job_id in captions)
+    moved.update(queue.flag_counts(row[2] for row in captions.values()))
+    queue.tally(conn, run.id, split, 0, moved)
 
 
 def _jobs_by_image_id(conn: Connection, run: Run, split: str, image_ids: list[str]) -> dict[str, _Job]:
@@ -285,5 +318,12 @@ def _jobs_by_image_id(conn: Connection, run: Run, split: str, image_ids: list[st
             f"ORDER BY j.id{db.for_update(conn, 'j')}",
             (run.id, run.dataset_id, split, *some),
         ).fetchall()
-        found.update({row[0]: (row[1], row[2], row[3], row[4]) for row in rows})
+        found.update({image_id: _Job(*others) for image_id, *others in rows})
     return found
+
+
+def _add_made(conn: Connection, jobs: Mapping[str, _Job]) -> None:
+    """Adds to the jobs that are done how their captions were made."""
+    done = {job.id: job for job in jobs.values() if job.status == JobState.DONE}
+    for job_id, made in doubles.made(conn, sorted(done)).items():
+        done[job_id].made = made
