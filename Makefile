@@ -15,7 +15,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 QUICK := $(addprefix tests/,cli data queue results scores \
 	$(addsuffix .py,test_architecture test_db test_flags test_migrations test_prompts test_recipe))
 
-.PHONY: check demo test test-vllm test-coco torture lint fix bench docs wheel revision clean help
+.PHONY: check demo test test-again test-vllm test-coco torture lint fix bench docs wheel revision clean help
 
 help:
 	@echo "make demo       run the whole job on drawings; the results are in demo/"
@@ -42,6 +42,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# As CPython's CI does: a test that failed beside the others is run once more, alone, and named.
+test-again: $(VENV)/installed
+	$(BIN)/python -m pytest --verbose --last-failed --last-failed-no-failures none --maxfail 1
 
 check: lint
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not torture and not vllm" $(QUICK)
