@@ -24,6 +24,7 @@ from rococap import db, queue, tables
 from rococap.data import HUB_ID, SPLITS, at_revision, cached, datasets, parse_name
 from rococap.db import execute, transaction
 from rococap.errors import RococapError
+from rococap.figures import counted
 from rococap.queue import Run
 from rococap.worker import spool
 
@@ -386,7 +387,7 @@ def _dataset(database: Database, run: Run) -> Iterator[Finding]:
         yield WARN, f"{dataset} is only partly registered: an enqueue is running or was interrupted. {step}"
     else:
         where = f" in {copy}" if copy else ""
-        yield OK, f"{dataset}{where}: as registered, {len(registered)} shards"
+        yield OK, f"{dataset}{where}: as registered, {counted(len(registered), 'shard')}"
 
 
 def _models(database: Database) -> Iterator[Finding]:

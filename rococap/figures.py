@@ -1,6 +1,11 @@
 """Numbers as people read them: durations, shares, rounded values."""
 
 
+def counted(n: int, noun: str) -> str:
+    """Like "1 picture" and "2 pictures"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def duration(seconds: float | None) -> str:
     """Like "2 h 05 min"; "?" if it is not known."""
     if seconds is None:

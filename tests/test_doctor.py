@@ -471,7 +471,7 @@ def test_an_altered_shard_fails_until_it_is_registered_anew(engine, run, root, m
         f"{root} differs from what was registered (altered: data/train-00000-of-00001.parquet). {AGAIN}",
     )
     register(engine, root, ["train"], recipe=Recipe(model=str(model)))
-    assert found(engine, "data set") == (OK, f"{root}: as registered, 1 shards")
+    assert found(engine, "data set") == (OK, f"{root}: as registered, 1 shard")
 
 
 def test_a_data_set_at_another_path_on_this_machine_is_compared_with_what_was_registered(
@@ -479,7 +479,7 @@ def test_a_data_set_at_another_path_on_this_machine_is_compared_with_what_was_re
 ):
     root.rename(tmp_path / "mounted")
     monkeypatch.setenv("ROCOCAP_DATASET_ROOT", str(tmp_path / "mounted"))
-    assert found(engine, "data set") == (OK, f"{root} in {tmp_path}/mounted: as registered, 1 shards")
+    assert found(engine, "data set") == (OK, f"{root} in {tmp_path}/mounted: as registered, 1 shard")
 
 
 def test_a_folder_that_is_no_copy_of_the_data_set_is_named_as_a_worker_names_it(
@@ -535,7 +535,7 @@ def test_each_data_set_is_looked_at_by_itself(engine, run, tmp_path, root, model
     checks = [check for check in examined(engine) if check.name == "data set"]
     assert [(check.verdict, check.found) for check in checks] == [
         (FAIL, f"There is no folder {root}: check the path."),
-        (OK, f"{tmp_path / 'other'}: as registered, 1 shards"),
+        (OK, f"{tmp_path / 'other'}: as registered, 1 shard"),
     ]
 
 

@@ -27,7 +27,7 @@ from rococap.cli.options import (
 )
 from rococap.cli.worker import parse_batch_size
 from rococap.data import SPLITS
-from rococap.figures import duration
+from rococap.figures import counted, duration
 from rococap.recipe import DEFAULT_MODEL, GREEDY, LOAD_IN, Recipe
 from rococap.training.settings import EFFECTIVE_BATCH, LEARNING_RATES, Settings
 
@@ -323,12 +323,13 @@ def _echo_outcome(outcome: Any, run: str, settings: Settings, output: Path) -> N
         click.echo(f"{outcome.refused} captions were left out: no sentence is short enough, or they are no plain text")
     if outcome.skipped:
         codes = ", ".join(f"{code} ({n})" for code, n in list(outcome.skipped.items())[:SHOWN_CODES])
-        click.echo(f"{sum(outcome.skipped.values())} pictures cannot be read: {codes}. See {output / 'skipped.jsonl'}")
+        unreadable = counted(sum(outcome.skipped.values()), "picture")
+        click.echo(f"{unreadable} cannot be read: {codes}. See {output / 'skipped.jsonl'}")
     if not outcome.is_finished:
         click.echo(f"Stopped after step {outcome.steps} of {outcome.total}, which is saved.")
         click.echo("To continue, run the same command again.")
         return
-    click.echo(f"{outcome.steps} steps on {outcome.examples} pictures: {output}")
+    click.echo(f"{counted(outcome.steps, 'step')} on {counted(outcome.examples, 'picture')}: {output}")
     model = "--adapter" if settings.method == "lora" else "--model"
     name = shlex.quote(str(output))
     say(f"To caption with it: rococap enqueue --run tuned --from {shlex.quote(run)} {model} {name}")

@@ -19,6 +19,7 @@ from rococap.cli.options import (
     splits_option,
 )
 from rococap.errors import RococapError
+from rococap.figures import counted
 
 
 def delete_run(database: Database, name: str, yes: bool) -> None:
@@ -29,8 +30,8 @@ def delete_run(database: Database, name: str, yes: bool) -> None:
     total, done = sum(split.total for split in counts), sum(split.done for split in counts)
     if not yes:
         question = (
-            f"Run {name} has {total} pictures, {done} of them captioned. Its captions, scores and failures will be "
-            "deleted from the queue for good; exported files stay. Delete it?"
+            f"Run {name} has {counted(total, 'picture')}, {done} of them captioned. Its captions, scores and failures "
+            "will be deleted from the queue for good; exported files stay. Delete it?"
         )
         try:
             click.confirm(question, abort=True)
@@ -40,7 +41,8 @@ def delete_run(database: Database, name: str, yes: bool) -> None:
         queue.delete_run(conn, run)
     with progress_bar() as progress:
         clear_deleted(database, lambda n: progress(f"{name}: deleting", n, total))
-    say(f"{name}: deleted, {total} pictures and {done} captions. To reclaim the space: rococap vacuum")
+    what = f"{counted(total, 'picture')} and {counted(done, 'caption')}"
+    say(f"{name}: deleted, {what}. To reclaim the space: rococap vacuum")
 
 
 def clear_deleted(database: Database, report: Callable[[int], None] = lambda n: None) -> int:

@@ -32,7 +32,7 @@ from rococap.cli.options import (
 from rococap.cli.tables import cut, within_80
 from rococap.data import SPLITS
 from rococap.errors import RococapError
-from rococap.figures import significant
+from rococap.figures import counted, significant
 
 if TYPE_CHECKING:
     from rococap.results.messages import Text
@@ -99,9 +99,8 @@ def compare_command(
     if (found := compared.disagreements) and found.compared + found.not_read:
         click.echo(f"\n{_disagreements_text(found)}")
     shared = f", {compared.shared} of them captioned by every run" if len(names) > 1 else ""
-    click.echo(
-        f"\n{compared.path}: {compared.rows} pictures{shared}{'' if compared.originals else ', no original captions'}"
-    )
+    unlabelled = "" if compared.originals else ", no original captions"
+    click.echo(f"\n{compared.path}: {counted(compared.rows, 'picture')}{shared}{unlabelled}")
 
 
 def _compared_row(run: Any) -> list[str]:
@@ -113,8 +112,8 @@ def _compared_row(run: Any) -> list[str]:
 def _disagreements_text(found: "Disagreements") -> str:
     unread = f" Not compared, since captions are not in English: {found.not_read}." if found.not_read else ""
     heading = (
-        f"Facts (side, negation, modality): the runs differ on {found.differing} of {found.compared} pictures, and "
-        f"contradict each other on {found.opposite}.{unread}"
+        f"Facts (side, negation, modality): the runs differ on {found.differing} of "
+        f"{counted(found.compared, 'picture')}, and contradict each other on {found.opposite}.{unread}"
     )
     lines = textwrap.wrap(heading, 80)
     for one in found.worst:
@@ -213,7 +212,7 @@ def evaluate_command(
     else:
         shown = [split for split in splits if any(run["split"] == split for run in scores["runs"])]
         click.echo("\n\n".join(_scores_text(scores, split) for split in shown))
-        click.echo(f"\n{path}: {rows} captions")
+        click.echo(f"\n{path}: {counted(rows, 'caption')}")
         if card is not None:
             click.echo(f"{card}: scores in the model card")
     for warning in dict.fromkeys(text for run in scores["runs"] for text in run["warnings"]):
@@ -227,7 +226,7 @@ def evaluate_command(
 def _scores_text(scores: dict[str, Any], split: str) -> str:
     runs = [run for run in scores["runs"] if run["split"] == split]
     paired = [pair for pair in scores["paired"] if pair["split"] == split]
-    counts = ", ".join(f"{run['n']} captions of {run['run']}" for run in runs)
+    counts = ", ".join(f"{counted(run['n'], 'caption')} of {run['run']}" for run in runs)
     names = dict.fromkeys(name for run in runs for name in run["metrics"])
     if len(runs) > 2:
         notes = ["For intervals and differences of more than two runs: --json, or rococap report"]
@@ -374,7 +373,8 @@ def report_command(
             strip_reasoning=strip_reasoning,
             progress=progress,
         )
-    click.echo(f"{made.path}: {made.captions} captions, {made.pictures} pictures shown, {made.size / 1e6:.1f} MB")
+    shown = f"{counted(made.captions, 'caption')}, {counted(made.pictures, 'picture')} shown"
+    click.echo(f"{made.path}: {shown}, {made.size / 1e6:.1f} MB")
     if made.unreadable:
         click.echo(f"  {made.unreadable} of the pictures could not be read: their cards give the reason")
     for warning in made.warnings:
@@ -555,7 +555,7 @@ def _export_files(
             )
         if checkpoint_every:
             _echo_segments(checkpoints.write_checkpoints(database, run, split, folder, checkpoint_every))
-        click.echo(f"{exported.path}: {exported.rows} captions{_left(exported.missing, captions)}")
+        click.echo(f"{exported.path}: {counted(exported.rows, 'caption')}{_left(exported.missing, captions)}")
 
 
 def _export_submissions(
@@ -578,7 +578,9 @@ def _export_submissions(
                 progress=progress,
             )
         empty = f", {submission.empty} of them empty, which will score almost nothing" if submission.empty else ""
-        click.echo(f"{path}: {submission.rows} captions{empty}. Submit it as submission.csv, alone in a zip.")
+        click.echo(
+            f"{path}: {counted(submission.rows, 'caption')}{empty}. Submit it as submission.csv, alone in a zip."
+        )
 
 
 def _export_folder(
@@ -610,7 +612,7 @@ def _export_folder(
             progress=progress,
         )
     for part in written:
-        click.echo(f"{folder} {part.split}: {part.captions} captions{_left(part.missing, captions)}")
+        click.echo(f"{folder} {part.split}: {counted(part.captions, 'caption')}{_left(part.missing, captions)}")
         _echo_left_out(part.without_picture, "because their pictures cannot be read")
         _echo_left_out(part.without_text, "because their captions cannot be answers")
     named = (run.dataset, run.recipe.model, run.recipe.adapter)
@@ -688,7 +690,7 @@ def _export_path(run_name: str, split: str, format: str, output: Path | None, ca
 def _echo_segments(paths: list[Path]) -> None:
     if paths:
         names = paths[0].name if len(paths) == 1 else f"{paths[0].name} to {paths[-1].name}"
-        click.echo(f"{paths[0].parent / names}: {len(paths)} new checkpoints")
+        click.echo(f"{paths[0].parent / names}: {counted(len(paths), 'new checkpoint')}")
 
 
 @cli.command("restore")

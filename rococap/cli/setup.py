@@ -28,7 +28,7 @@ from rococap.cli.options import (
 from rococap.cli.tables import aligned, as_table, shortened
 from rococap.cli.worker import check_engine, engine_options
 from rococap.data import SPLITS
-from rococap.figures import in_hours, significant
+from rococap.figures import counted, in_hours, significant
 
 if TYPE_CHECKING:
     from rococap.scores.leaks import Leaks
@@ -84,7 +84,7 @@ def _leaks_text(found: "Leaks") -> str:
     counts = ", ".join(f"{n} of {split}" for split, n in found.hashed.items()) or "none"
     lines = [f"{found.dataset}: pictures with a hash: {counts}; {found.new} of them new"]
     if found.unreadable:
-        lines.append(f"  {len(found.unreadable)} pictures cannot be read:")
+        lines.append(f"  {counted(len(found.unreadable), 'picture')} cannot be read:")
     lines += [f"  {one.split} {one.image_id}: {one.reason}" for one in found.unreadable[:SHOWN_FAILURES]]
     if len(found.hashed) < 2:
         lines.append("  There is no other split to compare with: enqueue one, then run this again.")

@@ -12,6 +12,7 @@ from rococap.cli.options import cli, db_option, echo_json, json_option, open_dat
 from rococap.cli.tables import within_80
 from rococap.data import SPLITS
 from rococap.errors import RococapError
+from rococap.figures import counted
 
 if TYPE_CHECKING:
     from rococap.review import Progress
@@ -81,7 +82,7 @@ def new_command(
             form=form,
             modality=lambda cui: concepts.modality(concepts.parse(cui)),
         )
-    say(f"{made.name}: {made.n_pictures} pictures for each of {made.n_readers} readers")
+    say(f"{made.name}: {counted(made.n_pictures, 'picture')} for each of {counted(made.n_readers, 'reader')}")
 
 
 @study_group.command("status")
@@ -149,7 +150,7 @@ def unblind_command(name: str, reader: str | None, yes: bool) -> None:
             raise RococapError("The key stays closed. To open it without being asked, add --yes.") from error
     with db.transaction(database, write=True) as conn:
         opened = review.unblind(conn, known.study, reader or getpass.getuser())
-    say(f"{name}: unblinded, with {opened.n_missing} readings missing. See: rococap study results {name}")
+    say(f"{name}: unblinded, with {counted(opened.n_missing, 'reading')} missing. See: rococap study results {name}")
 
 
 @study_group.command("results")

@@ -9,6 +9,7 @@ import click
 from rococap.cli.options import cli, db_option, echo_json, json_option, open_database, progress_bar, say
 from rococap.cli.results import warn_without_manifest
 from rococap.errors import RococapError
+from rococap.figures import counted
 
 if TYPE_CHECKING:
     from rococap.transfer import Merged
@@ -52,14 +53,14 @@ def _echo_merged(result: "Merged") -> None:
         click.echo(f"{result.source}{part}: {already}nothing is new")
     else:
         click.echo(
-            f"{result.source}{part}: {result.pictures} new pictures; {result.merged} captions merged, "
-            f"{result.known} known; {result.failed} failed"
+            f"{result.source}{part}: {counted(result.pictures, 'new picture')}; "
+            f"{counted(result.merged, 'caption')} merged, {result.known} known; {result.failed} failed"
         )
     people = {"reviews": result.reviews, "edits": result.edits, "rows of reader studies": result.studies}
     if any(people.values()):
         click.echo("  with " + ", ".join(f"{n} {what}" for what, n in people.items() if n))
     if result.twice:
-        click.echo(f"  {result.twice} pictures were captioned twice; one caption of each was kept")
+        click.echo(f"  captioned twice: {counted(result.twice, 'picture')}; one caption of each was kept")
     if result.leased:
         click.echo(f"  {result.leased} are being captioned here now: merge again once the workers have stopped")
     if result.unknown:
@@ -85,5 +86,5 @@ def copy_command(source: str, target: str) -> None:
     with progress_bar() as progress:
         copied = transfer.copy(source, target, progress)
     for table in copied:
-        click.echo(f"{table.table}: {table.rows} rows, {table.digest[:16]}")
+        click.echo(f"{table.table}: {counted(table.rows, 'row')}, {table.digest[:16]}")
     click.echo("Copied and verified.")

@@ -27,7 +27,7 @@ from rococap.cli.options import (
     stderr_console,
 )
 from rococap.errors import RococapError
-from rococap.figures import duration
+from rococap.figures import counted, duration
 
 RATE_SEC = 300.0
 """How far back the rate of a worker's progress line looks."""
@@ -301,13 +301,11 @@ def echo_outcome(outcome: Any, settings: Any, command: str = "worker") -> None:
     if outcome.failed:
         say(f"Why they failed: {queue.with_run('failures', outcome.run)}")
     if outcome.lost:
-        click.echo(
-            f"{outcome.lost} captions came too late: their pictures had gone to another worker or had been cancelled."
-        )
+        too_late = counted(outcome.lost, "caption")
+        click.echo(f"{too_late} came too late: another worker had taken over the picture, or it was cancelled.")
     if outcome.spooled:
-        click.echo(
-            f"{outcome.spooled} captions could not be stored and wait in {outcome.spool}: the next worker stores them."
-        )
+        waiting = counted(outcome.spooled, "caption")
+        click.echo(f"{waiting} could not be stored yet: the next worker stores what is in {outcome.spool}")
     if outcome.drained:
         again = _again(command, outcome.run, settings)
         say(f"Stopped on request; unfinished pictures were given back. To continue: {again}")

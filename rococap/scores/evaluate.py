@@ -26,6 +26,7 @@ from sqlalchemy import Engine as Database
 from rococap import __version__, queue
 from rococap.db import execute, transaction
 from rococap.errors import RococapError, RunError
+from rococap.figures import counted
 from rococap.files import ending, replacing, write_json
 from rococap.progress import Progress, silent, with_label
 from rococap.queue import Run, find_runs
@@ -725,7 +726,8 @@ def _warnings(scored: Scored, n_images: int) -> Iterator[str]:
             "English: no facts are read from them, and the fact scores leave them out."
         )
     if scored.missing:
-        yield f"{run.name} has not captioned {scored.missing} pictures of {split}: the scores leave them out."
+        missing = counted(scored.missing, "picture")
+        yield f"{run.name} has not captioned {missing} of {split}: the scores leave them out."
     if n + scored.missing < n_images:
         yield f"{run.name} was enqueued with only {n + scored.missing} of the {n_images} pictures of {split}."
     for name in filter(None, (run.recipe.adapter, run.recipe.model)):

@@ -15,6 +15,7 @@ from sqlalchemy import Engine as Database
 from rococap import db, queue
 from rococap.db import execute, transaction
 from rococap.errors import RococapError
+from rococap.figures import counted
 from rococap.progress import Progress
 from rococap.queue import Run
 from rococap.results import checkpoints, doubles
@@ -383,7 +384,7 @@ def used_twice(source: str, pictures: Sequence[str]) -> RococapError:
     """The error for captions that differ from those here, although people have worked on both."""
     shown = ", ".join(pictures[:3]) + (", …" if len(pictures) > 3 else "")
     return RococapError(
-        f"{source} was not merged: its captions differ from those here for {len(pictures)} pictures ({shown}), and "
-        "people have judged, edited or studied both, which is kept for good. To take its captions without what people "
-        "did, export them and merge the export: rococap --db URL export --split SPLIT"
+        f"{source} was not merged: its captions differ from those here for {counted(len(pictures), 'picture')} "
+        f"({shown}), and people have judged, edited or studied both, which is kept for good. To take its captions "
+        "without what people did, export them and merge the export: rococap --db URL export --split SPLIT"
     )

@@ -15,6 +15,7 @@ from rococap.data import SPLITS
 from rococap.db import transaction
 from rococap.engines import Completion
 from rococap.errors import DatabaseUnavailable, LeaseLost
+from rococap.figures import counted
 from rococap.queue import Lease
 from rococap.worker import clock
 from rococap.worker import spool as spools
@@ -276,7 +277,7 @@ class Store:
             keep([left for entry in entries for left in self._recover(entry)])
             if n := self.outcome.done - before:
                 self.outcome.recovered += n
-                log.info("stored %d captions that an earlier worker had left in %s", n, self._spool.folder)
+                log.info("stored %s that an earlier worker had left in %s", counted(n, "caption"), self._spool.folder)
 
     def _recover(self, entry: Entry) -> list[Entry]:
         """Stores an entry of the spool; returns what must stay in it, because another worker holds the job or another

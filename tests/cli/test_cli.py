@@ -90,7 +90,7 @@ def test_columns_of_other_names_are_read_by_every_command_that_opens_pictures(he
         *("enqueue", "--split", "train", "--dataset", "set", "--model", str(MODEL), "--columns", "text=my_caption")
     )
     assert said("worker", "--device", "cpu", "--batch-size", "8").rstrip().endswith("0 failed")  # checks itself too
-    assert "as registered, 1 shards" in invoke("doctor").stdout
+    assert "as registered, 1 shard" in invoke("doctor").stdout
     assert json.loads(said("runs", "--json"))[0]["columns"] == dict(one.split("=") for one in columns.split(","))
     assert "0 pictures" not in said("report", "--split", "train", "--output", "report.html")
     assert (here / "report.html").read_text().count('src="data:image/jpeg') == 12
@@ -129,7 +129,7 @@ def test_a_configuration_is_chosen_by_its_name(here):
     assert "Run 'default' is on another data set" in refused(*options, "--config", "coronal")
     assert enqueue("--config", "coronal", "--run", "other") == "other train: 3 new, 0 known, 0 changed\n"
     assert json.loads(said("runs", "--json"))[0]["dataset"] == f"{here}/set:axial"
-    assert [line for line in invoke("doctor").stdout.splitlines() if "set:coronal: as registered, 1 shards" in line]
+    assert [line for line in invoke("doctor").stdout.splitlines() if "set:coronal: as registered, 1 shard" in line]
     assert "leave --config out" in refused(
         *("enqueue", "--run", "third", "--from", "other", "--config", "axial", "--prompt", "What?"), code=2
     )

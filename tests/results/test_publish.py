@@ -987,7 +987,7 @@ def test_the_command_says_which_captions_are_no_answers(database, url, root, tmp
     assert invoke(url, "--format", "messages").exit_code == 0
     told = invoke(url, "--format", "messages", "--text", "original").stdout
     assert told.startswith(
-        "results_medical/original_captions_messages train: 1 captions\n"
+        "results_medical/original_captions_messages train: 1 caption\n"
         "  1 more were left out, because their captions cannot be answers:\n"
         "  train_00000: Its caption contains <image>, which a trainer would not take for text.\n"
     )

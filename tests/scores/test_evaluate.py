@@ -550,7 +550,7 @@ def test_the_command_prints_json_and_writes_the_scores(url, here):
         *("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_1", "rouge_l", "cider_d", "rouge1_imageclef"),
         *("concept_f1", "concept_recall", "length_ratio", "flagged"),
     } <= set(one["metrics"])
-    assert "Warning: default has not captioned 1 pictures of train" in result.stderr
+    assert "Warning: default has not captioned 1 picture of train" in result.stderr
     assert json.loads(Path("results_medical/scores_train_default.parquet.json").read_text()) == json.loads(
         result.stdout
     )

@@ -287,7 +287,7 @@ def test_the_command_lists_the_pairs_and_exits_with_1_if_there_are_any(database,
     assert (alone.exit_code, alone.stdout) == (
         0,
         f"{root}: pictures with a hash: 2 of train; 2 of them new\n"
-        "  1 pictures cannot be read:\n"
+        "  1 picture cannot be read:\n"
         "  train train_00002: The picture has zero bytes: replace it at its source, then retry.\n"
         "  There is no other split to compare with: enqueue one, then run this again.\n",
     )

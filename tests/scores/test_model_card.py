@@ -50,7 +50,7 @@ def test_scores_replace_those_of_before_and_nothing_else(evaluate, engine, model
     scores = json.loads((tmp_path / "scores.json").read_text())["runs"][0]
     low, high = scores["intervals"]["bleu_1"]
     assert f"| BLEU-1 (0 to 1) | {scores['metrics']['bleu_1']:.3f} | {low:.3f} to {high:.3f} |\n" in card
-    assert "**Warning:** default has not captioned 1 pictures of train" in card
+    assert "**Warning:** default has not captioned 1 picture of train" in card
     assert "near-duplicates in other splits was not examined" in card
 
     said(*evaluate, "--card", str(model))

@@ -91,7 +91,7 @@ def claim_and_release_in(database: Engine) -> int:
 
 def test_the_command_prints_what_was_copied_and_that_it_was_verified(source, tmp_path):
     told = said("copy-db", url_of(source), str(tmp_path / "copy.db"))
-    assert told.startswith("datasets: 1 rows, ")
+    assert told.startswith("datasets: 1 row, ")
     assert told.endswith("\nCopied and verified.\n")
     assert "images: 20 rows" in told
 

@@ -257,7 +257,7 @@ def test_captions_that_were_both_judged_are_refused_before_anything_is_written(n
     with pytest.raises(RococapError) as caught:
         merge(one, path_of(other))
     assert str(caught.value) == (
-        f"{path_of(other)} was not merged: its captions differ from those here for 1 pictures (train_00000), and "
+        f"{path_of(other)} was not merged: its captions differ from those here for 1 picture (train_00000), and "
         "people have judged, edited or studied both, which is kept for good. To take its captions without what people "
         "did, export them and merge the export: rococap --db URL export --split SPLIT"
     )
@@ -741,7 +741,7 @@ def test_parts_of_two_divisions_overlap_and_what_both_captioned_is_counted(new, 
     assert told == [
         f"{sources[0]} (default train 1/2): 20 new pictures; 20 captions merged, 0 known; 0 failed",
         f"{sources[1]} (default train 1/3): 10 new pictures; 10 captions merged, 0 known; 0 failed",
-        "  10 pictures were captioned twice; one caption of each was kept",
+        "  captioned twice: 10 pictures; one caption of each was kept",
     ]
     with sound(f"sqlite:///{target}") as merged_ones:
         assert statuses(merged_ones) == {"done": 30}
@@ -806,7 +806,7 @@ def test_segments_of_two_parts_are_merged_and_are_no_segments_of_this_database(n
 
 def test_merged_already_is_said_only_of_what_is_here(new, tmp_path):
     source, target = captioned(new, "source", "One.", 1_000), new("target")
-    for expected in ("0 new pictures; 1 captions merged, 0 known; 0 failed", "merged already, nothing is new"):
+    for expected in ("0 new pictures; 1 caption merged, 0 known; 0 failed", "merged already, nothing is new"):
         assert said("--db", path_of(target), "merge", path_of(source)) == f"{path_of(source)}: {expected}\n"
     other = new("other", limit=1, offset=1)
     path = exported(source, tmp_path / "out")
