@@ -37,7 +37,7 @@ DEFAULT_URL = "sqlite:///rococap.db"
 PATIENCE_SEC = 60.0
 """How long a transaction waits for a lock before it fails."""
 MERGE_PATIENCE_SEC = 3600.0
-"""How long a merge waits for a transaction of another merge, which may add the pictures of a whole split."""
+"""How long a merge or an enqueue waits for a transaction of a merge, which may add the pictures of a whole split."""
 CONNECTIONS = 2
 """How many connections to PostgreSQL a process has at most: hundreds of workers share one server."""
 MORE_CONNECTIONS = 13
@@ -665,10 +665,11 @@ def lock(conn: Connection, table: str, id: int) -> None:
 
 
 def take_turns(conn: Connection) -> None:
-    """Lets no other merge write to this database until the transaction ends, so that what this one looks for and does
-    not find may be inserted. To be called before any row is locked. SQLite allows only one writer anyway.
+    """Lets no merge write to this database until the transaction ends, and no enqueue add a data set or run, so that
+    what this one looks for and does not find may be inserted. To be called before any row is locked. SQLite allows only
+    one writer anyway.
 
-    Raises DatabaseUnavailable if the transaction of another merge has not ended after MERGE_PATIENCE_SEC.
+    Raises DatabaseUnavailable if the transaction of a merge has not ended after MERGE_PATIENCE_SEC.
     """
     if conn.dialect.name == "sqlite":
         return
@@ -683,8 +684,8 @@ def take_turns(conn: Connection) -> None:
         if getattr(error.orig, "sqlstate", None) not in _WAITED_TOO_LONG:
             raise
         raise DatabaseUnavailable(
-            f"Another merge into {shown(conn.engine.url)} is under way, and this one has waited too long for it. When "
-            "it has ended, run the command again, which goes on where this one stopped."
+            f"A merge into {shown(conn.engine.url)} is under way, and this command has waited too long for it. When it "
+            "has ended, run the command again, which goes on where this one stopped."
         ) from error
 
 

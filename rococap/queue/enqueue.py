@@ -17,7 +17,7 @@ from sqlalchemy import Engine as Database
 
 from rococap.data import Columns, Dataset, Sample, Shard, datasets
 from rococap.data.probe import require_pictures
-from rococap.db import execute, lock, transaction
+from rococap.db import execute, lock, take_turns, transaction
 from rococap.errors import DatasetError, RunError
 from rococap.progress import Progress, silent
 from rococap.queue import parts, records, runs, status
@@ -82,6 +82,7 @@ def enqueue(
         for split in splits:
             Units.of(shards[split]).check(part, split)
     with transaction(database, write=True) as conn:
+        take_turns(conn)
         dataset_id = register_dataset(conn, dataset)
         target = runs.create_run(conn, run, dataset_id, recipe)
         if part is not None:
@@ -139,6 +140,7 @@ def enqueue_from(
             "--prompt, --model, --max-new-tokens, --repetition-penalty …"
         )
     with transaction(database, write=True) as conn:
+        take_turns(conn)
         counts = [c for c in status.counts_of(conn, old, splits) if not flags or c.flags.keys() & set(flags)]
         if not counts:
             raise RunError(f"No caption of run {old.name!r} is flagged {' or '.join(flags)}. See: rococap status")

@@ -557,6 +557,22 @@ def test_merges_into_one_server_at_once_take_turns(parts, new, postgres, table):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("table", ["datasets", "runs"])
+def test_an_enqueue_and_a_merge_of_one_new_data_set_take_turns(new, root, postgres, table):
+    source, url = new("source"), postgres.create(template="empty_queue")
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    works = [lambda one: register(one, root, ["train"]), lambda other: merge(other, path_of(source))]
+    with sound(url) as one, sound(url) as other, ThreadPoolExecutor(2) as pool:
+        with lock_tables(url, f"LOCK TABLE {table} IN SHARE MODE"), outside(url) as outsider:
+            done = []
+            for n, (work, database) in enumerate(zip(works, (one, other), strict=True), start=1):
+                done.append(pool.submit(work, database))
+                until(lambda n=n: outsider.execute(waiting).fetchone() == (n,), "it waits")
+        assert [each.exception() for each in done] == [None, None]
+        assert statuses(one) == {"pending": N}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["ours", "statement_timeout"])
 def test_a_merge_that_waits_too_long_for_another_one_says_so(parts, postgres, monkeypatch, limit):
     url = postgres.create(template="empty_queue")
@@ -569,7 +585,7 @@ def test_a_merge_that_waits_too_long_for_another_one_says_so(parts, postgres, mo
         db.take_turns(conn)
         assert db.execute(conn, "SHOW lock_timeout").scalar_one() == "1min"  # of all other locks
         assert refusal(merge, other, parts[0]) == (
-            f"Another merge into {shown(one.url)} is under way, and this one has waited too long for it. When it has "
+            f"A merge into {shown(one.url)} is under way, and this command has waited too long for it. When it has "
             "ended, run the command again, which goes on where this one stopped."
         )
 
