@@ -109,7 +109,8 @@ def test_the_command_captions_everything_although_a_node_is_killed(cluster, worl
             out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert re.fullmatch(r"default: \d+ captioned in .* s \(.*/s\), 0 failed\n", out)
-    assert re.search(r"^cpu 1 on \S+  .* INFO captioning run default", err, re.MULTILINE)
+    # What the one wrote that was killed may be lost with its node.
+    assert re.search(r"^cpu [12] on \S+  .* INFO captioning run default", err, re.MULTILINE)
     assert re.search(r"cpu [12] was lost; Ray has started it again", err)
     check(world, 60)
 
