@@ -42,7 +42,8 @@ from rococap.web.server import listen
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with patient("--max-waiting", "2") as served:
+    # Patient enough for a thousand connections on a slow machine.
+    with patient("--max-waiting", "2", ROCOCAP_TEST_PATIENCE="120") as served:
         yield served
         assert served.stop() == 0
         assert served.complaints() == []
