@@ -8,6 +8,7 @@ import pytest
 import samples
 from small_engine import INFO
 from sqlalchemy import Engine
+from steps import until
 
 from rococap import db, queue
 from rococap.engines import Completion, Failure
@@ -91,7 +92,5 @@ def score(database: Engine, run: Run, scores: Mapping[int, float | None]) -> Non
 
 def up_to_date(index: Index) -> Index:
     """The index after it has followed the queue to its end."""
-    for _ in range(50):
-        if index.update(60).state == "ready":
-            return index
-    raise AssertionError(index.status)
+    until(lambda: index.update(60).state == "ready", "the index is ready")
+    return index

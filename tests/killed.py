@@ -20,7 +20,7 @@ def killed(*runs: tuple[Any, ...]) -> list[bool]:
     """
     command = [sys.executable, __file__, json.dumps(runs)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, timeout=60, check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(command, env=environment, timeout=300, check=True, stdout=subprocess.PIPE)
     return [{0: False, -signal.SIGKILL: True}[code] for code in json.loads(done.stdout)]
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import select
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -84,6 +85,18 @@ def connected(served: Served, *beginnings: bytes) -> Iterator[list[socket.socket
             one.sendall(beginning)
             connections.append(one)
         yield connections
+
+
+def send_until_answered(connection: socket.socket, data: bytes, *, every_sec: float = 0.0, at_most: int = 10**9) -> int:
+    """Sends this again and again, and returns how often. The answer may come, and the connection end, at any moment."""
+    for n in range(at_most):
+        if select.select([connection], [], [], every_sec)[0]:
+            return n
+        try:
+            connection.sendall(data)
+        except ConnectionError:
+            return n
+    return at_most
 
 
 def answer_to(connection: socket.socket) -> HTTPResponse:

@@ -1,6 +1,7 @@
 """A real Slurm on loopback, in a folder of its own. Install it with apt-get install slurm-wlm munge."""
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -8,7 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -151,11 +152,16 @@ class Cluster:
 
 
 def _free_ports(n: int) -> list[int]:
+    """None of those that the system gives to whoever asks for any: such a one could be taken before Slurm listens."""
+    free: list[int] = []
     with ExitStack() as sockets:
-        taken = [sockets.enter_context(socket.socket()) for _ in range(n)]
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in taken]
+        for port in random.sample(range(10_000, 32_000), 1_000):
+            with suppress(OSError):
+                sockets.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                free.append(port)
+            if len(free) == n:
+                break
+    return free
 
 
 @contextmanager
@@ -171,4 +177,5 @@ def cluster(n_nodes: int) -> Iterator[Cluster]:
             slurm.stop()
             for process in psutil.process_iter(["environ"]):
                 if (process.info["environ"] or {}).get("SLURM_CONF") == slurm.environment["SLURM_CONF"]:
-                    process.send_signal(signal.SIGKILL)
+                    with suppress(psutil.NoSuchProcess):  # it has just ended
+                        process.send_signal(signal.SIGKILL)

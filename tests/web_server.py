@@ -27,7 +27,7 @@ class Served:
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.address, timeout=30)
+        self.client = httpx.Client(base_url=self.address, timeout=120)
 
     @property
     def address(self) -> str:
@@ -36,7 +36,7 @@ class Served:
     def stop(self) -> int:
         """Asks it to stop, and returns its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        return self.process.wait(60)
 
     def logged(self, text: str) -> int:
         """How often its log has this."""

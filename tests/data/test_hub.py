@@ -78,6 +78,8 @@ def environment(hub, home, **extra):
         "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "60",
+        "HF_HUB_ETAG_TIMEOUT": "60",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         **extra,
@@ -180,7 +182,7 @@ def test_a_killed_download_keeps_the_files_that_are_whole(hub, files, tmp_path):
     )
     commit = hub.repos[NAME].commit
     try:
-        assert hub.stalled.wait(30)
+        assert hub.stalled.wait(60)
         while cached(tmp_path / "home") != [f"{commit}/{whole}"]:
             assert process.poll() is None
     finally:
@@ -222,7 +224,8 @@ def test_a_hub_that_is_gone_is_an_error(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    assert located(url, tmp_path / "home") == {
+        found = located(url, tmp_path / "home")  # while nobody else can listen there
+    assert found == {
         "error": f"The hub at {url} cannot be used ([Errno 111] Connection refused), and the data set {NAME} is not "
         f"complete in the cache {tmp_path}/home/hub: check the network, then run this again; complete files are kept."
     }

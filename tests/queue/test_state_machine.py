@@ -771,7 +771,7 @@ def test_a_claim_beside_another_that_is_not_committed_takes_other_jobs(database,
             first = queue.claim(conn, workers[0], run.id, "train", 4, ttl_ms=TTL, now=0)
             beside = pool.submit(claim, database, workers[1], run)
             is_sqlite = database.dialect.name == "sqlite"
-            wait([beside], timeout=0.5 if is_sqlite else 5)
+            wait([beside], timeout=0.5 if is_sqlite else 30)
             assert beside.done() is not is_sqlite  # SQLite's second writer waits for the first, PostgreSQL's need not
         second = beside.result(timeout=30)
     assert second is not None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 from io import StringIO
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
@@ -52,9 +53,12 @@ AWKWARD = [
 ]
 
 
+NUMBERS = count()
+
+
 def worker(database: Engine) -> int:
     with db.transaction(database, write=True) as conn:
-        return queue.register_worker(conn, f"worker {db.now(conn)} {id(conn)}", "host", 1, INFO)
+        return queue.register_worker(conn, f"worker {next(NUMBERS)}", "host", 1, INFO)
 
 
 def caption(

@@ -11,6 +11,7 @@ import sys
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,10 +88,13 @@ def enqueue(database: Engine, root: Path, splits: Sequence[str] = ("train",), **
         return queue.get_run(conn, "default")
 
 
+NUMBERS = count()
+
+
 def caption(database: Engine, run: Run, texts: Sequence[str], split: str = "train", *, now: int | None = None) -> None:
     """Captions the next pending jobs with these texts."""
     with db.transaction(database, write=True) as conn:
-        worker_id = queue.register_worker(conn, f"{split} {db.now(conn)} {id(conn)}", "host", 1, INFO)
+        worker_id = queue.register_worker(conn, f"worker {next(NUMBERS)}", "host", 1, INFO)
         lease = queue.claim(conn, worker_id, run.id, split, len(texts), ttl_ms=60_000)
         done = [Completion(job.id, text, processing_ms=10.5) for job, text in zip(lease.jobs, texts, strict=True)]
         queue.complete(conn, lease, done, now=now)

@@ -580,7 +580,7 @@ def test_a_merge_that_waits_too_long_for_another_one_says_so(parts, postgres, mo
         if limit == "ours":
             monkeypatch.setattr(db, "MERGE_PATIENCE_SEC", 0.1)
         else:
-            outsider.execute(f"ALTER DATABASE {make_url(url).database} SET statement_timeout = '500ms'")
+            outsider.execute(f"ALTER DATABASE {make_url(url).database} SET statement_timeout = '3s'")
     with sound(url) as one, sound(url) as other, writing(one) as conn:
         db.take_turns(conn)
         assert db.execute(conn, "SHOW lock_timeout").scalar_one() == "1min"  # of all other locks

@@ -1,6 +1,5 @@
 """The gallery in a real browser: finding, comparing and turning pages, and replacing in many captions at once."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import galleries
 import pytest
 from galleries import FAILED, FLAGGED, SCORES, SECOND, N
 from sqlalchemy import Engine
-from steps import select
+from steps import select, until
 from web_server import HTML, Served, serving, violations
 
 from rococap import db, queue, review
@@ -54,18 +53,12 @@ def served(busy: Engine) -> Iterator[Served]:
 
 def filled(served: Served) -> None:
     """Waits until the search index is ready."""
-    for _ in range(200):
-        if served.client.get("/pictures/index").json()["state"] == "ready":
-            return
-        time.sleep(0.1)
-    raise AssertionError("the index was not filled in 20 s")
+    until(lambda: served.client.get("/pictures/index").json()["state"] == "ready", "the index is filled")
 
 
 @pytest.fixture(scope="module")
 def tab(browser: Any) -> Any:
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(10_000)
-    return page
+    return browser.new_page(viewport={"width": 1280, "height": 900})
 
 
 @pytest.fixture
@@ -107,6 +100,7 @@ def test_filters_make_an_address_that_shows_the_same_to_others(opened, served):
     assert chips == ["modality X-ray", "ROUGE-L from 0.3", "Remove all"]
     assert opened.get_by_label("Modality").input_value() == "X-ray"
     opened.get_by_role("link", name="ROUGE-L from").click()
+    opened.wait_for_url("**/pictures?run=one&split=train&modality=X-ray")  # a click waits for no more than its head
     assert ids(opened) == named(*range(0, N, 3))
     opened.get_by_role("link", name="modality").click()
     assert opened.url == f"{served.address}/pictures?run=one&split=train"
@@ -283,6 +277,7 @@ def test_captions_are_replaced_and_restored_as_one_act(opened, served, busy):
     opened.get_by_role("button", name="Preview").click()
     n = N - len(FAILED) - 1  # one caption was edited, and has no nodule
     opened.get_by_role("heading", name=f"{n} captions would change").wait_for()
+    opened.wait_for_load_state()
     assert opened.locator(".changes li").first.locator("del").all_inner_texts() == ["nodule"]
     assert "<b>lump</b>" in opened.locator(".changes li").first.inner_text()
     opened.get_by_label("Your name").fill(READER)
@@ -330,10 +325,7 @@ def test_without_an_index_or_without_pictures_the_page_says_so_and_goes_on(unsea
         assert "There are no pictures yet." in served.client.get("/pictures", headers=HTML).text
         assert "There are no captions yet." in served.client.get("/replace", headers=HTML).text
         galleries.world(database, folder / "set")
-        for _ in range(100):
-            if served.client.get("/pictures/index").json()["state"] == "off":
-                break
-            time.sleep(0.05)
+        until(lambda: served.client.get("/pictures/index").json()["state"] == "off", "the index is off")
         page = served.client.get("/pictures?run=one", headers=HTML).text
         assert page.count("<article") == 24
         assert "25 pictures" in page

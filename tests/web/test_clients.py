@@ -2,7 +2,6 @@
 
 import base64
 import json
-import select
 import socket
 import struct
 import zlib
@@ -28,6 +27,7 @@ from patient_server import (
     endless,
     grey,
     patient,
+    send_until_answered,
     sent,
     status_of,
     texts,
@@ -42,7 +42,8 @@ from rococap.web.server import listen
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with patient("--max-waiting", "2") as served:
+    # Patient enough for a thousand connections on a slow machine.
+    with patient("--max-waiting", "2", ROCOCAP_TEST_PATIENCE="120") as served:
         yield served
         assert served.stop() == 0
         assert served.complaints() == []
@@ -77,7 +78,7 @@ def test_where_few_files_can_be_opened_idle_connections_make_room_and_busy_ones_
     with patient(ROCOCAP_TEST_FILES="160") as served, ExitStack() as stack:
         with connected(served, *[b""] * 200):
             # By a connection of its own: that of the other requests is idle, too.
-            answer = httpx.post(f"{served.address}/v1/captions", json={"images": [grey(5)]})
+            answer = httpx.post(f"{served.address}/v1/captions", json={"images": [grey(5)]}, timeout=60)
             assert texts(answer) == ["µ grey 5"]
         busy = []
         while True:
@@ -130,8 +131,7 @@ def test_a_client_that_stops_sending_is_told_so_and_one_that_waits_for_its_answe
         assert connections[0].recv(1) == b""
         assert [status_of(connection) for connection in connections[1:]] == [408] * 5
         with connected(served, HEAD + b"Content-Length: 1000000\r\n\r\n") as (dripping,):
-            while not select.select([dripping], [], [], 0.05)[0]:
-                dripping.sendall(b" ")
+            send_until_answered(dripping, b" ", every_sec=0.05)
             assert status_of(dripping) == 408
         assert any(line for line in lines), "a stream has outlived all of them"
         served.log.seek(0)
@@ -156,10 +156,7 @@ def reset_peak(served: Served) -> int:
 def test_a_body_without_a_length_is_refused_as_soon_as_it_is_too_long(served):
     before, mb = reset_peak(served), b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"
     with connected(served, HEAD + b"Transfer-Encoding: chunked\r\n\r\n") as (connection,):
-        n_sent = 0
-        while n_sent < 2_000 and not select.select([connection], [], [], 0)[0]:
-            connection.sendall(mb)
-            n_sent += 1
+        n_sent = send_until_answered(connection, mb, at_most=2_000)
         assert status_of(connection) == 413
         assert n_sent < 100
     assert peak_mb(served) - before < 200
@@ -291,10 +288,8 @@ ENDLESS_HEADS = {
 def test_what_comes_without_an_end_is_refused(served, name):
     before = reset_peak(served)
     with connected(served, ENDLESS_HEADS[name]) as (connection,):
-        n_sent = 0
-        while n_sent < 1_000 and not select.select([connection], [], [], 0.01)[0]:
-            connection.sendall(b"\r\n" * 2_000 if name == "blank lines" else b"x" * 4_000)
-            n_sent += 1
+        more = b"\r\n" * 2_000 if name == "blank lines" else b"x" * 4_000
+        n_sent = send_until_answered(connection, more, every_sec=0.01, at_most=1_000)
         assert status_of(connection) == 431
         assert n_sent < 200
     assert peak_mb(served) - before < 20

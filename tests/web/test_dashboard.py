@@ -31,7 +31,7 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         queue.fail(conn, lease, {job.id: Failure("corrupt", HOSTILE) for job in lease.jobs})
         queue.claim(conn, worker, run.id, "train", 3, ttl_ms=MINUTE_MS, now=now - 50_000)
         telemetry = queue.Telemetry(60.0, 2.5, 80.0, 0.9, 0.95, 1.0, 4, 800.0)
-        queue.heartbeat(conn, worker, [], ttl_ms=MINUTE_MS, telemetry=telemetry)
+        queue.heartbeat(conn, worker, [], ttl_ms=60 * MINUTE_MS, telemetry=telemetry)  # not lost while the tests run
     caption(database, run, texts("a chest", "a knee"), now=now - 10 * MINUTE_MS)
     yield database
     database.dispose()
@@ -150,9 +150,13 @@ def test_pausing_asks_first_and_resuming_undoes_it(opened, busy):
 
 def test_by_keyboard_alone_a_command_is_copied_and_failures_are_retried(opened, busy):
     opened.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    opened.evaluate(  # it says so for a second and a half, in which this process may not look
+        "window.labels = []; new MutationObserver((all) => all.forEach((one) => labels.push(one.target.textContent)))"
+        ".observe(document.body, {childList: true, subtree: true})"
+    )
     opened.get_by_role("button", name="Copy").first.focus()
     opened.keyboard.press("Enter")
-    opened.get_by_role("button", name="Copied").wait_for()
+    opened.wait_for_function("window.labels.includes('Copied')")
     assert opened.evaluate("navigator.clipboard.readText()").endswith("retry --code corrupt")
     opened.get_by_role("button", name="Retry").focus()
     opened.keyboard.press("Enter")

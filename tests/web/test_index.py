@@ -63,15 +63,15 @@ def test_captions_failures_and_retries_are_followed(database, runs):
     second = runs[1:]
     assert found(database, index, second, "mass 14") == []
     finish(database, runs[1], [14, 15], failed={15: "corrupt"}, now=LATER)
-    assert index.update().state == "ready"  # without reading everything again
+    assert index.update(60).state == "ready"  # without reading everything again
     assert found(database, index, second, "mass 14") == [14]
     assert found(database, index, second, code="corrupt") == [15]
     with writing(database) as conn:
         queue.retry(conn, runs[1], codes=["corrupt"])
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     assert found(database, index, second, failed=True) == []
     finish(database, runs[1], [15], now=LATER)
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     assert found(database, index, second, "mass 15") == [15]
     with index.reading() as conn:
         assert index.totals(conn, second, "train") == {2: (N, 1)}
@@ -84,7 +84,7 @@ def test_a_picture_that_failed_again_for_another_reason_has_the_new_code(databas
     with writing(database) as conn:
         queue.retry(conn, runs[0], image_ids=["train_00011"])
     finish(database, runs[0], [11], failed={11: "truncated"}, now=LATER)
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     assert found(database, index, runs, code="truncated") == [11]
     assert found(database, index, runs, code="too_large") == []
     index.close()
@@ -97,7 +97,7 @@ def test_captions_that_are_in_a_checkpoint_by_the_next_poll_are_found(database, 
     finish(database, runs[1], range(14, 21), now=LATER)
     checkpoints.write_checkpoints(database, runs[1], "train", tmp_path / "out", 7)
     assert column(database, "SELECT count(*) FROM jobs WHERE checkpoint = 3") == [7]
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     assert found(database, index, runs[1:], "mass 20") == [20]
     index.close()
 
@@ -106,7 +106,7 @@ def test_captions_that_are_in_a_checkpoint_by_the_next_poll_are_found(database, 
 def test_captions_are_found_although_the_clock_was_set_back(database, runs):
     index = up_to_date(Index(database))
     finish(database, runs[1], [14], now=2_000)
-    assert index.update().state == "filling"
+    assert index.update(60).state == "filling"
     assert found(database, up_to_date(index), runs[1:], "mass 14") == [14]
     index.close()
 
@@ -144,7 +144,7 @@ def test_captions_that_a_merge_replaced_are_found_by_their_own_words(database, r
     assert merge(database, source_of(source, kind)).twice == 3
     if into == "a checkpoint":  # by the next poll
         checkpoints.write_checkpoints(database, runs[0], "train", tmp_path / "out", 1)
-    assert index.update().state == "ready"  # without reading everything again
+    assert index.update(60).state == "ready"  # without reading everything again
     assert found(database, index, runs[:1], "earlier") == [0, 1]
     assert found(database, index, runs[:1], "nodule 2") == []
     assert found(database, index, runs[:1], sort="time")[:3] == [0, 1, 2]
@@ -161,7 +161,7 @@ def test_captions_that_a_merge_replaced_are_found_although_others_finished_later
     assert found(database, up_to_date(index), runs[1:], "mass 14") == [14]
     source = part(tmp_path, "two", "Say.", EARLIER)
     merge(database, source_of(source, "database"))
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     assert found(database, index, runs[1:], "earlier") == [0, 1]
     source.dispose()
     index.close()
@@ -175,7 +175,7 @@ def test_flags_that_come_with_the_database_of_an_export_are_followed(database, r
     index = up_to_date(Index(database))
     assert found(database, index, runs[:1], flag="blank") == []
     merge(database, source_of(source, "database"))
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     assert found(database, index, runs[:1], flag="blank") == [0]
     source.dispose()
     index.close()
@@ -190,12 +190,12 @@ def test_what_has_been_read_is_not_written_again(database, runs, tmp_path, monke
     up_to_date(index)
     written = []
     monkeypatch.setattr(index, "_put", lambda conn, entries: written.extend(entries))
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     checkpoints.write_checkpoints(database, runs[1], "train", tmp_path / "out", 1)
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     assert written == []
     monkeypatch.setattr(index, "_store", None)
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     source.dispose()
     index.close()
 
@@ -206,7 +206,7 @@ def test_new_runs_and_pictures_are_followed(database, runs, tmp_path):
     samples.register(database, tmp_path, ["train"], run="three", recipe=Recipe(model="m", prompt="Third."))
     with db.transaction(database) as conn:
         third = queue.get_run(conn, "three")
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     assert found(database, index, [third], "axial left") == list(range(1, N, 2))
     index.close()
 
@@ -260,7 +260,7 @@ def test_a_deleted_run_is_found_no_more_and_the_others_stay(database, runs, chec
         with writing(database) as conn:
             n_cleared = queue.clear_deleted(conn)
     before = n_documents(index)
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     assert found(database, index, runs[1:], "axial nodule") == []
     assert found(database, index, runs[1:], "axial mass 13") == [13]
     assert n_documents(index) == before
@@ -289,7 +289,7 @@ def test_a_mark_that_people_set_filters_pictures(database, runs):
     index = up_to_date(Index(database, [Mark("reviewed", changed, held)]))
     assert found(database, index, runs[:1], marks={"reviewed": True}) == [3, 5]
     record((3, one[9], 1), (4, one[3], 0))
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     assert found(database, index, runs[:1], marks={"reviewed": True}) == [5, 9]
     assert found(database, index, runs[:1], marks={"reviewed": False}) == [n for n in range(N) if n not in (5, 9)]
     assert found(database, index, runs[:1], "nodule 9", marks={"reviewed": False}) == []
@@ -371,7 +371,7 @@ def test_a_file_that_another_process_has_made_again_is_opened(database, runs):
     file_of(index).unlink()
     finish(database, runs[1], [14], now=LATER)
     up_to_date(Index(database)).close()
-    assert index.update().state == "ready"
+    assert index.update(60).state == "ready"
     assert found(database, index, runs[1:], "mass 14") == [14]
     index.close()
 
@@ -441,7 +441,7 @@ def test_a_damaged_or_missing_file_is_made_again(database, runs, damage):
     if damage != "removed":
         index._database.dispose()  # another process reads the file, not what this one remembers of it
     for _ in range(5):
-        index.update()
+        index.update(60)
         with suppress(SearchUnavailable):
             assert found(database, index, runs[1:], "mass 14") == [14]
             break
@@ -459,7 +459,7 @@ def test_a_full_disk_ends_search_until_there_is_space(database, runs, monkeypatc
     def limit(connection, _record):
         connection.execute(f"PRAGMA max_page_count = {limits[0]}")
 
-    status = index.update()
+    status = index.update(60)
     assert status.state == "off"
     assert "full" in status.why
     assert "Free some space" in status.why
@@ -475,7 +475,7 @@ def test_a_full_disk_ends_search_until_there_is_space(database, runs, monkeypatc
 def test_a_file_that_cannot_be_opened_ends_search_with_a_sentence(database, runs):
     index = Index(database)
     file_of(index).mkdir()
-    assert index.update().state == "off"
+    assert index.update(60).state == "off"
     page = gallery.page(database, index, runs, Query("train"), limit=100)
     assert len(page.pictures) == N
     assert "search is off, all else works. Check that the folder can be written" in page.why
@@ -500,7 +500,7 @@ def test_a_role_that_may_make_no_schema_gets_no_search_and_a_sentence(request, t
     samples.fill(owner, tmp_path, 3)
     looker = db.connect(owner.url.set(username="looker").render_as_string(hide_password=False))
     index = Index(looker)
-    status = index.update()
+    status = index.update(60)
     assert status.state == "off"
     assert "GRANT CREATE ON DATABASE" in status.why
     looker.dispose()

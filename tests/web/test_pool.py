@@ -175,7 +175,8 @@ def test_a_process_that_is_killed_loses_only_its_requests_which_are_told_once_an
 def test_a_process_whose_engine_dies_is_replaced(served):
     with replaced(served):
         assert captioned(served, FATAL).json()["error"]["code"] == "unavailable"
-        assert texts(captioned(served, 5)) == ["µ grey 5"]
+        # Until the server has heard of it, the next may get the same answer.
+        until(lambda: captioned(served, 5).status_code == 200, "the other answers")
     assert served.logged("ended with code 1 (the device has vanished.); restarting it") == 1
 
 
@@ -183,29 +184,31 @@ def test_processes_whose_engines_stay_in_a_step_get_no_requests_until_they_go_on
     stalls = tmp_path / "stalls"
     stalls.touch()
 
-    def up() -> list[float]:
+    def up() -> list[str]:
         families = text_string_to_metric_families(served.client.get("/metrics").text)
-        return sorted(one.value for family in families for one in family.samples if one.name == "rococap_up")
+        samples = [one for family in families for one in family.samples if one.name == "rococap_up"]
+        return [one.labels["device"] for one in samples if one.value]
 
     with crew("--request-timeout", "0.5", ROCOCAP_TEST_STALLS=str(stalls)) as served:
         assert captioned(served, STALLING).status_code == 504
-        until(lambda: up() == [0, 1], "it has stalled")
+        until(lambda: len(up()) == 1, "it has stalled")
+        (other,) = up()
         assert served.client.get("/healthz").status_code == 200
-        for _ in range(4):
-            assert texts(captioned(served, 5)) == ["µ grey 5"]
+        for _ in range(4):  # on a busy machine, even the other may need longer than half a second
+            until(lambda: captioned(served, LOUD).status_code == 200, "the other answers")
+        assert set(said(served, PREPARES)) == {other}
         assert captioned(served, STALLING).status_code == 504
-        until(lambda: up() == [0, 0], "the other has stalled as well")
+        until(lambda: up() == [], "the other has stalled as well")
         healthz = served.client.get("/healthz")
         assert (healthz.status_code, healthz.json()) == (503, {"status": "stalled"})
         answer = captioned(served, 5)
         assert (answer.status_code, answer.json()["error"]["message"]) == (503, STALLED)
         stalls.unlink()
-        until(lambda: up() == [1, 1], "they go on")
+        until(lambda: up() == BOTH, "they go on")
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server():
     with running([*PROGRAM, "--devices", "cpu:1"], ROCOCAP_TEST_LOADS="never") as served:
-        assert captioned(served, 1).status_code == 503
         assert served.process.wait(60) == 1
         reason = "it ended with code 1 (the weights are not there.)"
         assert served.complaints()[-1] == f"Error: cpu failed 2 times in a row and was given up: {reason}\n"
@@ -250,14 +253,14 @@ def test_all_finish_what_runs_before_the_server_ends():
             for process in (*crew_of_two.values(), served.process):
                 process.send_signal(signal.SIGTERM)
             (idle,) = (process for label, process in crew_of_two.items() if label != busy)
-            assert psutil.wait_procs([idle], timeout=20)[1] == []
+            assert psutil.wait_procs([idle], timeout=60)[1] == []
             healthz = served.client.get("/healthz")
             assert (healthz.status_code, healthz.json()) == (503, {"status": "stopping"})
             answer = captioned(served, 1)
             assert (answer.status_code, answer.json()["error"]["message"]) == (503, STOPPING)
             assert next(lines)
             assert served.process.poll() is None
-        assert served.process.wait(20) == 0
+        assert served.process.wait(60) == 0
         assert not crew_of_two[busy].is_running()
 
 
@@ -267,11 +270,11 @@ def test_after_the_drain_timeout_what_still_runs_fails_and_the_server_ends():
             served.process.send_signal(signal.SIGTERM)
             *_, last = lines
             assert json.loads(last.removeprefix("data: "))["error"]["message"] == STOPPING
-        assert served.process.wait(20) == 0
+        assert served.process.wait(60) == 0
 
 
 def test_no_process_outlives_a_server_that_is_killed():
     with crew() as served:
         orphans = list(processes(served).values())
         served.process.kill()
-        assert psutil.wait_procs(orphans, timeout=20)[1] == []
+        assert psutil.wait_procs(orphans, timeout=60)[1] == []

@@ -128,6 +128,7 @@ def test_no_request_that_the_document_allows_or_forbids_ends_in_a_server_error(s
     command = ["-m", "schemathesis.cli", "run", str(path), "--url", served.address, "--continue-on-failure"]
     # What a schema cannot say, such as that one of many parts must be a picture, is checked beyond it.
     limits = ["--exclude-checks", "positive_data_acceptance", "--max-examples", "25", "--seed", "1", "--no-color"]
+    limits += ["--request-timeout", "120"]
     done = subprocess.run([sys.executable, *command, *limits], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "6 selected / 6 total" in done.stdout

@@ -89,6 +89,7 @@ class Reader:
     def at(self, position: int) -> list[str]:
         """Waits for a picture, and returns its texts."""
         self.page.get_by_role("heading", name=f"Picture {position} of {N}").wait_for()
+        self.page.wait_for_load_state()  # a key that is pressed before its script has run does nothing
         self.page.locator("#picture").evaluate("picture => picture.decode()")
         return self.page.locator(".text > p").all_inner_texts()
 
@@ -105,6 +106,7 @@ class Reader:
 
 
 def looks_right(page: Any) -> None:
+    page.wait_for_load_state()
     for scheme, width in (("light", 1280), ("dark", 380)):
         page.set_viewport_size({"width": width, "height": 800})
         page.emulate_media(color_scheme=scheme)
@@ -158,6 +160,7 @@ def test_three_readers_read_a_study_to_its_result_by_keyboard_and_learn_nothing_
     cy.page.get_by_role("link", name="See the results").focus()
     cy.press("Enter")
     cy.page.get_by_role("heading", name="Results").wait_for()
+    cy.page.wait_for_load_state()
     cells = [
         [row.split("\t") for row in table.split("\n")] for table in cy.page.locator(".result table").all_inner_texts()
     ]

@@ -11,11 +11,15 @@ const review = byId("review");
 const edit = byId("edit");
 const next = byId("next");
 
+let looks = 0;
+
 /** Puts what the server now says into the page, around the forms that people are filling in. */
 const refresh = async () => {
+  const look = ++looks;
   const response = await fetch(location.href).catch(() => null);
   if (!response?.ok) throw new Error("It is saved, but the page cannot be brought up to date: load it again.");
   const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
+  if (look < looks) return fresh; // what was asked for later may have come before
   for (const id of PARTS) byId(id)?.replaceChildren(...fresh.getElementById(id).childNodes);
   return fresh;
 };
