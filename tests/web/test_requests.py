@@ -30,9 +30,9 @@ from web_server import Served, loaded, running
 
 from rococap.cli.options import cli
 from rococap.demo import MODEL
-from rococap.engines import Prepared
+from rococap.engines import Completion, Prepared
 from rococap.recipe import Recipe
-from rococap.web.requests import HOLD, Asked, Requests
+from rococap.web.requests import HOLD, Asked, Requests, Unavailable
 
 TOKEN = "a-token-of-some-length"
 STOPPING = "The server is stopping. Try again later."
@@ -175,6 +175,24 @@ def test_what_is_cancelled_leaves_the_queue_wherever_it_is():
     assert requests.step(1) == {runs.id}
     assert requests.take(4, 0.0) == []
     assert waiting.answer.cancelled()
+
+
+def test_what_is_being_prepared_at_the_end_is_told_so():
+    requests = Requests(max_waiting=4)
+    asked, cancelled, failed = batch = [Asked([b""]) for _ in range(3)]
+    requests.ask(batch)
+    for _ in batch:
+        requests.next(9)
+    cancelled.answer.cancel()
+    requests.end(Unavailable(STOPPING))
+    failed.answer.set_running_or_notify_cancel()
+    failed.answer.set_result(Completion(failed.id))
+    requests.offer(asked, Prepared(asked.id, None, 1))
+    requests.offer(cancelled, Prepared(cancelled.id, None, 1))
+    requests.offer(failed, None)
+    assert str(asked.answer.exception(0)) == STOPPING
+    assert cancelled.answer.cancelled()
+    assert failed.answer.exception(0) is None
 
 
 def test_a_batch_waits_only_for_requests_that_have_come():
