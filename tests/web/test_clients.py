@@ -138,6 +138,14 @@ def test_a_client_that_stops_sending_is_told_so_and_one_that_waits_for_its_answe
         assert [line for line in served.log if "error" in line.lower()] == []
 
 
+def test_a_client_may_ask_for_the_head_alone(served):
+    for path in ("/health", "/healthz", "/v1/models", "/metrics", "/docs"):
+        whole, head = served.client.get(path), served.client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers.keys() == whole.headers.keys()
+    assert served.client.head("/v1/captions").status_code == 405
+
+
 # --- greedy ----------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +224,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], int]] = {
     "minus infinity": (CHAT, chatting(b'"n": -Infinity'), 400),
     "a number of many digits": (CHAT, chatting(b'"max_tokens": ' + b"9" * 5_000), 400),
     "not a number for pictures": (CAPTIONS, in_json(b'{"images": [NaN]}'), 400),
+    "half a document in chat": (CHAT, in_json(b'{"model": '), 400),
     "invalid UTF-8": (CAPTIONS, in_json(b'{"images": ["\xff"]}'), 400),
     "invalid UTF-8 in chat": (CHAT, in_json(b'{"model": "\xff"}'), 400),
     "half of a surrogate pair": (CHAT, in_json(json.dumps(chat(5)).replace("What?", r"\ud800").encode()), 400),
@@ -254,6 +263,7 @@ def test_a_hostile_request_is_refused_at_little_cost(served, name):
     answer = served.client.post(path, **request)
     assert answer.status_code == expected, answer.text
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert not str(answer.json()["error"]["param"]).isdigit()
     assert peak_mb(served) - before < 50
 
 
