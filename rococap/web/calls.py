@@ -130,7 +130,9 @@ def explain(error: Exception) -> JSONResponse:
         case Busy():
             return error_response(429, str(error), code="queue_full")
         case Unavailable():
-            return error_response(503, str(error), code="unavailable")
+            # A connection that is kept could end just when the next request is sent.
+            later = {"Retry-After": str(RETRY_SEC), "Connection": "close"}
+            return error_response(503, str(error), code="unavailable", headers=later)
         case RococapError():  # the database
             return error_response(503, str(error))
         case ClientDisconnect():

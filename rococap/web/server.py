@@ -85,6 +85,9 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._backend is not None and self._draining is None:
             self._draining = asyncio.ensure_future(self._drain(self._backend))
+            for connection in self.server_state.connections:
+                assert isinstance(connection, Connection)
+                connection.end_after_answer()
             self._asked_at = time.monotonic()
         if time.monotonic() - self._asked_at < ONE_REQUEST_SEC:
             return

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from patient_engine import CLUMSY, ENDLESS, LOUD, PREPARES, RUNS
 from patient_server import (
@@ -144,6 +145,19 @@ def test_a_client_may_ask_for_the_head_alone(served):
         assert (head.status_code, head.content) == (200, b"")
         assert head.headers.keys() == whole.headers.keys()
     assert served.client.head("/v1/captions").status_code == 405
+
+
+def test_a_client_that_reads_nothing_of_its_answer_is_cut_and_one_that_waits_for_more_is_not():
+    with patient(ROCOCAP_TEST_PATIENCE="1", ROCOCAP_TEST_SENDING="4096") as served, endless(served) as lines:
+        process = psutil.Process(served.process.pid)
+        n_open = process.num_fds()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((served.client.base_url.host, served.client.base_url.port))
+            connection.sendall(HEALTH.replace(b"/health", b"/docs/swagger-ui-bundle.js"))
+            until(lambda: process.num_fds() > n_open, "it is connected")
+            until(lambda: process.num_fds() == n_open, "it is cut")
+        assert any(line for line in lines)
 
 
 # --- greedy ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import select
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +14,8 @@ from patient_server import (
     ASKING,
     HEAD,
     PROGRAM,
+    answer_to,
+    asking,
     captioned,
     chat,
     connected,
@@ -246,9 +249,22 @@ def test_a_server_that_is_asked_to_stop_finishes_what_runs_and_accepts_no_more()
             assert served.client.get("/healthz").json() == {"status": "stopping"}
             answer = captioned(served, 1)
             assert (answer.status_code, answer.json()["error"]["message"]) == (503, STOPPING)
+            assert answer.headers["Connection"] == "close"
             assert served.process.poll() is None
         assert served.process.wait(20) == 0
         assert served.complaints() == []
+
+
+def test_a_connection_ends_with_the_answer_that_it_waited_for_when_the_server_was_asked_to_stop():
+    with patient() as served, ExitStack() as stack:
+        with endless(served):
+            (connection,) = stack.enter_context(connected(served, asking(5)))
+            until(lambda: "rococap_num_requests_waiting 1.0" in served.client.get("/metrics").text, "it waits")
+            served.process.send_signal(signal.SIGTERM)
+            until(lambda: served.client.get("/healthz").status_code == 503, "it is stopping")
+        answer = answer_to(connection)
+        assert (answer.status, answer.headers["Connection"]) == (200, "close")
+        assert served.process.wait(20) == 0
 
 
 def test_after_the_drain_timeout_what_still_runs_fails_and_the_server_ends():
