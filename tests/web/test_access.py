@@ -229,6 +229,12 @@ def test_scripts_and_styles_are_files_that_browsers_may_keep_until_they_change(l
         assert local.client.get(path.replace(version, "0" * len(version))).status_code == 404
 
 
+def test_a_server_without_a_model_says_how_it_would_answer_requests_for_captions(local):
+    answer = local.client.post("/v1/captions", json={"images": []})
+    message = "This server only shows the queue. Start it with --run NAME to have requests for captions answered."
+    assert (answer.status_code, answer.json()["error"]["message"]) == (404, message)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [

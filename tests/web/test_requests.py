@@ -4,6 +4,7 @@ import json
 import select
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -265,6 +266,14 @@ def test_a_connection_ends_with_the_answer_that_it_waited_for_when_the_server_wa
         answer = answer_to(connection)
         assert (answer.status, answer.headers["Connection"]) == (200, "close")
         assert served.process.wait(20) == 0
+
+
+def test_signals_that_keep_coming_do_not_change_the_exit_code():
+    with patient() as served:
+        while served.process.poll() is None:
+            served.process.send_signal(signal.SIGTERM)
+            time.sleep(0.01)
+        assert served.process.returncode == 0
 
 
 def test_after_the_drain_timeout_what_still_runs_fails_and_the_server_ends():
