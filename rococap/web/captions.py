@@ -152,8 +152,9 @@ def _chosen_recipe(service: Service, recipe_of: RecipeOf, chosen: CaptionsReques
     recipe = service.captioner.recipe
     try:
         match named:
-            case {"run": name} | {"preset": name} if len(name) > MAX_QUOTED:
-                raise ApiError(400, f"A name has at most {MAX_QUOTED} characters.", param=next(iter(named)))
+            # PostgreSQL has no texts with NUL.
+            case {"run": name} | {"preset": name} if len(name) > MAX_QUOTED or "\0" in name:
+                raise ApiError(400, f"A name has at most {MAX_QUOTED} characters, and no NUL.", param=next(iter(named)))
             case {"run": name}:
                 return replace(recipe, prompt=_prompt_of(recipe_of(name), name, recipe))
             case {"preset": name}:

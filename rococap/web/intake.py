@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rococap.web.access import API
-from rococap.web.calls import ApiError, Service, error_response, explain, is_form
+from rococap.web.calls import GONE, ApiError, Service, error_response, explain, is_form
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +85,14 @@ class Intake:
         is_json = not is_form(request)
         began = time.monotonic()
         status = n_bytes = n_values = 0
+        is_read = False
 
         async def take() -> Message:
-            nonlocal n_bytes, n_values
+            nonlocal n_bytes, n_values, is_read
             message = await receive()
+            if message["type"] == "http.disconnect" and not is_read:
+                raise HTTPException(499, GONE)  # FastAPI would call it a body that cannot be read
+            is_read = not message.get("more_body", False)
             body = message.get("body", b"")
             n_bytes += len(body)
             self._held += len(body)

@@ -165,7 +165,11 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a preset of a megabyte": (
         {"json": {"images": ["AAAA"], "preset": "x" * 1_000_000}},
-        "A name has at most 200 characters.",
+        "A name has at most 200 characters, and no NUL.",
+    ),
+    "a run that no database can have": (
+        {"json": {"images": ["AAAA"], "run": "a\0b"}},
+        "A name has at most 200 characters, and no NUL.",
     ),
     "an address in capitals": (
         {"json": {"images": ["HTTPS://example.org/a.png"]}},

@@ -80,9 +80,11 @@ def test_a_client_that_hangs_up_frees_its_place(served):
 def test_a_client_that_hangs_up_before_it_has_sent_everything_is_no_error(served):
     """The log of the server shows at the end that nothing went wrong."""
     for path in ("captions", "chat/completions"):
+        n = served.logged(f"{path}: 499")
         head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{{"
         with connected(served, head.encode()):
             pass
+        until(lambda path=path, n=n: served.logged(f"{path}: 499") == n + 1, "it is logged as what it is")
     assert texts(captioned(served, 4)) == ["µ grey 4"]
 
 
