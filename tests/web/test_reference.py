@@ -130,5 +130,5 @@ def test_no_request_that_the_document_allows_or_forbids_ends_in_a_server_error(s
     limits = ["--exclude-checks", "positive_data_acceptance", "--max-examples", "25", "--seed", "1", "--no-color"]
     done = subprocess.run([sys.executable, *command, *limits], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert "6 selected / 6 total" in done.stdout
+    assert "7 selected / 7 total" in done.stdout
     assert served.client.get("/healthz").status_code == 200
