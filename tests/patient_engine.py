@@ -1,23 +1,26 @@
 """A real engine without a model, for servers: it says what it measures in a picture, and some pictures take for ever.
 
 Run as a script, it is `rococap` with this engine, in every process: `python patient_engine.py serve --model FOLDER`.
-It gives slow clients ROCOCAP_TEST_PATIENCE seconds, may open ROCOCAP_TEST_FILES files, write ROCOCAP_TEST_FILE_SIZE
-bytes to each, and hold ROCOCAP_TEST_HELD bytes of requests.
+It gives clients that are slow, or read nothing, ROCOCAP_TEST_PATIENCE seconds, may open ROCOCAP_TEST_FILES files, write
+ROCOCAP_TEST_FILE_SIZE bytes to each, and hold ROCOCAP_TEST_HELD bytes of requests. The system holds
+ROCOCAP_TEST_SENDING bytes of its answers.
 """
 
 import os
 import resource
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from rococap import cli
 from rococap.engines import Completion, EngineInfo, Options, Prepared, Request, Source, Streaming
 from rococap.errors import ModelError
 from rococap.recipe import Recipe
-from rococap.web import captioner, connections, intake
+from rococap.web import captioner, connections, intake, server
 from rococap.worker import children
 
 ENDLESS, FATAL, CHANGED, LOUD, STALLING, CLUMSY = 200, 201, 202, 203, 204, 205
@@ -93,13 +96,22 @@ class PatientEngine:
         row.said.append(token)
 
 
+def listen(n: int, host: str, port: int, listen: Callable[[str, int], socket.socket] = server.listen) -> socket.socket:
+    listening = listen(host, port)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, n)
+    return listening
+
+
 if __name__ == "__main__":
     captioner.load_engine = PatientEngine
     children.program = lambda: [sys.executable, __file__]
     children.FIRST_PAUSE_SEC = 0.1
     children.TRIES = 2
     intake.MAX_HELD = int(os.environ.get("ROCOCAP_TEST_HELD", intake.MAX_HELD))
-    connections.PATIENCE_SEC = float(os.environ.get("ROCOCAP_TEST_PATIENCE", connections.PATIENCE_SEC))
+    if patience := float(os.environ.get("ROCOCAP_TEST_PATIENCE", 0)):
+        connections.PATIENCE_SEC = connections.UNREAD_SEC = patience
+    if n := int(os.environ.get("ROCOCAP_TEST_SENDING", 0)):
+        server.listen = partial(listen, n)
     for limit, name in ((resource.RLIMIT_NOFILE, "FILES"), (resource.RLIMIT_FSIZE, "FILE_SIZE")):
         if n := int(os.environ.get(f"ROCOCAP_TEST_{name}", 0)):
             resource.setrlimit(limit, (n, n))

@@ -65,12 +65,16 @@ def endless(served: Served) -> Iterator[Iterator[str]]:
         yield answer.iter_lines()
 
 
+def asking(*levels: int) -> bytes:
+    """A request for captions, as it is sent."""
+    body = json.dumps({"images": [grey(level) for level in levels]}).encode()
+    return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
 @contextmanager
 def sent(served: Served, *levels: int) -> Iterator[None]:
     """A request that was sent, whose client hangs up at the end without having read an answer."""
-    body = json.dumps({"images": [grey(level) for level in levels]}).encode()
-    head = f"POST /v1/captions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    with connected(served, head.encode() + body):
+    with connected(served, asking(*levels)):
         yield
 
 

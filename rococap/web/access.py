@@ -138,7 +138,7 @@ class Guard:
         _check_host(request, self._access)
         most = MAX_REQUEST if request.url.path.startswith(API) else MAX_BODY
         if int(request.headers.get("content-length", "0")) > most:
-            raise Refused(413, f"A request may have at most {most:,} bytes.")
+            raise Refused(413, f"A request to this address may have at most {most:,} bytes.")
         is_write = request.method not in READS
         if is_write:
             _check_origin(request)

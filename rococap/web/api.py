@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from rococap.errors import RococapError
 from rococap.web.access import API, MAX_REQUEST
-from rococap.web.calls import ERRORS, RecipeOf, Service, Serving, error_response, explain, invalid
+from rococap.web.calls import ERRORS, RecipeOf, Service, Serving, check_model, explain, explain_status, invalid
 from rococap.web.captioner import LOADING
 from rococap.web.captions import CAPTIONS, captions
 from rococap.web.chat import CHAT, chat_completions
@@ -27,7 +27,15 @@ router.add_api_route("/chat/completions", chat_completions, methods=["POST"], re
 
 def create_api(service: Service, recipe_of: RecipeOf) -> FastAPI:
     """The application below /v1."""
-    api = FastAPI(openapi_url=None, max_body_size=MAX_REQUEST, telemetry={"auto_configure": False})
+    api = FastAPI(
+        openapi_url=None,
+        max_body_size=MAX_REQUEST,
+        telemetry={"auto_configure": False},
+        # To another host: a process of a pool is not told by which name the client knows the server.
+        redirect_slashes=False,
+        # A body is JSON unless the request says otherwise: the guard asks browsers for their origin.
+        strict_content_type=False,
+    )
     api.state.service = service
     api.state.recipe_of = recipe_of
     api.include_router(router)
@@ -60,6 +68,13 @@ def models(service: Serving) -> Models:
     return Models(data=[Model(id=service.model, root=service.captioner.info.digest)])
 
 
+@router.get("/models/{name:path}")
+def model(name: str, service: Serving) -> Model:
+    """The model of this name."""
+    check_model(name, service)
+    return models(service).data[0]
+
+
 # --- what goes wrong -------------------------------------------------------------------------------------------
 
 
@@ -77,13 +92,7 @@ def _explain(request: Request, error: Exception) -> Response:
 
 def _explain_status(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    messages = {
-        404: "There is no such address.",
-        413: f"A request may have at most {MAX_REQUEST:,} bytes. Send its pictures in several requests.",
-    }
-    code = "queue_full" if error.status_code == 429 else None
-    message = messages.get(error.status_code, error.detail)
-    return error_response(error.status_code, message, code=code, headers=error.headers)
+    return explain_status(request, error)
 
 
 def _explain_validation(request: Request, error: Exception) -> Response:

@@ -124,6 +124,7 @@ MESSAGES = {
     404: "The address may have been mistyped, or what it showed is gone.",
     405: "This address does not accept that kind of request.",
 }
+NO_API = "This server only shows the queue. Start it with --run NAME to have requests for captions answered."
 
 
 def answer(
@@ -164,6 +165,8 @@ def _ask_reader(request: Request, error: Exception) -> Response:
 
 def _explain_status(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if request.url.path.startswith(API) and request.app.state.service is None:
+        return error_response(404, NO_API)
     return answer(
         request, site_of(request), error.status_code, MESSAGES.get(error.status_code, error.detail), error.headers
     )

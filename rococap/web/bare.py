@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from rococap.errors import RunError
 from rococap.web import operations, reference
 from rococap.web.access import API, MAX_BODY, Access, Guard, Refused
-from rococap.web.calls import RecipeOf, Service, error_response
+from rococap.web.calls import RecipeOf, Service, error_response, explain_status
 from rococap.web.pool import Pool
 from rococap.web.proxy import api_of
 
@@ -51,4 +51,4 @@ def _refuse(request: Request, error: Refused) -> Response:
 
 def _explain_status(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return error_response(error.status_code, error.detail, headers=error.headers)
+    return explain_status(request, error)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -22,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from rococap.engines import Completion
 from rococap.errors import RococapError
 from rococap.recipe import Recipe
+from rococap.web.access import MAX_REQUEST
 from rococap.web.captioner import Captioner
 from rococap.web.requests import Asked, Busy, Unavailable
 
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 
 MAX_TEXT: Final = 100_000
 """Characters in one text of a request."""
+MAX_QUOTED: Final = 200
+"""Characters of a request that an error repeats."""
 RETRY_SEC: Final = 1
 """After how long a client may try again when the queue was full, or the model was loading."""
 GONE: Final = "The client has closed the connection."
@@ -126,13 +130,27 @@ def explain(error: Exception) -> JSONResponse:
         case Busy():
             return error_response(429, str(error), code="queue_full")
         case Unavailable():
-            return error_response(503, str(error), code="unavailable")
+            # A connection that is kept could end just when the next request is sent.
+            later = {"Retry-After": str(RETRY_SEC), "Connection": "close"}
+            return error_response(503, str(error), code="unavailable", headers=later)
         case RococapError():  # the database
             return error_response(503, str(error))
         case ClientDisconnect():
             return error_response(499, GONE)
     log_failure("a request failed", error)
     return error_response(500, "The server could not answer this request. Its log says why.")
+
+
+def explain_status(request: Request, error: HTTPException) -> JSONResponse:
+    """The answer to a request that has only a status."""
+    messages = {
+        404: "There is no such address. Those of the API begin with /v1/, and /docs describes them.",
+        405: f"This address does not take {request.method}.",
+        413: f"A request may have at most {MAX_REQUEST:,} bytes. Send its pictures in several requests.",
+    }
+    code = "queue_full" if error.status_code == 429 else None
+    message = messages.get(error.status_code, error.detail)
+    return error_response(error.status_code, message, code=code, headers=error.headers)
 
 
 def log_failure(what: str, error: Exception) -> None:
@@ -144,17 +162,23 @@ def log_failure(what: str, error: Exception) -> None:
 
 
 def invalid(first: Any) -> ApiError:
-    """The error for what pydantic found first. It quotes nothing of the request."""
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    return ApiError(400, f"{where or 'The request'}: {first['msg']}.", param=where or None)
+    """The error for what pydantic found first. It quotes the name of a field at most."""
+    is_json = first["type"] != "json_invalid"  # else it says at which character, as if that were a field
+    where = ".".join(str(part) for part in first["loc"] if part != "body")[:MAX_QUOTED] if is_json else ""
+    return ApiError(400, f"{where or 'The request'}: {first['msg'][:MAX_QUOTED]}.", param=where or None)
 
 
 # --- what is sent ----------------------------------------------------------------------------------------------
 
 
+def is_form(request: Request) -> bool:
+    """Whether a request is sent as a form. The names of media types have no case."""
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
 def decoded(text: str, param: str) -> bytes:
     """The bytes of a picture that is given as base64 or as a data URL. Raises ApiError."""
-    if text.startswith(("http://", "https://", "file:", "ftp:")):
+    if text[:8].lower().startswith(("http://", "https://", "file:", "ftp:")):
         raise ApiError(
             400,
             "The server fetches no pictures. Send the picture itself, as a data URL.",
@@ -177,6 +201,13 @@ def check_text(text: str, param: str) -> None:
         raise ApiError(400, f"A text may have {MAX_TEXT:,} characters, not {len(text):,}.", param=param)
     if text != text.encode(errors="replace").decode():
         raise ApiError(400, "A text is not valid Unicode.", param=param)
+
+
+def check_model(name: str, service: Service) -> None:
+    """Raises ApiError if the model that is served has another name."""
+    if name != service.model:
+        message = f"The model {name[:100]!r} does not exist. This server has {service.model!r}."
+        raise ApiError(404, message, code="model_not_found", param="model")
 
 
 # --- waiting ---------------------------------------------------------------------------------------------------

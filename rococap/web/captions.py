@@ -15,7 +15,19 @@ from rococap.errors import DatabaseError, RococapError
 from rococap.queue.records import clean_text, flags_of
 from rococap.recipe import Recipe, refuse_placeholders
 from rococap.web.access import MAX_REQUEST
-from rococap.web.calls import MAX_TEXT, ApiError, RecipeOf, Service, Serving, answers, check_text, decoded, invalid
+from rococap.web.calls import (
+    MAX_QUOTED,
+    MAX_TEXT,
+    ApiError,
+    RecipeOf,
+    Service,
+    Serving,
+    answers,
+    check_text,
+    decoded,
+    invalid,
+    is_form,
+)
 from rococap.web.captioner import flagged
 from rococap.web.requests import Asked
 
@@ -78,7 +90,7 @@ CAPTIONS: Final[dict[str, Any]] = {"openapi_extra": _described()}
 
 async def captions(request: Request, service: Serving) -> Captions:
     """Captions pictures, which are sent as a form or as JSON. A picture that has no caption fails alone."""
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if is_form(request):
         pictures, chosen = await _read_form(request)
     else:
         pictures, chosen = await asyncio.to_thread(_read_json, await request.body())
@@ -116,9 +128,13 @@ async def _read_form(request: Request) -> tuple[list[bytes], CaptionsRequest]:
     fields: dict[str, Any] = {"images": []}
     for name, value in form.multi_items():
         if isinstance(value, str):
+            if name in ("image", "images"):
+                raise ApiError(
+                    400, f"{name} is a text here. Pictures are sent as files, in the field image.", param=name
+                )
             fields[name] = value
         elif name != "image":
-            raise ApiError(400, "Pictures are sent in the field image.", param=name)
+            raise ApiError(400, "Pictures are sent in the field image.", param=name[:MAX_QUOTED])
         else:
             pictures.append(await value.read())
     await form.close()
@@ -136,6 +152,9 @@ def _chosen_recipe(service: Service, recipe_of: RecipeOf, chosen: CaptionsReques
     recipe = service.captioner.recipe
     try:
         match named:
+            # PostgreSQL has no texts with NUL.
+            case {"run": name} | {"preset": name} if len(name) > MAX_QUOTED or "\0" in name:
+                raise ApiError(400, f"A name has at most {MAX_QUOTED} characters, and no NUL.", param=next(iter(named)))
             case {"run": name}:
                 return replace(recipe, prompt=_prompt_of(recipe_of(name), name, recipe))
             case {"preset": name}:

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from typing import Annotated, Any, Final, Literal
 
 from fastapi.sse import format_sse_event
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -20,6 +20,7 @@ from rococap.web.calls import (
     Service,
     Serving,
     answers,
+    check_model,
     check_text,
     decoded,
     explain,
@@ -80,7 +81,7 @@ class TextPart(BaseModel):
 
 class ImageUrl(BaseModel):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class ImagePart(BaseModel):
@@ -91,15 +92,31 @@ class ImagePart(BaseModel):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+# Not a union of both: what is wrong with a part would be reported as its not being a text.
+Content = Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
+
+
 class ChatMessage(BaseModel):
     """One turn of the conversation. `developer` is what OpenAI now calls `system`."""
 
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Content
     name: str | None = None
     refusal: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, given: Any) -> Any:
+        """Clients send an answer back with all the fields that answers may have, such as `tool_calls`."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if name in cls.model_fields or value not in (None, [])}
 
 
 class StreamOptions(BaseModel):
@@ -125,9 +142,7 @@ class ChatRequest(BaseModel):
 
 def _check(chat: ChatRequest, service: Service) -> None:
     """Raises ApiError for what is not served here."""
-    if chat.model != service.model:
-        message = f"The model {chat.model[:100]!r} does not exist. This server has {service.model!r}."
-        raise ApiError(404, message, code="model_not_found", param="model")
+    check_model(chat.model, service)
     for name, value in (chat.model_extra or {}).items():
         if name in WITHOUT_EFFECT or value is None:
             continue
@@ -155,10 +170,8 @@ def _read(chat: ChatRequest) -> tuple[list[Message], list[bytes]]:
 
     messages: list[Message] = []
     for number, message in enumerate(chat.messages):
-        given = message.content
-        parts = [TextPart(type="text", text=given)] if isinstance(given, str) else given
         role = "system" if message.role == "developer" else message.role
-        content = [part(one, f"messages[{number}].content[{at}]") for at, one in enumerate(parts)]
+        content = [part(one, f"messages[{number}].content[{at}]") for at, one in enumerate(message.content)]
         messages.append({"role": role, "content": content})
     if not 1 <= len(pictures) <= MAX_PICTURES:
         raise ApiError(400, f"A request may have 1 to {MAX_PICTURES} pictures, not {len(pictures)}.", param="messages")

@@ -1,6 +1,6 @@
 """Connections of clients: how many there may be, and how long the server waits for what they have begun to send.
 
-Knows no application. What is being answered is never cut, however long it takes.
+Knows no application. What is being answered is never cut, however long it takes, while the client reads it.
 """
 
 import asyncio
@@ -15,6 +15,10 @@ MOST: Final = 4_096
 """Connections at a time, if the system lets the process open twice as many files."""
 PATIENCE_SEC: Final = 20.0
 """How long a client may take for the head of a request, and how long it may send nothing of a body."""
+UNREAD_SEC: Final = 60.0
+"""How long a client may read nothing of an answer that waits to be sent. What systems hold for one that reads slowly
+can be more than it reads in PATIENCE_SEC.
+"""
 SLOWEST: Final = 500
 """Bytes of a body in a second. A client that stays below it for long is one that sends nothing."""
 MAX_HEAD: Final = 65_536
@@ -45,6 +49,8 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._in_body = False
         self._n_useless = 0
+        self._unread = 0
+        self._read_at = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -147,12 +153,27 @@ class Connection(HttpToolsProtocol):
         else:
             self._refuse_or_close(400, msg)
 
+    def end_after_answer(self) -> None:
+        """Ends the connection once the request under way is answered, if there is one."""
+        if self._sends != "head":
+            self.cycle.keep_alive = False
+
     def check(self) -> None:
         """Ends the connection if its client has been too slow. To be called about once a second."""
-        if not self._is_awaited():
+        if self._is_unread():
+            self.transport.abort()  # to close it would wait for what is not read
+        elif not self._is_awaited():
             self._wait(PATIENCE_SEC)
         elif self.loop.time() >= self.deadline:
             self.give_up()
+
+    def _is_unread(self) -> bool:
+        """Whether the client has read nothing of what waits to be sent, for UNREAD_SEC."""
+        unread, before = self.transport.get_write_buffer_size(), self._unread
+        self._unread = unread
+        if not unread or unread < before:
+            self._read_at = self.loop.time()
+        return self.loop.time() - self._read_at > UNREAD_SEC
 
     def _is_awaited(self) -> bool:
         """Whether the server waits for the client, and not the other way round."""

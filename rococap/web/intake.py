@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rococap.web.access import API
-from rococap.web.calls import ApiError, Service, error_response, explain
+from rococap.web.calls import GONE, ApiError, Service, error_response, explain, is_form
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)
 class Bounded:
     """ASGI middleware that answers at most MAX_REQUESTS at a time. Whether the process lives is always answered.
 
+    HEAD is answered as GET, wherever there is one: uvicorn leaves the body out.
+
     The connection of a client that has kept its body back, and is not asked for it, is closed: it must not send
     another request in the body's place.
     """
@@ -46,6 +48,8 @@ class Bounded:
         if scope["type"] != "http":
             return
         app = self._app
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
         if self._n >= MAX_REQUESTS and not scope["path"].startswith("/health"):
             app = error_response(503, f"{MAX_REQUESTS:,} requests are being answered. Try again later.")
         keeps_back = Headers(scope=scope).get("expect", "").lower() == "100-continue"
@@ -78,13 +82,17 @@ class Intake:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
-        is_json = not request.headers.get("content-type", "").startswith("multipart/")
+        is_json = not is_form(request)
         began = time.monotonic()
         status = n_bytes = n_values = 0
+        is_read = False
 
         async def take() -> Message:
-            nonlocal n_bytes, n_values
+            nonlocal n_bytes, n_values, is_read
             message = await receive()
+            if message["type"] == "http.disconnect" and not is_read:
+                raise HTTPException(499, GONE)  # FastAPI would call it a body that cannot be read
+            is_read = not message.get("more_body", False)
             body = message.get("body", b"")
             n_bytes += len(body)
             self._held += len(body)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import httpx
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -15,12 +16,12 @@ from starlette.types import ASGIApp
 
 from rococap.web.access import MAX_REQUEST
 from rococap.web.api import create_api, explain_errors
-from rococap.web.calls import ApiError, Events, RecipeOf, Service, timed_out, unless_gone
+from rococap.web.calls import ApiError, Events, RecipeOf, Service, explain, timed_out, unless_gone
 from rococap.web.chat import error_event
 from rococap.web.pool import Pool, Replica
 
 METHODS: Final = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")
-PASSED_ON: Final = ("content-type", "content-length")
+PASSED_ON: Final = (b"content-type", b"content-length")
 """Headers of requests that a process is sent. Tokens and cookies are none of its concern."""
 OF_ONE_CONNECTION: Final = frozenset(["connection", "date", "keep-alive", "transfer-encoding"])
 """Headers of answers that are not passed on."""
@@ -52,7 +53,12 @@ class Proxy(Starlette):
 
     async def _forward(self, request: Request) -> Response:
         is_read = asyncio.Event()
-        return await unless_gone(request, self._answer(request, _body(request, is_read)), math.inf, is_read)
+        try:
+            return await unless_gone(request, self._answer(request, _body(request, is_read)), math.inf, is_read)
+        except HTTPException:
+            raise
+        except Exception as error:
+            return explain(error)
 
     async def _answer(self, request: Request, body: AsyncIterator[bytes]) -> Response:
         tried: set[Replica] = set()
@@ -98,11 +104,13 @@ def _client_of(replica: Replica, timeout: float) -> httpx.AsyncClient:
 
 
 def _passed_on(client: httpx.AsyncClient, request: Request, body: AsyncIterator[bytes]) -> httpx.Request:
-    headers = {name: value for name in PASSED_ON if (value := request.headers.get(name)) is not None}
-    has_body = "content-length" in headers or "transfer-encoding" in request.headers
+    headers = [(name, value) for name, value in request.headers.raw if name in PASSED_ON]
+    has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
     scope: dict[str, Any] = dict(request.scope)
-    url = client.base_url.copy_with(raw_path=scope["raw_path"] + b"?" + scope["query_string"])
-    return client.build_request(request.method, url, headers=headers, content=body if has_body else None)
+    # httpx would resolve the dots in an address, which could then lead out of the API.
+    target = {"target": scope["raw_path"] + b"?" + scope["query_string"]}
+    content = body if has_body else None
+    return client.build_request(request.method, "/", headers=headers, content=content, extensions=target)
 
 
 async def _body(request: Request, is_read: asyncio.Event) -> AsyncIterator[bytes]:

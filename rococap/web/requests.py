@@ -184,10 +184,13 @@ class Requests:
         """Makes a request available to the engine, unless it was cancelled, or answered by a failure (None)."""
         with self._changed:
             self._preparing.discard(asked.id)
-            if prepared is not None and not (self._ended or asked.answer.done()):
+            why = self._closed if self._ended else None
+            if prepared is not None and why is None and not asked.answer.done():
                 self._ready.append((asked, prepared, self.n_steps))
                 asked.enters()
             self._changed.notify_all()
+        if prepared is not None and why is not None and asked.answer.set_running_or_notify_cancel():
+            asked.answer.set_exception(why)
 
     # --- the engine's side: Source and Streaming ---
 

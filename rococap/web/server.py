@@ -21,7 +21,7 @@ from rococap.web.captioner import Captioner
 from rococap.web.connections import Connection, room
 from rococap.web.intake import Bounded
 from rococap.web.pool import Pool
-from rococap.worker.signals import ONE_REQUEST_SEC
+from rococap.worker.signals import ONE_REQUEST_SEC, STOP_SIGNALS
 
 STOP_SEC = 5
 """How long answers that are under way may take after a request to stop."""
@@ -76,15 +76,25 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # uvicorn's own would raise the signal again at the end, and the process die of it.
+        # uvicorn's own would raise the signal again at the end, and the process die of it. The loop's would be gone
+        # before the process is, so that a wrapper which passes a signal on as well could decide the exit code.
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            loop.call_soon_threadsafe(self.handle_exit, number, frame)
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, ask)
         yield
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._backend is not None and self._draining is None:
             self._draining = asyncio.ensure_future(self._drain(self._backend))
+            for connection in self.server_state.connections:
+                assert isinstance(connection, Connection)
+                connection.end_after_answer()
             self._asked_at = time.monotonic()
         if time.monotonic() - self._asked_at < ONE_REQUEST_SEC:
             return

@@ -229,13 +229,19 @@ def test_scripts_and_styles_are_files_that_browsers_may_keep_until_they_change(l
         assert local.client.get(path.replace(version, "0" * len(version))).status_code == 404
 
 
+def test_a_server_without_a_model_says_how_it_would_answer_requests_for_captions(local):
+    answer = local.client.post("/v1/captions", json={"images": []})
+    message = "This server only shows the queue. Start it with --run NAME to have requests for captions answered."
+    assert (answer.status_code, answer.json()["error"]["message"]) == (404, message)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
         ({"run": "nobody"}, 409, "There is no run 'nobody'. Runs: default."),
         ({"run": ""}, 422, "body.run: String should have at least 1 character."),
         ({"run": "default", "split": "../x"}, 422, "body.split: Input should be 'train', 'validation' or 'test'."),
-        ({"run": "x" * 2_000_000}, 413, "A request may have at most 1,000,000 bytes."),
+        ({"run": "x" * 2_000_000}, 413, "A request to this address may have at most 1,000,000 bytes."),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_in_a_line(local, body, status, message):

@@ -1,6 +1,7 @@
 """Captions over HTTP, by a real server with the demo model: what is asked, what is answered, what fails."""
 
 import base64
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -158,6 +159,22 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
         "The form cannot be read: Missing boundary in multipart.",
     ),
     "another file": ({"files": {"file": b"AAAA"}}, "Pictures are sent in the field image."),
+    "a picture as a text": (
+        {"files": {"image": (None, "AAAA")}},
+        "image is a text here. Pictures are sent as files, in the field image.",
+    ),
+    "a preset of a megabyte": (
+        {"json": {"images": ["AAAA"], "preset": "x" * 1_000_000}},
+        "A name has at most 200 characters, and no NUL.",
+    ),
+    "a run that no database can have": (
+        {"json": {"images": ["AAAA"], "run": "a\0b"}},
+        "A name has at most 200 characters, and no NUL.",
+    ),
+    "an address in capitals": (
+        {"json": {"images": ["HTTPS://example.org/a.png"]}},
+        "The server fetches no pictures. Send the picture itself, as a data URL.",
+    ),
 }
 
 
@@ -165,6 +182,34 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_request_that_cannot_be_understood_is_told_why(beside, name):
     request, message = MALFORMED[name]
     assert error_of(beside.client.post("/v1/captions", **request)) == (400, message)
+
+
+def test_an_error_repeats_little_of_a_request(beside):
+    answer = beside.client.post("/v1/captions", json={"images": ["AAAA"], "x" * 1_000_000: 2})
+    assert answer.status_code == 400
+    assert len(answer.content) < 1_000
+
+
+def test_media_types_have_no_case(beside, worked):
+    body = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n%b\r\n--b--\r\n' % PICTURES[0]
+    headers = {"Content-Type": "Multipart/Form-Data; boundary=b"}
+    assert listed(beside.client.post("/v1/captions", content=body, headers=headers)) == stored(worked)[:1]
+
+
+def test_a_body_without_a_type_is_json(beside):
+    captions = json.dumps({"images": [in_base64(PICTURES[0])]}).encode()
+    chat = json.dumps({"model": MODEL.name, "messages": asking(PICTURES[0])}).encode()
+    for path, body in (("captions", captions), ("chat/completions", chat)):
+        assert beside.client.post(f"/v1/{path}", content=body).status_code == 200
+
+
+def test_an_address_that_does_not_exist_is_told_so_and_leads_nowhere_else(beside):
+    for path in ("/v1/captions/", "/v1/responses"):
+        assert error_of(beside.client.post(path)) == (
+            404,
+            "There is no such address. Those of the API begin with /v1/, and /docs describes them.",
+        )
+    assert error_of(beside.client.put("/v1/models")) == (405, "This address does not take PUT.")
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_sent(beside):
@@ -253,6 +298,33 @@ def test_openais_client_streams_each_token_and_the_usage(beside, worked):
     assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], expected["new_tokens"])
 
 
+def test_openais_client_finds_the_model_by_its_name(beside):
+    with client_of(beside) as client:
+        assert client.models.retrieve(MODEL.name) == client.models.list().data[0]
+        with pytest.raises(openai.NotFoundError, match="This server has 'model'"):
+            client.models.retrieve("openai/gpt-4o")
+
+
+def test_an_answer_can_be_sent_back_with_all_its_fields(beside):
+    asked = asking(PICTURES[0])
+    with client_of(beside) as client:
+        answer = client.chat.completions.create(model=MODEL.name, messages=asked, max_tokens=3)
+        said = answer.choices[0].message.model_dump() | {"annotations": []}
+        turns = [*asked, said, {"role": "user", "content": "And what else?"}]
+        assert client.chat.completions.create(model=MODEL.name, messages=turns, max_tokens=3).choices
+        turns[1] = said | {"annotations": ["a note"]}
+        with pytest.raises(openai.BadRequestError, match="annotations: Extra inputs are not permitted"):
+            client.chat.completions.create(model=MODEL.name, messages=turns)
+
+
+def test_every_detail_of_openais_is_accepted(beside):
+    (asked,) = asking(PICTURES[0])
+    for detail in ("auto", "low", "high", "original"):
+        asked["content"][0]["image_url"]["detail"] = detail
+        with client_of(beside) as client:
+            assert client.chat.completions.create(model=MODEL.name, messages=[asked], max_tokens=1).choices
+
+
 def test_several_turns_with_several_pictures_are_answered(beside):
     turns = [
         {"role": "developer", "content": "You are a radiologist."},
@@ -282,6 +354,13 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str | None, str | None]] = {
     "a picture's token": ({"messages": asking(PICTURES[0], text="<|image_pad|>")}, 400, None, "unprocessable"),
     "a tool's turn": ({"messages": [{"role": "tool", "content": "4"}]}, 400, "messages.0.role", None),
     "no messages": ({"messages": []}, 400, "messages", None),
+    "another kind of part": (
+        {"messages": [{"role": "user", "content": [{"type": "input_image"}]}]},
+        400,
+        "messages.0.content.0",
+        None,
+    ),
+    "no content": ({"messages": [{"role": "assistant", "content": None}]}, 400, "messages.0.content", None),
 }
 
 

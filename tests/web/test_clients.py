@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from patient_engine import CLUMSY, ENDLESS, LOUD, PREPARES, RUNS
 from patient_server import (
@@ -138,6 +139,27 @@ def test_a_client_that_stops_sending_is_told_so_and_one_that_waits_for_its_answe
         assert [line for line in served.log if "error" in line.lower()] == []
 
 
+def test_a_client_may_ask_for_the_head_alone(served):
+    for path in ("/health", "/healthz", "/v1/models", "/metrics", "/docs"):
+        whole, head = served.client.get(path), served.client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers.keys() == whole.headers.keys()
+    assert served.client.head("/v1/captions").status_code == 405
+
+
+def test_a_client_that_reads_nothing_of_its_answer_is_cut_and_one_that_waits_for_more_is_not():
+    with patient(ROCOCAP_TEST_PATIENCE="1", ROCOCAP_TEST_SENDING="4096") as served, endless(served) as lines:
+        process = psutil.Process(served.process.pid)
+        n_open = process.num_fds()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((served.client.base_url.host, served.client.base_url.port))
+            connection.sendall(HEALTH.replace(b"/health", b"/docs/swagger-ui-bundle.js"))
+            until(lambda: process.num_fds() > n_open, "it is connected")
+            until(lambda: process.num_fds() == n_open, "it is cut")
+        assert any(line for line in lines)
+
+
 # --- greedy ----------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +235,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], int]] = {
     "minus infinity": (CHAT, chatting(b'"n": -Infinity'), 400),
     "a number of many digits": (CHAT, chatting(b'"max_tokens": ' + b"9" * 5_000), 400),
     "not a number for pictures": (CAPTIONS, in_json(b'{"images": [NaN]}'), 400),
+    "half a document in chat": (CHAT, in_json(b'{"model": '), 400),
     "invalid UTF-8": (CAPTIONS, in_json(b'{"images": ["\xff"]}'), 400),
     "invalid UTF-8 in chat": (CHAT, in_json(b'{"model": "\xff"}'), 400),
     "half of a surrogate pair": (CHAT, in_json(json.dumps(chat(5)).replace("What?", r"\ud800").encode()), 400),
@@ -251,6 +274,7 @@ def test_a_hostile_request_is_refused_at_little_cost(served, name):
     answer = served.client.post(path, **request)
     assert answer.status_code == expected, answer.text
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert not str(answer.json()["error"]["param"]).isdigit()
     assert peak_mb(served) - before < 50
 
 

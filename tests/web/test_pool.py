@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from patient_engine import ENDLESS, FATAL, LOUD, PREPARES, RUNS, STALLING
-from patient_server import HEAD, PROGRAM, captioned, chat, connected, grey, sent, texts
+from patient_server import HEAD, HEALTH, PROGRAM, captioned, chat, connected, grey, sent, status_of, texts
 from prometheus_client.parser import text_string_to_metric_families
 from steps import members, until
 from web_server import Served, running
@@ -112,6 +112,19 @@ def test_what_a_process_answers_is_passed_on_as_it_is(served):
     assert served.client.get("/v1/no%3Fthing?a=%20").status_code == 404
     assert served.client.post("/v1/models").status_code == 405
     assert served.client.get("/metrics").status_code == served.client.get("/docs").status_code == 200
+
+
+def test_an_address_leads_to_no_other_host_and_not_out_of_the_api(served):
+    for path in ("/v1/captions/", "/v1/" + "x" * 65_000):
+        assert served.client.post(path).status_code == 404
+    with connected(served, HEALTH.replace(b"/health", b"/v1/../health")) as (connection,):
+        assert status_of(connection) == 404
+
+
+def test_a_header_that_is_not_ascii_is_answered_as_by_one_process(served):
+    head = HEAD + b"Content-Type: multipart/form-data; boundary=\xff\r\nContent-Length: 2\r\n\r\n{}"
+    with connected(served, head) as (connection,):
+        assert status_of(connection) == 400
 
 
 def test_a_request_may_be_as_large_as_with_one_process(served):

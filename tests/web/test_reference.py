@@ -131,5 +131,5 @@ def test_no_request_that_the_document_allows_or_forbids_ends_in_a_server_error(s
     limits += ["--request-timeout", "120"]
     done = subprocess.run([sys.executable, *command, *limits], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert "6 selected / 6 total" in done.stdout
+    assert "7 selected / 7 total" in done.stdout
     assert served.client.get("/healthz").status_code == 200

@@ -3,7 +3,9 @@
 import json
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +14,8 @@ from patient_server import (
     ASKING,
     HEAD,
     PROGRAM,
+    answer_to,
+    asking,
     captioned,
     chat,
     connected,
@@ -30,9 +34,9 @@ from web_server import Served, loaded, running
 
 from rococap.cli.options import cli
 from rococap.demo import MODEL
-from rococap.engines import Prepared
+from rococap.engines import Completion, Prepared
 from rococap.recipe import Recipe
-from rococap.web.requests import HOLD, Asked, Requests
+from rococap.web.requests import HOLD, Asked, Requests, Unavailable
 
 TOKEN = "a-token-of-some-length"
 STOPPING = "The server is stopping. Try again later."
@@ -76,9 +80,11 @@ def test_a_client_that_hangs_up_frees_its_place(served):
 def test_a_client_that_hangs_up_before_it_has_sent_everything_is_no_error(served):
     """The log of the server shows at the end that nothing went wrong."""
     for path in ("captions", "chat/completions"):
+        n = served.logged(f"{path}: 499")
         head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{{"
         with connected(served, head.encode()):
             pass
+        until(lambda path=path, n=n: served.logged(f"{path}: 499") == n + 1, "it is logged as what it is")
     assert texts(captioned(served, 4)) == ["µ grey 4"]
 
 
@@ -177,6 +183,24 @@ def test_what_is_cancelled_leaves_the_queue_wherever_it_is():
     assert waiting.answer.cancelled()
 
 
+def test_what_is_being_prepared_at_the_end_is_told_so():
+    requests = Requests(max_waiting=4)
+    asked, cancelled, failed = batch = [Asked([b""]) for _ in range(3)]
+    requests.ask(batch)
+    for _ in batch:
+        requests.next(9)
+    cancelled.answer.cancel()
+    requests.end(Unavailable(STOPPING))
+    failed.answer.set_running_or_notify_cancel()
+    failed.answer.set_result(Completion(failed.id))
+    requests.offer(asked, Prepared(asked.id, None, 1))
+    requests.offer(cancelled, Prepared(cancelled.id, None, 1))
+    requests.offer(failed, None)
+    assert str(asked.answer.exception(0)) == STOPPING
+    assert cancelled.answer.cancelled()
+    assert failed.answer.exception(0) is None
+
+
 def test_a_batch_waits_only_for_requests_that_have_come():
     """Without the wait for what is being prepared, a batch would start half empty; with any other, it would be late."""
     requests = Requests(max_waiting=4)
@@ -228,9 +252,30 @@ def test_a_server_that_is_asked_to_stop_finishes_what_runs_and_accepts_no_more()
             assert served.client.get("/healthz").json() == {"status": "stopping"}
             answer = captioned(served, 1)
             assert (answer.status_code, answer.json()["error"]["message"]) == (503, STOPPING)
+            assert answer.headers["Connection"] == "close"
             assert served.process.poll() is None
         assert served.process.wait(60) == 0
         assert served.complaints() == []
+
+
+def test_a_connection_ends_with_the_answer_that_it_waited_for_when_the_server_was_asked_to_stop():
+    with patient() as served, ExitStack() as stack:
+        with endless(served):
+            (connection,) = stack.enter_context(connected(served, asking(5)))
+            until(lambda: "rococap_num_requests_waiting 1.0" in served.client.get("/metrics").text, "it waits")
+            served.process.send_signal(signal.SIGTERM)
+            until(lambda: served.client.get("/healthz").status_code == 503, "it is stopping")
+        answer = answer_to(connection)
+        assert (answer.status, answer.headers["Connection"]) == (200, "close")
+        assert served.process.wait(20) == 0
+
+
+def test_signals_that_keep_coming_do_not_change_the_exit_code():
+    with patient() as served:
+        while served.process.poll() is None:
+            served.process.send_signal(signal.SIGTERM)
+            time.sleep(0.01)
+        assert served.process.returncode == 0
 
 
 def test_after_the_drain_timeout_what_still_runs_fails_and_the_server_ends():
