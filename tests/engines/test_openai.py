@@ -1001,7 +1001,8 @@ def pending_and_done(database: Engine) -> dict[tuple, int]:
 )
 def test_a_server_that_breaks_under_way_fails_no_picture(server, database, tmp_path, batch_size, trouble, told):
     fill(database, tmp_path / "set", 50, recipe=RECIPE)
-    server.troubles.extend([Trouble()] * 14 + [trouble] * 999)
+    # So many in a row end the worker, and would cancel a good answer that is still under way.
+    server.troubles.extend([Trouble()] * 14 + [replace(trouble, after=14)] * 999)
     with pytest.raises(ModelError, match=told):
         caption_with(database, server, batch_size=batch_size, self_check=False)
     assert pending_and_done(database) == {("pending", 0, 0): 36, ("done", 1, 0): 14}
@@ -1088,7 +1089,7 @@ def test_a_worker_whose_server_refuses_everything_says_so_in_one_line_and_exits_
     server, database, url, tmp_path, n_good
 ):
     fill(database, tmp_path / "set", 40, recipe=RECIPE)
-    server.troubles.extend([Trouble()] * n_good + [failing(400, "The model has crashed.")] * 99)
+    server.troubles.extend([Trouble()] * n_good + [replace(failing(400, "The model has crashed."), after=n_good)] * 99)
     process = start(url, server.url, "--no-self-check")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
