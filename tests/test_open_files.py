@@ -64,9 +64,11 @@ def held_back(server: ChatServer, more_than: int, n: int, url: str, *args: str, 
     """The same, with a server that answers nothing until more than so many requests are in flight, and for a while."""
 
     def answer() -> None:
-        until(lambda: server.in_flight > more_than, f"more than {more_than} requests")
-        time.sleep(0.5)
-        server.go_on.set()
+        try:
+            until(lambda: server.in_flight > more_than, f"more than {more_than} requests")
+            time.sleep(0.5)
+        finally:
+            server.go_on.set()
 
     server.sec = 120.0
     with ThreadPoolExecutor(1) as pool:

@@ -518,11 +518,13 @@ def test_while_it_waits_it_steps_again_and_again(server, load):
     source = Pictures(engine, [1])
     thread = threading.Thread(target=lambda: list(engine.run(source)))
     thread.start()
-    until(lambda: len(server.requests) == 1 and server.in_flight == 0, "the answer")
-    n_steps = len(source.steps)
-    until(lambda: len(source.steps) > n_steps + 20, "steps")
-    source.lost.add(1)
-    thread.join(60)
+    try:
+        until(lambda: len(server.requests) == 1 and server.in_flight == 0, "the answer")
+        n_steps = len(source.steps)
+        until(lambda: len(source.steps) > n_steps + 20, "steps")
+    finally:
+        source.lost.add(1)
+        thread.join(60)
     assert len(server.requests) == 1
 
 

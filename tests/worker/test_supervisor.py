@@ -369,8 +369,10 @@ def test_two_processes_caption_every_picture_once_and_what_they_did_adds_up(data
             queue.pause(conn, run, paused)
 
     def begin_together() -> None:
-        until(lambda: select(database, "SELECT count(*) FROM workers") == [(2,)], "both")
-        pause(False)
+        try:
+            until(lambda: select(database, "SELECT count(*) FROM workers") == [(2,)], "both")
+        finally:
+            pause(False)
 
     pause(True)
     with ThreadPoolExecutor(1) as pool:
