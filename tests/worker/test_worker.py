@@ -239,7 +239,7 @@ def test_a_worker_tells_what_it_measures_while_it_runs_and_what_storing_took_of_
         (stopped,) = queue.list_workers(conn)
         leases = queue.list_leases(conn, closed=99)
     told = stopped.telemetry
-    assert running.telemetry.captioning_sec < told.captioning_sec < 60
+    assert 0 < running.telemetry.captioning_sec <= told.captioning_sec
     assert told.pictures_per_sec == pytest.approx(40 / told.captioning_sec, rel=0.15)
     assert told.new_tokens_per_sec == pytest.approx(3 * told.pictures_per_sec, rel=0.15)
     assert 0.5 < told.fill <= 1.0
