@@ -43,7 +43,8 @@ def measure(picture: Image.Image, request: Request) -> Completion:
 class Trouble:
     """The response to one request instead of a caption: after `delay` seconds, a reset connection or this response.
 
-    If `body` is None, it is the caption after all, with `changes` to the JSON.
+    If `body` is None, it is the caption after all, with `changes` to the JSON. It is held back until the server has
+    given `after` captions.
     """
 
     status: int = 200
@@ -52,6 +53,7 @@ class Trouble:
     delay: float = 0.0
     cut: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
+    after: int = 0
 
 
 def failing(status: int, message: str = "", **headers: str) -> Trouble:
@@ -183,6 +185,8 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
             picture = picture_of(request)
             trouble = server.next_trouble(picture.getpixel((0, 0))[0])
             server.go_on.wait(server.sec + (trouble.delay if trouble else 0))
+            while trouble is not None and server.answered < trouble.after and not server.go_on.wait(0.01):
+                pass
             if trouble is not None and (trouble.cut or trouble.body is not None or trouble.status != 200):
                 return self.answer(trouble)
             said = _answer(request, server.model(picture, request)) | (trouble.changes if trouble else {})

@@ -1,6 +1,7 @@
 """Workers with the small engine under a supervisor: python tests/small_crew.py crew URL DEVICES ENGINE SETTINGS.
 
-The arguments are JSON. The supervisor starts the members with this file, too.
+The arguments are JSON. The supervisor starts the members with this file, too. ROCOCAP_TEST_CONSTANTS, which is JSON as
+well, sets constants in the members.
 """
 
 import json
@@ -28,7 +29,7 @@ def small_command(**engine: Any) -> supervisor.Command:
 
 def be_member(engine: str, settings: str) -> None:
     children.leave_with_parent()
-    set_constants(QUICK)
+    set_constants(QUICK | json.loads(os.environ.get("ROCOCAP_TEST_CONSTANTS", "{}")))
     database = db.connect(os.environ["ROCOCAP_DB"])
     supervisor.report_outcome(
         work(

@@ -88,6 +88,8 @@ class SmallEngine:
             if any(picture.inputs[2] in self.breaks_on for picture in batch):
                 raise RuntimeError("the small engine broke")
             lost = set()
+            if self.hangs:
+                print("the small engine hangs", file=sys.stderr, flush=True)
             for _ in range(self.steps):
                 time.sleep(3600 if self.hangs else self.step_sec)
                 lost = set(source.step(len(batch)))

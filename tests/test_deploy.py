@@ -167,7 +167,7 @@ def is_healthy(world: World) -> bool:
 
 @pytest.mark.slow
 def test_a_pod_is_healthy_until_it_is_evicted_and_then_drains_and_does_not_count_as_finished(pod, world):
-    world.fill(400)
+    world.fill(1_200)
     with running(*pod) as process:
         until(lambda: world.n_done() > 0, "it works")
         assert is_healthy(world)

@@ -1,6 +1,7 @@
 """What doctor finds, each damaged for real. A queue in order stands at the beginning of every test."""
 
 import json
+import re
 import shlex
 import shutil
 import socket
@@ -238,7 +239,8 @@ def test_a_server_without_fsync_warns_and_an_old_one_fails(postgres, monkeypatch
         verdict,
         told.endswith("A power failure could damage the database: set fsync = on in postgresql.conf."),
     ) == (WARN, True)
-    assert "clock +0.0 s from" in told or "clock -0.0 s from" in told
+    (ahead,) = re.findall(r"clock ([+-]\d+\.\d) s from", told)
+    assert abs(float(ahead)) < 60, "which are seconds, though a busy machine may read the clocks one after the other"
     monkeypatch.setattr(doctor, "OLDEST_POSTGRESQL", 99)
     verdict, told = found(engine, "database")
     assert (verdict, told.endswith("This version is too old: use 99 or newer.")) == (FAIL, True)

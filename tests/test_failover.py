@@ -18,7 +18,7 @@ def primary() -> Iterator[Server]:
 
 
 def test_workers_go_on_with_a_synchronous_standby_that_takes_the_place_of_the_primary(primary, tmp_path):
-    n = 80
+    n = 160
     with primary.standby() as standby:
         url = make_url(primary.create("queue"))
         hosts = f"{primary.socket_folder},{standby.socket_folder}"

@@ -75,7 +75,6 @@ def test_a_worker_that_was_cut_off_goes_on_and_others_caption_what_it_held(link,
     n = 60
     apart.fill(n)
     far = apart.crew.start(namespace=link.workers, engine={"step_sec": 0.2})
-    apart.until_busy()
     near = apart.crew.start(namespace=link.database, engine={"step_sec": 0.2})
     apart.until_busy()
     link.cut()
@@ -189,7 +188,7 @@ def test_a_connection_that_falls_silent_without_ending_is_given_up_by_both_ends(
     n = 40
     behind.fill(n)
     behind.crew.constants |= IMPATIENT
-    behind.crew.start(engine={"step_sec": 0.1})
+    behind.crew.start(engine={"step_sec": 0.3})
     behind.until_busy(1)
     proxy.hush = told
     finish(behind, n)

@@ -4,11 +4,14 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from openai_server import ChatServer
 from samples import fill
+from steps import until
 
 from rococap import open_files
 
@@ -23,7 +26,7 @@ def limited(n: int, url: str, *args: str, hard: int | None = None) -> subprocess
         [sys.executable, "-m", "rococap", "--db", url, *args],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         preexec_fn=set_limit,
     )
 
@@ -54,27 +57,43 @@ def test_it_is_known_when_no_more_can_be_opened(limits):
 @pytest.fixture
 def server() -> Iterator[ChatServer]:
     with ChatServer() as server:
-        server.sec = 0.2
         yield server
+
+
+def held_back(server: ChatServer, more_than: int, n: int, url: str, *args: str, hard: int | None = None):
+    """The same, with a server that answers nothing until more than so many requests are in flight, and for a while."""
+
+    def answer() -> None:
+        try:
+            until(lambda: server.in_flight > more_than, f"more than {more_than} requests")
+            time.sleep(0.5)
+        finally:
+            server.go_on.set()
+
+    server.sec = 120.0
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(answer)
+        done = limited(n, url, *args, hard=hard)
+        answering.result()
+    return done
 
 
 def test_a_worker_that_may_open_64_files_keeps_fewer_requests_in_flight(server, database, url, tmp_path):
     fill(database, tmp_path / "set", 120)
     worker = ("worker", "--engine", "openai", "--base-url", server.url, "--batch-size", "200", "--no-self-check")
-    done = limited(64, url, *worker)
+    done = held_back(server, 8, 64, url, *worker)
     assert done.returncode == 0, done.stderr
     assert "default: 120 captioned" in done.stdout
     assert "requests are in flight instead of 200, since this process may open 64 files" in done.stderr
-    assert 8 < server.most_in_flight < 32
+    assert server.most_in_flight < 32
 
 
 def test_a_worker_raises_a_limit_that_may_be_raised(server, database, url, tmp_path):
     fill(database, tmp_path / "set", 120)
     worker = ("worker", "--engine", "openai", "--base-url", server.url, "--batch-size", "100", "--no-self-check")
-    done = limited(64, url, *worker, hard=4_096)
+    done = held_back(server, 64, 64, url, *worker, hard=4_096)
     assert done.returncode == 0, done.stderr
     assert "instead of" not in done.stderr
-    assert server.most_in_flight > 64
 
 
 @pytest.mark.parametrize("n", [8, 12, 16, 24, 32])

@@ -127,7 +127,7 @@ def is_reached(engine: Engine) -> bool:
 
 def test_workers_killed_at_any_moment_lose_and_double_nothing(url, tmp_path):
     with made(url, tmp_path / "world") as world:
-        killed_at_any_moment(world, n=160, seed=2, kills=4)
+        killed_at_any_moment(world, n=320, seed=2, kills=4)
 
 
 def test_merges_behind_it_take_turns(url, tmp_path):
@@ -156,7 +156,7 @@ def test_a_server_that_restarts_behind_it_costs_nothing(server, tmp_path):
     with bouncing(server) as bouncer, made(bouncer.in_front_of(server.create()), tmp_path / "world") as world:
         world.fill(n)
         for _ in range(2):
-            world.crew.start(engine={"step_sec": 0.1})
+            world.crew.start(engine={"step_sec": 0.2})
         world.until_busy(12)
         server.control("stop", "-m", "immediate")
         time.sleep(2 * TTL_SEC)

@@ -336,7 +336,10 @@ class Process(Generic[R]):
         self._popen.wait()
         self._ended = min(self._ended, time.monotonic())
         for reader in self._readers:
-            reader.join(1)  # a process that the child started may keep the pipe open
+            # Not for ever, since a process that the child started may keep the pipe open; and not in one piece, which
+            # would be over when a machine that slept wakes up, before the last report is read.
+            for _ in range(10):
+                reader.join(0.1)
         if self._popen.stdin is not None:
             self._popen.stdin.close()
 

@@ -230,7 +230,7 @@ def test_on_a_gpu_no_picture_is_begun_while_prompts_are_read(engine, prepared, m
 
     def prepare_beside(module: object, args: object, inputs: object) -> None:
         preparing.append(pool.submit(engine.prepare, 1, Request([mixed_pictures()[0]])))
-        began_meanwhile.append(bool(wait(preparing, timeout=1).done))
+        began_meanwhile.append(bool(wait(preparing, timeout=1 if on_gpu else 60).done))
 
     hook = engine.loaded.model.register_forward_pre_hook(prepare_beside, with_kwargs=True)
     with ThreadPoolExecutor(1) as pool:

@@ -500,7 +500,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
         "load_engine(Recipe(model='nobody/nothing'), Options(device='cpu')).load()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | hub, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env=os.environ | hub, capture_output=True, text=True, timeout=120
     )
     assert "rococap.errors.ModelError: The model nobody/nothing (revision main) is not available: " in done.stderr
     assert done.stderr.count("the hub cannot be reached") == 1

@@ -8,11 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,6 +58,19 @@ class Pictures:
     def step(self, rows: int) -> set[int]:
         self.steps.append((time.monotonic(), rows))
         return self.lost
+
+
+class Releasing(Pictures):
+    """Lets the server answer what it holds back as soon as another answer has come."""
+
+    def __init__(self, engine: OpenAIEngine, greys: Sequence[int], server: ChatServer) -> None:
+        super().__init__(engine, greys)
+        self.server = server
+
+    def step(self, rows: int) -> set[int]:
+        if rows:
+            self.server.go_on.set()
+        return super().step(rows)
 
 
 @pytest.fixture(autouse=True)
@@ -204,26 +216,31 @@ def test_a_picture_arrives_as_it_was(server, load):
     assert [picture_of(request).tobytes() for request in server.requests] == [one.tobytes() for one in pictures]
 
 
-def test_requests_use_the_connections_of_those_before_them(server, load):
+def test_requests_use_the_connections_of_those_before_them(server, load, monkeypatch):
+    monkeypatch.setattr(chat_module, "KEEP_SEC", 600.0)
     engine = load(batch_size=4)
     run(engine, Pictures(engine, range(40)))
     assert len(server._server.connections) <= 4
 
 
 def test_requests_in_flight_reach_the_batch_size_and_never_exceed_it(server, load):
-    server.sec = 0.05
+    server.of_grey = {grey: [Trouble(delay=60)] for grey in range(5)}
     engine = load(batch_size=5)
     assert engine.batch_size == 5
-    completions = run(engine, Pictures(engine, range(23)))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, engine, Pictures(engine, range(23)))
+        until(lambda: server.in_flight == 5, "as many as the batch size")
+        server.go_on.set()
+        completions = running.result()
     assert server.most_in_flight == 5
     assert max(completion.batch_size for completion in completions.values()) == 5
     assert load().batch_size == 16
 
 
 def test_it_waits_for_pictures_only_while_nothing_is_in_flight(server, load):
-    server.of_grey = {1: [Trouble(delay=0.5)]}  # still in flight when others have come back
+    server.of_grey = {1: [Trouble(delay=60)]}  # still in flight when another has come back
     engine = load(batch_size=3)
-    source = Pictures(engine, range(12))
+    source = Releasing(engine, range(12), server)
     for _ in engine.run(source):
         source.held -= 1
     assert all((wait is None) == (held == 0) for held, wait in source.takes)
@@ -232,7 +249,7 @@ def test_it_waits_for_pictures_only_while_nothing_is_in_flight(server, load):
 
 def test_pictures_that_come_later_fill_free_places_at_once(server, load):
     engine = load(batch_size=4)
-    server.of_grey = {1: [Trouble(delay=30)]}
+    server.of_grey = {1: [Trouble(delay=600)]}
     source = Pictures(engine, [1, 2, 3])
     later = source.left[1:]
     del source.left[1:]
@@ -241,9 +258,9 @@ def test_pictures_that_come_later_fill_free_places_at_once(server, load):
     thread.start()
     until(lambda: server.in_flight == 1, "the first request")
     source.left += later
-    until(lambda: len(done) == 2, "two captions while the first is under way", 5)
+    until(lambda: len(done) == 2, "two captions while the first is under way")
     server.go_on.set()
-    thread.join(10)
+    thread.join(60)
     *early, late = [completion.job_id for completion in done]
     assert (sorted(early), late) == ([2, 3], 1)
 
@@ -313,21 +330,29 @@ def test_the_shares_of_all_pictures_sum_to_the_time_that_requests_were_in_flight
     started = time.monotonic()
     completions = run(engine, source)
     took = time.monotonic() - started
-    assert sum(one.processing_ms for one in completions.values()) / 1000 == pytest.approx(took, abs=0.1)
+    assert 0.29 < sum(one.processing_ms for one in completions.values()) / 1000 <= took
     assert all(one.latency_ms > 90 for one in completions.values())
-    assert sum(one.latency_ms for one in completions.values()) / 1000 > 2 * took
 
 
 def test_a_step_is_told_after_every_answer_and_never_while_a_server_hangs(server, load):
-    server.of_grey = {1: [Trouble(delay=0.6)]}
+    server.of_grey = {1: [Trouble(delay=600)]}
     engine = load(batch_size=3)
     source = Pictures(engine, [1, 2, 3])
-    run(engine, source)
+    done: list[Completion] = []
+    thread = threading.Thread(target=lambda: done.extend(engine.run(source)))
+    thread.start()
+    until(lambda: len(done) == 2, "two captions")
+    n_takes = len(source.takes)
+    until(lambda: len(source.takes) > n_takes + 1, "their steps")
+    n_steps = len(source.steps)
+    until(lambda: len(source.takes) > n_takes + 10, "looks for more pictures")
+    assert len(source.steps) == n_steps
+    server.go_on.set()
+    thread.join(60)
     rows = [rows for _, rows in source.steps]
     assert sum(rows) >= 3
     assert max(rows) <= 3
-    times = [at for at, _ in source.steps]
-    assert max(later - sooner for sooner, later in pairwise(times)) > 0.4
+    assert rows[-1] == 1
 
 
 def test_rows_that_were_given_up_are_cancelled_while_the_server_hangs(server, load):
@@ -335,10 +360,9 @@ def test_rows_that_were_given_up_are_cancelled_while_the_server_hangs(server, lo
     engine = load()
     source = Pictures(engine, [1, 2, 3])
     threading.Timer(0.3, lambda: source.lost.update((1, 2))).start()
-    started = time.monotonic()
     completions = run(engine, source)
     assert texts(completions) == grey_texts([3])
-    assert time.monotonic() - started < 2
+    assert server.answered == 1
 
 
 def test_an_engine_can_run_again_after_it_ran(load):
@@ -367,10 +391,10 @@ def test_closing_ends_its_thread_and_what_is_under_way(server):
     until(lambda: server.in_flight == 1, "a request")
     engine.close()
     engine.close()
-    thread.join(5)
+    thread.join(60)
     assert ended
     server.go_on.set()
-    until(lambda: threading.active_count() <= before, "the threads' end", 5)
+    until(lambda: threading.active_count() <= before, "the threads' end")
 
 
 # --- a server that is away -------------------------------------------------------------------------------------
@@ -456,7 +480,7 @@ def test_a_server_that_is_gone_is_waited_for(server, load, caplog):
     until(lambda: len(source.steps) > 10, "steps while it is away")
     assert not done
     with ChatServer(port=another.port):
-        thread.join(20)
+        thread.join(60)
     assert {completion.job_id: completion.text for completion in done} == grey_texts(range(5))
     assert [line.partition(" (")[0] for line in told(caplog)] == [
         f"{another.url} is not available: waiting until it answers again",
@@ -474,37 +498,50 @@ def test_a_request_that_takes_too_long_is_asked_again(server, load, caplog, monk
 
 def test_all_pause_while_it_is_away_and_one_at_a_time_asks_whether_it_is_back(server, load, monkeypatch):
     monkeypatch.setattr(openai_module, "FIRST_WAIT_SEC", 0.1)
-    server.always = failing(500)
+    server.of_grey = {grey: [replace(failing(500), delay=60)] for grey in range(8)}
+    server.troubles.extend([failing(500)] * 4)
     engine = load(batch_size=8)
     source = Pictures(engine, range(8))
     thread = threading.Thread(target=lambda: list(engine.run(source)))
     thread.start()
-    until(lambda: len(server.requests) == 12, "four more requests than the first eight")
-    server.always = None
-    thread.join(20)
+    until(lambda: server.in_flight == 8, "the first eight")
+    server.go_on.set()
+    thread.join(60)
     waits = [later - sooner for sooner, later in zip(server.came_at[7:11], server.came_at[8:12], strict=True)]
     assert [wait > 0.05 * 2**n for n, wait in enumerate(waits)] == [True] * 4, waits
     assert len(server.requests) == 12 + 8
 
 
-def test_while_it_waits_it_steps_at_least_twice_a_second(server, load):
-    server.troubles.append(failing(429, retry_after="2"))
+def test_while_it_waits_it_steps_again_and_again(server, load):
+    server.troubles.append(failing(429, retry_after="600"))
     engine = load()
     source = Pictures(engine, [1])
-    run(engine, source)
-    times = [at for at, _ in source.steps]
-    assert max(later - sooner for sooner, later in pairwise(times)) < 0.5
+    thread = threading.Thread(target=lambda: list(engine.run(source)))
+    thread.start()
+    try:
+        until(lambda: len(server.requests) == 1 and server.in_flight == 0, "the answer")
+        n_steps = len(source.steps)
+        until(lambda: len(source.steps) > n_steps + 20, "steps")
+    finally:
+        source.lost.add(1)
+        thread.join(60)
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_is_honoured_by_all(server, load, form):
-    date = datetime.now(UTC) + timedelta(seconds=2.9)  # a date has whole seconds
+    date = (datetime.now(UTC) + timedelta(seconds=3)).replace(microsecond=0)
     server.troubles.append(failing(429, retry_after="1" if form == "seconds" else format_datetime(date, usegmt=True)))
     engine = load(batch_size=1)
-    run(engine, Pictures(engine, range(4)))
-    waits = [later - sooner for sooner, later in pairwise(server.came_at)]
-    assert waits[0] > 0.95
-    assert max(waits[1:]) < 0.5
+    source = Pictures(engine, range(4))
+    run(engine, source)
+    first, second, *_ = server.came_at
+    if form == "seconds":
+        assert second - first > 0.95
+    else:
+        assert time.time() - (time.monotonic() - second) > date.timestamp() - 0.05
+    later = [rows for at, rows in source.steps if at > second]
+    assert later.count(0) == 3, "one as each of the others is taken, and none that tells of waiting"
 
 
 @pytest.mark.parametrize(
@@ -527,9 +564,8 @@ def test_rows_that_were_given_up_while_it_is_away_end_the_run_promptly(server, l
     engine = load()
     source = Pictures(engine, range(4))
     threading.Timer(0.5, lambda: source.lost.update(range(4))).start()
-    started = time.monotonic()
     assert run(engine, source) == {}
-    assert time.monotonic() - started < 1.5
+    assert len(server.requests) <= 4, "it waited until it could ask again"
 
 
 # --- a picture that fails alone --------------------------------------------------------------------------------
@@ -586,7 +622,7 @@ def test_a_server_that_answers_nobody_is_no_pictures_fault(server, load, monkeyp
     thread.start()
     until(lambda: len(server.requests) > 10, "ten tries")  # five for each and one
     server.always = None
-    thread.join(20)
+    thread.join(60)
     assert {completion.job_id: completion.text for completion in done} == grey_texts(range(2))
 
 
@@ -604,9 +640,9 @@ def test_the_last_picture_fails_too_where_one_that_was_captioned_is_captioned_ag
 
 
 def test_a_refusal_is_the_pictures_only_once_the_server_captioned_what_it_was_asked_after_it(server, load):
-    server.of_grey = {1: [failing(400)], 2: [Trouble(delay=0.5)]}
+    server.of_grey = {1: [failing(400)], 2: [Trouble(delay=60)]}
     engine = load(batch_size=2)
-    source = Pictures(engine, [1, 2])
+    source = Releasing(engine, [1, 2], server)
     later = [engine.prepare(3, Request([Image.new("RGB", (30, 28), (3,) * 3)]))]
     order = []
     for completion in engine.run(source):
@@ -967,7 +1003,8 @@ def pending_and_done(database: Engine) -> dict[tuple, int]:
 )
 def test_a_server_that_breaks_under_way_fails_no_picture(server, database, tmp_path, batch_size, trouble, told):
     fill(database, tmp_path / "set", 50, recipe=RECIPE)
-    server.troubles.extend([Trouble()] * 14 + [trouble] * 999)
+    # So many in a row end the worker, and would cancel a good answer that is still under way.
+    server.troubles.extend([Trouble()] * 14 + [replace(trouble, after=14)] * 999)
     with pytest.raises(ModelError, match=told):
         caption_with(database, server, batch_size=batch_size, self_check=False)
     assert pending_and_done(database) == {("pending", 0, 0): 36, ("done", 1, 0): 14}
@@ -1032,11 +1069,9 @@ def test_a_worker_asked_to_stop_while_its_server_is_away_or_hangs_stops(server, 
     server.always = trouble
     process = start(url, server.url, "--drain-timeout", "0.5")
     until(lambda: len(server.requests) > 0, "a request")
-    asked_at = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert time.monotonic() - asked_at < 8
     assert select(database, "SELECT DISTINCT status, attempts, crashes FROM jobs") == [("pending", 0, 0)]
 
 
@@ -1045,7 +1080,7 @@ def test_a_worker_without_a_server_says_so_in_one_line_and_exits_1(database, url
     with ChatServer() as gone:
         pass
     process = start(url, gone.url)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert err.strip().splitlines()[-1].endswith("start the server, or correct --base-url.")
     assert "Traceback" not in out + err
@@ -1056,9 +1091,9 @@ def test_a_worker_whose_server_refuses_everything_says_so_in_one_line_and_exits_
     server, database, url, tmp_path, n_good
 ):
     fill(database, tmp_path / "set", 40, recipe=RECIPE)
-    server.troubles.extend([Trouble()] * n_good + [failing(400, "The model has crashed.")] * 99)
+    server.troubles.extend([Trouble()] * n_good + [replace(failing(400, "The model has crashed."), after=n_good)] * 99)
     process = start(url, server.url, "--no-self-check")
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert (
         err.strip()

@@ -20,6 +20,7 @@ from places import TESTS
 from samples import fill, picture, register, write_shard
 from small_engine import INFO, SmallEngine
 from sqlalchemy import Engine
+from steps import until
 
 from rococap import db, queue
 from rococap.data.datasets import locate
@@ -104,7 +105,8 @@ def test_a_worker_whose_self_check_takes_longer_than_its_lease_time_is_not_lost(
         def run(self, source):
             if not states:
                 time.sleep(3)
-                states.append(workers(database)[0].state)
+                until(lambda: workers(database)[0].state == "running", "a heartbeat")
+                states.append("running")
             yield from super().run(source)
 
     assert run_worker(database, Slow(), lease_ttl=2.0, limit=1).done == 1
@@ -373,8 +375,7 @@ def test_a_self_check_of_a_process_that_still_runs_is_done_again_by_the_next(dat
     script = SCRIPT.replace("kills_on=(2,)", "steps=1000, step_sec=0.05")
     command = [sys.executable, "-c", script, str(database.url), str(TESTS)]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        while not workers(database):
-            pass
+        until(lambda: workers(database), "it has begun")
         assert run_worker(database, limit=4).done == 4
         process.kill()
     assert workers(database)[1].self_check["passed"]
@@ -425,10 +426,9 @@ def test_a_worker_asked_to_stop_in_its_self_check_claims_nothing(database, tmp_p
     script = SCRIPT.replace("kills_on=(2,)", "steps=1000, step_sec=0.05")
     command = [sys.executable, "-c", script, str(database.url), str(TESTS)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not workers(database):
-            pass
+        until(lambda: workers(database), "it has begun")
         process.terminate()
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
     (worker,) = workers(database)
     assert (worker.state, worker.self_check) == ("stopped", None)
     with db.transaction(database) as conn:
