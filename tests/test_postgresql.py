@@ -327,10 +327,11 @@ def test_several_hosts_reach_the_driver_with_their_ports_user_and_password():
 
 
 def test_a_transaction_that_the_server_ended_since_it_idled_is_an_outage(url):
-    engine = db.connect(f"{url}&options=-c idle_in_transaction_session_timeout=200ms")
+    engine = db.connect(url)
 
     def frozen() -> None:
         with db.transaction(engine, write=True) as conn:
+            db.execute(conn, "SET idle_in_transaction_session_timeout = '200ms'")  # else connecting might take as long
             until_connected(url, 1, "the server has ended it")
             db.execute(conn, "SELECT 1")
 
