@@ -324,6 +324,7 @@ def test_measurements_are_equal_within_rounding(caption, reference, expected):
         *("", "…", "Case 1.", "CT abdomen axial", "Coronal T2, de Quervain tenosynovitis", "IVC and SMV"),
         *("Müller maneuver, Köhler disease of the foot", "A mass (sagittal view) in the left lung"),
         "d'Acosta disease",
+        *("TEE: LA thrombus, LA appendage", "Axial T1-w, T2-w", "DES, LAD; DES, RCA", "Le Fort I, Le Fort II"),
     ],
 )
 def test_english_is_read_also_where_it_is_terse(text):
@@ -341,6 +342,9 @@ def test_english_is_read_also_where_it_is_terse(text):
         "Röntgenbild der Lunge mit Erguss und Überblähung",
         "TC de tórax, corte axial, com janela para o mediastino",
         "胸部X线显示左侧胸腔积液",
+        "胸部CT",
+        "头颅MRI",
+        "RADIOGRAFIA DE TORAX CON DERRAME EN LA BASE",
         "Рентгенограмма грудной клетки",
         "صورة شعاعية للصدر",
         "Rx torace: versamento pleurico della base e nel polmone",
