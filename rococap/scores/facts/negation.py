@@ -34,8 +34,11 @@ def split(folded: str, findings: Iterable[Found]) -> tuple[frozenset[str], froze
 
 
 def apart(folded: str) -> str:
-    """The text with "non-displaced" for "nondisplaced" and "undisplaced": what is denied is a word of its own."""
-    return _JOINED.sub("non-", folded)
+    """The text with "non-displaced" for "nondisplaced" and "undisplaced": what is denied is a word of its own.
+
+    "Non-calcified" and "non-enhancing" are left out. They tell a part from others: neither is said of the whole.
+    """
+    return _JOINED.sub("non-", _PART.sub("other", folded))
 
 
 def _scopes(folded: str) -> Iterator[tuple[int, int]]:
@@ -145,8 +148,9 @@ _WORD: Final = rf"non[- ](?!contrast)(?=[^\W\d_])|(?:is|are|was|were|does|do|did
 _FREE: Final = r"-free"
 """What denies the word before it: tumor-free margins."""
 _JOINED: Final = re.compile(
-    r"\b(?:non(?=calcif|dilat|displac|enhanc|enlarg|obstruct|ruptur)|un(?=displac|obstruct|ruptur))", re.IGNORECASE
+    r"\b(?:non(?=dilat|displac|enlarg|obstruct|ruptur)|un(?=displac|obstruct|ruptur))", re.IGNORECASE
 )
+_PART: Final = re.compile(r"\bnon[- ]?(?:calcif|enhanc)\w*", re.IGNORECASE)
 _NEXT: Final = re.compile(r"\w+")
 _LAST: Final = re.compile(r"\w+\Z")
 _TRIGGER: Final = re.compile(
