@@ -69,7 +69,11 @@ def score(kind, caption, reference) -> float:
         ("region", "A patient with chest pain.", set()),
         ("region", "Head of the pancreas; the pancreatic head; the neck of gallbladder.", {"abdomen"}),
         ("region", "A dilated renal pelvis.", {"abdomen"}),
-        ("region", "Bladder neck and uterine cervix.", {"pelvis"}),
+        ("region", "Bladder neck and uterine cervix; the head of the femur; iliac spine.", {"pelvis"}),
+        ("region", "Humeral head; long head of the biceps; metacarpal heads.", {"upper extremity"}),
+        ("region", "Metatarsal heads and the medial head of the gastrocnemius.", {"lower extremity"}),
+        ("region", "Condylar head; the neck of the mandible.", {"face"}),
+        ("region", "Head and neck.", {"head", "neck"}),
         ("region", "Fracture of the neck of the humerus.", {"upper extremity"}),
         ("region", "Stent in the left main bronchus.", {"chest"}),
         ("region", "Stenosis of the left main.", {"heart"}),
@@ -83,6 +87,7 @@ def score(kind, caption, reference) -> float:
         ("contrast", "Non-contrast-enhanced CT.", {"no contrast"}),
         ("contrast", "MRI with and without contrast.", {"contrast", "no contrast"}),
         ("contrast", "Pre- and postcontrast T1.", {"contrast", "no contrast"}),
+        ("contrast", "CT without and with contrast.", {"contrast", "no contrast"}),
         ("contrast", "CT without contrast enhancement.", {"no contrast"}),
         ("contrast", "Ischemia without contrast enhancement of the bowel.", {"contrast"}),
         ("contrast", "Without extravasation of contrast.", {"contrast"}),
@@ -91,6 +96,7 @@ def score(kind, caption, reference) -> float:
         ("sequence", "Fat-suppressed T2-weighted image and T1WI.", {"T1", "T2", "fat suppression"}),
         ("sequence", "T2 FLAIR.", {"FLAIR"}),
         ("sequence", "Metastasis at the T1-T2 level.", set()),
+        ("sequence", "T1 without fat saturation.", {"T1"}),
         ("sequence", "Compression from T2-T4; T2 gastric cancer.", set()),
     ],
 )
@@ -244,6 +250,7 @@ def test_sides_agree_or_are_opposite(caption, reference, expected):
         ("A mass with abscess-free margins.", {"abscess"}, {"mass"}),
         ("MRI to rule out metastasis.", set(), {"metastasis"}),
         ("A mass with or without calcification.", set(), {"mass", "calcification"}),
+        ("A fracture of the lateral mass of C1.", set(), {"fracture"}),
     ],
 )
 def test_what_is_denied(caption, denied, affirmed):

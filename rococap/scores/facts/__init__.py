@@ -243,7 +243,7 @@ def _modalities(folded: str) -> frozenset[str]:
 
 
 _WITH_AND_WITHOUT: Final = re.compile(
-    r"\b(?:with(?: and |/)without|pre[- ]*(?:and|&|/)[- ]*post|before and after)[- ]?"
+    r"\b(?:with(?: and |/)without|without(?: and |/)with|pre[- ]*(?:and|&|/)[- ]*post|before and after)[- ]?"
     r"(?:\w+ ){0,3}(?:contrast|gadolinium)",
     re.IGNORECASE,
 )
