@@ -10,6 +10,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
-from labelled import ROCOV2, counts_of, read_labelled, read_labelled_rocov2
+from labelled import ROCOV2, counts_of, read_labelled, read_labelled_negations, read_labelled_rocov2
 
 from rococap.scores import facts
 
@@ -37,9 +38,11 @@ def scores(captions: list[str], references: list[str]) -> dict[str, list[float]]
     return found
 
 
-def print_labelled(labelled: list[dict[str, Any]]) -> None:
+def print_labelled(labelled: list[dict[str, Any]], kinds: Sequence[str] = facts.KINDS) -> None:
     print(f"\n{len(labelled)} captions\n\n| kind | captions | precision | recall |\n| --- | --- | --- | --- |")
     for kind, (n, correct, n_found, n_labelled) in counts_of(labelled).items():
+        if kind not in kinds:
+            continue
         precision, recall = (f"{correct}/{whole} = {correct / whole:.2f}" for whole in (n_found, n_labelled))
         print(f"| {kind} | {n} | {precision} | {recall} |")
 
@@ -73,6 +76,7 @@ def main() -> None:
         captions = [row["caption"] for row in csv.DictReader(file)]
     print(f"facts {facts.DIGEST}")
     print_labelled(read_labelled())
+    print_labelled(read_labelled_negations(), ["negation"])
     if ROCOV2.exists():
         print_labelled(read_labelled_rocov2())
     print_time(captions)

@@ -24,6 +24,12 @@ def read_labelled() -> list[dict[str, Any]]:
     return captions
 
 
+def read_labelled_negations() -> list[dict[str, Any]]:
+    """Captions of which only the denied findings were labelled."""
+    captions: list[dict[str, Any]] = json.loads(LABELLED.read_text(encoding="utf-8"))["negations"]
+    return captions
+
+
 def read_labelled_rocov2() -> list[dict[str, Any]]:
     with ROCOV2.open(newline="", encoding="utf-8-sig") as file:
         texts = {row["ID"]: row["Caption"] for row in csv.DictReader(file)}

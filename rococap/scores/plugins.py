@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from importlib.metadata import EntryPoint, entry_points
 from numbers import Real
 from pathlib import Path
@@ -161,7 +161,8 @@ def _load(place: EntryPoint) -> Score:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        function: Score = place.load()
+        with redirect_stdout(sys.stderr):
+            function: Score = place.load()
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{place.module}.".startswith(f"{error.name}."):
             raise RococapError(
@@ -187,7 +188,8 @@ def _version(function: Score, place: EntryPoint) -> str:
 
 def _called(function: Score, batch: Sequence[Pair]) -> Sequence[Any]:
     try:
-        return list(function([fold(pair.text) for pair in batch], [fold(pair.reference) for pair in batch]))
+        with redirect_stdout(sys.stderr):  # what it prints would stand before our --json
+            return list(function([fold(pair.text) for pair in batch], [fold(pair.reference) for pair in batch]))
     except (Exception, SystemExit) as error:
         raise NotComputed(f"It failed: {_said(error)}.") from error
 

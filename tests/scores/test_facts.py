@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from labelled import ROCOV2, counts_of, read_labelled, read_labelled_rocov2
+from labelled import ROCOV2, counts_of, read_labelled, read_labelled_negations, read_labelled_rocov2
 from places import SHARED
 
 from rococap.scores import facts
@@ -47,25 +47,57 @@ def score(kind, caption, reference) -> float:
         ("modality", "Angiography, then a CT.", {"angiography", "CT"}),
         ("modality", "Bone scintigraphy with SPECT/CT.", {"nuclear medicine"}),
         ("modality", "Severe mitral regurgitation (MR).", set()),
+        ("modality", "A computed tomograph of the spleen.", {"CT"}),
+        ("modality", "HSG with patent tubes.", {"X-ray"}),
+        ("modality", "Simultaneous PET/MRI.", {"PET/MRI"}),
+        ("modality", "2-D echo image; fast spin echo image.", {"ultrasound", "MRI"}),
+        ("modality", "Coronal 2D FIESTA.", {"MRI"}),
+        ("modality", "Cine image.", set()),
         ("plane", "Axial and coronal reformats.", {"axial", "coronal"}),
         ("plane", "AP and lateral views of the elbow.", {"antero-posterior", "lateral"}),
         ("plane", "Parasternal long-axis view.", {"long axis"}),
         ("plane", "Left anterior oblique view.", {"oblique"}),
         ("plane", "The AP diameter of the transverse colon; superior sagittal sinus.", set()),
         ("plane", "A mass lateral to the aorta.", set()),
+        ("plane", "Medial-lateral oblique view.", {"oblique"}),
+        ("plane", "Cross-sectional area; cor pulmonale; pennation angle (PA).", set()),
+        ("plane", "Cor T2 and Sag T1.", {"coronal", "sagittal"}),
         ("region", "Mass in the liver and the left lung.", {"abdomen", "chest"}),
         ("region", "Fracture of the femoral neck.", set()),
         ("region", "Cervical spine.", {"spine"}),
         ("region", "LV: left ventricle.", {"heart"}),
         ("region", "A patient with chest pain.", set()),
+        ("region", "Head of the pancreas; the pancreatic head; the neck of gallbladder.", {"abdomen"}),
+        ("region", "A dilated renal pelvis.", {"abdomen"}),
+        ("region", "Bladder neck and uterine cervix; the head of the femur; iliac spine.", {"pelvis"}),
+        ("region", "Humeral head; long head of the biceps; metacarpal heads.", {"upper extremity"}),
+        ("region", "Metatarsal heads and the medial head of the gastrocnemius.", {"lower extremity"}),
+        ("region", "Condylar head; the neck of the mandible.", {"face"}),
+        ("region", "Head and neck.", {"head", "neck"}),
+        ("region", "Fracture of the neck of the humerus.", {"upper extremity"}),
+        ("region", "Stent in the left main bronchus.", {"chest"}),
+        ("region", "Stenosis of the left main.", {"heart"}),
+        ("region", "A cup of the optic nerve head.", {"face"}),
+        ("region", "Vascular pedicle; crow's feet; molar-tooth sign.", set()),
+        ("region", "A left parietal mass.", {"head"}),
+        ("region", "The left parietal pleura.", {"chest"}),
         ("contrast", "Contrast-enhanced CT in the portal venous phase.", {"contrast", "venous phase"}),
         ("contrast", "CT without intravenous contrast.", {"no contrast"}),
         ("contrast", "Unenhanced CT.", {"no contrast"}),
         ("contrast", "Non-contrast-enhanced CT.", {"no contrast"}),
+        ("contrast", "MRI with and without contrast.", {"contrast", "no contrast"}),
+        ("contrast", "Pre- and postcontrast T1.", {"contrast", "no contrast"}),
+        ("contrast", "CT without and with contrast.", {"contrast", "no contrast"}),
+        ("contrast", "CT without contrast enhancement.", {"no contrast"}),
+        ("contrast", "Ischemia without contrast enhancement of the bowel.", {"contrast"}),
+        ("contrast", "Without extravasation of contrast.", {"contrast"}),
+        ("contrast", "Contrast was not given.", {"no contrast"}),
         ("contrast", "In contrast to the CT, a cyst with posterior acoustic enhancement.", set()),
         ("sequence", "Fat-suppressed T2-weighted image and T1WI.", {"T1", "T2", "fat suppression"}),
         ("sequence", "T2 FLAIR.", {"FLAIR"}),
         ("sequence", "Metastasis at the T1-T2 level.", set()),
+        ("sequence", "T1 without fat saturation.", {"T1"}),
+        ("sequence", "Compression from T2-T4; T2 gastric cancer.", set()),
     ],
 )
 def test_a_caption_states_what_it_names(kind, caption, expected):
@@ -109,6 +141,14 @@ def sides(text):
         ("Right anterior oblique and left lateral decubitus views.", []),
         ("Left-to-right shunt.", []),
         ("Left panel: before treatment.", []),
+        ("The left-hand image; the top left corner; the right side of the figure.", []),
+        ("The left hand.", ["left"]),
+        ("Left lateral position; right oblique view.", []),
+        ("The right diagnosis.", []),
+        ("LA = local anesthetics.", []),
+        ("Local anesthetics (LA) around the nerve.", []),
+        ("LA = left atrium.", ["left atrium", "left atrium"]),
+        ("LPA: left pulmonary artery", ["left pulmonary artery", "left pulmonary artery"]),
         ("Both the femur and the tibia.", []),
         ("la rv", []),
     ],
@@ -185,6 +225,32 @@ def test_sides_agree_or_are_opposite(caption, reference, expected):
         ("An effusion (culture negative).", set(), {"effusion"}),
         ("An effusion on the left, no effusion on the right.", {"effusion"}, {"effusion"}),
         ("A cyst (tumor not shown).", set(), {"cyst", "mass"}),
+        ("No contrast extravasation.", {"leak"}, set()),
+        ("No contrast enhancement of the mass.", {"enhancement"}, {"mass"}),
+        ("Ischemia without contrast enhancement of the bowel.", {"enhancement"}, {"infarction"}),
+        ("No air under the diaphragm.", {"free air"}, set()),
+        ("No evidence of disease.", {"abnormality"}, set()),
+        ("No free fluid or free air.", {"free fluid", "free air"}, set()),
+        ("There isn't any fracture. It doesn't show a mass.", {"fracture", "mass"}, set()),
+        ("The stone isn’t seen.", {"stone"}, set()),
+        ("The pneumothorax has resolved.", {"pneumothorax"}, set()),
+        ("The effusion resolved after drainage; the mass disappeared.", {"effusion", "mass"}, set()),
+        ("The mass has largely disappeared.", set(), {"mass"}),
+        ("Time-resolved imaging of a fistula.", set(), {"fistula"}),
+        ("A non-displaced fracture.", {"displacement"}, {"fracture"}),
+        ("Nondisplaced fracture, undisplaced.", {"displacement"}, {"fracture"}),
+        ("An unruptured aneurysm.", {"perforation"}, {"aneurysm"}),
+        ("Calcifications and a noncalcified part; a non-enhancing mass.", set(), {"calcification", "mass"}),
+        (
+            "The fracture is not displaced and the mass does not enhance.",
+            {"displacement", "enhancement"},
+            {"fracture", "mass"},
+        ),
+        ("The lesion is not a cyst.", {"cyst"}, {"lesion"}),
+        ("A mass with abscess-free margins.", {"abscess"}, {"mass"}),
+        ("MRI to rule out metastasis.", set(), {"metastasis"}),
+        ("A mass with or without calcification.", set(), {"mass", "calcification"}),
+        ("A fracture of the lateral mass of C1.", set(), {"fracture"}),
     ],
 )
 def test_what_is_denied(caption, denied, affirmed):
@@ -219,6 +285,17 @@ def test_a_finding_that_one_denies_and_the_other_names_is_opposite():
         ("at 12 weeks and two days", [("time in s", 12 * 604_800), ("time in s", 2 * 86_400)]),
         ("a 65-year-old man after 6 months", [("time in months", 780), ("time in months", 6)]),
         ("SUVmax 3.5; 80% stenosis", [("share in %", 80), ("uptake", 3.5)]),
+        ("a twenty-two-year-old, fifty-eight years", [("time in months", 264), ("time in months", 696)]),
+        ("10 yo, 45 y/o, 12 yrs, 6 mo", [("time in months", n) for n in (120, 540, 144, 6)]),
+        ("5 h after, the 5th rib", [("time in s", 18_000)]),
+        ("400 mg per day", [("mass in kg", 4e-4)]),
+        ("-50 HU", [("attenuation in HU", -50)]),
+        ("−100 to −50 HU", [("attenuation in HU", -100), ("attenuation in HU", -50)]),
+        ("30-50 HU", [("attenuation in HU", 30), ("attenuation in HU", 50)]),
+        ("0.8×10-3mm2/s", [("diffusivity in mm²/s", 8e-4)]),
+        ("5 cm^2 and 3 cm^3", [("area in mm²", 500), ("volume in ml", 3)]),
+        ("10 cm H2O", [("pressure in mmHg", 7.3556)]),
+        ("20+3 weeks", []),
         ("1 mm or 1000 µm", [("length in mm", 1), ("length in mm", 1)]),
         ("case 3, T2-weighted, L4/L5, in 1989, 3D, 4-chamber", []),
     ],
@@ -254,6 +331,7 @@ def test_measurements_are_equal_within_rounding(caption, reference, expected):
         *("", "…", "Case 1.", "CT abdomen axial", "Coronal T2, de Quervain tenosynovitis", "IVC and SMV"),
         *("Müller maneuver, Köhler disease of the foot", "A mass (sagittal view) in the left lung"),
         "d'Acosta disease",
+        *("TEE: LA thrombus, LA appendage", "Axial T1-w, T2-w", "DES, LAD; DES, RCA", "Le Fort I, Le Fort II"),
     ],
 )
 def test_english_is_read_also_where_it_is_terse(text):
@@ -271,6 +349,9 @@ def test_english_is_read_also_where_it_is_terse(text):
         "Röntgenbild der Lunge mit Erguss und Überblähung",
         "TC de tórax, corte axial, com janela para o mediastino",
         "胸部X线显示左侧胸腔积液",
+        "胸部CT",
+        "头颅MRI",
+        "RADIOGRAFIA DE TORAX CON DERRAME EN LA BASE",
         "Рентгенограмма грудной клетки",
         "صورة شعاعية للصدر",
         "Rx torace: versamento pleurico della base e nel polmone",
@@ -375,6 +456,7 @@ MEASURED_ROCOV2 = {
     ("labelled", "measured"),
     [
         (read_labelled, MEASURED),
+        (read_labelled_negations, {"negation": (104, 110, 109)}),
         pytest.param(
             read_labelled_rocov2,
             MEASURED_ROCOV2,
@@ -412,6 +494,8 @@ def test_a_change_of_that_one_fact_costs_most_of_its_score(kind, changed, at_mos
 def test_the_labelled_captions_name_their_source():
     captions = read_labelled()
     assert len({one["id"] for one in captions}) == len(captions) == 200
+    captions += read_labelled_negations()
+    assert len({one["id"] for one in captions}) == len(captions) == 357
     assert all(one["pmc_file"].startswith("PMC") for one in captions)
     assert {kind for one in captions for kind in one["facts"] or ()} == set(KINDS)
 

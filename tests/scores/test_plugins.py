@@ -206,6 +206,14 @@ def test_one_that_fails_is_not_computed_and_the_others_are(database, run, module
     assert one["metrics"]["bleu_1"] > 0
 
 
+def test_what_it_prints_does_not_stand_before_the_output(module, capsys):
+    name = module(
+        "print('imported')\ndef ones(captions, references):\n    print('scored')\n    return [1] * len(captions)\n"
+    )
+    assert values(plugin_of(f"{name}:ones"), pairs(2)) == [{"ones": 1}, {"ones": 1}]
+    assert capsys.readouterr() == ("", "imported\nscored\n")
+
+
 def test_one_that_returns_other_names_for_new_captions_is_not_computed(database, run, module):
     name = module(
         "def bad(captions, references):\n    return [{NAME: 1} for _ in captions]\nNAME = 'a'\nbad.version = 1\n"

@@ -77,7 +77,12 @@ def facts_of(text: str) -> Facts | None:
     folded = fold(text)
     named = {kind: frozenset(one.name for one in _lexicon(kind).finditer(folded)) for kind in NAMED}
     named["modality"] |= _modalities(folded)
-    denied, affirmed = negation.split(folded, _lexicon("finding").finditer(folded))
+    if not named["modality"] and named["sequence"] - {"cine"}:  # X-rays have cine images, too
+        named["modality"] = frozenset({"MRI"})
+    if _WITH_AND_WITHOUT.search(folded):
+        named["contrast"] |= {"contrast", "no contrast"}
+    apart = negation.apart(folded)
+    denied, affirmed = negation.split(apart, _lexicon("finding").finditer(apart))
     return Facts(named, tuple(sides.find(folded)), denied, affirmed, tuple(measurements.find(folded)))
 
 
@@ -237,6 +242,12 @@ def _modalities(folded: str) -> frozenset[str]:
     return frozenset(said - {"PET"} if "PET/CT" in said else said)
 
 
+_WITH_AND_WITHOUT: Final = re.compile(
+    r"\b(?:with(?: and |/)without|without(?: and |/)with|pre[- ]*(?:and|&|/)[- ]*post|before and after)[- ]?"
+    r"(?:\w+ ){0,3}(?:contrast|gadolinium)",
+    re.IGNORECASE,
+)
+"""Names both, in words of which the lexicon sees only one: "pre- and postcontrast"."""
 _LOOK: Final = re.compile(r"(?:hyper|hypo|iso|an)[-‐‑–— ]?(?:inten|den|echo)|echogen", re.IGNORECASE)
 
 

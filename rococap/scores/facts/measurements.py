@@ -28,9 +28,13 @@ def find(folded: str) -> Iterator[Measurement]:
     """Every number with a unit; several for dimensions ("3 x 4 cm") and ranges ("5-6 mm")."""
     for match in _MEASUREMENT.finditer(folded):
         dimension, factor = _UNITS[match["unit"]] if match["unit"] in _UNITS else _UNITS[_spelled(match["unit"])]
-        for number in _NUMBER.findall(match["numbers"]):
+        unit = match["unit"]
+        if match["power"]:
+            factor, unit = factor * 10.0 ** -int(match["power"]), f"×10^-{match['power']} {unit}"
+        numbers = match["numbers"] or match["number"]
+        for number in (_SIGNED if dimension == _ATTENUATION else _NUMBER).findall(numbers):
             value, digits = _parsed(number)
-            yield Measurement(dimension, value * factor, 0.5 * 10**-digits * factor, f"{number} {match['unit']}")
+            yield Measurement(dimension, value * factor, 0.5 * 10**-digits * factor, f"{number} {unit}")
     for match in _SUV.finditer(folded):
         value, digits = _parsed(match["number"])
         yield Measurement("uptake", value, 0.5 * 10**-digits, f"SUV {match['number']}")
@@ -44,15 +48,17 @@ def _spelled(unit: str) -> str:
 
 def _parsed(number: str) -> tuple[float, int]:
     """The value, and the number of digits after the decimal point."""
-    if number.lower() in _WORDS:
-        return float(_WORDS[number.lower()]), 0
-    if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", number):
+    if (words := " ".join(number.lower().replace("-", " ").split())) in _WORDS:
+        return float(_WORDS[words]), 0
+    number = _MINUS.sub("-", number)
+    if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", number):
         number = number.replace(",", "")
     number = number.replace(",", ".").replace("·", ".")
     return float(number), len(number.partition(".")[2])
 
 
 _TOLERANCE: Final = 1e-6
+_ATTENUATION: Final = "attenuation in HU"
 
 _EXACT: Final = {
     # Abbreviations, matched as written.
@@ -72,10 +78,14 @@ _EXACT: Final = {
     "mm³": ("volume in ml", 1e-3),
     "cm3": ("volume in ml", 1.0),
     "cm³": ("volume in ml", 1.0),
+    "mm^2": ("area in mm²", 1.0),
+    "cm^2": ("area in mm²", 100.0),
+    "mm^3": ("volume in ml", 1e-3),
+    "cm^3": ("volume in ml", 1.0),
     "ml": ("volume in ml", 1.0),
     "mL": ("volume in ml", 1.0),
     "cc": ("volume in ml", 1.0),
-    "HU": ("attenuation in HU", 1.0),
+    "HU": (_ATTENUATION, 1.0),
     "Gy": ("dose in Gy", 1.0),
     "cGy": ("dose in Gy", 1e-2),
     "mGy": ("dose in Gy", 1e-3),
@@ -88,6 +98,8 @@ _EXACT: Final = {
     "T": ("field in tesla", 1.0),
     "mmHg": ("pressure in mmHg", 1.0),
     "mm Hg": ("pressure in mmHg", 1.0),
+    "cmH2O": ("pressure in mmHg", 0.73556),
+    "cm H2O": ("pressure in mmHg", 0.73556),
     "m/s": ("velocity in m/s", 1.0),
     "m/sec": ("velocity in m/s", 1.0),
     "cm/s": ("velocity in m/s", 1e-2),
@@ -104,6 +116,10 @@ _EXACT: Final = {
     "ms": ("time in s", 1e-3),
     "msec": ("time in s", 1e-3),
     "kg": ("mass in kg", 1.0),
+    "mg": ("mass in kg", 1e-6),
+    "h": ("time in s", 3_600.0),
+    "yo": ("time in months", 12.0),
+    "y/o": ("time in months", 12.0),
     "bpm": ("rate in 1/min", 1.0),
     "Fr": ("catheter in French", 1.0),
     "%": ("share in %", 1.0),
@@ -124,7 +140,7 @@ _WORDED: Final = {
     "millilitre": ("volume in ml", 1.0),
     "liter": ("volume in ml", 1e3),
     "litre": ("volume in ml", 1e3),
-    "hounsfield unit": ("attenuation in HU", 1.0),
+    "hounsfield unit": (_ATTENUATION, 1.0),
     "degree": ("angle in °", 1.0),
     "percent": ("share in %", 1.0),
     "per cent": ("share in %", 1.0),
@@ -139,26 +155,43 @@ _WORDED: Final = {
     "hour": ("time in s", 3_600.0),
     "day": ("time in s", 86_400.0),
     "week": ("time in s", 604_800.0),
+    "wk": ("time in s", 604_800.0),
     # Months have no fixed number of days.
     "month": ("time in months", 1.0),
     "year": ("time in months", 12.0),
+    "mo": ("time in months", 1.0),
+    "yr": ("time in months", 12.0),
 }
 _UNITS: Final = _EXACT | _WORDED
-_NUMERALS: Final = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-_WORDS: Final = {word: n for n, word in enumerate(_NUMERALS.split(), 1)}
-_DIGITS: Final = r"(?<![\w.,/])[-−]?\d+(?:[.,·]\d+)*"
-_NUMBER: Final = re.compile(rf"(?<!\d)\d+(?:[.,·]\d+)*|{'|'.join(_WORDS)}", re.IGNORECASE)
+_ONES: Final = "one two three four five six seven eight nine".split()  # noqa: SIM905
+_TEENS: Final = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()  # noqa: SIM905
+_TENS: Final = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
+_WORDS: Final = {
+    **{word: n for n, word in enumerate([*_ONES, *_TEENS], 1)},
+    **{word: 10 * n for n, word in enumerate(_TENS, 2)},
+    **{f"{ten} {one}": 10 * n + m for n, ten in enumerate(_TENS, 2) for m, one in enumerate(_ONES, 1)},
+}
+_WORD: Final = rf"(?:{'|'.join(_TENS)})(?:[- ](?:{'|'.join(_ONES)}))?|{'|'.join([*_TEENS, *_ONES])}"
+_PLAIN: Final = r"\d+(?:[.,·]\d+)*"
+_DIGITS: Final = rf"(?<![\w.,/+])[-−–]?{_PLAIN}"
+_NUMBER: Final = re.compile(rf"(?<!\d){_PLAIN}|{_WORD}", re.IGNORECASE)
+# Hounsfield units are the ones that may be negative. The dash in "30-50" is no sign.
+_SIGNED: Final = re.compile(rf"(?<!\d)(?:(?<![\d ])[-−–]|(?<=to )[-−–]|(?<=and )[-−–])?{_PLAIN}|{_WORD}", re.IGNORECASE)
+_MINUS: Final = re.compile("[−–]")
 
 
 def _longest_first(units: dict[str, tuple[str, float]]) -> str:
     return "|".join(map(re.escape, sorted(units, key=len, reverse=True)))
 
 
-_UNIT: Final = rf"(?:{_longest_first(_EXACT)})(?![\w/²³])|(?i:(?:{_longest_first(_WORDED)})(?:e?s)?)(?!\w)"
+_UNIT: Final = rf"(?:{_longest_first(_EXACT)})(?![\w/²³^])|(?i:(?:{_longest_first(_WORDED)})(?:e?s)?)(?!\w)"
 _BY: Final = r"\s?(?:[x×X✕*]|by|BY)\s?"
 _RANGE: Final = r"\s?(?:[-–—−]|to|and|or|±)\s?"
+# Of diffusivities only: "3 x 10-5 mm" is a length and a range.
+_POWER: Final = r"\s?[x×X✕*]\s?10\s?\^?[-−–]\s?(?P<power>\d)(?=\s?[mc]m[2²]/s)"
 _MEASUREMENT: Final = re.compile(
-    rf"(?P<numbers>(?:{_DIGITS}|\b(?i:{'|'.join(_WORDS)})\b)"
-    rf"(?:(?:{_BY}|{_RANGE})\d+(?:[.,·]\d+)*){{0,3}})[ -‐‑–]?[ ]?(?P<unit>{_UNIT})"
+    rf"(?:(?P<number>{_DIGITS}){_POWER}"
+    rf"|(?P<numbers>(?:{_DIGITS}|\b(?i:{_WORD})\b)(?:(?:{_BY}|{_RANGE}[-−–]?){_PLAIN}){{0,3}}))"
+    rf"[ \-‐‑–]?[ ]?(?P<unit>{_UNIT})"
 )
 _SUV: Final = re.compile(r"\bSUV[ -]?(?:max|mean|peak)?[^\d.;]{0,12}(?P<number>\d+(?:[.,]\d+)?)", re.IGNORECASE)

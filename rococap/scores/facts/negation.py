@@ -28,8 +28,17 @@ def split(folded: str, findings: Iterable[Found]) -> tuple[frozenset[str], froze
         while at < len(scopes) and scopes[at][0] <= one.start:
             reach = max(reach, scopes[at][1])
             at += 1
-        (denied if one.end <= reach else affirmed).add(one.name)
+        # One that begins in the scope is denied, even if it ends with a word that would end a scope: "air under".
+        (denied if one.start < reach else affirmed).add(one.name)
     return frozenset(denied), frozenset(affirmed)
+
+
+def apart(folded: str) -> str:
+    """The text with "non-displaced" for "nondisplaced" and "undisplaced": what is denied is a word of its own.
+
+    "Non-calcified" and "non-enhancing" are left out. They tell a part from others: neither is said of the whole.
+    """
+    return _JOINED.sub("non-", _PART.sub("other", folded))
 
 
 def _scopes(folded: str) -> Iterator[tuple[int, int]]:
@@ -40,6 +49,10 @@ def _scopes(folded: str) -> Iterator[tuple[int, int]]:
                 yield trigger.end(), _forward(folded, trigger.end())
             case "after":
                 yield _backward(folded, trigger.start())
+            case "word" if next_word := _NEXT.match(folded, trigger.end()):
+                yield next_word.span()
+            case "free" if last_word := _LAST.search(folded, max(0, trigger.start() - _REACH), trigger.start()):
+                yield last_word.span()
 
 
 def _forward(folded: str, start: int) -> int:
@@ -79,7 +92,11 @@ _SEEN: Final = (
     r"recogni[sz]ed|apparent|depicted|discernible|documented|revealed)"
 )
 _BE: Final = r"(?:is|are|was|were|has been|have been|had been|can be|could be|be)"
+_OF_CONTRAST: Final = r"(?:enhancement|extravasation|leak|leakage|pooling|reflux|uptake)\b"
+_NOT: Final = r"(?: not|n['’]t)"
 _NOTHING: Final = (
+    r"with (?:and|or) without",
+    r"to rule out|for ruling out",
     r"no (?:(?:significant|interval|further|appreciable) )*"
     r"(?:change|increase|decrease|difference|progression|doubt|mention)",
     r"(?:not|cannot|can not|could not|does not|do not|did not) (?:be )?(?:(?:entirely|completely|definitely) )?"
@@ -87,8 +104,9 @@ _NOTHING: Final = (
     r"not (?:only|necessarily|certain|shown|pictured|included|to scale)",
     r"no \d+(?![\d.,]*(?: ?[x×] ?|[ ‐-]{0,2}[cm]m\b))",
     r"without (?:any )?(?:treatment|change)",
-    r"without (?:\w+ )?(?:contrast|gadolinium)(?: (?:medium|media|agent|material|enhancement))?",
-    r"non?[ -]contrast",
+    r"without (?:\w+ )?(?:contrast|gadolinium)"
+    rf"(?: (?:medium|media|agent|material|enhancement(?! of\b)))?(?! {_OF_CONTRAST})",
+    rf"no contrast(?! {_OF_CONTRAST})|non[ -]contrast",
 )
 """Pseudo-triggers, which deny nothing."""
 _BEFORE: Final = (
@@ -98,10 +116,11 @@ _BEFORE: Final = (
     r"(?:(?<!high )(?<!high-)resolution|disappearance|cessation) of",
     r"(?:rules?|ruled|ruling) out",
     r"(?:excludes|excluded|excluding|denies|denied)",
-    r"(?:did|does|do) not "
+    rf"(?:did|does|do){_NOT} "
     r"(?:show|reveal|demonstrate|detect|identify|disclose|display|have|depict|suggest|indicate|cause)",
     r"not (?:have|having|show\w*|reveal\w*|demonstrat\w*|associated with)",
     r"(?:failed|fails) to (?:show|reveal|demonstrate|detect|identify|disclose)",
+    rf"(?:is|are|was|were){_NOT} (?:any|an?|evidence of)",
     r"no longer(?: any)?",
     r"negative for",
     r"free (?:of|from)",
@@ -110,17 +129,34 @@ _BEFORE: Final = (
 )
 """Triggers that stand before what they deny."""
 _AFTER: Final = (
-    rf"{_BE} (?:not|no longer|never) (?:be )?(?:(?:clearly|definitely) )?{_SEEN}",
+    rf"{_BE}(?: not|n['’]t| no longer| never) (?:be )?(?:(?:clearly|definitely) )?{_SEEN}",
     rf"(?:cannot|can not|could not) be (?:clearly )?{_SEEN}",
     rf"not (?:clearly )?{_SEEN}",
     rf"{_BE} (?:ruled out|excluded|absent|negative|unlikely)",
     r"(?:had|has|have|was|were|is|are) "
     r"(?:(?:completely|fully|entirely) (?:resolved|disappeared)|disappeared completely)",
+    r"(?:had|has|have) (?:(?:now|since|spontaneously) )?(?:resolved|disappeared|vanished)",
     r"(?:completely|fully) (?:resolved|disappeared)",
+    # Not "largely disappeared", "time-resolved" or "which resolved the stenosis".
+    r"(?<!ly )(?<!almost )(?:disappeared|vanished)",
+    r"(?<!ly )(?<!-)resolved(?=[.,;]|$| (?:after|at|by|following|on|spontaneously|within)\b)",
 )
 """Triggers that stand after what they deny."""
+_STATE: Final = r"(?:calcif|collaps|compress|dilat|displac|enhanc|enlarg|fractur|obstruct|occlu|stenos|thicken|widen)"
+_WORD: Final = rf"non[- ](?!contrast)(?=[^\W\d_])|(?:is|are|was|were|does|do|did){_NOT} (?={_STATE})"
+"""What denies the next word only: a non-displaced fracture is a fracture, and so is one that is not displaced."""
+_FREE: Final = r"-free"
+"""What denies the word before it: tumor-free margins."""
+_JOINED: Final = re.compile(
+    r"\b(?:non(?=dilat|displac|enlarg|obstruct|ruptur)|un(?=displac|obstruct|ruptur))", re.IGNORECASE
+)
+_PART: Final = re.compile(r"\bnon[- ]?(?:calcif|enhanc)\w*", re.IGNORECASE)
+_NEXT: Final = re.compile(r"\w+")
+_LAST: Final = re.compile(r"\w+\Z")
 _TRIGGER: Final = re.compile(
-    rf"\b(?:{'|'.join(_NOTHING)}|(?P<before>{'|'.join(_BEFORE)})|(?P<after>{'|'.join(_AFTER)}))\b", re.IGNORECASE
+    rf"\b(?:(?P<word>{_WORD})|(?:{'|'.join(_NOTHING)}|(?P<before>{'|'.join(_BEFORE)})|(?P<after>{'|'.join(_AFTER)})"
+    rf"|(?<=\w)(?P<free>{_FREE}))\b)",
+    re.IGNORECASE,
 )
 # "Evidence of" belongs to the finding; any other "of" leads from the finding to where it is.
 _OF: Final = r"(?<!evidence )(?<!sign )(?<!signs )(?<!formation )(?<!area )(?<!areas )of"

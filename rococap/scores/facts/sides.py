@@ -9,6 +9,7 @@ oblique"), the direction of a shunt, and parts of the figure ("left panel").
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 LEFT: Final = "left"
@@ -37,8 +38,18 @@ def find(folded: str) -> Iterator[Side]:
             case "both":
                 words, before = _words(folded[end : end + _NEAR]), _before(folded, start)
                 yield from (Side(LEFT, words, before), Side(RIGHT, words, before))
-            case "abbreviation":
+            case "abbreviation" if not _explained_otherwise(match["abbreviation"], folded):
                 yield replace(ABBREVIATIONS[match["abbreviation"]], before=_before(folded, start))
+
+
+@lru_cache(maxsize=64)
+def _explained_otherwise(abbreviation: str, folded: str) -> bool:
+    """Whether the text gives another meaning: "LA = local anesthetics", "local anesthetics (LA)"."""
+    first, *rest = list(abbreviation.lower())
+    other = rf"(?!left|right){first}[a-z]+"
+    full = other + "".join(rf"[ -]{letter}[a-z]+" for letter in rest)
+    meaning = rf"\b{abbreviation} ?(?:=|:|,|-|–|indicates|is|denotes) ?(?i:{full})|\b(?i:{full}) \({abbreviation}\)"
+    return re.search(meaning, folded) is not None
 
 
 def _before(folded: str, end: int) -> str:
@@ -68,6 +79,11 @@ ABBREVIATIONS: Final = {
         ("LMCA", LEFT, "main coronary"),
         ("LCA", LEFT, "coronary"),
         ("RCA", RIGHT, "coronary artery"),
+        ("LPA", LEFT, "pulmonary artery"),
+        ("RPA", RIGHT, "pulmonary artery"),
+        ("LSVC", LEFT, "superior vena"),
+        ("LCCA", LEFT, "common carotid"),
+        ("RCCA", RIGHT, "common carotid"),
         ("LICA", LEFT, "internal carotid"),
         ("RICA", RIGHT, "internal carotid"),
         ("LUL", LEFT, "upper lobe"),
@@ -93,13 +109,17 @@ _PAIRS: Final = (
 _NO_SIDE: Final = (
     rf"(?:is|was|were|are|be|been|being|has|had|have|it|them|and) left (?:{_LEFT_BEHIND})",
     r"left (?:in[ -](?:place|situ)|untreated|behind|over|the (?:hospital|patient|study))",
+    r"(?:left|right)[ -]+(?:(?:anterior|posterior|lateral)[ -]+)?oblique (?:view|projection|radiograph)s?",
     r"(?:left|right)[ -]+(?:anterior|posterior)[ -]+oblique",
     r"(?:left|right)[ -]to[ -](?:left|right)",
-    r"(?:left|right)[ -]+hand(?:ed(?:ness)?)",
+    r"(?:left|right)[ -]+handed(?:ness)?",
     r"(?:left|right)[ -]+(?:lateral[ -]+)?decubitus",
+    r"(?:left|right)[ -]+lateral (?:position|recumbency)",
+    r"(?:left|right)[ -]+(?:hand[ -]+)?(?:(?:side|half|part|edge|margin|border|third) )?of "
+    rf"(?:the |this |each )?(?:{_FIGURE})s?",
     r"(?:left|right)[ -]+lateral (?:\w+ )?(?:view|projection|radiograph|x-ray)",
-    rf"(?:left|right)[ -]+(?:{_FIGURE})s?",
-    r"right[ -]+(?:angle[ds]?|away|after|before|here|now)",
+    rf"(?:left|right)[ -]+(?:hand[ -]+)?(?:{_FIGURE}|corner)s?",
+    r"right[ -]+(?:angle[ds]?|away|after|before|here|now|diagnosis|treatment|decision|choice|time|way)",
     # "Both the femur and the tibia": two things, not two sides.
     rf"both (?:the )?(?:{_PAIRS})",
     r"both (?:(?:of|the|a|an) )*(?:\w+ ){1,2}and",
