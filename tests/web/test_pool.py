@@ -55,6 +55,13 @@ def processes(served: Served) -> dict[str, psutil.Process]:
     return {f"cpu {int(Path(socket).name) + 1}": process for socket, process in found.items()}
 
 
+def is_dead(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @contextmanager
 def crew(*options: str, **environment: str) -> Iterator[Served]:
     with running([*PROGRAM, "--devices", "cpu:2", *options], **environment) as served:
@@ -172,8 +179,11 @@ def test_a_process_that_is_killed_loses_only_its_requests_which_are_told_once_an
         with endless(served) as (victim, doomed), endless(served) as (_, lines):
             waiting = [threads.submit(captioned, served, LOUD) for _ in BOTH]
             until(lambda: sorted(said(served, PREPARES)) == BOTH, "one waits in each")
-            processes(served)[victim].kill()
+            process = processes(served)[victim]
+            process.kill()
             *_, last = doomed
+            # The system closes its sockets one after the other: until all are, it could be sent one more request.
+            until(lambda: is_dead(process), "it is dead")
             late = threads.submit(captioned, served, 5)
             assert next(lines), "the other stream goes on"
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "process_died"
