@@ -14,8 +14,11 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 # What make check tests: no model is loaded, and no worker started.
 QUICK := $(addprefix tests/,cli data queue results scores \
 	$(addsuffix .py,test_architecture test_db test_flags test_migrations test_prompts test_recipe))
+# As CPython's CI does, with AGAIN=1: tests that failed beside the others are run once more, alone, and named. Only after
+# exit code 1: others mean that pytest did not get to the end.
+FAILED = $(BIN)/python -m pytest --verbose --last-failed --last-failed-no-failures none --maxfail 1
 
-.PHONY: check demo test test-again test-vllm test-coco torture lint fix bench docs wheel revision clean help
+.PHONY: check demo test test-vllm test-coco torture lint fix bench docs wheel revision clean help
 
 help:
 	@echo "make demo       run the whole job on drawings; the results are in demo/"
@@ -41,11 +44,7 @@ demo: $(VENV)/installed
 	$(BIN)/rococap demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(PARALLEL)
-
-# As CPython's CI does: a test that failed beside the others is run once more, alone, and named.
-test-again: $(VENV)/installed
-	$(BIN)/python -m pytest --verbose --last-failed --last-failed-no-failures none --maxfail 1
+	$(BIN)/python -m pytest $(PARALLEL) $(if $(AGAIN),|| { [ $$? = 1 ] && $(FAILED); })
 
 check: lint
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not torture and not vllm" $(QUICK)
