@@ -38,6 +38,7 @@ from rococap.recipe import Recipe
 RECIPE = Recipe(model=str(MODEL), dtype="float32")
 BENCH = Path(__file__).resolve().parent
 PARTS = ("worker", "transformers", "client", "memory")
+OURS = ("-m", "rococap", "serve")
 CLIENTS = (1, 8, 50)
 PEERS_CLIENTS = 16
 BATCH = 16
@@ -62,14 +63,17 @@ def main() -> None:
 def _worker(options: argparse.Namespace) -> list[Line]:
     """Clients of the server against a whole worker, from the loaded model to the last stored caption."""
     requests = _for_captions(options.pictures)
-    with _pictures(options.pictures) as root, _ours() as port:
-        engine = ways.load(RECIPE, Options(device="cpu"))
+    size = options.batch_size
+    given = () if size is None else ("--batch-size", str(size))
+    with _pictures(options.pictures) as root, _ours((*OURS, *given)) as port:
+        engine = ways.load(RECIPE, Options(device="cpu", batch_size=size))
         work = _whole_worker(engine, root)
         works = [work, *(_clients(port, requests, n) for n in CLIENTS)]
         for each in works[:1] + works[-1:]:  # a first turn that does not count, for whatever happens only once
             each()
         rounds = alternate(options.rounds, *works)
     columns = list(zip(*rounds, strict=True))
+    print(f"The worker takes {engine.batch_size} pictures at a time.")
     peer = [figures.per_sec for figures in columns[0]]
     lines = []
     for n, column in zip(CLIENTS, columns[1:], strict=True):
@@ -197,7 +201,7 @@ def _named(conversations: list[list[dict[str, object]]], model: str) -> list[Sen
 
 
 @contextmanager
-def _ours(command: Sequence[str] = ("-m", "rococap", "serve")) -> Iterator[int]:
+def _ours(command: Sequence[str] = OURS) -> Iterator[int]:
     recipe = ["--model", str(MODEL), "--dtype", "float32", "--device", "cpu", "--port", "0"]
     with _process([*command, *recipe]) as process:
         assert process.stdout is not None
@@ -245,6 +249,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(PARTS), help="parts to measure")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, in each of which all take a turn")
     parser.add_argument("--pictures", type=int, default=1_000, help="pictures to caption")
+    parser.add_argument("--batch-size", type=int, help="pictures at a time, in `worker` [default: both choose]")
     parser.add_argument("--requests", type=int, default=20_000, help="requests after which memory is measured")
     return parser.parse_args()
 
